@@ -1,0 +1,42 @@
+"""Exact LoRA fine-tuning of language models inside a phone app's memory.
+
+    model = mebp_mlx.open_model(path)
+    lora = mebp_mlx.init_lora(model, rank=8)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+
+Importing the package loads a fast BLAS on Linux, which must happen before
+`mlx.core` is imported; everything else is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import BudgetError, NonFiniteLoss, UserError
+from .runtime.platform import load_blas
+
+if TYPE_CHECKING:
+    from .api import init_lora, loss, loss_and_grads, open_model
+
+load_blas()
+
+__version__ = "0.1.0"
+__all__ = [
+    "BudgetError",
+    "NonFiniteLoss",
+    "UserError",
+    "init_lora",
+    "loss",
+    "loss_and_grads",
+    "open_model",
+]
+
+_API = ("init_lora", "loss", "loss_and_grads", "open_model")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,88 @@
+"""The Python interface: open a model, make LoRA parameters, get the loss and exact gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .engine.backprop import BackpropEngine, forward_loss
+from .engine.plan import Plan
+from .errors import UserError
+from .model.frozen import Model
+from .model.lora import Lora
+from .model.lora import init_lora as _init_lora
+
+
+class _Batch(NamedTuple):
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+def open_model(path: str | Path) -> Model:
+    """A checkpoint folder (config.json + *.safetensors, mlx-lm's layout), memory-mapped; nothing is read yet.
+
+    Raises UserError for a missing or damaged file, an unknown family, or shapes that contradict config.json.
+    """
+    return Model(path)
+
+
+def init_lora(
+    model: Model,
+    rank: int = 8,
+    scale: float = 20.0,
+    dropout: float = 0.0,
+    keys: Iterable[str] | None = None,
+    num_layers: int = -1,
+    seed: int = 0,
+) -> Lora:
+    """Fresh LoRA parameters on `keys` (default: the seven projections) of the last `num_layers` blocks (-1: all).
+
+    A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key.
+    """
+    return _init_lora(
+        model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed
+    )
+
+
+def loss_and_grads(
+    model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The mean loss over labelled tokens, and its exact gradient for every LoRA parameter.
+
+    tokens, targets: int [B, T], arrays or nested lists; target -100 = no label. Dropout is
+    off. Returns (float32 scalar, {parameter name: float32 gradient}). Raises UserError for
+    shapes that differ, token ids outside the vocabulary, or no label at all.
+    """
+    batch = _checked(model, tokens, targets)
+    gradients: dict[str, mx.array] = {}
+    engine = BackpropEngine(model, lora, plan=plan, dropout=False)
+    try:
+        n_labels = int((batch.targets != -100).sum())
+        loss_value = engine.step(batch, step=0, micro=0, n_labels=n_labels, sink=gradients.update)
+    finally:
+        engine.close()
+    return mx.array(loss_value), gradients
+
+
+def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None) -> mx.array:
+    """The mean loss over labelled tokens, by a forward pass that keeps nothing. Arguments as in loss_and_grads."""
+    loss_sum, n_labels = forward_loss(model, plan or Plan(), lora, _checked(model, tokens, targets))
+    return mx.array(loss_sum / n_labels)
+
+
+def _checked(model: Model, tokens: Any, targets: Any) -> _Batch:
+    batch = _Batch(np.asarray(tokens, dtype=np.int32), np.asarray(targets, dtype=np.int32))
+    if batch.tokens.ndim != 2 or batch.tokens.shape != batch.targets.shape or batch.tokens.size == 0:
+        raise UserError(
+            f"tokens and targets must both be [B, T], found {list(batch.tokens.shape)} and {list(batch.targets.shape)}"
+        )
+    labels = batch.targets[batch.targets != -100]
+    if labels.size == 0:
+        raise UserError("targets: every target is -100, so there is no loss")
+    for name, ids in (("tokens", batch.tokens), ("targets", labels)):
+        if ids.min() < 0 or ids.max() >= model.spec.V:
+            raise UserError(f"{name}: ids must be in [0, {model.spec.V}), found {ids.min()} to {ids.max()}")
+    return batch

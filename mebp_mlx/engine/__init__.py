@@ -1,0 +1,45 @@
+"""Engines: who owns memory and order. Each turns a batch into a loss and per-block gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from ..model.frozen import Model
+from ..model.lora import Lora
+from .backprop import BackpropEngine, Sink, TokenBatch
+from .plan import Plan
+from .whole_graph import WholeGraphEngine
+from .zeroth_order import MezoEngine
+
+
+class Engine(Protocol):
+    """What the trainer asks of an engine."""
+
+    def reserve(self, batch_size: int, n_tokens: int) -> None: ...
+
+    def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float: ...
+
+    def evaluate(self, batch: TokenBatch) -> tuple[float, int]: ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(
+    name: str,
+    model: Model,
+    lora: Lora,
+    *,
+    plan: Plan | None = None,
+    seed: int = 0,
+    mezo_eps: float = 1e-2,
+    arena_dir: str | Path | None = None,
+) -> Engine:
+    """The engine of that name ("mebp", "whole-graph", "mezo"); ValueError for another."""
+    if name == "mebp":
+        return BackpropEngine(model, lora, plan=plan, seed=seed, arena_dir=arena_dir)
+    if name == "whole-graph":
+        return WholeGraphEngine(model, lora, seed=seed)
+    if name == "mezo":
+        return MezoEngine(model, lora, plan=plan, seed=seed, eps=mezo_eps)
+    raise ValueError(f"unknown engine {name!r}")

@@ -1,0 +1,131 @@
+"""The mapped file that holds activations between forward and backward.
+
+One preallocated, already unlinked file: its pages belong to the page cache and not to the
+process's footprint, a full disk is reported before the first step, and nothing is left
+behind however the process ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UserError
+from .plan import page_ceil
+
+_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+
+
+class Arena:
+    """Arrays by key, put during the forward pass and taken back during the backward pass.
+
+    folder: where the file lives for the length of the run (None: the first of the output
+    folder's usual places that is on a disk); capacity_bytes: what it can hold at once.
+    """
+
+    def __init__(self, capacity_bytes: int, folder: str | Path | None = None):
+        self.folder = choose_folder(folder)
+        self.capacity_bytes = page_ceil(max(capacity_bytes, 1))
+        self._map = _create(self.folder, self.capacity_bytes)
+        self._slots: dict[tuple[int, str], tuple[int, mx.Dtype, tuple[int, ...]]] = {}
+        self._used = 0
+
+    def clear(self) -> None:
+        """Forget all entries; their space is used again."""
+        self._slots.clear()
+        self._used = 0
+
+    def put(self, layer: int, name: str, value: mx.array) -> None:
+        """Copy an evaluated array in."""
+        offset, end = self._used, self._used + page_ceil(value.nbytes)
+        if end > self.capacity_bytes:
+            raise AssertionError(f"arena of {self.capacity_bytes} bytes is too small for layer {layer} {name}")
+        self._slots[layer, name] = (offset, value.dtype, tuple(value.shape))
+        self._used = end
+        raw = np.asarray(value.reshape(-1).view(mx.uint8))
+        np.frombuffer(self._map, np.uint8, value.nbytes, offset)[:] = raw
+
+    def get(self, layer: int, name: str) -> mx.array:
+        """A copy of an entry in MLX."""
+        offset, dtype, shape = self._slots[layer, name]
+        n_items = int(np.prod(shape))
+        raw = np.frombuffer(self._map, np.uint8, n_items * dtype.size, offset)
+        # Copied as 32-bit words where possible: one memcpy, no conversion.
+        if dtype == mx.float32:
+            return mx.array(raw.view(np.float32).reshape(shape))
+        return mx.array(raw).view(dtype).reshape(shape)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the file that entries occupy now."""
+        return self._used
+
+    def close(self) -> None:
+        """Give the file back; the arena is of no use afterwards."""
+        self._slots.clear()
+        self._map.close()
+
+
+def choose_folder(folder: str | Path | None) -> Path:
+    """The arena's folder. An explicit one in memory (tmpfs) is refused: its pages would be memory after all."""
+    if folder is not None:
+        path = Path(folder)
+        if not path.is_dir():
+            raise UserError(f"--arena-dir: {path} is not a folder")
+        kind = filesystem_of(path)
+        if kind in _MEMORY_FILESYSTEMS:
+            raise UserError(f"--arena-dir: {path} is on a {kind}, which is memory; name a folder on a disk")
+        return path
+    candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd(), Path.home()]
+    for path in candidates:
+        if path.is_dir() and os.access(path, os.W_OK) and filesystem_of(path) not in _MEMORY_FILESYSTEMS:
+            return path
+    raise UserError(f"--arena-dir: no folder on a disk among {', '.join(map(str, candidates))}; name one")
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the file system that holds `path` ("ext4", "tmpfs"); "" where the system does not say."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text()
+    except OSError:
+        return ""
+    best, kind = "", ""
+    real = str(path.resolve()) + "/"
+    for line in mounts.splitlines():
+        fields = line.split()
+        point = fields[1].replace("\\040", " ").rstrip("/") + "/"
+        if real.startswith(point) and len(point) >= len(best):
+            best, kind = point, fields[2]
+    return kind
+
+
+def _create(folder: Path, n_bytes: int) -> mmap.mmap:
+    try:
+        fd, name = tempfile.mkstemp(prefix="mebp-arena-", dir=folder)
+    except OSError as error:
+        raise UserError(f"--arena-dir: cannot create a file in {folder}: {error.strerror}") from None
+    try:
+        os.unlink(name)
+        if hasattr(os, "posix_fallocate") and sys.platform != "darwin":
+            os.posix_fallocate(fd, 0, n_bytes)
+        else:
+            free_bytes = os.fstatvfs(fd).f_bavail * os.fstatvfs(fd).f_frsize
+            if free_bytes < n_bytes:
+                raise OSError(errno.ENOSPC, "disk full")
+            os.ftruncate(fd, n_bytes)
+        return mmap.mmap(fd, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"--arena-dir: {folder} has no room for {n_bytes / 1e6:.0f} MB of saved activations ({error.strerror})"
+        ) from None
+    finally:
+        os.close(fd)

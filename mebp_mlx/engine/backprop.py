@@ -1,0 +1,126 @@
+"""MeBP: exact LoRA gradients, block by block, with activations in a mapped file.
+
+The forward pass keeps one block's values at a time; what the backward pass needs goes to
+the arena. The backward pass visits the blocks in reverse and hands over each block's
+gradients as soon as they are complete, before the next block is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Callable, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import NonFiniteLoss
+from ..model.frozen import Model
+from ..model.lora import Lora
+from . import head
+from .arena import Arena
+from .block import Adapter, BlockRunner
+from .plan import Plan
+
+Sink = Callable[[dict[str, mx.array]], None]
+
+
+class TokenBatch(Protocol):
+    """What an engine reads of a batch: tokens and targets int32 [B, T], target -100 = no label."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+    @property
+    def targets(self) -> np.ndarray: ...
+
+
+class BackpropEngine:
+    """The engine `mebp`. dropout: whether step() applies the Lora's dropout rate."""
+
+    def __init__(
+        self,
+        model: Model,
+        lora: Lora,
+        *,
+        plan: Plan | None = None,
+        seed: int = 0,
+        arena_dir: str | Path | None = None,
+        dropout: bool = True,
+    ):
+        self.model, self.lora, self.seed, self.dropout = model, lora, seed, dropout
+        self.plan = plan or Plan()
+        self.arena_dir = arena_dir
+        self.arena: Arena | None = None
+        # Blocks below the lowest trained one get no gradient: nothing of theirs is saved or visited.
+        self.trained_layers = [
+            layer for layer in model.spec.layers if any(lora.trains(linear) for linear in layer.linears.values())
+        ]
+        self.first_trained = self.trained_layers[0].index if self.trained_layers else model.spec.L
+
+    def reserve(self, batch_size: int, n_tokens: int) -> None:
+        """Make room in the arena for batches of [batch_size, n_tokens]; UserError when the disk has none."""
+        spec = self.model.spec
+        n_layers = spec.L - self.first_trained
+        needed = self.plan.arena_bytes(spec, batch_size * n_tokens, n_layers, self.model.dtype.size)
+        if self.arena is None or self.arena.capacity_bytes < needed:
+            self.close()
+            self.arena = Arena(needed, self.arena_dir)
+
+    def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
+        """The batch's share of the step's loss, its gradients handed to `sink` block by block, last block first.
+
+        n_labels: labelled tokens of the whole optimizer step, over all its micro-batches, so
+        that shares and gradients add up to the token-weighted mean. Raises NonFiniteLoss
+        before anything is handed over.
+        """
+        self.reserve(*batch.tokens.shape)
+        assert self.arena is not None
+        self.arena.clear()
+        dropout_parts = (self.seed, step, micro) if self.dropout else None
+        runner = BlockRunner(self.model, self.plan, self.lora, self.arena, dropout_parts)
+        x = self._forward(runner, batch.tokens, save=True)
+        result = head.run(self.model, self.plan, x, batch.targets, want_dx=True, weight=1 / max(n_labels, 1))
+        loss = result.loss_sum / max(n_labels, 1)
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"loss is {loss}")
+        dx = result.dx
+        del x, result
+        for layer in reversed(self.model.spec.layers[self.first_trained :]):
+            assert dx is not None
+            dx, gradients = runner.backward(layer, dx, want_dx=layer.index > self.first_trained)
+            sink(gradients)
+            del gradients
+        return loss
+
+    def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
+        """(sum of the labelled tokens' losses, their number): a forward pass, without dropout."""
+        return forward_loss(self.model, self.plan, self.lora, batch)
+
+    def _forward(self, runner: BlockRunner, tokens: np.ndarray, save: bool) -> mx.array:
+        x = self.model.embed(tokens)
+        for layer in self.model.spec.layers:
+            x = runner.forward(layer, x, save=save and layer.index >= self.first_trained)
+        return x
+
+    def close(self) -> None:
+        """Give the arena's file back."""
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+
+
+def forward_loss(
+    model: Model,
+    plan: Plan,
+    adapter: Adapter,
+    batch: TokenBatch,
+    dropout_parts: tuple[int, ...] | None = None,
+) -> tuple[float, int]:
+    """(sum of the labelled tokens' losses, their number) with nothing saved."""
+    runner = BlockRunner(model, plan, adapter, dropout_parts=dropout_parts)
+    x = model.embed(batch.tokens)
+    for layer in model.spec.layers:
+        x = runner.forward(layer, x, save=False)
+    result = head.run(model, plan, x, batch.targets, want_dx=False)
+    return result.loss_sum, result.n_labels

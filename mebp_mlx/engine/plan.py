@@ -1,0 +1,71 @@
+"""The sizes a run works with: which values are saved, and how large each piece of work may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..model.decoder import block_stages, value_width
+from ..model.spec import ModelSpec
+
+# Every projection's output: the backward repeats no matrix product, only norms, rope, attention and activation.
+SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
+# The paper's policy: block inputs only, everything inside a block is recomputed.
+SAVE_INPUTS = frozenset({"x"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is cut into pieces.
+
+    saved: value names kept in the arena for the backward; weight_block_bytes: decompressed
+    bytes of a projection in memory at a time; head_block_bytes: the same for the vocabulary;
+    query_block: queries of attention at a time.
+    """
+
+    saved: frozenset[str] = field(default=SAVE_PROJECTIONS)
+    weight_block_bytes: int = 8 << 20
+    head_block_bytes: int = 16 << 20
+    query_block: int = 256
+
+    def rows_per_block(self, in_dims: int, item_bytes: int) -> int:
+        """Rows of a [*, in_dims] matrix that fit in weight_block_bytes, at least 32."""
+        return max(32, self.weight_block_bytes // (in_dims * item_bytes))
+
+    def vocabulary_chunk(self, D: int, item_bytes: int) -> int:
+        """Rows of the head's matrix at a time, at least 32."""
+        return max(32, self.head_block_bytes // (D * item_bytes))
+
+    def saved_for(self, spec: ModelSpec) -> frozenset[str]:
+        """The saved names that a backward of this architecture ever reads, block inputs always among them."""
+        read = {name for stage in block_stages(spec) for name in stage.needs}
+        return (self.saved & read) | _sources(spec, read, self.saved) | {"x"}
+
+    def arena_bytes(self, spec: ModelSpec, n_tokens: int, n_layers: int, item_bytes: int) -> int:
+        """Bytes the arena needs for `n_layers` trained blocks on n_tokens = B * T tokens."""
+        widths = [value_width(spec, name) for name in self.saved_for(spec)]
+        return n_layers * sum(page_ceil(n_tokens * width * item_bytes) for width in widths)
+
+
+def _sources(spec: ModelSpec, read: set[str], saved: frozenset[str]) -> frozenset[str]:
+    """Saved names from which a value that the backward reads is recomputed."""
+    producer = {stage.output: stage for stage in block_stages(spec)}
+    found: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name in saved or name not in producer:
+            found.add(name)
+            return
+        for source in producer[name].inputs:
+            visit(source)
+
+    for name in read:
+        visit(name)
+    return frozenset(found)
+
+
+def page_ceil(n_bytes: int) -> int:
+    """n_bytes rounded up to whole pages."""
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+PAGE_BYTES = 16 << 10  # Apple silicon's page; a multiple of Linux's

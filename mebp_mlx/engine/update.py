@@ -1,0 +1,68 @@
+"""The one place where a block's gradients are complete: accumulation, clipping and the update happen here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from ..model.lora import Lora
+
+
+class Updater:
+    """Applies gradients to a Lora with an mlx optimizer.
+
+    Without clipping and accumulation each block is updated as soon as it arrives, and its
+    gradients are gone before the next block's exist. Otherwise they are gathered and
+    applied by end_step. The optimizer's state is one flat dict under the parameters' names.
+
+    max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
+    micro-batch a step.
+    """
+
+    def __init__(self, optimizer: Any, lora: Lora, *, max_grad_norm: float | None = None, gather: bool = False):
+        self.optimizer, self.lora = optimizer, lora
+        self.max_grad_norm = max_grad_norm
+        self.gather = gather or max_grad_norm is not None
+        self._gathered: dict[str, mx.array] = {}
+        self._step: mx.array = optimizer.step
+        if not optimizer._initialized:
+            optimizer.init(lora.parameters())
+            mx.eval(optimizer.state)
+
+    def begin_step(self) -> None:
+        """Start an optimizer step; sink() may then be called any number of times."""
+        self._gathered.clear()
+        self._step = self.optimizer.step
+
+    def sink(self, gradients: dict[str, mx.array]) -> None:
+        """Take one block's gradients (float32, by parameter name) of one micro-batch."""
+        if not self.gather:
+            self._apply(gradients)
+            return
+        for name, gradient in gradients.items():
+            known = self._gathered.get(name)
+            self._gathered[name] = gradient if known is None else known + gradient
+        mx.eval([self._gathered[name] for name in gradients])
+
+    def end_step(self) -> float | None:
+        """Apply what was gathered. Returns the gradients' L2 norm before clipping, or None without clipping."""
+        norm = None
+        if self.gather:
+            if self.max_grad_norm is not None:
+                norm = math.sqrt(sum(mx.square(g).sum().item() for g in self._gathered.values()))
+                if norm > self.max_grad_norm:
+                    factor = self.max_grad_norm / norm
+                    self._gathered = {name: g * factor for name, g in self._gathered.items()}
+            self._apply(self._gathered)
+            self._gathered = {}
+        return norm
+
+    def _apply(self, gradients: dict[str, mx.array]) -> None:
+        # Every call would count as a step (bias correction, schedules); all blocks of a step are one.
+        self.optimizer.state["step"] = self._step
+        parameters = self.lora.parameters()
+        updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
+        self.lora.update(updated)
+        mx.eval(updated, [self.optimizer.state[name] for name in gradients], self.optimizer.state["step"])

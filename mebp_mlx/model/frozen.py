@@ -1,0 +1,93 @@
+"""The frozen parameters of a model, brought into MLX a piece at a time.
+
+Everything here returns a fresh array made from the mapped file; nothing is kept, so a
+piece lives exactly as long as its caller holds it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..weights import MappedWeights
+from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
+
+
+class Model:
+    """An opened checkpoint: its architecture, its mapped files, and the dtype to compute in."""
+
+    def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32):
+        self.path = Path(path)
+        config = read_config(self.path)
+        self.weights = MappedWeights(self.path)
+        self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
+        self.dtype = dtype
+
+    def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
+        """Rows [start, stop) of the matrix, decompressed: [stop - start, in_dims] in the compute dtype."""
+        parts = [self.weights.rows(name, start, stop) for name in _tensors_of(linear)]
+        return _decompress(parts, linear.quantization, self.dtype)
+
+    def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
+        """The rows `ids` (int, [n]) of the matrix, decompressed: [n, in_dims] in the compute dtype."""
+        parts = [self.weights.gather(name, ids) for name in _tensors_of(linear)]
+        return _decompress(parts, linear.quantization, self.dtype)
+
+    def bias(self, linear: Linear, start: int, stop: int) -> mx.array | None:
+        """Entries [start, stop) of the bias in the compute dtype, or None."""
+        if not linear.bias:
+            return None
+        return self.weights.rows(f"{linear.name}.bias", start, stop).astype(self.dtype)
+
+    def norm(self, name: str) -> mx.array:
+        """A norm's weight vector as rms_norm takes it, in the compute dtype."""
+        weight = self.weights.rows(name).astype(self.dtype)
+        return 1.0 + weight if self.spec.gemma else weight
+
+    def norms(self, layer: Layer) -> dict[str, mx.array]:
+        """All norm weights of a block, by the part of their name after the layer's prefix ("input_layernorm")."""
+        found = {}
+        for name in _norm_names(self.spec):
+            found[name.rsplit(".", 1)[-1]] = self.norm(f"{layer.prefix}.{name}.weight")
+        return found
+
+    def embed(self, tokens: np.ndarray) -> mx.array:
+        """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled where the family does."""
+        x = self.gather(self.spec.embedding, tokens.reshape(-1)).reshape(*tokens.shape, self.spec.D)
+        if self.spec.embed_scale is not None:
+            # Gemma was trained with the factor rounded to bfloat16.
+            x = x * mx.array(self.spec.embed_scale, mx.bfloat16).astype(x.dtype)
+        return x
+
+
+def _norm_names(spec: ModelSpec) -> list[str]:
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if spec.gemma:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if spec.qk_norm:
+        names += ["self_attn.q_norm", "self_attn.k_norm"]
+    return names
+
+
+def _tensors_of(linear: Linear) -> list[str]:
+    names = [f"{linear.name}.weight"]
+    if linear.quantization:
+        names.append(f"{linear.name}.scales")
+        if linear.quantization.mode == "affine":
+            names.append(f"{linear.name}.biases")
+    return names
+
+
+def _decompress(parts: list[mx.array], packing: Quantization | None, dtype: mx.Dtype) -> mx.array:
+    if packing is None:
+        return parts[0].astype(dtype)
+    # Scales are widened first: dequantize computes in their dtype, and 16 bits would lose weight bits.
+    if packing.mode == "affine":
+        scales, biases = (part.astype(dtype) for part in parts[1:])
+        return mx.dequantize(parts[0], scales, biases, group_size=packing.group_size, bits=packing.bits)
+    unpacked = mx.dequantize(
+        parts[0], parts[1], group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=dtype
+    )
+    return unpacked.astype(dtype)

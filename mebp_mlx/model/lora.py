@@ -1,0 +1,120 @@
+"""LoRA pairs under mlx-lm's names, their start values, dropout, and random keys.
+
+    y = x W^T + b + s * (dropout(x) A) B,   A [in, r],  B [r, out]
+
+The gradients of that projection (written once, in engine/projection.py) are
+    dB = s (x A)^T g,   dA = s x^T (g B^T),   dx = g W + s (g B^T) A^T.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from typing import Iterable, NamedTuple
+
+import mlx.core as mx
+
+from ..errors import UserError
+from .spec import PROJECTIONS, Linear, ModelSpec
+
+
+class Pair(NamedTuple):
+    """The two LoRA matrices of one projection: a [in, r], b [r, out]."""
+
+    a: mx.array
+    b: mx.array
+
+
+class Lora:
+    """The trainable parameters: a flat dict of float32 arrays under mlx-lm's adapter names."""
+
+    def __init__(
+        self,
+        parameters: dict[str, mx.array],
+        *,
+        rank: int,
+        scale: float,
+        dropout: float,
+        keys: tuple[str, ...],
+        num_layers: int,
+    ):
+        self._parameters = dict(parameters)
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.keys, self.num_layers = keys, num_layers
+
+    def parameters(self) -> dict[str, mx.array]:
+        """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out]."""
+        return dict(self._parameters)
+
+    def update(self, parameters: dict[str, mx.array]) -> None:
+        """Replace parameters by name. ValueError for an unknown name or another shape; values become float32."""
+        for name, value in parameters.items():
+            old = self._parameters.get(name)
+            if old is None:
+                raise ValueError(f"{name} is not a parameter of this LoRA")
+            if tuple(value.shape) != tuple(old.shape):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(old.shape)}")
+            self._parameters[name] = value.astype(mx.float32)
+
+    def pair(self, linear: Linear) -> Pair | None:
+        """The pair of one projection, or None where it is not trained."""
+        a = self._parameters.get(f"{linear.name}.lora_a")
+        return None if a is None else Pair(a, self._parameters[f"{linear.name}.lora_b"])
+
+    def trains(self, linear: Linear) -> bool:
+        """Whether this projection has a pair."""
+        return f"{linear.name}.lora_a" in self._parameters
+
+
+def init_lora(
+    spec: ModelSpec,
+    *,
+    rank: int,
+    scale: float,
+    dropout: float = 0.0,
+    keys: Iterable[str] | None = None,
+    num_layers: int = -1,
+    seed: int = 0,
+) -> Lora:
+    """Fresh LoRA pairs: A uniform in +-1/sqrt(in), B zero, as mlx-lm starts them.
+
+    keys: projection names inside a block (default: all seven); num_layers: the last N
+    blocks, -1 for all. Each A depends on (seed, its name) only. Raises UserError.
+    """
+    chosen = tuple(PROJECTIONS.values()) if keys is None else tuple(dict.fromkeys(keys))
+    unknown = [key for key in chosen if key not in PROJECTIONS.values()]
+    if unknown or not chosen:
+        raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; LoRA goes on: {', '.join(PROJECTIONS.values())}")
+    if rank < 1:
+        raise UserError(f"--rank: must be at least 1, found {rank}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--dropout: must be in [0, 1), found {dropout}")
+    if num_layers == 0 or num_layers < -1 or num_layers > spec.L:
+        raise UserError(f"--num-layers: must be -1 (all) or 1 to {spec.L}, found {num_layers}")
+    parameters = {}
+    for layer in spec.layers if num_layers == -1 else spec.layers[-num_layers:]:
+        for short, key in PROJECTIONS.items():
+            if key not in chosen:
+                continue
+            linear = layer.linears[short]
+            bound = 1 / math.sqrt(linear.in_dims)
+            a = mx.random.uniform(-bound, bound, (linear.in_dims, rank), key=random_key("lora", seed, linear.name))
+            parameters[f"{linear.name}.lora_a"] = a
+            parameters[f"{linear.name}.lora_b"] = mx.zeros((rank, linear.out_dims))
+    mx.eval(parameters)
+    return Lora(parameters, rank=rank, scale=scale, dropout=dropout, keys=chosen, num_layers=num_layers)
+
+
+def random_key(*parts: int | str) -> mx.array:
+    """A random key that is a pure function of its parts: the same on every machine, in any order of asking."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else struct.pack("<q", part)
+        digest.update(struct.pack("<q", len(raw)) + raw)
+    return mx.random.key(int.from_bytes(digest.digest(), "little"))
+
+
+def dropout_mask(key: mx.array, shape: tuple[int, ...], rate: float, dtype: mx.Dtype) -> mx.array:
+    """Inverted dropout's factor: 1 / (1 - rate) where kept, 0 elsewhere."""
+    return mx.random.bernoulli(1 - rate, shape, key).astype(dtype) * (1 / (1 - rate))

@@ -1,0 +1,108 @@
+"""Rotary position embedding: which frequencies a config asks for, and the rotation itself.
+
+The frequency formulas are those of the models' published configs ("llama3", "yarn",
+"linear" rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import UserError
+
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How one layer rotates its queries and keys.
+
+    dims: rotated dimensions of a head; base: rotary base; scale: position scale (linear
+    scaling has 1/factor); scaling: the config's rope_scaling for kinds with their own
+    frequencies, as a sorted tuple of pairs (hashable), else None.
+    """
+
+    dims: int
+    base: float
+    traditional: bool = False
+    scale: float = 1.0
+    scaling: tuple[tuple[str, object], ...] | None = None
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        """x [B, H, T, head_dim] rotated, its first position being `offset`."""
+        freqs, magnitude = _frequencies(self)
+        if magnitude != 1.0:
+            x = x * magnitude
+        base = self.base if freqs is None else None
+        return mx.fast.rope(
+            x, self.dims, traditional=self.traditional, base=base, scale=self.scale, offset=offset, freqs=freqs
+        )
+
+
+def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool = False, where: str) -> Rope:
+    """The Rope that config.json's rope_scaling (or None) asks for. UserError for a kind that is not supported."""
+    kind = (scaling or {}).get("type") or (scaling or {}).get("rope_type") or "default"
+    if kind not in SUPPORTED_ROPE:
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
+    if kind == "default" or scaling is None:
+        return Rope(dims, base, traditional)
+    factor = scaling.get("factor")
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {factor!r}")
+    if kind == "linear":
+        return Rope(dims, base, traditional, scale=1 / factor)
+    settings = {k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return Rope(dims, base, traditional, scaling=tuple(sorted({**settings, "kind": kind}.items())))
+
+
+# One entry per distinct rope of a model (one or two); a few hundred bytes each.
+_CACHE: dict[Rope, tuple[mx.array | None, float]] = {}
+
+
+def _frequencies(rope: Rope) -> tuple[mx.array | None, float]:
+    """(wavelength divisors [dims/2] or None for the plain base, factor on the rotated vector)."""
+    if rope not in _CACHE:
+        if rope.scaling is None:
+            _CACHE[rope] = (None, 1.0)
+        else:
+            settings = dict(rope.scaling)
+            build = _llama3 if settings["kind"] == "llama3" else _yarn
+            freqs, magnitude = build(rope.dims, rope.base, settings)
+            mx.eval(freqs)
+            _CACHE[rope] = (freqs, magnitude)
+    return _CACHE[rope]
+
+
+def _llama3(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
+    low, high = s.get("low_freq_factor", 1.0), s.get("high_freq_factor", 4.0)
+    context = s.get("original_max_position_embeddings", 8192)
+    freqs = base ** (mx.arange(0, dims, 2) / dims)
+    wavelengths = 2 * mx.pi * freqs
+    slowed = mx.where(wavelengths > context / low, freqs * s["factor"], freqs)
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (wavelengths > context / high) & (wavelengths < context / low)
+    return mx.where(between, slowed / ((1 - smooth) / s["factor"] + smooth), slowed), 1.0
+
+
+def _yarn(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
+    context = s.get("original_max_position_embeddings", 4096)
+
+    def dimension(n_rotations: float) -> float:
+        return dims * math.log(context / (n_rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    def magnitude(m: float) -> float:
+        return 1.0 if s["factor"] <= 1 else 0.1 * m * math.log(s["factor"]) + 1.0
+
+    low = max(math.floor(dimension(s.get("beta_fast", 32))), 0)
+    high: float = min(math.ceil(dimension(s.get("beta_slow", 1))), dims - 1)
+    if low == high:
+        high += 0.001
+    ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / (high - low), 0, 1)
+    keep = 1.0 - ramp
+    plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    slow = s["factor"] * plain
+    freqs = (slow * plain) / (slow * keep + plain * (1 - keep))
+    return freqs, magnitude(s.get("mscale", 1)) / magnitude(s.get("mscale_all_dim", 0))

@@ -1,0 +1,207 @@
+"""The product's promise: gradients equal autograd's, for every family, placement, mask, packing and policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mebp_mlx
+from mebp_mlx.engine import make_engine
+from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.model.decoder import block_stages
+from mebp_mlx.model.spec import PROJECTIONS
+from tests.parity import largest_error, mlx_lm_loss_and_grads
+from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
+
+TOLERANCE = 1e-5
+TINY_BLOCKS = Plan(weight_block_bytes=1, head_block_bytes=1, query_block=5)  # 32 rows at a time, odd query blocks
+
+
+def _model(tmp_path: Path, config: dict, **how: object) -> mebp_mlx.api.Model:
+    return mebp_mlx.open_model(write_model(tmp_path / "model", config, **how))  # type: ignore[arg-type]
+
+
+class _Batch:
+    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
+        self.tokens, self.targets = tokens, targets
+
+
+def _whole_graph(model: object, lora: object, batch: _Batch, **how: object) -> tuple[float, dict[str, mx.array]]:
+    engine = make_engine("whole-graph", model, lora, **how)  # type: ignore[arg-type]
+    grads: dict[str, mx.array] = {}
+    n_labels = int((batch.targets != -100).sum())
+    return engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update), grads
+
+
+@pytest.mark.parametrize("plan", [None, TINY_BLOCKS], ids=["default", "tiny-blocks"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | None, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 3, 17, model.spec.V)
+    expected = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
+    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+    forward = mebp_mlx.loss(model, lora, tokens, targets, plan=plan).item()
+    assert abs(forward - expected[0]) <= TOLERANCE * abs(expected[0])
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"group_size": 32, "bits": 4},
+        {"group_size": 64, "bits": 8, "model.layers.1.mlp.down_proj": {"group_size": 32, "bits": 4}},
+        {"group_size": 32, "bits": 4, "model.embed_tokens": False, "model.layers.0.self_attn.q_proj": False},
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        {"group_size": 32, "bits": 5},
+    ],
+    ids=["4-bit", "8-bit, one 4-bit", "4-bit, two in 16 bits", "mxfp4", "5-bit"],
+)
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text", "gemma3"])
+def test_gradients_of_packed_checkpoints(tmp_path: Path, name: str, quantization: dict, seed: int) -> None:
+    if name == "gemma3":
+        quantization = {f"language_model.{k}" if k.startswith("model.") else k: v for k, v in quantization.items()}
+    config = packed_config(name)
+    if quantization["group_size"] == 64 or any(isinstance(v, dict) for v in quantization.values()):
+        (config.get("text_config") or config)["intermediate_size"] = 128
+    model = _model(tmp_path, config, seed=seed, quantization=quantization)
+    lora = mebp_mlx.init_lora(model, rank=4, scale=2.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 9, model.spec.V)
+    expected = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=TINY_BLOCKS)
+    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", [None, {"group_size": 32, "bits": 4}], ids=["plain", "4-bit"])
+def test_gradients_of_16_bit_checkpoints(tmp_path: Path, dtype: mx.Dtype, quantization: dict | None, seed: int) -> None:
+    model = _model(tmp_path, packed_config("qwen3"), seed=seed, dtype=dtype, quantization=quantization)
+    lora = mebp_mlx.init_lora(model, rank=4, scale=2.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 9, model.spec.V)
+    expected = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+
+
+@pytest.mark.parametrize("masking", ["none", "ragged", "prompt", "holes"])
+@pytest.mark.parametrize("B, T", [(1, 1), (1, 11), (4, 2), (5, 7)])
+def test_gradients_for_masks_and_odd_batches(tmp_path: Path, masking: str, B: int, T: int, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS["gemma3_text"], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=2, scale=3.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, B, max(T, 2), model.spec.V, masking)
+    tokens, targets = tokens[:, -T:], targets[:, -T:]
+    expected = _whole_graph(model, lora, _Batch(tokens, targets))
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=TINY_BLOCKS)
+    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    "keys, num_layers",
+    [
+        (["self_attn.q_proj"], -1),
+        (["mlp.down_proj"], 2),
+        (["self_attn.v_proj", "mlp.gate_proj"], 1),
+        (["self_attn.o_proj", "mlp.up_proj"], -1),
+        (None, 1),
+    ],
+)
+@pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
+def test_gradients_for_every_placement(
+    tmp_path: Path, keys: list[str] | None, num_layers: int, saved: frozenset[str], seed: int
+) -> None:
+    model = _model(tmp_path, CONFIGS["llama"], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, keys=keys, num_layers=num_layers)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 8, model.spec.V)
+    expected = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan(saved=saved))
+    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 12, model.spec.V)
+    names = ["x", *(stage.output for stage in block_stages(model.spec))]
+    rng = np.random.default_rng(seed)
+    policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
+    policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
+    reference = None
+    for saved in policies:
+        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan(saved=saved, query_block=7))
+        found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+        reference = reference or found
+        for key, value in reference.items():
+            assert np.array_equal(found[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
+
+
+@pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
+def test_dropout_is_the_same_in_forward_and_recomputation(tmp_path: Path, saved: frozenset[str], seed: int) -> None:
+    model = _model(tmp_path, CONFIGS["qwen2"], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.4)
+    randomize_lora(lora, seed, spread=0.3)
+    batch = _Batch(*random_batch(seed, 2, 10, model.spec.V))
+    expected = _whole_graph(model, lora, batch, seed=7)
+    engine = BackpropEngine(model, lora, plan=Plan(saved=saved), seed=7)
+    n_labels = int((batch.targets != -100).sum())
+    grads: dict[str, mx.array] = {}
+    loss = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update)
+    assert largest_error(loss, grads, *expected) <= TOLERANCE, f"seed {seed}"
+    other = engine.step(batch, step=4, micro=0, n_labels=n_labels, sink=lambda g: None)
+    again = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=lambda g: None)
+    assert other != loss and again == loss
+    engine.close()
+
+
+def test_micro_batches_add_up_to_the_token_weighted_mean(tmp_path: Path, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS["qwen2"], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 5, 11, model.spec.V, "prompt")
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    engine = make_engine("mebp", model, lora)
+    n_labels, total, added = int((targets != -100).sum()), 0.0, dict.fromkeys(grads, 0)
+    for micro, rows in enumerate((slice(0, 2), slice(2, 5))):
+        part: dict[str, mx.array] = {}
+        batch = _Batch(tokens[rows], targets[rows])
+        total += engine.step(batch, step=0, micro=micro, n_labels=n_labels, sink=part.update)
+        added = {name: added[name] + part[name] for name in part}
+    assert abs(total - loss.item()) <= TOLERANCE * abs(total)
+    assert max(relative_error(added[n], grads[n]) for n in grads) <= TOLERANCE, f"seed {seed}"
+
+
+def test_gradients_agree_with_a_float64_difference_quotient(tmp_path: Path, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS["qwen3"], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=2, scale=1.0)
+    randomize_lora(lora, seed, spread=0.2)
+    tokens, targets = random_batch(seed, 2, 9, model.spec.V)
+    _, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    start = lora.parameters()
+    rng = np.random.default_rng(seed)
+    direction = {n: rng.standard_normal(p.shape) for n, p in start.items()}
+    slope = sum(float((np.asarray(grads[n], np.float64) * d).sum()) for n, d in direction.items())
+    losses = []
+    for sign in (1, -1):
+        lora.update({n: mx.array(np.asarray(p) + sign * 1e-3 * direction[n], mx.float32) for n, p in start.items()})
+        losses.append(mebp_mlx.loss(model, lora, tokens, targets).item())
+    quotient = (losses[0] - losses[1]) / 2e-3
+    assert abs(quotient - slope) <= 2e-2 * max(abs(slope), 0.1), f"seed {seed}"
+
+
+def test_every_projection_is_covered_by_the_default_keys(tmp_path: Path) -> None:
+    model = _model(tmp_path, CONFIGS["qwen2"])
+    names = mebp_mlx.init_lora(model, rank=1).parameters()
+    expected = {
+        f"model.layers.{i}.{key}.lora_{side}" for i in range(3) for key in PROJECTIONS.values() for side in "ab"
+    }
+    assert set(names) == expected
