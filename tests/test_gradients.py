@@ -51,6 +51,19 @@ def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | N
     assert abs(forward - expected[0]) <= TOLERANCE * abs(expected[0])
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
+def test_error_against_float64_is_that_of_float32(tmp_path: Path, name: str, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 3, 17, model.spec.V)
+    truth = mlx_lm_loss_and_grads(model.path, lora, tokens, targets, mx.float64)
+    theirs = largest_error(*mlx_lm_loss_and_grads(model.path, lora, tokens, targets), *truth)
+    for plan in (None, TINY_BLOCKS):
+        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
+        assert largest_error(loss.item(), grads, *truth) <= theirs + TOLERANCE, f"seed {seed}"
+
+
 @pytest.mark.parametrize(
     "quantization",
     [

@@ -137,8 +137,8 @@ def randomize_lora(lora: Any, seed: int, spread: float = 0.05) -> None:
     )
 
 
-def relative_error(found: Any, expected: Any) -> float:
-    """Largest absolute difference over the largest absolute expected entry; NaN if anything is NaN."""
+def relative_error(found: Any, expected: Any, floor: float = 1e-30) -> float:
+    """Largest absolute difference over the largest absolute expected entry (at least floor); NaN if any is NaN."""
     f, e = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert f.shape == e.shape, (f.shape, e.shape)
-    return float(np.max(np.abs(f - e)) / max(float(np.max(np.abs(e))), 1e-30))
+    return float(np.max(np.abs(f - e)) / max(float(np.max(np.abs(e))), floor))
