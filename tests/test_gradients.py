@@ -111,9 +111,11 @@ def test_gradients_for_masks_and_odd_batches(tmp_path: Path, masking: str, B: in
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, B, max(T, 2), model.spec.V, masking)
     tokens, targets = tokens[:, -T:], targets[:, -T:]
-    expected = _whole_graph(model, lora, _Batch(tokens, targets))
+    # A single token can be ill-conditioned, so ours is held against autograd's own distance from float64.
+    truth = mlx_lm_loss_and_grads(model.path, lora, tokens, targets, mx.float64)
+    theirs = largest_error(*_whole_graph(model, lora, _Batch(tokens, targets)), *truth)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=TINY_BLOCKS)
-    assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
+    assert largest_error(loss.item(), grads, *truth) <= theirs + TOLERANCE, f"seed {seed}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Properties of the list of operations that a policy gives, by carrying it out on names alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.engine.schedule import Op, backward_ops, forward_ops
+from mebp_mlx.model.decoder import Stage, block_stages
+from mebp_mlx.model.spec import PROJECTIONS, ModelSpec
+
+SHORT = frozenset(PROJECTIONS)
+
+
+def _stages(gemma: bool) -> tuple[Stage, ...]:
+    return block_stages(_spec(gemma))
+
+
+def _spec(gemma: bool) -> ModelSpec:
+    sizes = dict.fromkeys(("D", "F", "H", "K", "head_dim", "V", "L"), 2)
+    empty = dict.fromkeys(("layers", "embedding", "head", "final_norm", "embed_scale"))
+    return ModelSpec(
+        family="", norm_eps=1e-5, attention_scale=1.0, qk_norm=False, gemma=gemma, **sizes, **empty
+    )  # type: ignore[arg-type]
+
+
+def _carry_out(ops: list[Op], values: set[str], saved: frozenset[str]) -> tuple[set[str], int]:
+    """What is left in memory, and how many projections ran; fails when something is read that is not there."""
+    n_products = 0
+    for op in ops:
+        if op.kind == "run":
+            assert op.stage is not None and set(op.stage.inputs) <= values
+            values.add(op.stage.output)
+            n_products += op.stage.kind == "projection"
+        elif op.kind == "save":
+            assert op.value in values
+        elif op.kind == "load":
+            assert op.value in saved
+            values.add(op.value)
+        elif op.kind == "drop":
+            values.discard(op.value)
+        else:
+            assert op.stage is not None
+            needs = () if op.stage.kind == "projection" and op.stage.name not in SHORT else op.stage.needs
+            assert set(needs) <= values
+    return values, n_products
+
+
+def _policies(seed: int, stages: tuple[Stage, ...]) -> list[frozenset[str]]:
+    rng = np.random.default_rng(seed)
+    names = [stage.output for stage in stages]
+    random = [frozenset({"x", *(n for n in names if rng.random() < p)}) for p in (0.2, 0.5, 0.8) for _ in range(10)]
+    return [SAVE_INPUTS, SAVE_PROJECTIONS, *random]
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_forward_leaves_only_the_output(gemma: bool, seed: int) -> None:
+    stages = _stages(gemma)
+    for saved in _policies(seed, stages):
+        left, _ = _carry_out(forward_ops(stages, saved), {"x"}, saved)
+        assert left == {"y"}, (sorted(saved), seed)
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("want_dx", [False, True])
+def test_backward_reads_only_what_is_there_and_leaves_nothing(gemma: bool, want_dx: bool, seed: int) -> None:
+    stages = _stages(gemma)
+    for saved in _policies(seed, stages):
+        left, _ = _carry_out(backward_ops(stages, saved, SHORT, want_dx), set(), saved)
+        assert left == set(), (sorted(saved), seed)
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_saving_projections_repeats_no_matrix_product(gemma: bool) -> None:
+    stages = _stages(gemma)
+    saved = Plan(saved=SAVE_PROJECTIONS).saved_for(_spec(gemma))
+    assert _carry_out(backward_ops(stages, saved, SHORT, True), set(), saved)[1] == 0
+    # The last product, d, is read by nobody unless its output is normed.
+    assert ("d" in saved) is gemma
+    again = _carry_out(backward_ops(stages, SAVE_INPUTS, SHORT, True), set(), SAVE_INPUTS)[1]
+    assert again == (7 if gemma else 6)
+
+
+def test_every_trained_projection_is_visited_and_no_other_work_is_done() -> None:
+    stages = _stages(False)
+    for n in (1, 2, 7):
+        for trained in itertools.combinations(sorted(SHORT), n):
+            ops = backward_ops(stages, SAVE_PROJECTIONS, frozenset(trained), want_dx=False)
+            visited = [op.stage.name for op in ops if op.kind == "backward" and op.stage is not None]
+            assert set(trained) <= set(visited)
+            assert len(visited) == len(set(visited))
+            if trained == ("down",):
+                assert visited == ["mlp_residual", "down"]
+
+
+def test_unsaved_policies_are_narrowed_to_what_is_read() -> None:
+    everything = frozenset({"x", "h", "q", "k", "v", "a", "o", "x1", "h2", "g", "u", "m", "d", "y"})
+    kept = Plan(saved=everything).saved_for(_spec(False))
+    assert not kept & {"y", "d"} and "x" in kept

@@ -1,0 +1,139 @@
+"""config.json against the checkpoint: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mebp_mlx
+from mebp_mlx.errors import UserError
+from tests.tiny import CONFIGS, packed_config, write_model
+
+
+def _change(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model_type": "gpt2"}, r"config\.json: model_type 'gpt2' is not supported; supported: qwen2, qwen3, llama"),
+        ({"hidden_size": 64}, r"model\.safetensors: model\.embed_tokens\.weight has shape \[131, 60\].*\[131, 64\]"),
+        ({"intermediate_size": 76}, r"mlp\.gate_proj\.weight has shape \[75, 60\].*asks for \[76, 60\]"),
+        ({"num_hidden_layers": 4}, r"asks for the tensor model\.layers\.3\."),
+        ({"vocab_size": None}, r"config\.json: vocab_size is missing"),
+        ({"rms_norm_eps": "tiny"}, r"rms_norm_eps must be a positive number, found 'tiny'"),
+        ({"num_key_value_heads": 4}, r"num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, r"needs a positive 'factor'"),
+        ({"tie_word_embeddings": False}, r"asks for the tensor lm_head\.weight"),
+    ],
+)
+def test_contradictions_are_named(tmp_path: Path, changes: dict, said: str) -> None:
+    folder = _change(write_model(tmp_path / "m", CONFIGS["qwen2"]), **changes)
+    with pytest.raises(UserError, match=said) as caught:
+        mebp_mlx.open_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_packing_must_agree_with_the_config(tmp_path: Path) -> None:
+    quantization = {"group_size": 32, "bits": 4}
+    folder = write_model(tmp_path / "m", packed_config("qwen3"), quantization=quantization)
+    name = "model.layers.1.mlp.up_proj"
+    _change(folder, quantization={**quantization, name: {"group_size": 64, "bits": 4}})
+    with pytest.raises(UserError, match=f"{name} is said to have 4 bits in groups of 64.*groups of 32"):
+        mebp_mlx.open_model(folder)
+    _change(folder, quantization={**quantization, "mode": "nvfp4"})
+    with pytest.raises(UserError, match="'nvfp4'.*not supported"):
+        mebp_mlx.open_model(folder)
+
+
+def test_missing_and_broken_config(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS["qwen2"])
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        mebp_mlx.open_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: not found"):
+        mebp_mlx.open_model(folder)
+
+
+def test_families_read_as_data(tmp_path: Path) -> None:
+    gemma = mebp_mlx.open_model(write_model(tmp_path / "g", CONFIGS["gemma3"])).spec
+    assert [layer.window for layer in gemma.layers] == [4, 4, None, 4]
+    assert gemma.layers[0].rope.base == 300.0 and gemma.layers[2].rope.base == 5000.0
+    assert gemma.layers[2].rope.scale == 0.25 and gemma.layers[0].rope.scale == 1.0
+    assert gemma.V == 139 and gemma.tied and gemma.layers[0].prefix.startswith("language_model.model.")
+    llama = mebp_mlx.open_model(write_model(tmp_path / "l", CONFIGS["llama-sliding"])).spec
+    assert [layer.window for layer in llama.layers] == [5, None, 5]
+
+
+def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS["qwen2"])
+    _change(folder, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    assert mebp_mlx.open_model(folder).spec.layers[0].rope.base == 777.0
+    folder = write_model(tmp_path / "g", CONFIGS["gemma3_text"])
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 9e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    }
+    _change(folder, rope_theta=None, rope_local_base_freq=None, rope_scaling=None, rope_parameters=nested)
+    layers = mebp_mlx.open_model(folder).spec.layers
+    assert (layers[0].rope.base, layers[0].rope.scale) == (1e3, 1.0)
+    assert (layers[2].rope.base, layers[2].rope.scale) == (9e5, 1 / 8)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"keys": ["self_attn.q"]}, "--keys: self_attn.q; LoRA goes on: self_attn.q_proj"),
+        ({"rank": 0}, "--rank"),
+        ({"num_layers": 9}, "--num-layers: must be -1"),
+        ({"dropout": 1.0}, "--dropout"),
+    ],
+)
+def test_lora_options_are_checked(tmp_path: Path, arguments: dict, said: str) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["qwen2"]))
+    with pytest.raises(UserError, match=said):
+        mebp_mlx.init_lora(model, **arguments)
+
+
+def test_lora_starts_as_the_identity_and_by_its_seed(tmp_path: Path) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["qwen2"]))
+    first, again, other = (mebp_mlx.init_lora(model, seed=s).parameters() for s in (1, 1, 2))
+    for name, value in first.items():
+        assert value.dtype == mx.float32
+        assert mx.array_equal(value, again[name]).item()
+        if name.endswith("lora_b"):
+            assert not value.any().item()
+        else:
+            assert mx.abs(value).max().item() <= value.shape[0] ** -0.5
+            assert not mx.array_equal(value, other[name]).item()
+
+
+@pytest.mark.parametrize(
+    "tokens, targets, said",
+    [
+        ([[1, 2]], [[1]], "must both be"),
+        ([1, 2], [1, 2], "must both be"),
+        ([[1, 2]], [[-100, -100]], "no loss"),
+        ([[1, 131]], [[1, 2]], "tokens: ids must be in"),
+        ([[1, 2]], [[1, -3]], "targets: ids must be in"),
+    ],
+)
+def test_batches_are_checked(tmp_path: Path, tokens: list, targets: list, said: str) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["qwen2"]))
+    with pytest.raises(UserError, match=said):
+        mebp_mlx.loss_and_grads(model, mebp_mlx.init_lora(model), tokens, targets)

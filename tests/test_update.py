@@ -1,0 +1,94 @@
+"""Block-by-block updates equal the optimizer's own on the whole tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+import mebp_mlx
+from mebp_mlx.engine.update import Updater
+from tests.tiny import CONFIGS, randomize_lora, write_model
+
+_DECAY = optim.cosine_decay(1e-2, 20)
+OPTIMIZERS = {
+    "sgd": lambda: optim.SGD(1e-2, momentum=0.9),
+    "adam": lambda: optim.Adam(1e-2, bias_correction=True),
+    "adamw with a schedule": lambda: optim.AdamW(optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), _DECAY], [4])),
+    "lion": lambda: optim.Lion(1e-3),
+    "muon": lambda: optim.Muon(1e-2),
+    "adafactor": lambda: optim.Adafactor(1e-2, relative_step=False, scale_parameter=False),
+}
+
+
+def _lora(tmp_path: Path, seed: int) -> Any:
+    model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=0))
+    lora = mebp_mlx.init_lora(model, rank=3)
+    randomize_lora(lora, seed)
+    return lora
+
+
+def _gradients(lora: Any, rng: np.random.Generator) -> dict[str, mx.array]:
+    return {n: mx.array(rng.standard_normal(p.shape), mx.float32) for n, p in lora.parameters().items()}
+
+
+def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
+    found: dict[str, dict[str, mx.array]] = {}
+    for name, g in gradients.items():
+        found.setdefault(".".join(name.split(".")[:3]), {})[name] = g
+    return list(reversed(found.values()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_step_however_many_blocks(tmp_path: Path, name: str, seed: int) -> None:
+    lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
+    expected, whole = lora.parameters(), OPTIMIZERS[name]()
+    updater = Updater(OPTIMIZERS[name](), lora)
+    for _ in range(6):
+        gradients = _gradients(lora, rng)
+        expected = whole.apply_gradients(gradients, expected)
+        updater.begin_step()
+        for block in _blocks(gradients):
+            updater.sink(block)
+        updater.end_step()
+    assert updater.optimizer.step.item() == 6
+    for key, value in lora.parameters().items():
+        assert mx.array_equal(value, expected[key]).item(), (key, seed)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_uses_the_global_norm(tmp_path: Path, limit: float, seed: int) -> None:
+    lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
+    start, gradients = lora.parameters(), _gradients(lora, rng)
+    true_norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradients.values()))
+    updater = Updater(optim.SGD(1.0), lora, max_grad_norm=limit)
+    updater.begin_step()
+    for block in _blocks(gradients):
+        updater.sink(block)
+    norm = updater.end_step()
+    assert norm is not None and abs(norm - true_norm) <= 1e-5 * true_norm
+    for key, value in lora.parameters().items():
+        moved = np.asarray(start[key] - value, np.float64)
+        want = np.asarray(gradients[key], np.float64) * min(1.0, limit / true_norm)
+        assert np.abs(moved - want).max() <= 1e-5, (key, seed)
+
+
+def test_gathering_adds_micro_batches(tmp_path: Path, seed: int) -> None:
+    lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
+    start = lora.parameters()
+    parts = [_gradients(lora, rng) for _ in range(3)]
+    updater = Updater(optim.SGD(1.0), lora, gather=True)
+    updater.begin_step()
+    for part in parts:
+        for block in _blocks(part):
+            updater.sink(block)
+    assert all(mx.array_equal(lora.parameters()[n], start[n]).item() for n in start)
+    updater.end_step()
+    for key, value in lora.parameters().items():
+        want = start[key] - (parts[0][key] + parts[1][key] + parts[2][key])
+        assert mx.abs(value - want).max().item() <= 1e-5, (key, seed)
+    assert updater.optimizer.step.item() == 1
