@@ -1,0 +1,241 @@
+"""Training data: rows of token ids with their labels, mapped from files that a child process has written.
+
+Nothing here imports the libraries that tokenize: `prepare` runs `mebp_mlx.tokenize_data` in a process of its
+own, unless its result for the same data, tokenizer and options is already in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mebp_mlx.errors import UserError
+from mebp_mlx.hub import SPLITS, cache_folder, resolve_data, run_child
+from mebp_mlx.tokenize_data import FILES, FORMAT_VERSION, read_meta
+
+NO_LABEL = -100
+_VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.tiktoken", "*.model", "tekken.json")
+_TOKENIZER_FILES = (
+    *_VOCABULARY_FILES,
+    "tokenizer*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "config.json",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to one length: int32 [B, T] tokens, and targets (-100: no label)."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    rows: tuple[str, ...]  # "train.jsonl:17" of each row
+    n_labels: int
+
+
+class TokenRows:
+    """The rows of one split, memory-mapped.
+
+    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that is labelled.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        def mapped(name: str) -> np.ndarray:
+            return np.asarray(np.memmap(folder / f"{split}.{name}", f"<{FILES[name]}", mode="r"))
+
+        self.name = f"{split}.jsonl"
+        self._tokens, self._offsets = mapped("tokens"), mapped("offsets")
+        self._label_starts, self._lines = mapped("label_starts"), mapped("lines")
+        self.lengths = np.diff(self._offsets).astype(np.int32)  # tokens of each row
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The rows with these indices, in this order, padded to the longest of them with token 0."""
+        shape = (len(indices), int(self.lengths[np.asarray(indices)].max()) - 1)
+        tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LABEL, np.int32)
+        n_labels = 0
+        for b, index in enumerate(indices):
+            row = self._tokens[self._offsets[index] : self._offsets[index + 1]]
+            first = max(int(self._label_starts[index]), 1)
+            tokens[b, : len(row) - 1] = row[:-1]
+            targets[b, first - 1 : len(row) - 1] = row[first:]
+            n_labels += len(row) - first
+        rows = tuple(f"{self.name}:{self._lines[index]}" for index in indices)
+        return Batch(tokens, targets, rows, n_labels)
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The splits of a data folder, and where their files are.
+
+    `counts[split]`: `rows`, `tokens`, `labels` that are kept; `n_read` rows in the file; `n_masked_rows`
+    skipped because no label is within the length limit; `n_overlong` truncated or dropped;
+    `n_prompt_differs` rows whose unlabelled tokens are not the template's prompt, so that labels may begin
+    some tokens too early or late (templates that rewrite an answer).
+    """
+
+    train: TokenRows
+    valid: TokenRows | None
+    test: TokenRows | None
+    counts: dict[str, dict[str, int]]
+    cache_dir: Path
+
+
+def prepare(
+    *,
+    data: str,
+    model_path: Path,
+    mask_prompt: bool,
+    max_seq_length: int,
+    overlong: str,
+    cache_dir: Path | None = None,
+) -> DataSets:
+    """The token rows of a data folder (or hub id, or "bundled") for the tokenizer in `model_path`.
+
+    `max_seq_length` counts the tokens of a row; `overlong` ("truncate", "drop", "error") is for longer ones.
+    Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
+    """
+    folder = resolve_data(data)
+    if max_seq_length < 2:
+        raise UserError(f"--max-seq-length: must be at least 2, got {max_seq_length}")
+    if overlong not in ("truncate", "drop", "error"):
+        raise UserError(f"--overlong: {overlong!r} is not one of truncate, drop, error")
+    options = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "overlong": overlong}
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
+    try:
+        hashes = {split: _sha256(path) for split, path in files.items()}
+        key = _cache_key(hashes, _tokenizer_hashes(model_path), options)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    out = _made(cache_dir or cache_folder()) / key
+    meta = read_meta(out)
+    if meta is None:
+        request = {
+            **options,
+            "model_path": str(model_path),
+            "out": str(out),
+            "files": {split: [str(path), hashes[split]] for split, path in files.items()},
+        }
+        with _progress_line() as show:
+            run_child(["mebp_mlx.tokenize_data"], request, offline=True, on_progress=show)
+        meta = read_meta(out)
+        if meta is None:
+            raise UserError(f"{out}: the token cache was damaged while it was made")
+    rows = {split: TokenRows(out, split) for split in meta["splits"]}
+    return DataSets(rows["train"], rows.get("valid"), rows.get("test"), meta["splits"], out)
+
+
+# Batches
+
+
+def n_batches_per_epoch(rows: TokenRows, batch_size: int) -> int:
+    """Batches in one pass over the rows; the last row's batch may be smaller than `batch_size`."""
+    return -(-len(rows) // batch_size)
+
+
+def batches(rows: TokenRows, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless batches of rows of similar length, from batch number `start` on.
+
+    Every epoch has every row once, in an order that depends on (seed, epoch) alone. `seed` and `start` >= 0.
+    """
+    epoch, done = divmod(start, n_batches_per_epoch(rows, batch_size))
+    while True:
+        for indices in _epoch(rows.lengths, batch_size, seed, epoch)[done:]:
+            yield rows.batch(indices)
+        epoch, done = epoch + 1, 0
+
+
+def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    starts = random.permutation(-(-len(order) // batch_size)) * batch_size
+    return [order[start : start + batch_size] for start in starts]
+
+
+def eval_batches(rows: TokenRows, batch_size: int, limit: int) -> Iterator[Batch]:
+    """The first `limit` batches in the order of the file (-1: all of them), the same ones every time."""
+    total = n_batches_per_epoch(rows, batch_size)
+    for number in range(total if limit < 0 else min(limit, total)):
+        yield rows.batch(np.arange(number * batch_size, min((number + 1) * batch_size, len(rows))))
+
+
+# Cache
+
+
+def _made(cache: Path) -> Path:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: {error.strerror}; $MEBP_CACHE_DIR can name another cache folder"
+        ) from error
+    return cache.absolute()
+
+
+def _cache_key(files: dict[str, str], tokenizer: dict[str, str], options: dict[str, Any]) -> str:
+    try:
+        versions = {
+            name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "mlx-lm")
+        }
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"tokenizing needs {error.name}: pip install mlx-lm") from error
+    parts = {
+        "format": FORMAT_VERSION,
+        "files": files,
+        "tokenizer": tokenizer,
+        "versions": versions,
+        **options,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
+    if not any(any(model_path.glob(pattern)) for pattern in _VOCABULARY_FILES):
+        raise UserError(
+            f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)"
+        )
+    paths = {path for pattern in _TOKENIZER_FILES for path in model_path.glob(pattern) if path.is_file()}
+    return {path.relative_to(model_path).as_posix(): _sha256(path) for path in paths}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 18):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _progress_line() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Shows the child's progress on one line of stderr, wiped at the end, if stderr is a terminal."""
+    shown = False
+
+    def show(state: dict[str, Any]) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            text = f"tokenizing {state['file']}: {state['rows']:,} rows, {state['fraction']:.0%}"
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            shown = True
+
+    try:
+        yield show
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

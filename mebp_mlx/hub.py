@@ -1,0 +1,348 @@
+"""Models and data by name, and the child processes in which the Hugging Face libraries run.
+
+The training process imports neither transformers nor huggingface_hub: `run_child` starts a module of this
+package in a process of its own, `answer` is the other end. `python -m mebp_mlx.hub` is the child that
+downloads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mebp_mlx.errors import UserError
+
+# The same files as mlx-lm asks for, so that each finds the other's download complete; no *.py is ever run.
+MODEL_PATTERNS = (
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+)
+SPLITS = ("train", "valid", "test")
+DATA_PATTERNS = tuple(f"{folder}{split}.jsonl" for folder in ("", "data/") for split in SPLITS)
+ROW_KEYS = ("text", "prompt", "completion", "messages", "tools")
+SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ChildFailure(RuntimeError):
+    """A child process ended without an answer; the message has its exit status and the tail of its stderr."""
+
+
+def one_line(error: object, limit: int = 400) -> str:
+    """The text of an exception on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def cache_folder() -> Path:
+    """$MEBP_CACHE_DIR, or `mebp_mlx/tokens` in the user's cache folder of this platform."""
+    if chosen := os.environ.get("MEBP_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mebp_mlx" / "tokens"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mebp_mlx" / "tokens"
+
+
+# Child processes
+
+
+def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment |= {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if offline:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if quiet:
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    root = Path(__file__).resolve().parent.parent
+    if root.name not in (
+        "site-packages",
+        "dist-packages",
+    ):  # a checkout: the child must find the same package
+        old = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{old}{os.pathsep}{root}" if old else str(root)
+    return environment
+
+
+def run_child(
+    arguments: Sequence[str],
+    request: dict[str, Any] | None = None,
+    *,
+    offline: bool,
+    pass_stderr: bool = False,
+    on_progress: Callable[[Any], None] | None = None,
+    timeout_s: float | None = None,
+) -> dict[str, Any]:
+    """Run `python -m ARGUMENTS`, hand it `request` as JSON on stdin, and return the JSON object it answers.
+
+    A line {"progress": ...} goes to `on_progress`. Raises UserError with the child's own message if the child
+    raised one, KeyboardInterrupt if it was interrupted, TimeoutError, and ChildFailure for everything else.
+    """
+    reply: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if pass_stderr else errors,
+            env=_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
+        )
+        assert process.stdin is not None and process.stdout is not None
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s or 0, expire)
+        timer.daemon = True
+        if timeout_s is not None:
+            timer.start()
+        try:
+            try:
+                process.stdin.write(json.dumps(request or {}).encode())
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it died before it read: its exit status tells
+            for line in process.stdout:
+                if not line.startswith(b"{"):
+                    continue  # what a start-up hook prints before `answer` takes stdout for itself
+                message = json.loads(line)
+                if "progress" not in message:
+                    reply = message
+                elif on_progress is not None:
+                    on_progress(message["progress"])
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+        finally:
+            timer.cancel()
+            process.stdout.close()
+        if "error" in reply:
+            raise UserError(reply["error"])
+        if status == 0 and reply:
+            return reply
+        if expired.is_set():
+            raise TimeoutError(f"python -m {arguments[0]} took more than {timeout_s:g} s")
+        if status == 130:
+            raise KeyboardInterrupt
+        errors.seek(0, os.SEEK_END)
+        errors.seek(max(errors.tell() - 2000, 0))
+        tail = errors.read().decode(errors="replace").strip()
+        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise ChildFailure(f"python -m {arguments[0]} failed ({cause})" + (f": {tail}" if tail else ""))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask a child to clean up and end; kill it if it does not within two seconds."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any]]) -> NoReturn:
+    """The child's side of `run_child`: sends what `work(request, progress)` returns, or its UserError; exits.
+
+    The request is the first argument if there is one, otherwise stdin. What libraries print goes to stderr.
+    """
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    status = 0
+    try:
+        request = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read())
+        send(work(request, lambda state: send({"progress": state})))
+    except UserError as error:
+        send({"error": str(error)})
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 1  # the parent is gone
+    sys.exit(status)
+
+
+# Names to folders
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: `name` is "bundled", a local folder, or a hub id (downloaded to its cache).
+
+    Raises UserError naming --model when there is no such folder or model, or it lacks config.json or weights.
+    """
+    if name == "bundled":
+        from mebp_mlx import bundled
+
+        return _checked_model(Path(bundled.MODEL_DIR), name)
+    folder = Path(name).expanduser()
+    if not name or not folder.exists():
+        folder = Path(_from_hub(name, flag="--model", kind="model", patterns=MODEL_PATTERNS))
+    return _checked_model(folder, name)
+
+
+def resolve_data(name: str) -> Path:
+    """The folder that holds train.jsonl: `name` is "bundled", a local folder, or the hub id of a dataset.
+
+    A dataset without JSONL files is converted through the optional `datasets` library.
+    Raises UserError naming --data.
+    """
+    if name == "bundled":
+        from mebp_mlx import bundled
+
+        return Path(bundled.DATA_DIR)
+    folder = Path(name).expanduser()
+    if not name or not folder.exists():
+        return Path(_from_hub(name, flag="--data", kind="dataset", patterns=DATA_PATTERNS))
+    if not folder.is_dir():
+        raise UserError(f"--data {name}: is a file; name the folder that holds train.jsonl")
+    if not (folder / "train.jsonl").is_file():
+        raise UserError(f"--data {name}: the folder holds no train.jsonl")
+    return folder
+
+
+def _checked_model(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"--model {name}: is a file; name the folder that holds config.json and the weights")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {name}: the folder {folder} holds no config.json")
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(f"--model {name}: the folder {folder} holds no weights (model*.safetensors)")
+    return folder
+
+
+def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> str:
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{flag} {name}: no such folder, and not the name of a {kind} on the hub (org/name)")
+    request = {
+        "name": name,
+        "flag": flag,
+        "kind": kind,
+        "patterns": list(patterns),
+        "cache": str(cache_folder()),
+    }
+    try:
+        return run_child(["mebp_mlx.hub"], request, offline=False, pass_stderr=True)["folder"]
+    except ChildFailure as error:
+        raise UserError(f"{flag} {name}: the download failed: {one_line(error)}") from error
+
+
+# The child that downloads
+
+
+def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict[str, Any]:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise UserError(
+            f"the hub needs huggingface_hub: pip install huggingface_hub ({one_line(error)})"
+        ) from error
+    name, kind, where = request["name"], request["kind"], f"{request['flag']} {request['name']}"
+    folder, problem = None, f"{where}: the dataset holds no train.jsonl"
+    try:
+        folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=request["patterns"]))
+    except GatedRepoError as error:
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+        raise UserError(f"{where}: is gated: accept its terms at {page}, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{where}: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        problem = f"{where}: no such folder, not complete in the hub's cache, and the hub cannot be reached"
+        if kind == "model":
+            raise UserError(problem) from error
+    except Exception as error:
+        raise UserError(
+            f"{where}: cannot be downloaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if kind == "model":
+        return {"folder": str(folder)}
+    for candidate in (folder, folder / "data") if folder is not None else ():
+        if (candidate / "train.jsonl").is_file():
+            return {"folder": str(candidate)}
+    return {"folder": str(_convert_dataset(name, where, problem, Path(request["cache"]) / "datasets"))}
+
+
+def _convert_dataset(name: str, where: str, problem: str, cache: Path) -> Path:
+    """Write the splits of a dataset of any format as JSONL, streamed; the folder gets its name when done."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        remedy = "`pip install datasets` to have other formats converted, or give a folder with train.jsonl"
+        raise UserError(f"{problem}: {remedy}") from error
+    try:
+        splits = load_dataset(name)
+    except Exception as error:
+        raise UserError(f"{where}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    chosen: dict[str, Any] = {}
+    for split, rows in splits.items():
+        if split in SPLIT_NAMES:
+            chosen.setdefault(SPLIT_NAMES[split], rows)
+    if "train" not in chosen:
+        raise UserError(f"{where}: has no split named train (its splits: {', '.join(splits)})")
+    columns = chosen["train"].column_names
+    if not {"text", "messages"} & set(columns) and not {"prompt", "completion"} <= set(columns):
+        known = "text, messages, or prompt and completion"
+        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(columns)})")
+    state = json.dumps(
+        {split: getattr(rows, "_fingerprint", uuid.uuid4().hex) for split, rows in chosen.items()}
+    )
+    folder = cache / f"{name.replace('/', '--')}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    if (folder / "train.jsonl").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        for split, rows in chosen.items():
+            with open(made / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                kept = (_without_nulls({key: row.get(key) for key in ROW_KEYS}) for row in rows)
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not (folder / "train.jsonl").is_file():  # not another process that was faster
+                raise
+    return folder
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columns have one type for all rows: what a row does not have is null there, and absent in JSONL."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    answer(_download)

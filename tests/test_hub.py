@@ -1,0 +1,344 @@
+"""Names to folders through the real huggingface_hub code (a cache, a small hub on localhost), and child processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import mebp_mlx
+from mebp_mlx import hub
+from mebp_mlx.errors import UserError
+from mebp_mlx.hub import ChildFailure, resolve_data, resolve_model, run_child
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL_FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "pytorch_model.bin": "no"}
+
+
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def message(function: Any, name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        function(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Folders
+
+
+def test_local_models(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "model", MODEL_FILES)
+    assert resolve_model(str(folder)) == folder
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert resolve_model(str(folder)) == folder
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "adapters.safetensors")
+    assert message(resolve_model, str(folder)).startswith(f"--model {folder}: ")
+    assert "holds no weights" in message(resolve_model, str(folder))
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in message(resolve_model, str(folder))
+    assert "is a file" in message(resolve_model, str(folder / "tokenizer.json"))
+
+
+def test_local_data(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "data", {"train.jsonl": "{}"})
+    assert resolve_data(str(folder)) == folder
+    assert message(resolve_data, str(tmp_path)) == f"--data {tmp_path}: the folder holds no train.jsonl"
+    assert "is a file" in message(resolve_data, str(folder / "train.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["", "no-slash", "/no/such/folder", "./no/such", "a/b/c", "org/..", "org/a b", "org/"])
+def test_what_is_neither_a_folder_nor_a_hub_name(name: str) -> None:
+    assert message(resolve_model, name).startswith(f"--model {name}: no such folder, and not the name of a model")
+    assert message(resolve_data, name).startswith(f"--data {name}: no such folder, and not the name of a dataset")
+
+
+def test_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled: Any = types.ModuleType("mebp_mlx.bundled")
+    bundled.MODEL_DIR = write_files(tmp_path / "model", MODEL_FILES)
+    bundled.DATA_DIR = write_files(tmp_path / "data", {"train.jsonl": ""})
+    monkeypatch.setitem(sys.modules, "mebp_mlx.bundled", bundled)
+    monkeypatch.setattr(mebp_mlx, "bundled", bundled, raising=False)
+    assert resolve_model("bundled") == bundled.MODEL_DIR
+    assert resolve_data("bundled") == bundled.DATA_DIR
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("MEBP_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = {"linux": ".cache/mebp_mlx/tokens", "darwin": "Library/Caches/mebp_mlx/tokens"}
+    for platform, folder in expected.items():
+        monkeypatch.setattr(sys, "platform", platform)
+        assert hub.cache_folder() == tmp_path / folder
+    monkeypatch.setenv("MEBP_CACHE_DIR", "~/mine")
+    assert hub.cache_folder() == tmp_path / "mine"
+
+
+# The hub
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no way out of this machine."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MEBP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for variable in ("HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "hf" / "hub"
+
+
+def cached(home: Path, repository: str, files: dict[str, str]) -> Path:
+    write_files(home / repository, {"refs/main": COMMIT})
+    return write_files(home / repository / "snapshots" / COMMIT, files)
+
+
+def test_a_cached_model_and_dataset_are_found_offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cached(home, "models--org--name", MODEL_FILES)
+    incomplete = cached(home, "models--org--half", {"config.json": "{}"})
+    data = cached(home, "datasets--org--rows", {"data/train.jsonl": "{}"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve_model("org/name") == model
+    assert resolve_data("org/rows") == data / "data"
+    assert message(resolve_model, "org/half") == f"--model org/half: the folder {incomplete} holds no weights " \
+        "(model*.safetensors)"  # fmt: skip
+
+
+def test_neither_cached_nor_reachable(home: Path) -> None:
+    expected = "org/name: no such folder, not complete in the hub's cache, and the hub cannot be reached"
+    assert message(resolve_model, "org/name") == f"--model {expected}"
+    assert message(resolve_data, "org/name").startswith(f"--data {expected}: `pip install datasets`")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: one model, one dataset, a gated model."""
+
+    files = MODEL_FILES | {"train.jsonl": '{"text": "a"}\n', "valid.jsonl": "{}", "other.jsonl": "x", "a.parquet": "x"}
+    asked: list[str] = []  # noqa: RUF012  (of one test)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if "org/name" not in path:
+            gated = "org/gated" in path
+            self.reply(403 if gated else 404, X_Error_Code="GatedRepo" if gated else "RepoNotFound")
+        elif path.startswith("/api/") and "/tree/" in path:
+            entries = [{"type": "file", "path": name, "size": len(text), "oid": hashlib.sha1(text.encode()).hexdigest()}
+                       for name, text in self.files.items()]  # fmt: skip
+            self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
+        elif path.startswith("/api/"):
+            info = {"id": "org/name", "sha": COMMIT, "siblings": [], "private": False, "tags": [], "downloads": 0}
+            self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
+        else:
+            name = path.rpartition("/")[2]
+            self.asked.append(name)
+            body = self.files[name].encode()
+            etag = f'"{hashlib.sha1(body).hexdigest()}"'
+            self.reply(200, body, ETag=etag, X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def small_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    Hub.asked = []
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_downloads(small_hub: type[Hub], capfd: pytest.CaptureFixture[str]) -> None:
+    folder = resolve_model("org/name")
+    assert {path.name for path in folder.iterdir()} == set(Hub.files) - {"pytorch_model.bin", "a.parquet"}
+    assert (folder / "model.safetensors").read_text() == "weights"
+    small_hub.asked.clear()
+    folder = resolve_data("org/name")
+    assert {path.name for path in folder.iterdir()} == {"train.jsonl", "valid.jsonl"} == set(small_hub.asked)
+    for resolve, flag, kind in ((resolve_model, "--model", "model"), (resolve_data, "--data", "dataset")):
+        assert message(resolve, "org/none") == (
+            f"{flag} org/none: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"
+        )
+    assert message(resolve_model, "org/gated").startswith("--model org/gated: is gated: accept its terms at https://")
+    assert "\r" not in capfd.readouterr().err, "progress bars where stderr is not a terminal"
+
+
+# Datasets of other formats
+
+FAKE_DATASETS = """
+class Split(list):
+    column_names = list(COLUMNS)
+    _fingerprint = "f"
+
+def load_dataset(name):
+    if name == "org/broken":
+        raise ValueError("Config name is missing.\\nPick one.")
+    rows = [dict(zip(COLUMNS, values)) for values in VALUES]
+    return {SPLIT: Split(rows), "validation": Split(rows[:1]), "extra": Split(rows)}
+"""
+
+
+def library(columns: tuple[str, ...], values: list[Any], split: str = "train") -> str:
+    """The source of a stand-in for the `datasets` library."""
+    return f"COLUMNS, VALUES, SPLIT = {columns!r}, {values!r}, {split!r}\n{FAKE_DATASETS}"
+
+
+def test_other_formats_are_converted_by_the_datasets_library(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(home, "datasets--org--rows", {"README.md": ""})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    expected = "--data org/rows: the dataset holds no train.jsonl: `pip install datasets`"
+    assert message(resolve_data, "org/rows").startswith(expected)
+
+    turns = [{"role": "user", "content": "é", "tool_calls": None}]
+    values = [(1, turns, None), (2, turns, [{"name": "f", "default": None}])]
+    write_files(tmp_path / "fake", {"datasets.py": library(("id", "messages", "tools"), values)})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    folder = resolve_data("org/rows")
+    assert folder.is_relative_to(tmp_path / "cache") and resolve_data("org/rows") == folder
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    said = {"messages": [{"role": "user", "content": "é"}]}
+    assert rows == [said, said | {"tools": [{"name": "f"}]}]
+    assert len((folder / "valid.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["train.jsonl", "valid.jsonl"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        ("org/rows", library(("sentence", "label"), [("a", 1)]),
+         "no column named text, messages, or prompt and completion (its columns: sentence, label)"),
+        ("org/rows", library(("text",), [("a",)], split="everything"),
+         "has no split named train (its splits: everything, validation, extra)"),
+        ("org/broken", library(("text",), [("a",)]), "cannot be loaded: ValueError: Config name is missing. Pick one."),
+    ],
+)  # fmt: skip
+def test_datasets_that_cannot_be_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, expected: str
+) -> None:
+    datasets = types.ModuleType("datasets")
+    exec(source, datasets.__dict__)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    with pytest.raises(UserError) as caught:
+        hub._convert_dataset(name, f"--data {name}", "", tmp_path / "cache")
+    assert str(caught.value) == f"--data {name}: {expected}"
+
+
+# Child processes
+
+CHILD = """
+import os, sys, time
+print("printed before", flush=True)
+from mebp_mlx.errors import UserError
+from mebp_mlx.hub import answer
+
+def work(request, progress):
+    print("what libraries print", file=sys.stderr)
+    os.write(1, b"and on stdout\\n")
+    if request.get("wrong"):
+        raise UserError("--flag: is wrong")
+    if request.get("crash"):
+        raise RuntimeError("deep inside")
+    if request.get("signal"):
+        os.kill(os.getpid(), request["signal"])
+    if request.get("sleep"):
+        try:
+            progress("asleep")
+            time.sleep(60)
+        except KeyboardInterrupt:
+            open(request["sleep"], "w").close()
+            raise
+    progress(1)
+    progress({"two": 2})
+    return {"offline": os.environ.get("HF_HUB_OFFLINE"), **request}
+
+answer(work)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    write_files(tmp_path, {"a_child.py": CHILD})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return ["a_child"]
+
+
+def test_a_child_answers_and_reports_progress(child: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    states: list[Any] = []
+    reply = run_child(child, {"text": "é\n"}, offline=True, on_progress=states.append)
+    assert reply == {"offline": "1", "text": "é\n"} and states == [1, {"two": 2}]
+    assert run_child(child, {}, offline=False) == {"offline": None}
+    assert capfd.readouterr() == ("", "")
+    run_child(child, {}, offline=True, pass_stderr=True)
+    assert capfd.readouterr() == ("", "what libraries print\nand on stdout\n")
+
+
+def test_how_children_fail(child: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--flag: is wrong$"):
+        run_child(child, {"wrong": True}, offline=True)
+    with pytest.raises(ChildFailure, match=r"(?s)python -m a_child failed \(exit status 1\): .*deep inside"):
+        run_child(child, {"crash": True}, offline=True)
+    with pytest.raises(ChildFailure, match=rf"killed by signal {signal.SIGKILL:d}"):
+        run_child(child, {"signal": signal.SIGKILL}, offline=True)
+    with pytest.raises(KeyboardInterrupt):
+        run_child(child, {"signal": signal.SIGINT}, offline=True)
+    with pytest.raises(ChildFailure, match="No module named no_such_child"):
+        run_child(["no_such_child"], {"long": "x" * 1_000_000}, offline=True)
+    with pytest.raises(TimeoutError, match=r"a_child took more than 0\.5 s"):
+        run_child(child, {"sleep": str(tmp_path / "never")}, offline=True, timeout_s=0.5)
+
+
+def test_an_interrupted_parent_lets_its_child_clean_up(child: list[str], tmp_path: Path) -> None:
+    def interrupt(_state: Any) -> None:
+        raise KeyboardInterrupt
+
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_child(child, {"sleep": str(tmp_path / "cleaned")}, offline=True, on_progress=interrupt)
+    assert (tmp_path / "cleaned").exists() and time.monotonic() - started_s < 30
+
+
+def test_a_request_may_be_an_argument(child: list[str]) -> None:
+    root = str(Path(hub.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], root])}
+    command = [sys.executable, "-m", *child]
+    for request, status in (({"a": 1}, 0), ({"wrong": True}, 2)):
+        done = subprocess.run([*command, json.dumps(request)], env=environment, capture_output=True, text=True)
+        assert done.returncode == status
+        assert json.loads(done.stdout.splitlines()[-1]).keys() <= {"a", "offline", "error"}
