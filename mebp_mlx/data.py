@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import SPLITS, cache_folder, resolve_data, run_child
+from mebp_mlx.hub import SPLITS, cache_folder, resolve_data
+from mebp_mlx.runtime.child import run_child
 from mebp_mlx.tokenize_data import FILES, FORMAT_VERSION, read_meta
 
 NO_LABEL = -100

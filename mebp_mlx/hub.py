@@ -1,8 +1,6 @@
-"""Models and data by name, and the child processes in which the Hugging Face libraries run.
+"""Models and data by name: a folder, "bundled", or a hub id.
 
-The training process imports neither transformers nor huggingface_hub: `run_child` starts a module of this
-package in a process of its own, `answer` is the other end. `python -m mebp_mlx.hub` is the child that
-downloads.
+The training process does not import huggingface_hub: `python -m mebp_mlx.hub` is the child that downloads.
 """
 
 from __future__ import annotations
@@ -11,17 +9,15 @@ import hashlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mebp_mlx.errors import UserError
+from mebp_mlx.runtime.child import ChildFailure, answer, one_line, run_child
 
 # The same files as mlx-lm asks for, so that each finds the other's download complete; no *.py is ever run.
 MODEL_PATTERNS = (
@@ -42,16 +38,6 @@ SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev":
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class ChildFailure(RuntimeError):
-    """A child process ended without an answer; the message has its exit status and the tail of its stderr."""
-
-
-def one_line(error: object, limit: int = 400) -> str:
-    """The text of an exception on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 def cache_folder() -> Path:
     """$MEBP_CACHE_DIR, or `mebp_mlx/tokens` in the user's cache folder of this platform."""
     if chosen := os.environ.get("MEBP_CACHE_DIR"):
@@ -60,136 +46,6 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "mebp_mlx" / "tokens"
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "mebp_mlx" / "tokens"
-
-
-# Child processes
-
-
-def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment |= {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    if offline:
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if quiet:
-        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    root = Path(__file__).resolve().parent.parent
-    if root.name not in (
-        "site-packages",
-        "dist-packages",
-    ):  # a checkout: the child must find the same package
-        old = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{old}{os.pathsep}{root}" if old else str(root)
-    return environment
-
-
-def run_child(
-    arguments: Sequence[str],
-    request: dict[str, Any] | None = None,
-    *,
-    offline: bool,
-    pass_stderr: bool = False,
-    on_progress: Callable[[Any], None] | None = None,
-    timeout_s: float | None = None,
-) -> dict[str, Any]:
-    """Run `python -m ARGUMENTS`, hand it `request` as JSON on stdin, and return the JSON object it answers.
-
-    A line {"progress": ...} goes to `on_progress`. Raises UserError with the child's own message if the child
-    raised one, KeyboardInterrupt if it was interrupted, TimeoutError, and ChildFailure for everything else.
-    """
-    reply: dict[str, Any] = {}
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if pass_stderr else errors,
-            env=_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
-        )
-        assert process.stdin is not None and process.stdout is not None
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s or 0, expire)
-        timer.daemon = True
-        if timeout_s is not None:
-            timer.start()
-        try:
-            try:
-                process.stdin.write(json.dumps(request or {}).encode())
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died before it read: its exit status tells
-            for line in process.stdout:
-                if not line.startswith(b"{"):
-                    continue  # what a start-up hook prints before `answer` takes stdout for itself
-                message = json.loads(line)
-                if "progress" not in message:
-                    reply = message
-                elif on_progress is not None:
-                    on_progress(message["progress"])
-            status = process.wait()
-        except BaseException:
-            _stop(process)
-            raise
-        finally:
-            timer.cancel()
-            process.stdout.close()
-        if "error" in reply:
-            raise UserError(reply["error"])
-        if status == 0 and reply:
-            return reply
-        if expired.is_set():
-            raise TimeoutError(f"python -m {arguments[0]} took more than {timeout_s:g} s")
-        if status == 130:
-            raise KeyboardInterrupt
-        errors.seek(0, os.SEEK_END)
-        errors.seek(max(errors.tell() - 2000, 0))
-        tail = errors.read().decode(errors="replace").strip()
-        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        raise ChildFailure(f"python -m {arguments[0]} failed ({cause})" + (f": {tail}" if tail else ""))
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a child to clean up and end; kill it if it does not within two seconds."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any]]) -> NoReturn:
-    """The child's side of `run_child`: sends what `work(request, progress)` returns, or its UserError; exits.
-
-    The request is the first argument if there is one, otherwise stdin. What libraries print goes to stderr.
-    """
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    status = 0
-    try:
-        request = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read())
-        send(work(request, lambda state: send({"progress": state})))
-    except UserError as error:
-        send({"error": str(error)})
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        status = 1  # the parent is gone
-    sys.exit(status)
 
 
 # Names to folders
@@ -272,8 +128,7 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
     try:
         folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=request["patterns"]))
     except GatedRepoError as error:
-        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-        raise UserError(f"{where}: is gated: accept its terms at {page}, then `hf auth login`") from error
+        raise UserError(f"{where}: is gated: accept its terms on its page of the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{where}: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import ChildFailure, answer, one_line, resolve_model, run_child
+from mebp_mlx.hub import resolve_model
+from mebp_mlx.runtime.child import ChildFailure, answer, one_line, run_child
 
 PROG = "python -m mebp_mlx.sample"
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import SPLITS, answer, one_line
+from mebp_mlx.hub import SPLITS
+from mebp_mlx.runtime.child import answer, one_line
 
 FORMAT_VERSION = 1
 # Of each split: the rows' tokens one after another, where each row starts (one entry more than rows), the

@@ -22,7 +22,8 @@ import pytest
 import mebp_mlx
 from mebp_mlx import hub
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import ChildFailure, resolve_data, resolve_model, run_child
+from mebp_mlx.hub import resolve_data, resolve_model
+from mebp_mlx.runtime.child import ChildFailure, run_child
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL_FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "pytorch_model.bin": "no"}
@@ -192,7 +193,7 @@ def test_downloads(small_hub: type[Hub], capfd: pytest.CaptureFixture[str]) -> N
         assert message(resolve, "org/none") == (
             f"{flag} org/none: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"
         )
-    assert message(resolve_model, "org/gated").startswith("--model org/gated: is gated: accept its terms at https://")
+    assert message(resolve_model, "org/gated").startswith("--model org/gated: is gated: accept its terms on its page of the hub")
     assert "\r" not in capfd.readouterr().err, "progress bars where stderr is not a terminal"
 
 
@@ -265,7 +266,7 @@ CHILD = """
 import os, sys, time
 print("printed before", flush=True)
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import answer
+from mebp_mlx.runtime.child import answer
 
 def work(request, progress):
     print("what libraries print", file=sys.stderr)
