@@ -40,7 +40,7 @@ def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_reported_before_anything_runs(tmp_path: Path) -> None:
     free_bytes = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
-    with pytest.raises(UserError, match="--arena-dir.*no room"):
+    with pytest.raises(UserError, match=r"--arena-dir.*no room"):
         Arena(2 * free_bytes + (1 << 40), tmp_path)
     assert os.listdir(tmp_path) == []
 

@@ -56,7 +56,7 @@ def test_packing_must_agree_with_the_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name} is said to have 4 bits in groups of 64.*groups of 32"):
         mebp_mlx.open_model(folder)
     _change(folder, quantization={**quantization, "mode": "nvfp4"})
-    with pytest.raises(UserError, match="'nvfp4'.*not supported"):
+    with pytest.raises(UserError, match=r"'nvfp4'.*not supported"):
         mebp_mlx.open_model(folder)
 
 

@@ -14,11 +14,11 @@ import mebp_mlx
 from mebp_mlx.engine.update import Updater
 from tests.tiny import CONFIGS, randomize_lora, write_model
 
-_DECAY = optim.cosine_decay(1e-2, 20)
+_SCHEDULE = optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), optim.cosine_decay(1e-2, 20)], [4])
 OPTIMIZERS = {
     "sgd": lambda: optim.SGD(1e-2, momentum=0.9),
     "adam": lambda: optim.Adam(1e-2, bias_correction=True),
-    "adamw with a schedule": lambda: optim.AdamW(optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), _DECAY], [4])),
+    "adamw with a schedule": lambda: optim.AdamW(_SCHEDULE),
     "lion": lambda: optim.Lion(1e-3),
     "muon": lambda: optim.Muon(1e-2),
     "adafactor": lambda: optim.Adafactor(1e-2, relative_step=False, scale_parameter=False),

@@ -8,8 +8,9 @@ gradients as soon as they are complete, before the next block is touched.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np

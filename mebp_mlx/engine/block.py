@@ -128,7 +128,7 @@ class _Run:
             self._attention_backward(stage, g, wanted)
         else:
             assert stage.vjp is not None
-            for name, cotangent in zip(stage.inputs, stage.vjp(self.norms, self.values, g)):
+            for name, cotangent in zip(stage.inputs, stage.vjp(self.norms, self.values, g), strict=True):
                 if name in wanted:
                     self._add(name, cotangent)
         mx.eval(self.cotangents)
@@ -187,7 +187,9 @@ class _Run:
         for start, stop in self._query_blocks(q.shape[1]):
             first, last = key_range(layer, start, stop)
 
-            def block(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+            def block(
+                q: mx.array, keys: mx.array, values: mx.array, start: int = start, first: int = first
+            ) -> mx.array:
                 queries = split_heads(spec, layer, q, self.norms.get("q_norm"), start)
                 return attend(spec, layer, queries, keys, values, start, first)
 

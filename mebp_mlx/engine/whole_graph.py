@@ -29,7 +29,9 @@ class WholeGraphEngine:
     lets checkpointing free memory early); False evaluates them all at once.
     """
 
-    def __init__(self, model: Model, lora: Lora, *, seed: int = 0, checkpoint: bool = True, last_block_first: bool = True):
+    def __init__(
+        self, model: Model, lora: Lora, *, seed: int = 0, checkpoint: bool = True, last_block_first: bool = True
+    ):
         self.model, self.lora, self.seed = model, lora, seed
         self.checkpoint, self.last_block_first = checkpoint, last_block_first
         self.stages = block_stages(model.spec)
@@ -45,8 +47,9 @@ class WholeGraphEngine:
             return self._loss_sum(parameters, batch, (self.seed, step, micro)) / max(n_labels, 1)
 
         loss, gradients = mx.value_and_grad(loss_fn)(parameters)
-        if not math.isfinite(loss.item()):
-            raise NonFiniteLoss(f"loss is {loss.item()}")
+        loss_value = float(loss.item())
+        if not math.isfinite(loss_value):
+            raise NonFiniteLoss(f"loss is {loss_value}")
         if not self.last_block_first:
             mx.eval(gradients)
         for layer in reversed(self.model.spec.layers):
@@ -54,12 +57,12 @@ class WholeGraphEngine:
             mx.eval(own)
             if own:
                 sink(own)
-        return loss.item()
+        return loss_value
 
     def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
         """(sum of the labelled tokens' losses, their number), without dropout."""
         total = self._loss_sum(self.lora.parameters(), batch, None)
-        return total.item(), int((batch.targets != -100).sum())
+        return float(total.item()), int((batch.targets != -100).sum())
 
     def close(self) -> None:
         """Nothing is held."""

@@ -9,8 +9,8 @@ which are recomputed is the engine's business; a stage only says what its backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import mlx.core as mx
 

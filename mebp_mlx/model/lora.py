@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from typing import Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -85,7 +86,8 @@ def init_lora(
     chosen = tuple(PROJECTIONS.values()) if keys is None else tuple(dict.fromkeys(keys))
     unknown = [key for key in chosen if key not in PROJECTIONS.values()]
     if unknown or not chosen:
-        raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; LoRA goes on: {', '.join(PROJECTIONS.values())}")
+        known = ", ".join(PROJECTIONS.values())
+        raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; LoRA goes on: {known}")
     if rank < 1:
         raise UserError(f"--rank: must be at least 1, found {rank}")
     if not 0 <= dropout < 1:

@@ -325,10 +325,10 @@ class _Tensors:
             self._expect(f"{name}.biases", (out_dims, in_dims // group_size))
         if bits not in (2, 3, 4, 5, 6, 8) or not group_size or in_dims % group_size:
             raise UserError(f"{name}: {bits} bits in groups of {group_size} over {in_dims} inputs cannot be unpacked")
-        if isinstance(own, dict) and "bits" in own and own is not said:
-            if (own["bits"], own.get("group_size", group_size)) != (bits, group_size):
-                raise UserError(
-                    f"{self.where}: {name} is said to have {own['bits']} bits in groups of {own.get('group_size')}, "
-                    f"but its shapes give {bits} bits in groups of {group_size}"
-                )
+        named = isinstance(own, dict) and own is not said and "bits" in own
+        if named and (own["bits"], own.get("group_size", group_size)) != (bits, group_size):
+            raise UserError(
+                f"{self.where}: {name} is said to have {own['bits']} bits in groups of {own.get('group_size')}, "
+                f"but its shapes give {bits} bits in groups of {group_size}"
+            )
         return Quantization(bits, group_size, mode)
