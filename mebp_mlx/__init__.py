@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 load_blas()
 
-__version__ = "0.1.0"
+__version__: str = "0.1.0"
 __all__ = [
     "BudgetError",
     "NonFiniteLoss",

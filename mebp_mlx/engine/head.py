@@ -44,7 +44,7 @@ def run(model: Model, plan: Plan, x: mx.array, targets: np.ndarray, want_dx: boo
         mx.eval(state)
     target_rows = model.gather(spec.head, targets.reshape(-1)[labelled])
     losses, dh = one_pass.finish(state, h, target_rows)
-    loss_sum = float(losses.sum().item())
+    loss_sum = float(np.asarray(losses.sum()))
     if dh is None:
         return HeadResult(loss_sum, n_labels, None)
     cotangent = (dh * weight).astype(h.dtype)

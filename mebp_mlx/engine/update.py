@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..model.lora import Lora
 
@@ -51,7 +52,7 @@ class Updater:
         norm = None
         if self.gather:
             if self.max_grad_norm is not None:
-                norm = math.sqrt(sum(float(mx.square(g).sum().item()) for g in self._gathered.values()))
+                norm = math.sqrt(sum(float(np.asarray(mx.square(g).sum())) for g in self._gathered.values()))
                 if norm > self.max_grad_norm:
                     factor = self.max_grad_norm / norm
                     self._gathered = {name: g * factor for name, g in self._gathered.items()}

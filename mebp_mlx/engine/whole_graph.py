@@ -47,7 +47,7 @@ class WholeGraphEngine:
             return self._loss_sum(parameters, batch, (self.seed, step, micro)) / max(n_labels, 1)
 
         loss, gradients = mx.value_and_grad(loss_fn)(parameters)
-        loss_value = float(loss.item())
+        loss_value = float(np.asarray(loss))
         if not math.isfinite(loss_value):
             raise NonFiniteLoss(f"loss is {loss_value}")
         if not self.last_block_first:
@@ -62,7 +62,7 @@ class WholeGraphEngine:
     def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
         """(sum of the labelled tokens' losses, their number), without dropout."""
         total = self._loss_sum(self.lora.parameters(), batch, None)
-        return float(total.item()), int((batch.targets != -100).sum())
+        return float(np.asarray(total)), int((batch.targets != -100).sum())
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,0 +1,283 @@
+"""TrainConfig: every option of a training run. The only source of flags, YAML keys, defaults and saved JSON.
+
+Names follow mlx-lm where it has them, and its YAML files (`lora_parameters`, `lr_schedule`, ...) are understood.
+Flags win over the YAML file, the YAML file over a resumed run's options, those over the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mebp_mlx.errors import UserError
+from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
+
+PROG = "python -m mebp_mlx.train"
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
+SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
+
+DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
+    "model and data",
+    "method",
+    "LoRA",
+    "optimizer",
+    "length of the run",
+    "reports and files",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """mlx-lm's `lr_schedule`: a schedule of mlx.optimizers, its arguments, and `warmup` updates before it."""
+
+    name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
+    arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
+    warmup: int = option(0, OPTIMIZER, "updates", at_least=0)
+    warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The options of a run, checked. Raises UserError naming the flag. `epochs`, when given, replaces `iters`."""
+
+    # fmt: off
+    model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
+    data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
+    mask_prompt: bool = option(False, DATA, "labels on the answer only; unlabelled rows skip the head")
+    max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
+    overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
+                           choices=("truncate", "drop", "error"))
+    batch_size: int = option(4, DATA, "rows of a micro-batch; memory grows with rows x longest row", at_least=1)
+
+    engine: str = option("mebp", METHOD, "mebp: layer by layer; whole-graph: autograd; mezo: two forwards",
+                         choices=("mebp", "whole-graph", "mezo"))
+    mezo_eps: float = option(1e-2, METHOD, "size of mezo's probe along its random direction", metavar="X", above=0)
+    arena_dir: str | None = option(None, METHOD, "folder for the file of saved activations (disk, not memory)",
+                                   metavar="PATH", may_change=True, shown_default="temporary")
+    seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
+
+    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept", at_least=1)
+    scale: float = option(20.0, LORA, "factor of the LoRA product")
+    dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
+                            at_least=0, below=1)
+    keys: tuple[str, ...] = option(PROJECTIONS, LORA, "projections that get a LoRA pair (q_proj is enough)",
+                                   choices=PROJECTIONS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all seven")
+    num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
+                             at_least=1, or_minus_one=True)
+
+    optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
+                                   choices=OPTIMIZERS, shown_default="adam; sgd with mezo")
+    optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
+                                                 yaml_only=True)
+    learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
+    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0)
+    lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
+                           choices=("constant", "cosine", "linear"))
+    lr_schedule: Mapping[str, Any] | None = option(
+        None, OPTIMIZER, "{name, arguments, warmup, warmup_init}, as in mlx-lm", yaml_only=True)
+    max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
+                                         above=0, shown_default="no clipping")
+    grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
+                                          at_least=1)
+
+    iters: int = option(200, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
+                        may_change=True)
+    epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
+                                  may_change=True, shown_default="by --iters")
+    steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
+    val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
+                              or_minus_one=True, may_change=True)
+    test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
+    test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
+                               may_change=True)
+
+    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
+                               may_change=True)
+    resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
+    save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
+    steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
+    sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
+                                       metavar="TEXT", may_change=True, shown_default="none")
+    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
+                                flags=("-c",), may_change=True, shown_default="none")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for spec in describe(type(self)).values():
+            try:
+                value = convert(spec, getattr(self, spec.name))
+            except ValueError as error:
+                raise UserError(f"{spec.flag}: {error}") from None
+            object.__setattr__(self, spec.name, value)
+        object.__setattr__(self, "lr_schedule", _checked_schedule(self.lr_schedule, _dotted))
+        _check_optimizer_config(self.optimizer_config, _dotted)
+        if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
+            raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer that runs: as given, else sgd for mezo and adam for the engines with exact gradients."""
+        return self.optimizer or ("sgd" if self.engine == "mezo" else "adam")
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Flags over YAML over `saved` (a resumed run's options) over defaults. Raises UserError; --help exits."""
+        flags = _from_flags(argv)
+        given = dict(_from_yaml(flags["config"])) if "config" in flags else {}
+        if "lr_schedule" in given and (unused := sorted(flags.keys() & {"warmup", "lr_decay", "learning_rate"})):
+            flag = describe(cls)[unused[0]].flag
+            raise UserError(f"{flag}: cannot be combined with the lr_schedule of {flags['config']}, which sets it")
+        for newer in (given, flags):
+            if "iters" in newer and "epochs" in newer:
+                raise UserError("--epochs: cannot be combined with --iters")
+        if "iters" in flags:
+            given.pop("epochs", None)
+        given.update(flags)
+        known = {name: value for name, value in (saved or {}).items() if name not in ("resume", "config")}
+        if unknown := sorted(known.keys() - describe(cls).keys()):
+            raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
+        if "iters" in given:
+            known.pop("epochs", None)
+        return cls(**{**known, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-ready values, by field name; `optimizer` is the one that runs."""
+        return {**dataclasses.asdict(self), "keys": list(self.keys), "optimizer": self.optimizer_name}
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A checked copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    def fixed_by_run(self) -> dict[str, Any]:
+        """The options that the mathematics of a run depends on: a resumed run may not change them."""
+        may_change = {spec.name for spec in describe(type(self)).values() if spec.option.may_change}
+        return {name: value for name, value in self.to_dict().items() if name not in may_change}
+
+
+# Flags
+
+# What mlx-lm has and this trainer does not: why, and the value that asks for nothing.
+NOT_HERE = {
+    "grad_checkpoint": "activations are always recomputed or kept in a file",
+    "resume_adapter_file": "use --resume, which restores the optimizer and the data order too",
+    "report_to": "every event is in log.jsonl",
+    "project_name": "every event is in log.jsonl",
+    "clear_cache_threshold": "the engine keeps no cache",
+    "trust_remote_code": "no code from a model folder is ever run",
+    "hf_dataset": "give a folder or a hub id as data",
+}
+
+
+def _from_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+    parser = build_parser(
+        TrainConfig,
+        PROG,
+        "Fine-tune a language model with exact LoRA gradients in little memory.",
+        "Without options it trains the bundled model on the bundled text. YAML files have the same names with _,\n"
+        "and mlx-lm's lora_parameters, lr_schedule and optimizer_config. Memory is the process footprint.\n"
+        "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met, 130 interrupted and saved",
+    )
+    mlx_lm = parser.add_argument_group()
+    mlx_lm.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    mlx_lm.add_argument("--fine-tune-type", choices=("lora",), help=argparse.SUPPRESS)
+    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    specs = describe(TrainConfig)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        why = NOT_HERE.get(flag.lstrip("-").replace("-", "_"))
+        flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
+        raise UserError(f"{flag}: {f'not available: {why}' if why else f'no such option{suggest(flag, flags)}'}")
+    return {name: _checked(specs[name], raw, specs[name].flag) for name, raw in vars(found).items() if name in specs}
+
+
+def _checked(spec: Spec, raw: Any, where: str) -> Any:
+    try:
+        return convert(spec, raw)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# YAML
+
+Where = Callable[..., str]  # where(outer_key, inner_key) -> what an error message begins with
+
+
+def _dotted(*keys: str) -> str:
+    return ".".join(keys)
+
+
+def _from_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file, ours and mlx-lm's. A key with the value null counts as absent."""
+    file = read_yaml(path)
+    specs = describe(TrainConfig)
+    given: dict[str, Any] = {}
+
+    def take(name: str, raw: Any, where: str) -> None:
+        if name in given:
+            raise UserError(f"{where}: stands twice, here and at the top level")
+        if raw is not None:
+            given[name] = _checked(specs[name], raw, where)
+
+    for key, raw in file.values.items():
+        where = file.where(key)
+        if key in specs and key != "config":
+            take(key, raw, where)
+        elif key in NOT_HERE:
+            if raw:
+                raise UserError(f"{where}: not available: {NOT_HERE[key]}")
+        elif key in ("train", "fine_tune_type"):
+            if raw not in (True, "lora"):
+                raise UserError(f"{where}: only {'true' if key == 'train' else 'lora'} is possible, got {raw!r}")
+        elif key != "lora_parameters":
+            raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
+    nested = file.values.get("lora_parameters") or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
+    _only_keys(nested, ("rank", "scale", "dropout", "keys"), file.where, "lora_parameters")
+    for key, raw in nested.items():
+        take(key, raw, file.where("lora_parameters", key))
+    _checked_schedule(given.get("lr_schedule"), file.where)
+    _check_optimizer_config(given.get("optimizer_config", {}), file.where)
+    if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
+        raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
+    return given
+
+
+def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:
+    for key in mapping:
+        if key not in known:
+            hint = "; mlx-lm and this trainer have `scale`" if key == "alpha" else suggest(str(key), known)
+            raise UserError(f"{where(*outer, str(key))}: unknown key{hint}")
+
+
+def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[str, Any] | None:
+    """mlx-lm's lr_schedule, with the types that the schedules need."""
+    if schedule is None:
+        return None
+    specs = describe(Schedule)
+    _only_keys(schedule, list(specs), where, "lr_schedule")
+    checked = {
+        key: _checked(spec, schedule.get(key, spec.default), where("lr_schedule", key)) for key, spec in specs.items()
+    }
+    return {**checked, "arguments": list(checked["arguments"])}
+
+
+def _check_optimizer_config(config: Mapping[str, Any], where: Where) -> None:
+    """mlx-lm's optimizer_config: {optimizer: {argument: value}}; arguments are checked where it is built."""
+    _only_keys(config, OPTIMIZERS, where, "optimizer_config")
+    for name, arguments in config.items():
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"{where('optimizer_config', name)}: expected a mapping, got {arguments!r}")

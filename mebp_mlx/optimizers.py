@@ -1,0 +1,89 @@
+"""An optimizer of mlx.optimizers by its name, with its learning-rate schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mebp_mlx.config import TrainConfig
+from mebp_mlx.errors import UserError
+from mebp_mlx.options import suggest
+
+Schedule = Callable[[mx.array], mx.array]
+
+
+class PlainSGD(optim.SGD):
+    """SGD without momentum that keeps no state; mlx's own holds a zero array for each parameter."""
+
+    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
+        """Nothing to keep."""
+
+
+CLASSES: dict[str, type[optim.Optimizer]] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "sgd": optim.SGD,
+    "muon": optim.Muon,
+    "adafactor": optim.Adafactor,
+    "lion": optim.Lion,
+    "adamax": optim.Adamax,
+    "adagrad": optim.Adagrad,
+    "adadelta": optim.AdaDelta,
+    "rmsprop": optim.RMSprop,
+}
+
+
+def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
+    """The optimizer of a run of `n_updates` updates. Raises UserError for wrong arguments in optimizer_config."""
+    name = config.optimizer_name
+    arguments = dict(config.optimizer_config.get(name, {}))
+    known = set(inspect.signature(CLASSES[name].__init__).parameters) - {"self", "learning_rate"}
+    if unknown := sorted(arguments.keys() - known):
+        raise UserError(f"optimizer_config.{name}.{unknown[0]}: unknown argument{suggest(unknown[0], known)}")
+    kind = PlainSGD if name == "sgd" and not arguments.get("momentum") else CLASSES[name]
+    try:
+        return kind(learning_rate=learning_rate(config, n_updates), **arguments)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer_config.{name}: {error}") from None
+
+
+def uses_learning_rate(optimizer: Any) -> bool:
+    """Whether an optimizer takes the learning rate; adafactor by default sets its own step sizes."""
+    return not getattr(optimizer, "relative_step", False)
+
+
+def learning_rate(config: TrainConfig, n_updates: int) -> float | Schedule:
+    """The rate as a number, or as a function of the number of updates done (0 before the first)."""
+    if config.lr_schedule is not None:
+        return _from_mlx_lm(config.lr_schedule)
+    peak, warmup = config.learning_rate, config.warmup
+    n_decay = max(1, n_updates - warmup)
+    if config.lr_decay == "cosine":
+        decay: float | Schedule = optim.cosine_decay(peak, n_decay)
+    elif config.lr_decay == "linear":
+        decay = optim.linear_schedule(peak, 0.0, n_decay)
+    else:
+        decay = peak
+    if not warmup:
+        return decay
+    # From peak / (warmup + 1) on: an update at rate 0 would be a step paid for nothing.
+    rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optim.join_schedules([rise, decay if callable(decay) else lambda _: mx.array(peak)], [warmup])
+
+
+def _from_mlx_lm(schedule: Mapping[str, Any]) -> Schedule:
+    """mlx-lm's `lr_schedule`: after `warmup` updates from `warmup_init` to the first argument, the schedule."""
+    numbers = [int(n) if float(n).is_integer() and n >= 1 else n for n in schedule["arguments"]]
+    try:
+        main = getattr(optim.schedulers, schedule["name"])(*numbers)
+        main(mx.array(0))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_schedule.arguments: {error}") from None
+    if not (warmup := schedule["warmup"]):
+        return main
+    rise = optim.linear_schedule(schedule["warmup_init"], numbers[0], warmup)
+    return optim.join_schedules([rise, main], [warmup + 1])

@@ -1,0 +1,296 @@
+"""Options as dataclass fields: one description gives the flag, the YAML key, the checks and the help line.
+
+`option(...)` describes a field; `describe(cls)` lists the fields; `convert` turns what a flag or a YAML file
+holds into a checked value; `build_parser` makes the command line; `read_yaml` keeps line numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mebp_mlx.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a field's metadata says about its flag: help text, limits, and whether a resumed run may change it."""
+
+    group: str
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    or_minus_one: bool = False
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    yaml_only: bool = False
+    may_change: bool = False
+    shown_default: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One field of an options class: its name, its type without None, its default and its description."""
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """`--kebab-case`; a key that exists in YAML files only is named as it is."""
+        return self.name if self.option.yaml_only else "--" + self.name.replace("_", "-")
+
+
+def option(default: Any, group: str, help: str, **limits: Any) -> Any:
+    """A dataclass field with an `Option`; `default` may be a dict (copied for each object)."""
+    metadata = {"option": Option(group, help, **limits)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def describe(cls: type) -> dict[str, Spec]:
+    """The options of a dataclass, by field name, in the order of their definition."""
+    hints = typing.get_type_hints(cls)
+    specs = {}
+    for field in dataclasses.fields(cls):
+        kinds = [hints[field.name]]
+        if isinstance(kinds[0], types.UnionType):
+            kinds = [kind for kind in typing.get_args(kinds[0]) if kind is not types.NoneType]
+        optional = kinds[0] is not hints[field.name]
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        specs[field.name] = Spec(field.name, kinds[0], optional, default, field.metadata["option"])
+    return specs
+
+
+# Values
+
+
+def convert(spec: Spec, raw: Any) -> Any:
+    """The checked value of an option. Raises ValueError with the reason, without the option's name."""
+    if raw is None:
+        if spec.optional:
+            return None
+        raise ValueError("needs a value")
+    value = _typed(spec.kind, raw)
+    if spec.kind == tuple[str, ...]:
+        value = tuple(spec.option.aliases.get(name, name) for name in value)
+    _check_limits(spec.option, value)
+    return value
+
+
+def _typed(kind: Any, raw: Any) -> Any:
+    if kind is bool:
+        if isinstance(raw, bool):
+            return raw
+        raise ValueError(f"expected true or false, got {raw!r}")
+    if kind is int or kind is float:
+        return _number(kind, raw)
+    if kind is str:
+        if isinstance(raw, str) and raw:
+            return raw
+        raise ValueError(f"expected text, got {raw!r}")
+    if typing.get_origin(kind) is Mapping:
+        if isinstance(raw, Mapping):
+            return raw
+        raise ValueError(f"expected a mapping, got {raw!r}")
+    if kind == tuple[float, ...]:
+        if isinstance(raw, (list, tuple)) and raw:
+            return tuple(_number(float, number) for number in raw)
+        raise ValueError(f"expected a list of numbers, got {raw!r}")
+    assert kind == tuple[str, ...], kind
+    parts = [raw] if isinstance(raw, str) else raw
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"expected a list of names, got {raw!r}")
+    names = tuple(name for part in parts for name in re.split(r"[,\s]+", part) if name)
+    if not names:
+        raise ValueError(f"expected at least one name, got {raw!r}")
+    return names
+
+
+def _number(kind: type, raw: Any) -> int | float:
+    wanted = "a whole number" if kind is int else "a number"
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise ValueError(f"expected {wanted}, got {raw!r}")
+    try:
+        if kind is int and not isinstance(raw, float):
+            try:
+                return int(raw)
+            except ValueError:  # "1e3"
+                pass
+        value = float(raw)
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected {wanted}, got {raw!r}") from None
+    if kind is float:
+        return value
+    if not value.is_integer():
+        raise ValueError(f"expected {wanted}, got {raw!r}")
+    return int(value)
+
+
+def _check_limits(about: Option, value: Any) -> None:
+    if about.choices is not None:
+        for name in value if isinstance(value, tuple) else (value,):
+            if name not in about.choices:
+                hint = suggest(name, (*about.choices, *about.aliases))
+                raise ValueError(f"{name!r} is not one of {', '.join(about.choices)}{hint}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    extra = ", or -1" if about.or_minus_one else ""
+    if about.or_minus_one and value == -1:
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    if about.at_least is not None and value < about.at_least:
+        raise ValueError(f"must be at least {about.at_least:g}{extra}, got {value:g}")
+    if about.above is not None and value <= about.above:
+        raise ValueError(f"must be greater than {about.above:g}{extra}, got {value:g}")
+    if about.below is not None and value >= about.below:
+        raise ValueError(f"must be less than {about.below:g}{extra}, got {value:g}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` when a known name is close to `name`, otherwise nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+class _HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """One aligned line for each option; `{a,b}` choices are in the help text, not in the left column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=33)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{action.option_strings[0]}, --no-..."
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return f"{', '.join(action.option_strings)} {action.metavar}"
+
+
+def build_parser(cls: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose result holds the raw text of the options that were given, and nothing else."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        usage=f"{prog} [options]",
+        formatter_class=_HelpFormat,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups: dict[str, Any] = {}
+    for spec in describe(cls).values():
+        about = spec.option
+        if about.yaml_only:
+            continue
+        if about.group not in groups:
+            groups[about.group] = parser.add_argument_group(about.group)
+        names = (*about.flags, spec.flag)
+        help_line = f"{about.help}{_shown_default(spec)}".replace("%", "%%")
+        if spec.kind is bool:
+            groups[about.group].add_argument(
+                *names, dest=spec.name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=help_line
+            )
+        else:
+            metavar = about.metavar or {int: "N", float: "X"}.get(spec.kind, "NAME")
+            many = None if spec.kind in (int, float, str) else "+"
+            groups[about.group].add_argument(
+                *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line
+            )
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
+    return parser
+
+
+def _shown_default(spec: Spec) -> str:
+    shown = spec.option.shown_default
+    if spec.kind is bool:
+        shown = "on" if spec.default else "off"
+    elif shown is None and spec.default is not None:
+        shown = f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
+    return f" [{shown}]" if shown else ""
+
+
+# YAML
+
+
+@dataclasses.dataclass(frozen=True)
+class YamlFile:
+    """The values of a YAML mapping, and where each of them stands."""
+
+    path: str
+    values: dict[str, Any]
+    lines: dict[tuple[str, ...], int]
+
+    def where(self, *keys: str) -> str:
+        """`file:line: outer.inner`, for error messages."""
+        known = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
+        return f"{self.path}:{known}: {'.'.join(keys)}"
+
+
+def read_yaml(path: str) -> YamlFile:
+    """Reads a YAML mapping; `1e-5` is a number. Raises UserError naming file and line."""
+    import yaml  # only a run with --config pays for it
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    exponent = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 wants a dot and a sign
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789."))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        loader = Loader(text)
+        node = loader.get_single_node()
+        lines: dict[tuple[str, ...], int] = {}
+        if node is not None:
+            _collect_lines(node, (), lines, path)
+        values = {} if node is None else loader.construct_document(node)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"--config {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: expected `key: value` lines")
+    bad = next((key for key in values if not isinstance(key, str)), None)
+    if bad is not None:
+        raise UserError(f"{path}: {bad!r}: not an option")
+    return YamlFile(path, values, lines)
+
+
+def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
+    if node.id != "mapping":
+        return
+    for key_node, value_node in node.value:
+        key = (*keys, str(key_node.value))
+        line = key_node.start_mark.line + 1
+        if key in lines:
+            raise UserError(f"{path}:{line}: {'.'.join(key)}: stands twice, first on line {lines[key]}")
+        lines[key] = line
+        _collect_lines(value_node, key, lines, path)

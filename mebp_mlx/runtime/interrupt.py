@@ -1,0 +1,44 @@
+"""Ctrl-C and termination: the first one asks a run to stop where it can be resumed, the second stops it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_MESSAGE = b"\nstopping after this step; once more stops at once, without saving\n"
+
+
+class Interrupt:
+    """A context manager that turns signals into KeyboardInterrupt or, while `deferred`, into `requested`.
+
+    A signal that was ignored when the process started (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.deferred or self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        with contextlib.suppress(OSError):
+            os.write(2, _MESSAGE)  # print is not safe inside a signal handler

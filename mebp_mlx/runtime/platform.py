@@ -1,0 +1,225 @@
+"""A fast BLAS under MLX, the C allocator's habits, and what machine this is.
+
+MLX's Linux wheel carries reference BLAS (2-5 GFLOP/s in float32). A real BLAS whose symbols are
+global *before* `mlx.core` is imported takes its place. Import-light on purpose: standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+REMEDY = 'pip install "mebp_mlx[cpu]" (x86-64) or apt install libopenblas0'
+_OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas-pthread.so.0", "libopenblas.so")
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+_MMAP_THRESHOLD_BYTES = 256 << 10
+
+_blas: Blas | None = None
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The matrix library under MLX's CPU backend: name, the file it came from, and a remark for people."""
+
+    name: str  # "Accelerate", "MKL", "OpenBLAS", "custom", "preloaded" or "reference"
+    path: str | None
+    note: str
+
+    def __str__(self) -> str:
+        return self.name + (f" ({Path(self.path).name})" if self.path else "")
+
+
+def load_blas() -> Blas:
+    """Loads a real BLAS once per process (Linux; a no-op on macOS) and returns which one MLX will use.
+
+    `MEBP_BLAS=off` keeps MLX's own, `MEBP_BLAS=/path/lib.so` takes that library (UserError if it cannot
+    be loaded or has no `cblas_sgemm`). Otherwise PyPI's `mkl`, then a system OpenBLAS; with neither,
+    one warning that names the remedy.
+    """
+    global _blas
+    if _blas is None:
+        _blas = Blas("Accelerate", None, "part of macOS") if sys.platform == "darwin" else _load()
+    return _blas
+
+
+def tune_allocator() -> bool:
+    """Makes the C allocator give freed tensors back at once; True if it could (glibc), False elsewhere.
+
+    MLX's CPU backend allocates with malloc and keeps no cache of its own. glibc learns from the first freed
+    40 MB tensor to serve such sizes from its heap, and then keeps what is freed: footprint that no tensor
+    uses. A fixed mmap threshold stops the learning. Measured on a loop of decompressions of 5-40 MB (90 MB
+    allocated a round, 18 MB alive between rounds), 2 cores:
+
+        M_MMAP_THRESHOLD         footprint between rounds    ms a round
+        glibc's own, growing     116 MB (up to 128)              98
+        256 KiB, fixed            24 MB                         120     (page faults, 15,600 a round)
+        4 MiB, fixed              51 MB                         118
+
+    With row blocks of one size, as in a decoder block, it is 6 MB less peak and 8 ms more of 110. M_ARENA_MAX,
+    M_TRIM_THRESHOLD and malloc_trim after each block changed nothing beyond that.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) == 1
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement has to name: machine, processor, cores, memory, system, versions, BLAS."""
+    from importlib import metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    system = os.uname()
+    return {
+        "machine": system.machine,
+        "chip": _chip(),
+        "cores": _usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "os": f"{system.sysname} {system.release}",
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "numpy": version("numpy"),
+        "blas": str(load_blas()),
+    }
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _chip() -> str | None:
+    if sys.platform == "darwin":
+        import subprocess
+
+        try:
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^(?:model name|Model|Hardware|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
+
+
+def _load() -> Blas:
+    wanted = os.environ.get("MEBP_BLAS", "")
+    if wanted == "off":
+        return Blas("reference", None, "MEBP_BLAS=off keeps the BLAS inside MLX's wheel: slow")
+    if "mlx.core" in sys.modules:
+        if _global_cblas():
+            return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
+        note = "mlx.core was imported before mebp_mlx, so its slow built-in BLAS stays: import mebp_mlx first"
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
+        return Blas("reference", None, note)
+    if wanted:
+        problem = _open_global(wanted)
+        if problem:
+            raise UserError(f"MEBP_BLAS={wanted}: {problem}")
+        return Blas("custom", wanted, "named by MEBP_BLAS")
+    if _global_cblas():
+        return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
+    problems = []
+    for name, paths in (("MKL", _mkl_files()), ("OpenBLAS", _openblas_files())):
+        for path in paths:
+            if name == "MKL":
+                _settle_mkl()
+            problem = _open_global(path)
+            if problem is None:
+                return Blas(name, path, "loaded before MLX in place of its built-in BLAS")
+            if os.path.isabs(path):  # it exists, so the reason is worth telling
+                problems.append(f"{path}: {problem}")
+    note = f"no fast BLAS found, matrix products will be 20-50 times slower; remedy: {REMEDY}"
+    if problems:
+        note += "; tried " + "; ".join(problems)
+    warnings.warn(note, RuntimeWarning, stacklevel=2)
+    return Blas("reference", None, note)
+
+
+def _settle_mkl() -> None:
+    """Settings that MKL reads when it is loaded; what the user has set stays.
+
+    MKL_CBWR: without it results may change with the alignment of the operands and with the number of
+    threads (seen: [1, 896] x [896, 151] on 1 and 2 threads), and then a recomputed or resumed step would
+    not be bit-equal. AUTO,STRICT costs no measurable time.
+    KMP_BLOCKTIME: by default a worker thread spins for 200 ms after each product, on a core that the rest
+    of a step needs; 1 ms keeps the wall time and takes a quarter off the processor time (200 -> 150 ms a round).
+    MKL_INTERFACE_LAYER: MLX passes 32-bit sizes.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
+    os.environ["MKL_INTERFACE_LAYER"] = "LP64"
+
+
+def _open_global(path: str) -> str | None:
+    """Loads a shared library into the global symbol scope; returns what went wrong, or None."""
+    try:
+        library = ctypes.CDLL(path)  # local first: a library without cblas must not leave symbols behind
+        if not hasattr(library, "cblas_sgemm"):
+            return "has no symbol cblas_sgemm"
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _global_cblas() -> bool:
+    return hasattr(ctypes.CDLL(None), "cblas_sgemm")
+
+
+def _mkl_files() -> list[str]:
+    """Every libmkl_rt of PyPI's `mkl`, newest first."""
+    found = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
+    if not found:  # a --user or --target install: importlib.metadata is not cheap, so only now
+        from importlib import metadata
+
+        try:
+            files = metadata.distribution("mkl").files or []
+        except metadata.PackageNotFoundError:
+            files = []
+        found = [str(Path(str(f.locate())).resolve()) for f in files if f.name.startswith("libmkl_rt.so")]
+        found = [path for path in found if os.path.exists(path)]
+    return sorted(found, key=_version, reverse=True)
+
+
+def _openblas_files() -> list[str]:
+    local = glob.glob(os.path.join(sys.prefix, "lib", "libopenblas*.so*"))
+    names = sorted(local, key=_version, reverse=True) + list(_OPENBLAS_NAMES)
+    if sys.platform.startswith("linux") and not any(map(_loads, names)):
+        from ctypes.util import find_library  # starts ldconfig or a compiler: the last resort
+
+        other = find_library("openblas")
+        if other:
+            names.append(other)
+    return names
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
+def _version(path: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", path.rpartition(".so")[2]))

@@ -1,0 +1,277 @@
+"""What a run keeps on disk: adapters for mlx-lm, one checkpoint for an exact resume, and run.json.
+
+Every file is written beside its final name, flushed to the disk and then renamed over it, so a reader finds
+the old state or the new one. checkpoint.safetensors holds LoRA parameters, optimizer state and step together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import mlx.core as mx
+
+from ..config import TrainConfig
+from ..errors import NonFiniteLoss, UserError
+from ..options import describe
+
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
+FORMAT = "mebp_mlx checkpoint 1"
+_Loaded = tuple[dict[str, mx.array], dict[str, str]]
+_LORA, _OPTIMIZER = "lora/", "optimizer/"
+
+
+class Adapters(Protocol):
+    """What this module needs of a Lora."""
+
+    rank: int
+    scale: float
+    dropout: float
+    keys: Any
+    num_layers: int
+
+    def parameters(self) -> dict[str, mx.array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
+
+    origin: fingerprints of what the options `model` and `data` stood for.
+    """
+
+    lora: dict[str, mx.array]
+    optimizer: dict[str, Any]
+    step: int
+    options: dict[str, Any]
+    origin: dict[str, str]
+
+
+# Folder
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UserError when a new run in `folder` would overwrite something of another run."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--adapter-path {folder}: is a file, not a folder")
+    names = [name for name in (CHECKPOINT, ADAPTERS, ADAPTER_CONFIG, RUN, LOG) if (folder / name).exists()]
+    if names:
+        remedy = "--resume continues it, " if CHECKPOINT in names else "remove the folder, or "
+        raise UserError(
+            f"--adapter-path {folder}: already holds a run ({names[0]}); {remedy}"
+            "another --adapter-path starts a new one"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the folder of a run. Raises UserError when that is not possible or it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"--adapter-path {folder}: {reason}")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` by what `write` puts into a binary file, or leaves it as it was. Raises UserError (disk)."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"--adapter-path {path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    ordered = {name: arrays[name] for name in sorted(arrays)}
+    write_atomically(path, lambda file: mx.save_safetensors(file, ordered, dict(metadata or {})))
+
+
+# Saving
+
+
+def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: int, numbered: bool) -> None:
+    """adapters.safetensors and adapter_config.json, as mlx-lm loads them; `numbered`: 0000100_adapters.safetensors too.
+
+    Raises NonFiniteLoss, and writes nothing, when a parameter is NaN or infinite.
+    """
+    parameters = lora.parameters()
+    _check_finite(parameters, f"iteration {iteration}")
+    about = {
+        "fine_tune_type": "lora",
+        "model": config.model,
+        "num_layers": lora.num_layers,
+        "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
+        "data": config.data,
+        "seed": config.seed,
+        "iters": iteration,
+    }
+    write_json(folder / ADAPTER_CONFIG, about)
+    _write_arrays(folder / ADAPTERS, parameters)
+    if numbered:
+        _write_arrays(folder / f"{iteration:07d}_{ADAPTERS}", parameters)
+
+
+def save_checkpoint(folder: Path, state: Checkpoint) -> None:
+    """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
+    arrays = {_LORA + name: value for name, value in state.lora.items()}
+    arrays.update({_OPTIMIZER + name: value for name, value in _flat(state.optimizer).items()})
+    _check_finite(arrays, f"update {state.step}")
+    about = {"step": state.step, "options": state.options, "origin": state.origin}
+    _write_arrays(folder / CHECKPOINT, arrays, {"format": FORMAT, "about": json.dumps(about)})
+
+
+def _check_finite(arrays: Mapping[str, mx.array], when: str) -> None:
+    for name, value in arrays.items():
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, mx.array]:
+    """{"a.b": {"m": x}} -> {"a.b/m": x}; parameter names have dots, so the separator is another one."""
+    flat: dict[str, mx.array] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _nested(flat: Mapping[str, mx.array]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, value in flat.items():
+        *outer, last = name.split("/")
+        inner = state
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return state
+
+
+# Resuming
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The saved state of a run, its arrays still on the disk. Raises UserError when there is none or it is damaged."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise UserError(
+            f"--resume: nothing is saved in {folder} yet; start without --resume"
+            + (f", after removing {folder / RUN}" if (folder / RUN).exists() else "")
+        )
+    try:
+        arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
+        about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"--resume: {path} is damaged: {str(error).splitlines()[0]}") from None
+    if about is None:
+        raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
+    lora = {name.removeprefix(_LORA): value for name, value in arrays.items() if name.startswith(_LORA)}
+    optimizer = {name.removeprefix(_OPTIMIZER): value for name, value in arrays.items() if name.startswith(_OPTIMIZER)}
+    return Checkpoint(lora, _nested(optimizer), about["step"], about["options"], about["origin"])
+
+
+def saved_options(folder: Path) -> dict[str, Any]:
+    """The options that a resumed run starts from. Raises UserError like `load_checkpoint`."""
+    options = load_checkpoint(folder).options
+    try:
+        newer = json.loads((folder / RUN).read_text())["options"]  # iters may have been raised since the save
+        options.update(
+            {
+                name: newer[name]
+                for name in describe(TrainConfig)
+                if name in newer and describe(TrainConfig)[name].option.may_change
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return options
+
+
+def check_same_run(config: TrainConfig, checkpoint: Checkpoint, origin: Mapping[str, str]) -> None:
+    """Raises UserError naming the first option by which a resumed run would no longer be the same run."""
+    for name, now in config.fixed_by_run().items():
+        flag, before = describe(TrainConfig)[name].flag, checkpoint.options.get(name)
+        if name in origin:  # what the name stands for counts: a folder may have moved
+            if checkpoint.origin.get(name) != origin[name]:
+                what = f"{before}, not {now}" if before != now else f"{now} as it was then; it has changed since"
+                raise UserError(f"{flag}: the run in {config.adapter_path} uses {what}")
+        elif json.dumps(before) != json.dumps(now):
+            raise UserError(
+                f"{flag}: the run in {config.adapter_path} has {_shown(before)}, not {_shown(now)}; "
+                "a resumed run keeps it"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def restore(checkpoint: Checkpoint, parameters: Mapping[str, mx.array], optimizer_state: Mapping[str, Any]) -> None:
+    """Reads the checkpoint's arrays. Raises UserError when names or shapes are not those of this run.
+
+    parameters, optimizer_state: of a fresh run with the same options.
+    """
+    wanted = {_LORA + name: value.shape for name, value in parameters.items()}
+    wanted.update({_OPTIMIZER + name: value.shape for name, value in _flat(optimizer_state).items()})
+    found = {_LORA + name: value for name, value in checkpoint.lora.items()}
+    found.update({_OPTIMIZER + name: value for name, value in _flat(checkpoint.optimizer).items()})
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
+        if found[name].shape != wanted[name]:
+            raise UserError(f"--resume: {CHECKPOINT}: {name} has shape {found[name].shape}, not {wanted[name]}")
+    mx.eval(found)
+
+
+# Fingerprints
+
+
+def model_fingerprint(path: Path) -> str:
+    """Hash of a model folder: config.json, and size and first megabyte of every safetensors file."""
+    return _fingerprint([path / "config.json", *sorted(path.glob("*.safetensors"))], 1 << 20)
+
+
+def data_fingerprint(tokens: Path) -> str:
+    """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
+    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "label_starts", "tokens")])
+
+
+def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}\n".encode())
+            left = sys.maxsize if n_bytes_of_each is None else n_bytes_of_each
+            while block := file.read(min(left, 1 << 18)):
+                digest.update(block)
+                left -= len(block)
+    return digest.hexdigest()[:16]

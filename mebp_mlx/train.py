@@ -1,0 +1,337 @@
+"""`python -m mebp_mlx.train`: options, model, data, and the training loop.
+
+Iterations are micro-batches, as in mlx-lm; an update is made of `grad_accumulation_steps` of them. All random keys
+are functions of the seed and the number of updates done, so that number, the LoRA parameters and the optimizer's
+state are all that an exact resume needs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mebp_mlx
+
+from .config import TrainConfig
+from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
+from .engine import Engine, make_engine
+from .engine.update import Updater
+from .errors import BudgetError, NonFiniteLoss, UserError
+from .hub import resolve_model
+from .model.lora import Lora
+from .optimizers import make_optimizer, uses_learning_rate
+from .runtime import run_state
+from .runtime.footprint import PeakMeter, footprint_bytes
+from .runtime.interrupt import Interrupt
+from .runtime.log import RunLog, megabytes
+from .runtime.platform import machine
+from .runtime.run_state import Checkpoint
+from .summary import notices, print_data, show_sample, summarize
+
+DONE, WRONG_INPUT, NO_BUDGET, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
+    try:
+        config = TrainConfig.from_args(argv)
+        if config.resume:
+            config = TrainConfig.from_args(argv, saved=run_state.saved_options(Path(config.adapter_path)))
+        with Interrupt() as interrupt, PeakMeter() as meter:
+            return run(config, interrupt, meter)
+    except (UserError, NonFiniteLoss) as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the last save, if there was one, stays as it is", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
+    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss."""
+    folder = Path(config.adapter_path)
+    about = machine()
+    print(f"backend    MLX {about['mlx']} on {mx.default_device().type.name}, BLAS {about['blas']}", flush=True)
+
+    # Names and files, before anything large is opened.
+    model_path = resolve_model(config.model)
+    checkpoint = run_state.load_checkpoint(folder) if config.resume else None
+    if checkpoint is None:
+        run_state.check_unused(folder)
+    data = prepare(
+        data=config.data,
+        model_path=model_path,
+        mask_prompt=config.mask_prompt,
+        max_seq_length=config.max_seq_length,
+        overlong=config.overlong,
+    )
+    print_data(data, config.overlong)
+    if config.test and data.test is None:
+        raise UserError(f"--test: {config.data} has no test.jsonl")
+    origin = {"model": run_state.model_fingerprint(model_path), "data": run_state.data_fingerprint(data.cache_dir)}
+    if checkpoint is not None:
+        run_state.check_same_run(config, checkpoint, origin)
+    n_updates = count_updates(config, data.train)
+    accumulate = config.grad_accumulation_steps
+    n_iters = n_updates * accumulate
+    step = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None and step >= n_updates:
+        print(
+            f"nothing to do: the run in {folder} has done {step * accumulate} iterations of {n_iters}; "
+            "a larger --iters continues it"
+        )
+        return DONE
+    before_model_bytes = footprint_bytes()
+    print(f"footprint  {megabytes(before_model_bytes)} before the model is opened")
+
+    # Model, trainable parameters, optimizer, engine.
+    model = mebp_mlx.open_model(model_path)
+    lora = mebp_mlx.init_lora(
+        model,
+        rank=config.rank,
+        scale=config.scale,
+        dropout=config.dropout,
+        keys=config.keys,
+        num_layers=config.num_layers,
+        seed=config.seed,
+    )
+    optimizer = make_optimizer(config, n_updates)
+    if checkpoint is not None:
+        restore(checkpoint, lora, optimizer)
+        checkpoint = None  # its arrays belong to lora and optimizer now
+    updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
+    engine = make_engine(
+        config.engine, model, lora, seed=config.seed, mezo_eps=config.mezo_eps, arena_dir=config.arena_dir
+    )
+    engine.reserve(min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1)
+    n_parameters = sum(value.size for value in lora.parameters().values())
+    print(
+        f"model      {config.model}: {model.spec.family}, {model.spec.L} layers, width {model.spec.D}\n"
+        f"LoRA       {n_parameters:,} parameters, rank {config.rank}; {config.optimizer_name}, "
+        f"engine {config.engine}; footprint {megabytes(footprint_bytes())}",
+        flush=True,
+    )
+
+    # The folder belongs to this run from here on.
+    run_state.make_folder(folder)
+    with RunLog(folder, n_iters=n_iters, iteration=step * accumulate) as log:
+        run_state.write_json(
+            folder / run_state.RUN,
+            {
+                "options": config.to_dict(),
+                "n_iters": n_iters,
+                "n_lora_parameters": n_parameters,
+                "data": data.counts,
+                "origin": origin,
+                "version": mebp_mlx.__version__,
+                "machine": about,
+            },
+        )
+        log.event(
+            "start",
+            iter=step * accumulate,
+            n_iters=n_iters,
+            n_updates=n_updates,
+            data=data.counts,
+            n_lora_parameters=n_parameters,
+            before_model_bytes=before_model_bytes,
+            blas=about["blas"],
+        )
+        if step:
+            log.say(f"resuming after iteration {step * accumulate} of {n_iters}")
+        for text in notices(config, data, optimizer, n_iters):
+            log.notice(text)
+
+        trainer = Trainer(config, folder, data, origin, lora, optimizer, updater, engine, log, meter, interrupt)
+        interrupt.deferred = True
+        try:
+            step = trainer.train(step, n_updates)
+        finally:
+            engine.close()
+        if interrupt.requested:
+            log.event("interrupted", iter=step * accumulate, step=step)
+            log.say(f"interrupted: iteration {step * accumulate} is saved in {folder}; --resume continues")
+            return INTERRUPTED
+        interrupt.deferred = False
+        summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters)
+    show_sample(config, model_path, folder)
+    return DONE
+
+
+@dataclass
+class Trainer:
+    """The loop, with everything it works on."""
+
+    config: TrainConfig
+    folder: Path
+    data: DataSets
+    origin: dict[str, str]
+    lora: Lora
+    optimizer: Any
+    updater: Updater
+    engine: Engine
+    log: RunLog
+    meter: PeakMeter
+    interrupt: Interrupt
+    seconds: float = 0.0
+
+    def train(self, step: int, n_updates: int) -> int:
+        """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.
+
+        Ends early, with everything saved, when an interrupt is requested.
+        """
+        config, accumulate = self.config, self.config.grad_accumulation_steps
+        began_s, window, stopped = time.perf_counter(), _Window(), self.interrupt
+        stream = batches(self.data.train, config.batch_size, config.seed, start=step * accumulate)
+        saved_step = -1
+        if step == 0:
+            self.validate(0)
+        while step < n_updates and not stopped.requested:
+            started_s = time.perf_counter()
+            micro_batches = [next(stream) for _ in range(accumulate)]
+            loss = self.update(step, micro_batches)
+            if loss is None:
+                break
+            window.add(loss, sum(batch.n_labels for batch in micro_batches), time.perf_counter() - started_s)
+            before, step = step * accumulate, step + 1
+            iteration, last = step * accumulate, step == n_updates
+            self.log.advance(iteration)
+            if last or _due(config.steps_per_report, before, iteration):
+                self.report(iteration, window)
+                window = _Window()
+            if last or _due(config.steps_per_eval, before, iteration):
+                self.validate(iteration)  # before the save: a state with a loss that is not finite is not kept
+            if last or _due(config.save_every, before, iteration):
+                self.save(step, numbered=_due(config.save_every, before, iteration))
+                saved_step = step
+            if last and config.test and self.data.test is not None:
+                self.evaluate("test", iteration, self.data.test, config.test_batches)
+        if window.n_updates:  # interrupted between two reports
+            self.report(step * accumulate, window)
+        if saved_step != step:
+            self.save(step, numbered=False)
+        self.seconds = time.perf_counter() - began_s
+        return step
+
+    def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
+        """One optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
+
+        An interrupt between two micro-batches gives up the update, of which nothing is applied yet: None.
+        """
+        n_labels = sum(batch.n_labels for batch in micro_batches)
+        self.updater.begin_step()
+        loss = 0.0
+        for micro, batch in enumerate(micro_batches):
+            if micro and self.interrupt.requested:
+                return None
+            try:
+                loss += self.engine.step(batch, step=step, micro=micro, n_labels=n_labels, sink=self.updater.sink)
+            except NonFiniteLoss as error:
+                raise self.not_finite(str(error), step * len(micro_batches) + micro + 1, batch) from None
+        self.updater.end_step()
+        return loss
+
+    def not_finite(self, what: str, iteration: int, batch: Batch) -> NonFiniteLoss:
+        """The error that ends the run, after an entry in the log."""
+        self.log.event("notice", text=what, iter=iteration, rows=batch.rows)
+        return NonFiniteLoss(
+            f"{what} at iteration {iteration} (rows {', '.join(batch.rows)}); "
+            f"what is saved in {self.folder} is the last good state"
+        )
+
+    def report(self, iteration: int, window: _Window) -> None:
+        """What the updates since the last report came to."""
+        rate = self.optimizer.learning_rate.item() if uses_learning_rate(self.optimizer) else None
+        self.log.train(
+            iteration,
+            loss=window.loss_sum / window.n_labels,
+            learning_rate=rate,
+            n_tokens=window.n_labels,
+            tokens_per_s=window.n_labels / window.seconds,
+            step_s=window.seconds / window.n_updates,
+            footprint_bytes=footprint_bytes(),
+            peak_bytes=self.meter.peak_bytes,
+        )
+
+    def save(self, step: int, numbered: bool) -> None:
+        """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
+        iteration = step * self.config.grad_accumulation_steps
+        started_s = time.perf_counter()
+        run_state.save_checkpoint(
+            self.folder,
+            Checkpoint(self.lora.parameters(), self.optimizer.state, step, self.config.to_dict(), self.origin),
+        )
+        run_state.save_adapters(self.folder, self.lora, self.config, iteration, numbered=numbered)
+        self.log.event("save", iter=iteration, step=step, seconds=time.perf_counter() - started_s)
+
+    def validate(self, iteration: int) -> None:
+        """The loss on the first `val_batches` batches of the validation rows, if there are any."""
+        if self.data.valid is not None and self.config.val_batches:
+            self.evaluate("valid", iteration, self.data.valid, self.config.val_batches)
+
+    def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> None:
+        """Token-weighted mean loss over the first `limit` batches; nothing is reported when it is interrupted.
+
+        Raises NonFiniteLoss, too.
+        """
+        started_s, loss_sum, n_labels = time.perf_counter(), 0.0, 0
+        for batch in eval_batches(rows, self.config.batch_size, limit):
+            if self.interrupt.requested:
+                return
+            batch_sum, batch_labels = self.engine.evaluate(batch)
+            if not math.isfinite(batch_sum):
+                raise self.not_finite(f"{kind} loss is {batch_sum}", iteration, batch)
+            loss_sum, n_labels = loss_sum + batch_sum, n_labels + batch_labels
+        self.log.evaluation(
+            kind, iteration, loss=loss_sum / n_labels, n_tokens=n_labels, seconds=time.perf_counter() - started_s
+        )
+
+
+@dataclass
+class _Window:
+    """Sums since the last report."""
+
+    loss_sum: float = 0.0
+    n_labels: int = 0
+    n_updates: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, n_labels: int, seconds: float) -> None:
+        self.loss_sum += loss * n_labels
+        self.n_labels += n_labels
+        self.n_updates += 1
+        self.seconds += seconds
+
+
+def _due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
+
+
+def count_updates(config: TrainConfig, rows: TokenRows) -> int:
+    """Optimizer updates of the run: whole ones only, so that --iters 10 with 4 micro-batches an update makes 2."""
+    accumulate = config.grad_accumulation_steps
+    if config.epochs is not None:
+        return math.ceil(config.epochs * n_batches_per_epoch(rows, config.batch_size) / accumulate)
+    if config.iters < accumulate:
+        raise UserError(f"--iters: {config.iters} is less than one update of --grad-accumulation-steps {accumulate}")
+    return config.iters // accumulate
+
+
+def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any) -> None:
+    """Puts a checkpoint's arrays into a fresh Lora and optimizer of the same options."""
+    optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
+    run_state.restore(checkpoint, lora.parameters(), optimizer.state)
+    lora.update(checkpoint.lora)
+    optimizer.state = checkpoint.optimizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

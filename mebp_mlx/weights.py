@@ -1,0 +1,291 @@
+"""Safetensors as named views over memory-mapped files.
+
+Opening reads the headers alone. Bytes enter anonymous memory only through `rows` and `gather`, which copy the
+asked rows into MLX; the mapped pages stay clean file pages that the system can drop at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# safetensors name -> (numpy type of a view, MLX type). numpy has no bfloat16: its bits are viewed as uint16.
+# The 16- and 64-bit integers and BOOL are here for the buffers that some checkpoints carry along.
+_DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
+    "F32": (np.dtype("<f4"), mx.float32),
+    "F16": (np.dtype("<f2"), mx.float16),
+    "BF16": (np.dtype("<u2"), mx.bfloat16),
+    "U32": (np.dtype("<u4"), mx.uint32),
+    "U8": (np.dtype("u1"), mx.uint8),
+    "I8": (np.dtype("i1"), mx.int8),
+    "I32": (np.dtype("<i4"), mx.int32),
+    "U16": (np.dtype("<u2"), mx.uint16),
+    "I16": (np.dtype("<i2"), mx.int16),
+    "U64": (np.dtype("<u8"), mx.uint64),
+    "I64": (np.dtype("<i8"), mx.int64),
+    "BOOL": (np.dtype("u1"), mx.bool_),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` counts bytes from the start of `file`."""
+
+    name: str
+    dtype: str  # a safetensors name: "F32", "F16", "BF16", "U32", "U8", "I8", "I32" ...
+    shape: tuple[int, ...]
+    n_bytes: int
+    file: Path
+    offset: int
+
+
+class MappedWeights:
+    """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
+
+    `names` is in file order: shard by shard, by offset. Every inconsistency of headers and index raises
+    UserError naming the file (and the tensor) here, so that no later read can be out of range.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        files, placed = _shards(path)
+        self._infos: dict[str, TensorInfo] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        try:
+            for file in files:
+                self._maps[file], infos = _open_shard(file)
+                for info in infos:
+                    if info.name in self._infos:
+                        other = self._infos[info.name].file.name
+                        raise UserError(f"{file}: tensor {_one_line(info.name)} is already in {other}")
+                    self._infos[info.name] = info
+            for name, file in placed.items():
+                if name not in self._infos or self._infos[name].file != file:
+                    raise UserError(f"{path / INDEX_NAME}: tensor {_one_line(name)} is not in {file.name}")
+        except BaseException:
+            self.close()
+            raise
+        self.names = tuple(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor. UserError if there is none of that name."""
+        try:
+            return self._infos[name]
+        except KeyError:
+            where = ", ".join(str(file) for file in self._maps)
+            raise UserError(f"{where}: no tensor named {_one_line(name)}") from None
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a read-only array over the map, nothing copied; bfloat16 appears as uint16.
+
+        A tensor that does not begin on a multiple of its item size is a view as well, of unaligned data.
+        """
+        info = self.info(name)
+        dtype = _DTYPES[info.dtype][0]
+        if info.n_bytes == 0:
+            return np.zeros(info.shape, dtype)
+        if not self._maps:
+            raise ValueError("these weights are closed")
+        # frombuffer, unlike the ndarray constructor, keeps the map open for as long as the view lives
+        count = info.n_bytes // dtype.itemsize
+        return np.frombuffer(self._maps[info.file], dtype, count, info.offset).reshape(info.shape)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
+        """Rows start..stop of axis 0 (all of them by default) as an MLX array of the tensor's own dtype.
+
+        Only these rows are read. A 0-d tensor has no rows and comes whole. IndexError if the range is not
+        within the tensor.
+        """
+        info = self.info(name)
+        view = self.view(name)
+        if info.shape:
+            stop = info.shape[0] if stop is None else stop
+            if not 0 <= start <= stop <= info.shape[0]:
+                raise IndexError(f"{name}: rows {start}..{stop} of {info.shape[0]}")
+            view = view[start:stop]
+        elif start != 0 or stop is not None:
+            raise IndexError(f"{name}: a 0-d tensor has no rows")
+        return _to_mlx(view, info)
+
+    def gather(self, name: str, ids: np.ndarray) -> mx.array:
+        """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
+
+        IndexError if an id is negative or beyond axis 0.
+        """
+        info = self.info(name)
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu" and ids.size:
+            raise TypeError(f"{name}: row ids must be integers, not {ids.dtype}")
+        n_rows = info.shape[0] if info.shape else 0
+        if ids.size:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= n_rows:
+                raise IndexError(f"{name}: row ids {low}..{high} of {n_rows}")
+        return _to_mlx(self.view(name)[ids.astype(np.intp, copy=False)], info)
+
+    def advise(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Asks the kernel to read these rows soon (madvise WILLNEED). Uses no MLX: safe in any thread."""
+        info = self.info(name)
+        if not info.n_bytes or not self._maps or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        first, n_bytes = info.offset, info.n_bytes
+        if info.shape:
+            n_rows = info.shape[0]
+            row_bytes = info.n_bytes // n_rows
+            start = min(max(start, 0), n_rows)
+            stop = n_rows if stop is None else min(max(stop, start), n_rows)
+            first, n_bytes = info.offset + start * row_bytes, (stop - start) * row_bytes
+        page_start = first - first % mmap.PAGESIZE  # madvise wants the beginning of a page
+        if n_bytes:
+            # only advice: a map closed meanwhile or a refusing file system is no reason to stop
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._maps[info.file].madvise(mmap.MADV_WILLNEED, page_start, first + n_bytes - page_start)
+
+    def close(self) -> None:
+        """Gives the maps back. Views that are still held keep their own map alive."""
+        maps, self._maps = self._maps, {}
+        for mapped in maps.values():
+            with contextlib.suppress(BufferError):  # a view is alive; the map goes with it
+                mapped.close()
+
+
+def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
+    dtype = _DTYPES[info.dtype][1]
+    if not values.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
+        return mx.array(values.reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
+    array = mx.array(values)
+    return array.view(dtype) if array.dtype != dtype else array
+
+
+def _shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files to open, in order, and where an index says each tensor is ({} without an index)."""
+    if path.is_file():
+        return [path], {}
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    index = path / INDEX_NAME
+    if index.is_file():
+        weight_map = _read_index(index)
+        paths = {file: path / file for file in sorted(set(weight_map.values()))}
+        files, placed = list(paths.values()), {name: paths[file] for name, file in weight_map.items()}
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{index}: names {file.name}, which is missing")
+        return files, placed
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no model*.safetensors in this folder")
+    return files, {}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{index}: not a safetensors index ({_one_line(error)})") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map is not an object with entries")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or file != os.path.basename(file) or "\0" in file:
+            raise UserError(f"{index}: tensor {_one_line(name)} has no plain file name")
+    return weight_map
+
+
+def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
+    """Maps one file and checks its header wholly."""
+    try:
+        with open(file, "rb") as handle:
+            file_bytes = os.fstat(handle.fileno()).st_size
+            if file_bytes < 8:
+                raise UserError(f"{file}: {file_bytes} bytes are too few for a safetensors file")
+            header_bytes = int.from_bytes(handle.read(8), "little")
+            if header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
+                claim = f"its header claims {header_bytes} bytes in a file of {file_bytes}"
+                raise UserError(f"{file}: {claim}: truncated or not safetensors")
+            header = handle.read(header_bytes)
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({_one_line(error)})") from None
+    try:
+        return mapped, _parse_header(file, header, 8 + header_bytes, file_bytes)
+    except BaseException:
+        mapped.close()
+        raise
+
+
+def _parse_header(file: Path, header: bytes, data_start: int, file_bytes: int) -> list[TensorInfo]:
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its header is not valid JSON ({_one_line(error)})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: its header is not a JSON object")
+    entries.pop("__metadata__", None)
+    infos = [_tensor_info(file, name, entry, data_start, file_bytes) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.offset, info.n_bytes))
+    end, before = data_start, None
+    for info in infos:
+        if info.offset < end and info.n_bytes:
+            raise UserError(f"{file}: tensors {_one_line(before)} and {_one_line(info.name)} overlap")
+        if info.n_bytes:
+            end, before = info.offset + info.n_bytes, info.name
+    return infos
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int, file_bytes: int) -> TensorInfo:
+    def fail(reason: str) -> UserError:
+        return UserError(f"{file}: tensor {_one_line(name)}: {reason}")
+
+    if not isinstance(entry, dict):
+        raise fail("its entry is not a JSON object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise fail(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    if not _naturals(shape, 2**31) or len(shape) > 32 or prod(max(n, 1) for n in shape) >= 2**48:
+        raise fail("its shape is not a list of sizes that MLX can hold")
+    if not _naturals(offsets, 2**63) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail("its data_offsets are not a range")
+    n_bytes = prod(shape) * _DTYPES[dtype][0].itemsize
+    if offsets[1] - offsets[0] != n_bytes:
+        raise fail(f"{dtype} {shape} takes {n_bytes} bytes, its data_offsets hold {offsets[1] - offsets[0]}")
+    if data_start + offsets[1] > file_bytes:
+        raise fail(f"ends {data_start + offsets[1] - file_bytes} bytes after the file does: truncated?")
+    return TensorInfo(name, dtype, tuple(shape), n_bytes, file, data_start + offsets[0])
+
+
+def _naturals(values: Any, limit: int) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < limit for v in values)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {max(keys, key=keys.count)} occurs twice")
+    return entries
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())[:200]

@@ -1,0 +1,194 @@
+"""The BLAS that MLX gets, said and overridden; bit-equal products; the allocator; the machine's description."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mebp_mlx.runtime.platform import Blas, load_blas, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a BLAS is loaded on Linux alone")
+with_mkl = pytest.mark.skipif(load_blas().name != "MKL", reason="needs PyPI's mkl")
+
+
+def child(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MEBP_BLAS", "MKL_", "KMP_"))}
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code, *arguments],
+        env=kept | environment, capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )
+
+
+def answer(code: str, *arguments: str, **environment: str) -> Any:
+    done = child(code, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+WHICH = "import json, mebp_mlx.runtime.platform as p; b = p.load_blas(); print(json.dumps([b.name, b.path, b.note]))"
+
+# A process in which nothing was found yet, to be told what there is to find.
+UNDECIDED = """
+import json, os, sys, warnings
+import mebp_mlx.runtime.platform as platform
+del os.environ["MEBP_BLAS"]
+platform._blas = None
+platform._mkl_files = lambda: sys.argv[1:]
+platform._openblas_files = lambda: []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = [platform.load_blas() for _ in range(3)]
+assert found[0] is found[1] is found[2]
+print(json.dumps([found[0].name, found[0].note, [str(w.message) for w in caught]]))
+"""
+
+
+def test_importing_the_package_stays_light() -> None:
+    heavy = answer(
+        "import json, sys, mebp_mlx; "
+        "print(json.dumps([m for m in ('numpy', 'mlx.core', 'transformers', 'importlib.metadata') if m in sys.modules]))"
+    )
+    assert heavy == []
+
+
+def test_it_is_loaded_once() -> None:
+    assert load_blas() is load_blas()
+    assert isinstance(load_blas(), Blas)
+
+
+@linux
+def test_off_keeps_the_wheels_own_without_a_word() -> None:
+    done = child(WHICH, MEBP_BLAS="off")
+    name, path, note = json.loads(done.stdout)
+    assert (name, path) == ("reference", None)
+    assert "MEBP_BLAS=off" in note
+    assert done.stderr == ""
+
+
+@linux
+@pytest.mark.parametrize("library", ["/nowhere/libblas.so", "libc.so.6", __file__])
+def test_a_named_library_that_is_none_is_a_user_error(library: str) -> None:
+    done = child(WHICH, MEBP_BLAS=library)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("mebp_mlx.errors.UserError: ")
+    assert f"MEBP_BLAS={library}" in last
+
+
+@linux
+def test_none_at_all_warns_once_and_names_the_remedy() -> None:
+    name, note, warned = answer(UNDECIDED, MEBP_BLAS="off")
+    assert name == "reference"
+    assert warned == [note]
+    assert 'pip install "mebp_mlx[cpu]"' in note and "libopenblas0" in note
+
+
+@linux
+def test_a_broken_library_is_passed_over_and_named(tmp_path: Path) -> None:
+    broken = tmp_path / "libmkl_rt.so.9"
+    broken.write_text("no library")
+    name, _, warned = answer(UNDECIDED, str(broken), MEBP_BLAS="off")
+    assert name == "reference"
+    assert len(warned) == 1 and str(broken) in warned[0]
+
+
+@linux
+def test_mlx_imported_first_is_told(tmp_path: Path) -> None:
+    done = child("import mlx.core\n" + WHICH)
+    name, _, note = json.loads(done.stdout)
+    assert name == "reference"
+    assert "import mebp_mlx first" in note
+    assert done.stderr.count("import mebp_mlx first") == 1
+
+
+@with_mkl
+def test_mlx_multiplies_with_the_loaded_library() -> None:
+    product = "import mebp_mlx, mlx.core as mx; mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))"
+    assert "SGEMM" in child(product, MKL_VERBOSE="1").stdout
+    assert "SGEMM" not in child(product, MKL_VERBOSE="1", MEBP_BLAS="off").stdout
+
+
+@with_mkl
+def test_what_the_user_set_for_mkl_stays() -> None:
+    show = "import json, os, mebp_mlx; print(json.dumps([os.environ['MKL_CBWR'], os.environ['KMP_BLOCKTIME']]))"
+    assert answer(show, MKL_CBWR="COMPATIBLE", KMP_BLOCKTIME="7") == ["COMPATIBLE", "7"]
+
+
+PRODUCTS = """
+import hashlib, json
+import mebp_mlx, mlx.core as mx, numpy as np
+rng = np.random.default_rng(5)
+
+def at(values, shift):
+    padded = mx.array(np.concatenate([np.zeros(shift, np.float32), values.ravel()]))
+    return padded[shift:].reshape(values.shape)
+
+digests = {}
+for n, k, m in [(256, 96, 480), (1, 896, 151), (7, 333, 101), (64, 200, 8), (64, 8, 200), (33, 1, 5), (129, 257, 65)]:
+    a, b = rng.standard_normal((n, k)).astype("f4"), rng.standard_normal((k, m)).astype("f4")
+    for transposed in (False, True):
+        found = set()
+        for shift_a in (0, 1, 3, 8, 13):
+            for shift_b in (0, 2, 5):
+                right = at(b.T.copy(), shift_b).T if transposed else at(b, shift_b)
+                found.add(hashlib.sha256(np.array(at(a, shift_a) @ right).tobytes()).hexdigest())
+        digests[f"{n} {k} {m} {transposed}"] = sorted(found)
+print(json.dumps(digests))
+"""
+
+
+@with_mkl
+def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_threads() -> None:
+    """Recomputed blocks and resumed runs see the same values at other addresses."""
+    one, two = (answer(PRODUCTS, MKL_NUM_THREADS=n, MKL_DYNAMIC="FALSE") for n in "12")
+    assert [case for case, found in one.items() if len(found) != 1] == []
+    assert one == two
+
+
+@linux
+def test_a_tuned_allocator_gives_freed_tensors_back() -> None:
+    kept_bytes = answer("""
+import json
+import mebp_mlx
+from mebp_mlx.runtime.footprint import footprint_bytes
+from mebp_mlx.runtime.platform import tune_allocator
+if not tune_allocator():
+    print(json.dumps(None))
+    raise SystemExit
+import mlx.core as mx
+
+def work(rows):
+    x = mx.ones((rows, 1024))
+    survivors.append(mx.array([1.0, 2.0]) * rows)
+    mx.eval(x, x * 2, survivors)
+
+survivors = []
+work(100)
+before = footprint_bytes()
+for rows in (2000, 5000, 9000, 3000, 7000, 1000):
+    work(rows)
+print(json.dumps(footprint_bytes() - before))
+""")
+    if kept_bytes is None:
+        pytest.skip("the C library is not glibc")
+    assert kept_bytes <= 3_000_000
+
+
+def test_the_machine_is_described_in_json() -> None:
+    described = json.loads(json.dumps(machine()))
+    assert set(described) == {
+        "machine", "chip", "cores", "memory_bytes", "os", "python", "mlx", "mlx_lm", "numpy", "blas",
+    }
+    assert described["mlx"] == importlib.metadata.version("mlx")
+    assert described["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert 1 <= described["cores"] <= (os.cpu_count() or 1)
+    assert described["memory_bytes"] > 100_000_000
+    assert described["blas"].startswith(load_blas().name)

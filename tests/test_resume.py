@@ -1,0 +1,206 @@
+"""A run that was interrupted or killed goes on bit for bit; one that was not the same run is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mebp_mlx import train
+from mebp_mlx.engine.backprop import BackpropEngine
+from tests.runs import (
+    FILES,
+    arguments,
+    child,
+    contents,
+    events,
+    interrupt_at,
+    listen_to_signals,
+    losses,
+    refused,
+    tokenize_here,
+    write_home,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_home(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(autouse=True)
+def tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize_here(home, monkeypatch)
+
+
+VARIANTS: dict[str, list[str]] = {
+    "adam": [],
+    "schedule, dropout, accumulation, clipping": [
+        "--lr-decay",
+        "cosine",
+        "--warmup",
+        "2",
+        "--dropout",
+        "0.2",
+        "--grad-accumulation-steps",
+        "2",
+        "--max-grad-norm",
+        "0.1",
+    ],
+    "sgd": ["--optimizer", "sgd", "--dropout", "0.1"],
+    "mezo": ["--engine", "mezo", "--mezo-eps", "0.01"],
+}
+
+
+@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS.keys())
+def test_interrupted_and_resumed_equals_uninterrupted(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    length = ["--iters", "12", "--seed", "5"]
+    assert train.main(arguments(home, whole, *length, *more)) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert train.main(arguments(home, parts, *length, *more)) == 130
+    assert events(parts, "interrupted")[-1]["iter"] == 6
+    assert {path.name for path in parts.iterdir()} == FILES
+    # The saved options are those of the run, so nothing has to be said again.
+    assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert losses(parts) == losses(whole)
+    ours, theirs = (mx.load(str(folder / "checkpoint.safetensors")) for folder in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert np.array(ours[name]).tobytes() == np.array(theirs[name]).tobytes(), name
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(arguments(home, whole, "--iters", "8")) == 0
+    assert train.main(arguments(home, parts, "--iters", "4")) == 0
+    assert train.main(arguments(home, parts, "--iters", "8", "--resume")) == 0
+    assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+    assert [e for e in losses(parts) if e[0] == "train"] == [e for e in losses(whole) if e[0] == "train"]
+
+
+def test_an_interrupt_during_accumulation_gives_up_the_update(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half-gathered gradients are dropped and made again after --resume."""
+    more = ["--iters", "9", "--grad-accumulation-steps", "3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(arguments(home, whole, *more)) == 0
+    step = BackpropEngine.step
+
+    def step_and_kill(self: BackpropEngine, batch: Any, **given: Any) -> float:
+        if (given["step"], given["micro"]) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, **given)
+
+    with monkeypatch.context() as patch:
+        listen_to_signals(patch)
+        patch.setattr(BackpropEngine, "step", step_and_kill)
+        assert train.main(arguments(home, parts, *more)) == 130
+    assert events(parts, "interrupted")[-1]["iter"] == 3
+    assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
+    assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+
+
+def test_ctrl_c_in_a_child_saves_and_exits_130(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = arguments(home, out, "--iters", "100000", "--save-every", "100000")
+    process = child(
+        "-m", "mebp_mlx.train", *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if " loss " in line and "valid" not in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (lines, rest, errors)
+    assert "once more" in errors and "Traceback" not in errors
+    assert "--resume" in rest
+    done = events(out, "interrupted")[0]["iter"]
+    assert {path.name for path in out.iterdir()} == FILES
+    assert train.main(["--resume", "--adapter-path", str(out), "--iters", str(done + 2)]) == 0
+    assert [e["iter"] for e in events(out, "train")] == list(range(1, done + 3))
+
+
+def test_a_second_ctrl_c_stops_at_once_without_saving(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = BackpropEngine.step
+
+    def step_and_kill(self: BackpropEngine, batch: Any, **given: Any) -> float:
+        for _ in range(2 if given["step"] == 4 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, **given)
+
+    listen_to_signals(monkeypatch)
+    monkeypatch.setattr(BackpropEngine, "step", step_and_kill)
+    out = tmp_path / "out"
+    assert train.main(arguments(home, out, "--save-every", "2")) == 130
+    assert [e["iter"] for e in events(out, "save")] == [2, 4]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_from_its_last_save(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(arguments(home, whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "report", lambda self, iteration, window: 1 / (5 - iteration))
+        with pytest.raises(ZeroDivisionError):  # a bug has its traceback
+            train.main(arguments(home, parts, "--save-every", "2"))
+    assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
+    assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+
+
+def test_resuming_a_finished_run_says_so(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert train.main(arguments(home, out)) == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert train.main(["--resume", "--adapter-path", str(out)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert train.main(arguments(home, out)) == 0
+    before = contents(out)
+    message = refused(capsys, arguments(home, out, "--seed", "1"))
+    assert "--adapter-path" in message and "--resume" in message
+    message = refused(capsys, arguments(home, out, "--resume", "--rank", "5"))
+    assert message.startswith("--rank:") and "has 4, not 5" in message
+    message = refused(capsys, arguments(home, out, "--resume", "--learning-rate", "0.5"))
+    assert message.startswith("--learning-rate:")
+    assert contents(out) == before
+
+
+def test_resume_needs_the_same_rows(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    argv = arguments(home, tmp_path / "out", "--data", str(tmp_path / "data"))
+    assert train.main(argv) == 0
+    with open(tmp_path / "data" / "train.jsonl", "a") as file:
+        file.write('{"text": "one row more"}\n')
+    assert refused(capsys, [*argv, "--resume", "--iters", "9"]).startswith("--data:")
+    shutil.copytree(home / "data", tmp_path / "moved")
+    assert train.main([*argv, "--data", str(tmp_path / "moved"), "--resume", "--iters", "9"]) == 0
+
+
+def test_resume_where_nothing_is(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, arguments(home, tmp_path / "none", "--resume")).startswith("--resume: nothing is saved")
+    assert not (tmp_path / "none").exists()

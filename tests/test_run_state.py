@@ -1,0 +1,319 @@
+"""What a run keeps on disk: it comes back bit for bit, and a bad or foreign state is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from mebp_mlx.config import TrainConfig
+from mebp_mlx.errors import NonFiniteLoss, UserError
+from mebp_mlx.optimizers import make_optimizer
+from mebp_mlx.runtime import run_state
+from mebp_mlx.runtime.run_state import Checkpoint
+
+NAMES = [f"model.layers.{layer}.self_attn.q_proj.lora_{letter}" for layer in (0, 1) for letter in "ab"]
+
+
+def parameters(seed: int) -> dict[str, mx.array]:
+    rng = np.random.default_rng(seed)
+    return {name: mx.array(rng.standard_normal((5, 3) if name.endswith("a") else (3, 7)), mx.float32) for name in NAMES}
+
+
+def lora_of(values: dict[str, mx.array]) -> Any:
+    return SimpleNamespace(
+        parameters=lambda: dict(values), rank=3, scale=20.0, dropout=0.0, keys=("self_attn.q_proj",), num_layers=-1
+    )
+
+
+def state_after_updates(name: str, seed: int, n_updates: int = 2) -> tuple[dict[str, mx.array], optim.Optimizer]:
+    values = parameters(seed)
+    optimizer = make_optimizer(TrainConfig(optimizer=name, warmup=1, lr_decay="cosine"), 10)
+    for step in range(n_updates):
+        values = optimizer.apply_gradients(parameters(seed + 1 + step), values)
+    return values, optimizer
+
+
+def saved(folder: Path, seed: int = 0, name: str = "adam") -> Checkpoint:
+    values, optimizer = state_after_updates(name, seed)
+    state = Checkpoint(values, optimizer.state, 2, TrainConfig(optimizer=name).to_dict(), {"model": "m", "data": "d"})
+    run_state.save_checkpoint(folder, state)
+    return state
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and np.array(a).tobytes() == np.array(b).tobytes()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor", "lion", "muon"])
+def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: str) -> None:
+    values, optimizer = state_after_updates(name, seed)
+    options = TrainConfig(optimizer=name).to_dict()
+    run_state.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 2, options, {}))
+    again = run_state.load_checkpoint(tmp_path)
+    assert (again.step, again.options) == (2, options)
+
+    fresh = make_optimizer(TrainConfig(optimizer=name, warmup=1, lr_decay="cosine"), 10)
+    fresh.init(parameters(seed))
+    run_state.restore(again, parameters(seed), fresh.state)
+    fresh.state = again.optimizer
+    gradients = parameters(seed + 99)
+    expected, found = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
+    for key in NAMES:
+        assert same_bits(expected[key], found[key]), key
+
+
+def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int) -> None:
+    utils = pytest.importorskip("mlx_lm.tuner.utils")
+    import mlx.nn as nn
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = nn.Linear(5, 7, bias=False)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = Attention()
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [Block(), Block()]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Inner()
+
+        @property
+        def layers(self) -> list[Block]:
+            return self.model.layers
+
+    values = parameters(seed)
+    run_state.save_adapters(tmp_path, lora_of(values), TrainConfig(), 100, numbered=True)
+    model = Model()
+    x = mx.random.normal((2, 5))
+    base = model.layers[1].self_attn.q_proj(x)
+    utils.load_adapters(model, str(tmp_path))
+    found = model.layers[1].self_attn.q_proj(x)
+    expected = base + 20.0 * (x @ values[NAMES[2]]) @ values[NAMES[3]]
+    assert mx.abs(found - expected).max().item() <= 1e-4
+    numbered = tmp_path / "0000100_adapters.safetensors"
+    assert numbered.read_bytes() == (tmp_path / run_state.ADAPTERS).read_bytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_never_replaces_a_good_one(tmp_path: Path, bad: float) -> None:
+    saved(tmp_path)
+    run_state.save_adapters(tmp_path, lora_of(parameters(1)), TrainConfig(), 1, numbered=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    values, optimizer = state_after_updates("adam", 0)
+    values[NAMES[0]] = values[NAMES[0]].at[1, 1].add(bad)
+    with pytest.raises(NonFiniteLoss, match="no longer finite"):
+        run_state.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 3, {}, {}))
+    with pytest.raises(NonFiniteLoss):
+        run_state.save_adapters(tmp_path, lora_of(values), TrainConfig(), 2, numbered=True)
+    optimizer.state[NAMES[1]]["v"] = optimizer.state[NAMES[1]]["v"] * bad
+    with pytest.raises(NonFiniteLoss):
+        run_state.save_checkpoint(tmp_path, Checkpoint(parameters(0), optimizer.state, 3, {}, {}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    run_state.write_json(path, {"x": 1})
+
+    def full(file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        run_state.write_atomically(path, full)
+    with pytest.raises(KeyboardInterrupt):
+        run_state.write_atomically(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    script = """
+import sys, mlx.core as mx
+from pathlib import Path
+from mebp_mlx.runtime.run_state import Checkpoint, save_checkpoint
+step = 0
+while True:
+    step += 1
+    save_checkpoint(Path(sys.argv[1]), Checkpoint({"a": mx.full((300, 300), step)}, {"b": {"m": mx.full((300,), step)}},
+                                                  step, {}, {}))
+    print(step, flush=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for n_saves in (1, 3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+        )
+        assert process.stdout is not None
+        for _ in range(n_saves):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        state = run_state.load_checkpoint(tmp_path)
+        assert state.step >= n_saves
+        assert mx.all(state.lora["a"] == state.step).item()
+        assert mx.all(state.optimizer["b"]["m"] == state.step).item()
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", [run_state.RUN, run_state.CHECKPOINT, run_state.ADAPTERS, run_state.LOG])
+def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"--adapter-path.*already holds a run") as caught:
+        run_state.check_unused(tmp_path)
+    assert ("--resume" in str(caught.value)) == (name == run_state.CHECKPOINT)
+
+
+def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
+    run_state.check_unused(tmp_path)
+    run_state.check_unused(tmp_path / "new" / "folder")
+    (tmp_path / "file").write_text("x")
+    for use in (run_state.check_unused, run_state.make_folder):
+        with pytest.raises(UserError, match="--adapter-path"):
+            use(tmp_path / "file")
+    with pytest.raises(UserError, match="--adapter-path"):
+        run_state.make_folder(tmp_path / "file" / "below")
+
+
+# Resuming
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="--resume: nothing is saved"):
+            run_state.saved_options(folder)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    path = tmp_path / run_state.CHECKPOINT
+    whole = path.read_bytes()
+    for damaged in (whole[:-10], whole[: len(whole) // 2], whole[:50], b"", b"x" * 200):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"--resume: .*checkpoint\.safetensors"):
+            run_state.load_checkpoint(tmp_path)
+    mx.save_safetensors(str(path), {"a": mx.ones(3)})
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        run_state.load_checkpoint(tmp_path)
+
+
+def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    state = run_state.load_checkpoint(tmp_path)
+    optimizer = make_optimizer(TrainConfig(), 10)
+    optimizer.init(parameters(0))
+    run_state.restore(state, parameters(0), optimizer.state)
+    wider = {**parameters(0), NAMES[1]: mx.zeros((4, 7))}
+    with pytest.raises(UserError, match=r"has shape \(3, 7\), not \(4, 7\)"):
+        run_state.restore(state, wider, optimizer.state)
+    with pytest.raises(UserError, match="is not of this run"):
+        run_state.restore(
+            state, {name: value for name, value in parameters(0).items() if name != NAMES[0]}, optimizer.state
+        )
+    with pytest.raises(UserError, match="missing"):
+        run_state.restore(state, {**parameters(0), "extra": mx.zeros(2)}, optimizer.state)
+
+
+FIXED = {
+    "batch_size": 7, "dropout": 0.5, "engine": "mezo", "grad_accumulation_steps": 3, "keys": ("mlp.up_proj",),
+    "learning_rate": 0.5, "lr_decay": "linear", "lr_schedule": {"name": "cosine_decay", "arguments": [1, 2]},
+    "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9, "mezo_eps": 0.5, "num_layers": 1,
+    "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
+    "seed": 5, "warmup": 3,
+}  # fmt: skip
+
+
+def test_every_option_of_the_mathematics_is_fixed() -> None:
+    assert set(TrainConfig().fixed_by_run()) == {*FIXED, "model", "data"}
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_a_resumed_run_keeps_its_options(tmp_path: Path, name: str) -> None:
+    state = saved(tmp_path)
+    origin = {"model": "m", "data": "d"}
+    other = TrainConfig(optimizer="adam").replace(**{name: FIXED[name]})  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        run_state.check_same_run(other, state, origin)
+    message = str(caught.value)
+    assert name.replace("_", "-") in message.replace("_", "-")
+    value = FIXED[name]
+    assert str(value[0] if isinstance(value, tuple) else value) in message or isinstance(value, dict), message
+
+
+def test_a_resumed_run_may_change_reporting_and_length_and_the_folders_names(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    now = TrainConfig(
+        iters=5,
+        epochs=2,
+        save_every=3,
+        steps_per_report=7,
+        steps_per_eval=8,
+        val_batches=1,
+        test=True,
+        adapter_path="elsewhere",
+        arena_dir="a",
+        sample_prompt="x",
+        resume=True,
+        model="moved",
+        data="too",
+    )
+    run_state.check_same_run(now, state, {"model": "m", "data": "d"})
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_a_resumed_run_needs_the_same_model_and_rows(tmp_path: Path, name: str) -> None:
+    state = saved(tmp_path)
+    origin = {"model": "m", "data": "d", name: "changed"}
+    with pytest.raises(UserError, match=f"--{name}: .*bundled.*changed since"):
+        run_state.check_same_run(TrainConfig(optimizer="adam"), state, origin)
+    other = TrainConfig(optimizer="adam").replace(**{name: "other"})
+    with pytest.raises(UserError, match=f"--{name}: .*uses bundled, not other"):
+        run_state.check_same_run(other, state, origin)
+
+
+def test_saved_options_follow_run_json_where_they_may_change(tmp_path: Path) -> None:
+    saved(tmp_path)
+    run_state.write_json(tmp_path / run_state.RUN, {"options": TrainConfig(iters=999, rank=3).to_dict()})
+    options = run_state.saved_options(tmp_path)
+    assert (options["iters"], options["rank"]) == (999, TrainConfig().rank)
+    (tmp_path / run_state.RUN).write_text("{")
+    assert run_state.saved_options(tmp_path)["iters"] == TrainConfig().iters
+
+
+def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
+    first = run_state.model_fingerprint(tmp_path)
+    assert run_state.model_fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
+    second = run_state.model_fingerprint(tmp_path)
+    (tmp_path / "config.json").write_text("{ }")
+    assert len({first, second, run_state.model_fingerprint(tmp_path)}) == 3
+    for name in ("offsets", "label_starts", "tokens"):
+        (tmp_path / f"train.{name}").write_bytes(b"x" * 600_000)
+    rows = run_state.data_fingerprint(tmp_path)
+    (tmp_path / "train.tokens").write_bytes(b"x" * 599_999 + b"y")
+    assert run_state.data_fingerprint(tmp_path) != rows
