@@ -15,6 +15,7 @@ from .errors import UserError
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
+from .runtime import memory
 
 
 class _Batch(NamedTuple):
@@ -26,7 +27,9 @@ def open_model(path: str | Path) -> Model:
     """A checkpoint folder (config.json + *.safetensors, mlx-lm's layout), memory-mapped; nothing is read yet.
 
     Raises UserError for a missing or damaged file, an unknown family, or shapes that contradict config.json.
+    From here on MLX keeps no freed buffers in this process: they would count as footprint.
     """
+    memory.settle()
     return Model(path)
 
 

@@ -1,4 +1,4 @@
-"""The bundled model and data: small, whole, disjoint, loadable, better than chance; how their text is made."""
+"""The bundled model and data: small, whole, disjoint, loadable, above chance; and how their text is made."""
 from __future__ import annotations
 
 import json
