@@ -25,9 +25,9 @@ def test_what_is_put_comes_back_to_the_bit(tmp_path: Path, dtype: mx.Dtype, seed
         arrays = [mx.array(rng.standard_normal(s), mx.float32).astype(dtype) for s in shapes]
         arrays.append(arrays[1].swapaxes(0, 2))  # not contiguous
         for i, array in enumerate(arrays):
-            arena.put(i, "x", array)
+            arena.put(i, "x", 3, array)
         for i, array in enumerate(arrays):
-            back = arena.get(i, "x")
+            back = arena.get(i, "x", 3)
             assert back.dtype == dtype and back.shape == array.shape and mx.array_equal(back, array).item(), seed
     arena.close()
 

@@ -18,7 +18,8 @@ from tests.parity import largest_error, mlx_lm_loss_and_grads
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 
 TOLERANCE = 1e-5
-TINY_BLOCKS = Plan(weight_block_bytes=1, head_block_bytes=1, query_block=5)  # 32 rows at a time, odd query blocks
+# 32 rows of a matrix at a time, odd query blocks, 64 positions at a time.
+TINY_BLOCKS = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=5)
 
 
 def _model(tmp_path: Path, config: dict, **how: object) -> mebp_mlx.api.Model:
@@ -49,6 +50,27 @@ def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | N
     assert largest_error(loss.item(), grads, *expected) <= TOLERANCE, f"seed {seed}"
     forward = mebp_mlx.loss(model, lora, tokens, targets, plan=plan).item()
     assert abs(forward - expected[0]) <= TOLERANCE * abs(expected[0])
+
+
+@pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
+@pytest.mark.parametrize("name", ["qwen2", "llama-sliding", "gemma3_text"])
+@pytest.mark.parametrize("masking", ["ragged", "holes"])
+def test_gradients_of_sequences_in_tiles(
+    tmp_path: Path, name: str, masking: str, saved: frozenset[str], seed: int
+) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3)
+    randomize_lora(lora, seed)
+    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V, masking))
+    truth = _whole_graph(model, lora, batch, seed=5)
+    n_labels = int((batch.targets != -100).sum())
+    for token_block, query_block in ((64, 50), (128, 200)):
+        plan = Plan(saved=saved, token_block=token_block, query_block=query_block)
+        engine = BackpropEngine(model, lora, plan=plan, seed=5)
+        grads: dict[str, mx.array] = {}
+        loss = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update)
+        engine.close()
+        assert largest_error(loss, grads, *truth) <= TOLERANCE, f"seed {seed}"
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
@@ -146,14 +168,14 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
-    tokens, targets = random_batch(seed, 2, 12, model.spec.V)
+    tokens, targets = random_batch(seed, 2, 90, model.spec.V)
     names = ["x", *(stage.output for stage in block_stages(model.spec))]
     rng = np.random.default_rng(seed)
     policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
     reference = None
     for saved in policies:
-        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan(saved=saved, query_block=7))
+        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan(saved=saved, token_block=64, query_block=17))
         found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
         reference = reference or found
         for key, value in reference.items():

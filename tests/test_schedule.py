@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
-from mebp_mlx.engine.schedule import Op, backward_ops, forward_ops
-from mebp_mlx.model.decoder import Stage, block_stages
+from mebp_mlx.engine.schedule import Op, backward_ops, forward_ops, needs_gradient
+from mebp_mlx.model.decoder import Stage, block_stages, segments
 from mebp_mlx.model.spec import PROJECTIONS, ModelSpec
 
 SHORT = frozenset(PROJECTIONS)
@@ -27,7 +27,7 @@ def _spec(gemma: bool) -> ModelSpec:
     )  # type: ignore[arg-type]
 
 
-def _carry_out(ops: list[Op], values: set[str], saved: frozenset[str]) -> tuple[set[str], int]:
+def _carry_out(ops: list[Op], values: set[str], available: frozenset[str]) -> tuple[set[str], int]:
     """What is left in memory, and how many projections ran; fails when something is read that is not there."""
     n_products = 0
     for op in ops:
@@ -38,15 +38,22 @@ def _carry_out(ops: list[Op], values: set[str], saved: frozenset[str]) -> tuple[
         elif op.kind == "save":
             assert op.value in values
         elif op.kind == "load":
-            assert op.value in saved
+            assert op.value in available
             values.add(op.value)
         elif op.kind == "drop":
             values.discard(op.value)
         else:
-            assert op.stage is not None
-            needs = () if op.stage.kind == "projection" and op.stage.name not in SHORT else op.stage.needs
-            assert set(needs) <= values
+            assert op.stage is not None and set(op.stage.needs) <= values
     return values, n_products
+
+
+def _backward(gemma: bool, saved: frozenset[str], trained: frozenset[str] = SHORT, want_dx: bool = True) -> list[Op]:
+    stages = _stages(gemma)
+    useful = needs_gradient(stages, trained, want_dx)
+    ops = []
+    for part, entering in zip(segments(stages), ("x", "a"), strict=True):
+        ops += backward_ops(part, saved | {"x", entering}, trained, useful)
+    return ops
 
 
 def _policies(seed: int, stages: tuple[Stage, ...]) -> list[frozenset[str]]:
@@ -57,38 +64,37 @@ def _policies(seed: int, stages: tuple[Stage, ...]) -> list[frozenset[str]]:
 
 
 @pytest.mark.parametrize("gemma", [False, True])
-def test_forward_leaves_only_the_output(gemma: bool, seed: int) -> None:
-    stages = _stages(gemma)
-    for saved in _policies(seed, stages):
-        left, _ = _carry_out(forward_ops(stages, saved), {"x"}, saved)
+def test_forward_leaves_only_what_is_kept(gemma: bool, seed: int) -> None:
+    before, after = segments(_stages(gemma))
+    for saved in _policies(seed, _stages(gemma)):
+        left, _ = _carry_out(forward_ops(before, saved, keep=("q", "k", "v")), {"x"}, saved)
+        assert left == {"q", "k", "v"}, (sorted(saved), seed)
+        left, _ = _carry_out(forward_ops(after, saved), {"x", "a"}, saved)
         assert left == {"y"}, (sorted(saved), seed)
 
 
 @pytest.mark.parametrize("gemma", [False, True])
 @pytest.mark.parametrize("want_dx", [False, True])
 def test_backward_reads_only_what_is_there_and_leaves_nothing(gemma: bool, want_dx: bool, seed: int) -> None:
-    stages = _stages(gemma)
-    for saved in _policies(seed, stages):
-        left, _ = _carry_out(backward_ops(stages, saved, SHORT, want_dx), set(), saved)
+    for saved in _policies(seed, _stages(gemma)):
+        left, _ = _carry_out(_backward(gemma, saved, want_dx=want_dx), set(), saved | {"x", "a"})
         assert left == set(), (sorted(saved), seed)
 
 
 @pytest.mark.parametrize("gemma", [False, True])
 def test_saving_projections_repeats_no_matrix_product(gemma: bool) -> None:
-    stages = _stages(gemma)
     saved = Plan(saved=SAVE_PROJECTIONS).saved_for(_spec(gemma))
-    assert _carry_out(backward_ops(stages, saved, SHORT, True), set(), saved)[1] == 0
+    assert _carry_out(_backward(gemma, saved), set(), saved | {"x", "a"})[1] == 0
     # The last product, d, is read by nobody unless its output is normed.
     assert ("d" in saved) is gemma
-    again = _carry_out(backward_ops(stages, SAVE_INPUTS, SHORT, True), set(), SAVE_INPUTS)[1]
-    assert again == (7 if gemma else 6)
+    again = _carry_out(_backward(gemma, SAVE_INPUTS), set(), SAVE_INPUTS | {"a"})[1]
+    assert again == (4 if gemma else 3)  # and q, k, v for attention, outside these lists
 
 
 def test_every_trained_projection_is_visited_and_no_other_work_is_done() -> None:
-    stages = _stages(False)
     for n in (1, 2, 7):
         for trained in itertools.combinations(sorted(SHORT), n):
-            ops = backward_ops(stages, SAVE_PROJECTIONS, frozenset(trained), want_dx=False)
+            ops = _backward(False, SAVE_PROJECTIONS, frozenset(trained), want_dx=False)
             visited = [op.stage.name for op in ops if op.kind == "backward" and op.stage is not None]
             assert set(trained) <= set(visited)
             assert len(visited) == len(set(visited))

@@ -34,7 +34,7 @@ class Arena:
         self.folder = choose_folder(folder)
         self.capacity_bytes = page_ceil(max(capacity_bytes, 1))
         self._map = _create(self.folder, self.capacity_bytes)
-        self._slots: dict[tuple[int, str], tuple[int, mx.Dtype, tuple[int, ...]]] = {}
+        self._slots: dict[tuple[int, str, int], tuple[int, mx.Dtype, tuple[int, ...]]] = {}
         self._used = 0
 
     def clear(self) -> None:
@@ -42,19 +42,19 @@ class Arena:
         self._slots.clear()
         self._used = 0
 
-    def put(self, layer: int, name: str, value: mx.array) -> None:
+    def put(self, layer: int, name: str, tile: int, value: mx.array) -> None:
         """Copy an evaluated array in."""
         offset, end = self._used, self._used + page_ceil(value.nbytes)
         if end > self.capacity_bytes:
             raise AssertionError(f"arena of {self.capacity_bytes} bytes is too small for layer {layer} {name}")
-        self._slots[layer, name] = (offset, value.dtype, tuple(value.shape))
+        self._slots[layer, name, tile] = (offset, value.dtype, tuple(value.shape))
         self._used = end
         raw = np.asarray(value.reshape(-1).view(mx.uint8))
         np.frombuffer(self._map, np.uint8, value.nbytes, offset)[:] = raw
 
-    def get(self, layer: int, name: str) -> mx.array:
+    def get(self, layer: int, name: str, tile: int) -> mx.array:
         """A copy of an entry in MLX."""
-        offset, dtype, shape = self._slots[layer, name]
+        offset, dtype, shape = self._slots[layer, name, tile]
         n_items = int(np.prod(shape))
         raw = np.frombuffer(self._map, np.uint8, n_items * dtype.size, offset)
         # Copied as 32-bit words where possible: one memcpy, no conversion.

@@ -63,7 +63,7 @@ class BackpropEngine:
         """Make room in the arena for batches of [batch_size, n_tokens]; UserError when the disk has none."""
         spec = self.model.spec
         n_layers = spec.L - self.first_trained
-        needed = self.plan.arena_bytes(spec, batch_size * n_tokens, n_layers, self.model.dtype.size)
+        needed = self.plan.arena_bytes(spec, batch_size, n_tokens, n_layers, self.model.dtype.size)
         if self.arena is None or self.arena.capacity_bytes < needed:
             self.close()
             self.arena = Arena(needed, self.arena_dir)
@@ -80,13 +80,15 @@ class BackpropEngine:
         self.arena.clear()
         dropout_parts = (self.seed, step, micro) if self.dropout else None
         runner = BlockRunner(self.model, self.plan, self.lora, self.arena, dropout_parts)
-        x = self._forward(runner, batch.tokens, save=True)
+        x = embed_tiles(self.model, self.plan, batch.tokens)
+        for layer in self.model.spec.layers:
+            x = runner.forward(layer, x, save=layer.index >= self.first_trained)
         result = head.run(self.model, self.plan, x, batch.targets, want_dx=True, weight=1 / max(n_labels, 1))
         loss = result.loss_sum / max(n_labels, 1)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"loss is {loss}")
         dx = result.dx
-        del x, result
+        del result
         for layer in reversed(self.model.spec.layers[self.first_trained :]):
             assert dx is not None
             dx, gradients = runner.backward(layer, dx, want_dx=layer.index > self.first_trained)
@@ -98,17 +100,18 @@ class BackpropEngine:
         """(sum of the labelled tokens' losses, their number): a forward pass, without dropout."""
         return forward_loss(self.model, self.plan, self.lora, batch)
 
-    def _forward(self, runner: BlockRunner, tokens: np.ndarray, save: bool) -> mx.array:
-        x = self.model.embed(tokens)
-        for layer in self.model.spec.layers:
-            x = runner.forward(layer, x, save=save and layer.index >= self.first_trained)
-        return x
-
     def close(self) -> None:
         """Give the arena's file back."""
         if self.arena is not None:
             self.arena.close()
             self.arena = None
+
+
+def embed_tiles(model: Model, plan: Plan, tokens: np.ndarray) -> list[mx.array]:
+    """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
+    tiles = [model.embed(tokens[:, start:stop]) for start, stop in plan.tiles(tokens.shape[1])]
+    mx.eval(tiles)
+    return tiles
 
 
 def forward_loss(
@@ -120,7 +123,7 @@ def forward_loss(
 ) -> tuple[float, int]:
     """(sum of the labelled tokens' losses, their number) with nothing saved."""
     runner = BlockRunner(model, plan, adapter, dropout_parts=dropout_parts)
-    x = model.embed(batch.tokens)
+    x = embed_tiles(model, plan, batch.tokens)
     for layer in model.spec.layers:
         x = runner.forward(layer, x, save=False)
     result = head.run(model, plan, x, batch.targets, want_dx=False)

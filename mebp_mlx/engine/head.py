@@ -13,43 +13,65 @@ from .plan import Plan
 
 
 class HeadResult(NamedTuple):
-    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; dx: gradient of loss_sum [B, T, D] or None."""
+    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; dx: tiles of its gradient, or None."""
 
     loss_sum: float
     n_labels: int
-    dx: mx.array | None
+    dx: list[mx.array] | None
 
 
-def run(model: Model, plan: Plan, x: mx.array, targets: np.ndarray, want_dx: bool, weight: float = 1.0) -> HeadResult:
-    """x [B, T, D]: the last block's output; targets int32 [B, T], -100 = no label; dx is multiplied by `weight`.
+def run(
+    model: Model, plan: Plan, x: list[mx.array], targets: np.ndarray, want_dx: bool, weight: float = 1.0
+) -> HeadResult:
+    """x: tiles [B, tile, D] of the last block's output, emptied; targets int32 [B, T], -100 = no label.
 
-    Rows without a label are left out of the matrix products.
+    dx is multiplied by `weight`. Rows without a label are left out of the matrix products.
     """
     spec = model.spec
-    labelled = np.flatnonzero(targets.reshape(-1) != -100)
-    n_labels = len(labelled)
-    if n_labels == 0:
-        return HeadResult(0.0, 0, mx.zeros_like(x) if want_dx else None)
-    every_row = n_labels == targets.size
-    rows = mx.array(labelled.astype(np.uint32))
-    flat = x.reshape(-1, spec.D)
-    picked = flat if every_row else flat[rows]
+    starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
+    tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    labelled = [np.flatnonzero(t != -100) for t in tile_targets]
+    y = np.concatenate([t[rows] for t, rows in zip(tile_targets, labelled, strict=True)])
+    if len(y) == 0:
+        return HeadResult(0.0, 0, [mx.zeros_like(tile) for tile in x] if want_dx else None)
+    picked = [_pick(tile, rows) for tile, rows in zip(x, labelled, strict=True)]
+    shapes = [tile.shape for tile in x]
+    x.clear()
     norm = model.norm(spec.final_norm)
-    h = mx.fast.rms_norm(picked, norm, spec.norm_eps)
-    state = one_pass.start(n_labels, spec.D, want_dx)
-    chunk = plan.vocabulary_chunk(spec.D, model.dtype.size)
-    mx.eval(h, state)
+    h = [mx.fast.rms_norm(part, norm, spec.norm_eps) for part in picked]
+    joined = h[0] if len(h) == 1 else mx.concatenate(h)
+    state = one_pass.start(len(y), spec.D, want_dx)
+    chunk = plan.vocabulary_chunk(len(y), spec.D, model.dtype.size)
+    mx.eval(joined, state)
+    del h
     for first in range(0, spec.V, chunk):
-        state = one_pass.update(state, h, model.rows(spec.head, first, min(first + chunk, spec.V)))
+        state = one_pass.update(state, joined, model.rows(spec.head, first, min(first + chunk, spec.V)))
         mx.eval(state)
-    target_rows = model.gather(spec.head, targets.reshape(-1)[labelled])
-    losses, dh = one_pass.finish(state, h, target_rows)
+    losses, dh = one_pass.finish(state, joined, model.gather(spec.head, y))
     loss_sum = float(np.asarray(losses.sum()))
     if dh is None:
-        return HeadResult(loss_sum, n_labels, None)
-    cotangent = (dh * weight).astype(h.dtype)
-    (d_picked,) = mx.vjp(lambda v: mx.fast.rms_norm(v, norm, spec.norm_eps), [picked], [cotangent])[1]
-    dx = d_picked if every_row else mx.zeros_like(flat).at[rows].add(d_picked)
-    dx = dx.reshape(x.shape)
-    mx.eval(dx)
-    return HeadResult(loss_sum, n_labels, dx)
+        return HeadResult(loss_sum, len(y), None)
+    dh = (dh * weight).astype(joined.dtype)
+    mx.eval(dh)
+    del state, joined, losses
+    dx, first = [], 0
+    for shape, rows in zip(shapes, labelled, strict=True):
+        cotangent = dh[first : first + len(rows)]
+        first += len(rows)
+        part = picked.pop(0)
+        if len(rows) == 0:
+            dx.append(mx.zeros(shape, dh.dtype))
+            continue
+        (d_part,) = mx.vjp(lambda v: mx.fast.rms_norm(v, norm, spec.norm_eps), [part], [cotangent])[1]
+        n_rows = shape[0] * shape[1]
+        if len(rows) < n_rows:
+            d_part = mx.zeros((n_rows, spec.D), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
+        dx.append(d_part.reshape(shape))
+        mx.eval(dx[-1])
+    return HeadResult(loss_sum, len(y), dx)
+
+
+def _pick(tile: mx.array, rows: np.ndarray) -> mx.array:
+    """The given rows of a tile [B, tile, D] as [n, D]."""
+    flat = tile.reshape(-1, tile.shape[-1])
+    return flat if len(rows) == flat.shape[0] else flat[mx.array(rows.astype(np.uint32))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..model.decoder import block_stages, value_width
+from ..model.lora import DROPOUT_RUN
 from ..model.spec import ModelSpec
 
 # Every projection's output: the backward repeats no matrix product, only norms, rope, attention and activation.
@@ -18,32 +19,41 @@ class Plan:
     """How a step is cut into pieces.
 
     saved: value names kept in the arena for the backward; weight_block_bytes: decompressed
-    bytes of a projection in memory at a time; head_block_bytes: the same for the vocabulary;
-    query_block: queries of attention at a time.
+    bytes of a projection in memory at a time; head_block_bytes, logits_block_bytes: the same
+    for the vocabulary and its logits; token_block: positions of the sequence that token-wise
+    stages work on at a time; query_block: queries of attention at a time.
     """
 
     saved: frozenset[str] = field(default=SAVE_PROJECTIONS)
     weight_block_bytes: int = 8 << 20
     head_block_bytes: int = 16 << 20
+    logits_block_bytes: int = 8 << 20
+    token_block: int = 512
     query_block: int = 256
 
     def rows_per_block(self, in_dims: int, item_bytes: int) -> int:
         """Rows of a [*, in_dims] matrix that fit in weight_block_bytes, at least 32."""
         return max(32, self.weight_block_bytes // (in_dims * item_bytes))
 
-    def vocabulary_chunk(self, D: int, item_bytes: int) -> int:
-        """Rows of the head's matrix at a time, at least 32."""
-        return max(32, self.head_block_bytes // (D * item_bytes))
+    def vocabulary_chunk(self, n_rows: int, D: int, item_bytes: int) -> int:
+        """Rows of the head's matrix at a time for n_rows labelled positions, at least 32."""
+        return max(32, min(self.head_block_bytes // (D * item_bytes), self.logits_block_bytes // (4 * n_rows)))
+
+    def tiles(self, T: int) -> list[tuple[int, int]]:
+        """The ranges of positions [start, stop) that are worked on at a time."""
+        step = max(DROPOUT_RUN, self.token_block // DROPOUT_RUN * DROPOUT_RUN)
+        return [(start, min(start + step, T)) for start in range(0, T, step)]
 
     def saved_for(self, spec: ModelSpec) -> frozenset[str]:
         """The saved names that a backward of this architecture ever reads, block inputs always among them."""
         read = {name for stage in block_stages(spec) for name in stage.needs}
         return (self.saved & read) | _sources(spec, read, self.saved) | {"x"}
 
-    def arena_bytes(self, spec: ModelSpec, n_tokens: int, n_layers: int, item_bytes: int) -> int:
-        """Bytes the arena needs for `n_layers` trained blocks on n_tokens = B * T tokens."""
+    def arena_bytes(self, spec: ModelSpec, B: int, T: int, n_layers: int, item_bytes: int) -> int:
+        """Bytes the arena needs for `n_layers` trained blocks on tokens [B, T]."""
         widths = [value_width(spec, name) for name in self.saved_for(spec)]
-        return n_layers * sum(page_ceil(n_tokens * width * item_bytes) for width in widths)
+        sizes = [B * (stop - start) * width * item_bytes for start, stop in self.tiles(T) for width in widths]
+        return n_layers * sum(page_ceil(size) for size in sizes)
 
 
 def _sources(spec: ModelSpec, read: set[str], saved: frozenset[str]) -> frozenset[str]:

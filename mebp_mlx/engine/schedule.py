@@ -31,14 +31,17 @@ class Op:
         return (self.value,) if self.kind == "save" else ()
 
 
-def forward_ops(stages: tuple[Stage, ...], saved: frozenset[str]) -> list[Op]:
-    """x in, y out: every stage once, saved values stored as soon as they exist, each dropped after its last use."""
-    ops = [Op("save", value=INPUT)] if INPUT in saved else []
+def forward_ops(stages: tuple[Stage, ...], saved: frozenset[str], keep: tuple[str, ...] = (OUTPUT,)) -> list[Op]:
+    """Every stage once, saved outputs stored as soon as they exist, each value dropped after its last use.
+
+    keep: the values that are left at the end.
+    """
+    ops = []
     for stage in stages:
         ops.append(Op("run", stage))
         if stage.output in saved:
             ops.append(Op("save", value=stage.output))
-    return _with_drops(ops, [op.reads for op in ops], keep=OUTPUT)
+    return _with_drops(ops, [op.reads for op in ops], keep)
 
 
 def needs_gradient(stages: tuple[Stage, ...], trained: frozenset[str], want_dx: bool) -> dict[str, bool]:
@@ -49,12 +52,13 @@ def needs_gradient(stages: tuple[Stage, ...], trained: frozenset[str], want_dx: 
     return useful
 
 
-def backward_ops(stages: tuple[Stage, ...], saved: frozenset[str], trained: frozenset[str], want_dx: bool) -> list[Op]:
-    """The cotangent of y in; LoRA gradients of `trained`, and the cotangent of x if wanted, out.
+def backward_ops(
+    stages: tuple[Stage, ...], available: frozenset[str], trained: frozenset[str], useful: dict[str, bool]
+) -> list[Op]:
+    """Cotangents of the stages' outputs in; LoRA gradients of `trained` and the useful cotangents of their inputs out.
 
-    What a backward reads is loaded if it was saved, and recomputed from what was saved otherwise.
+    What a backward reads is loaded if it is available, and recomputed from what is otherwise.
     """
-    useful = needs_gradient(stages, trained, want_dx)
     producer = {stage.output: stage for stage in stages}
     ops: list[Op] = []
     reads: list[tuple[str, ...]] = []
@@ -68,10 +72,10 @@ def backward_ops(stages: tuple[Stage, ...], saved: frozenset[str], trained: froz
         if name in present:
             return
         present.add(name)
-        if name in saved:
+        if name in available:
             emit(Op("load", value=name))
             return
-        stage = producer[name]  # INPUT is always saved, so this ends
+        stage = producer[name]  # what enters the stages is always available, so this ends
         for source in stage.inputs:
             bring(source)
         emit(Op("run", stage), stage.inputs)
@@ -89,11 +93,11 @@ def backward_ops(stages: tuple[Stage, ...], saved: frozenset[str], trained: froz
     return _with_drops(ops, reads)
 
 
-def _with_drops(ops: list[Op], reads: list[tuple[str, ...]], keep: str = "") -> list[Op]:
+def _with_drops(ops: list[Op], reads: list[tuple[str, ...]], keep: tuple[str, ...] = ()) -> list[Op]:
     """The same operations, with each value dropped right after the last one that reads it."""
     last_read = {name: i for i, names in enumerate(reads) for name in names}
     out = []
     for i, op in enumerate(ops):
         out.append(op)
-        out += [Op("drop", value=name) for name, last in last_read.items() if last == i and name != keep]
+        out += [Op("drop", value=name) for name, last in last_read.items() if last == i and name not in keep]
     return out

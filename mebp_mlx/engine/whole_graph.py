@@ -17,7 +17,7 @@ from ..errors import NonFiniteLoss
 from ..model.attention import attention
 from ..model.decoder import INPUT, OUTPUT, block_stages
 from ..model.frozen import Model
-from ..model.lora import Lora, dropout_mask, random_key
+from ..model.lora import Lora, dropout_mask
 from ..model.spec import Layer, Linear
 from .backprop import Sink, TokenBatch
 
@@ -116,7 +116,7 @@ class WholeGraphEngine:
         if a is None:
             return y
         if self.lora.dropout > 0 and dropout_parts is not None:
-            key = random_key("dropout", *dropout_parts, linear.name)
-            shape = (x.shape[0] * x.shape[1], x.shape[2])
-            x = x * dropout_mask(key, shape, self.lora.dropout, x.dtype).reshape(x.shape)
+            parts = (*dropout_parts, linear.name)
+            mask = dropout_mask(parts, x.shape[0], 0, x.shape[1], x.shape[2], self.lora.dropout, x.dtype)
+            x = x * mask.reshape(x.shape)
         return y + (self.lora.scale * ((x @ a) @ own[f"{linear.name}.lora_b"])).astype(y.dtype)

@@ -59,6 +59,12 @@ def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
     )
 
 
+def segments(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """The stages before and after attention: all but attention work on any range of positions by itself."""
+    at = next(i for i, stage in enumerate(stages) if stage.kind == "attention")
+    return stages[:at], stages[at + 1 :]
+
+
 def value_width(spec: ModelSpec, name: str) -> int:
     """Entries per token of a named value."""
     attention = spec.H * spec.head_dim

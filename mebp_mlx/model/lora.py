@@ -20,6 +20,9 @@ from ..errors import UserError
 from .spec import PROJECTIONS, Linear, ModelSpec
 
 
+DROPOUT_RUN = 64  # positions whose dropout is drawn together
+
+
 class Pair(NamedTuple):
     """The two LoRA matrices of one projection: a [in, r], b [r, out]."""
 
@@ -117,6 +120,19 @@ def random_key(*parts: int | str) -> mx.array:
     return mx.random.key(int.from_bytes(digest.digest(), "little"))
 
 
-def dropout_mask(key: mx.array, shape: tuple[int, ...], rate: float, dtype: mx.Dtype) -> mx.array:
-    """Inverted dropout's factor: 1 / (1 - rate) where kept, 0 elsewhere."""
-    return mx.random.bernoulli(1 - rate, shape, key).astype(dtype) * (1 / (1 - rate))
+def dropout_mask(
+    parts: tuple[int | str, ...], B: int, start: int, stop: int, width: int, rate: float, dtype: mx.Dtype
+) -> mx.array:
+    """Inverted dropout's factor for the positions [start, stop): [B * (stop - start), width], 1 / (1 - rate) or 0.
+
+    Drawn in runs of DROPOUT_RUN positions with a key for each, so that it does not depend on how a
+    sequence is cut into ranges; `start` must begin a run.
+    """
+    assert start % DROPOUT_RUN == 0
+    runs = []
+    for first in range(start, stop, DROPOUT_RUN):
+        n_positions = min(DROPOUT_RUN, stop - first)
+        drawn = mx.random.bernoulli(1 - rate, (B, DROPOUT_RUN, width), random_key("dropout", *parts, first))
+        runs.append(drawn[:, :n_positions])
+    mask = runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=1)
+    return mask.reshape(-1, width).astype(dtype) * (1 / (1 - rate))
