@@ -175,7 +175,8 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
     reference = None
     for saved in policies:
-        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan(saved=saved, token_block=64, query_block=17))
+        plan = Plan(saved=saved, token_block=64, query_block=17)
+        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
         found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
         reference = reference or found
         for key, value in reference.items():

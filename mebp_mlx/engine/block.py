@@ -65,7 +65,7 @@ class BlockRunner:
         return frozenset(short for short, linear in layer.linears.items() if self.adapter.trains(linear))
 
     def forward(self, layer: Layer, x: Tiles, save: bool) -> Tiles:
-        """Tiles of x [B, tile, D] -> tiles of y; `x` is emptied. With `save`, the arena gets what the backward needs."""
+        """Tiles of x [B, tile, D] (emptied) -> tiles of y; with `save`, the arena gets what the backward needs."""
         starts = _starts(x)
         work = _Work(self, layer, starts)
         saved = self.saved if save else frozenset()
@@ -241,7 +241,7 @@ class _Work:
         runner = self.runner
         if pair is None or runner.dropout_parts is None:
             return None
-        parts = (*runner.dropout_parts, linear.name)
+        parts: tuple[int | str, ...] = (*runner.dropout_parts, linear.name)
         return dropout_mask(parts, x.shape[0], start, start + x.shape[1], x.shape[2], runner.adapter.dropout, x.dtype)
 
 

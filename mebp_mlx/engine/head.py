@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ def run(
     """
     spec = model.spec
     starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
-    tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in pairwise(starts)]
     labelled = [np.flatnonzero(t != -100) for t in tile_targets]
     y = np.concatenate([t[rows] for t, rows in zip(tile_targets, labelled, strict=True)])
     if len(y) == 0:

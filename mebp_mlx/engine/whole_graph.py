@@ -116,7 +116,7 @@ class WholeGraphEngine:
         if a is None:
             return y
         if self.lora.dropout > 0 and dropout_parts is not None:
-            parts = (*dropout_parts, linear.name)
+            parts: tuple[int | str, ...] = (*dropout_parts, linear.name)
             mask = dropout_mask(parts, x.shape[0], 0, x.shape[1], x.shape[2], self.lora.dropout, x.dtype)
             x = x * mask.reshape(x.shape)
         return y + (self.lora.scale * ((x @ a) @ own[f"{linear.name}.lora_b"])).astype(y.dtype)

@@ -19,7 +19,6 @@ import mlx.core as mx
 from ..errors import UserError
 from .spec import PROJECTIONS, Linear, ModelSpec
 
-
 DROPOUT_RUN = 64  # positions whose dropout is drawn together
 
 
