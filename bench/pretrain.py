@@ -341,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if options.minutes <= 0 or options.steps < 0 or options.batch_size < 1 or not options.learning_rate > 0:
+        parser.error("--minutes, --batch-size and --learning-rate must be positive, --steps not negative")
 
     def say(line: str) -> None:
         print(line, flush=True)

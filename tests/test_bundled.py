@@ -92,6 +92,10 @@ def test_splits_share_neither_answer_nor_question() -> None:
                 seen[text] = split
 
 
+def test_sample_prompt_is_held_out() -> None:
+    assert bundled.SAMPLE_PROMPT in [asked for asked, _ in pairs("valid")]
+
+
 def test_record_agrees_with_the_files() -> None:
     record = json.loads((FOLDER / "pretrain.json").read_text(encoding="utf-8"))
     config = json.loads((bundled.MODEL_DIR / "config.json").read_text(encoding="utf-8"))
