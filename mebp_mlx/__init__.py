@@ -10,6 +10,7 @@ Importing the package loads a fast BLAS on Linux, which must happen before
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import BudgetError, NonFiniteLoss, UserError
@@ -18,7 +19,9 @@ from .runtime.platform import load_blas
 if TYPE_CHECKING:
     from .api import init_lora, loss, loss_and_grads, open_model
 
-load_blas()
+# A wrong $MEBP_BLAS is told where it can be answered: train asks for the BLAS again.
+with contextlib.suppress(UserError):
+    load_blas()
 
 __version__: str = "0.1.0"
 __all__ = [

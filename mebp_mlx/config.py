@@ -93,7 +93,7 @@ class TrainConfig:
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
                                           at_least=1)
 
-    iters: int = option(200, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
+    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
                         may_change=True)
     epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
                                   may_change=True, shown_default="by --iters")

@@ -52,11 +52,8 @@ print(json.dumps([found[0].name, found[0].note, [str(w.message) for w in caught]
 
 
 def test_importing_the_package_stays_light() -> None:
-    heavy = answer(
-        "import json, sys, mebp_mlx; "
-        "print(json.dumps([m for m in ('numpy', 'mlx.core', 'transformers', 'importlib.metadata') if m in sys.modules]))"
-    )
-    assert heavy == []
+    loaded = answer("import json, sys, mebp_mlx; print(json.dumps(list(sys.modules)))")
+    assert not {"numpy", "mlx.core", "transformers", "importlib.metadata"} & set(loaded)
 
 
 def test_it_is_loaded_once() -> None:
@@ -151,35 +148,6 @@ def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_thre
     one, two = (answer(PRODUCTS, MKL_NUM_THREADS=n, MKL_DYNAMIC="FALSE") for n in "12")
     assert [case for case, found in one.items() if len(found) != 1] == []
     assert one == two
-
-
-@linux
-def test_a_tuned_allocator_gives_freed_tensors_back() -> None:
-    kept_bytes = answer("""
-import json
-import mebp_mlx
-from mebp_mlx.runtime.footprint import footprint_bytes
-from mebp_mlx.runtime.platform import tune_allocator
-if not tune_allocator():
-    print(json.dumps(None))
-    raise SystemExit
-import mlx.core as mx
-
-def work(rows):
-    x = mx.ones((rows, 1024))
-    survivors.append(mx.array([1.0, 2.0]) * rows)
-    mx.eval(x, x * 2, survivors)
-
-survivors = []
-work(100)
-before = footprint_bytes()
-for rows in (2000, 5000, 9000, 3000, 7000, 1000):
-    work(rows)
-print(json.dumps(footprint_bytes() - before))
-""")
-    if kept_bytes is None:
-        pytest.skip("the C library is not glibc")
-    assert kept_bytes <= 3_000_000
 
 
 def test_the_machine_is_described_in_json() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -128,16 +129,15 @@ def test_a_view_copies_nothing_and_cannot_be_written(tmp_path: Path) -> None:
     half = weights.view("half")
     assert half.dtype == np.uint16
     assert (half.astype(np.uint32) << 16).view(np.float32).tolist() == values.tolist()
-    raw = path.read_bytes()
-    info = weights.info("x")
+    info, raw = weights.info("x"), path.read_bytes()
     assert info.file == path
     assert raw[info.offset : info.offset + info.n_bytes] == np.array(values).tobytes()
 
 
 def test_names_are_in_file_order(tmp_path: Path) -> None:
     header = {name: {"dtype": "U8", "shape": [4], "data_offsets": [at, at + 4]} for name, at in (("b", 4), ("a", 0))}
-    (tmp_path / "m.safetensors").write_bytes(raw_file(header, bytes(8)))
-    assert MappedWeights(tmp_path / "m.safetensors").names == ("a", "b")
+    (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(8)))
+    assert MappedWeights(tmp_path).names == ("a", "b")
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 8), (5, 3), (8, None), (8, 8)])
@@ -202,11 +202,9 @@ def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path:
         file.write(raw_file({"x": {"dtype": "BF16", "shape": [20_000, 2000], "data_offsets": [0, 80_000_000]}}))
         file.write(bytes(80_000_000))
     code = """
-import sys
-import mebp_mlx
+import sys, mebp_mlx, mlx.core as mx
 from mebp_mlx.runtime.footprint import footprint_bytes
 from mebp_mlx.weights import MappedWeights
-import mlx.core as mx
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()
 weights = MappedWeights(sys.argv[1])
@@ -219,8 +217,7 @@ print(opened, touched, footprint_bytes() - start)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     opened, touched, copied = map(int, done.stdout.split())
-    assert opened <= 1_000_000
-    assert touched <= 2_000_000
+    assert opened <= 1_000_000 and touched <= 2_000_000
     assert 19_000_000 <= copied <= 23_000_000
 
 
@@ -269,9 +266,7 @@ def test_a_damaged_header_is_refused_naming_file_and_tensor(tmp_path: Path, case
     path = tmp_path / "weights.safetensors"
     path.write_bytes(raw_file(header, bytes(30)))
     message = refusal(path)
-    assert str(path) in message
-    with pytest.raises(UserError, match=pattern):
-        MappedWeights(path)
+    assert str(path) in message and re.search(pattern, message)
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 10**8 + 1, 31])

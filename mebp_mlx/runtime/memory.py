@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import lru_cache
 
 import mlx.core as mx
 
-from .platform import tune_allocator
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_TRIM_BYTES, _MMAP_BYTES = 64 << 20, 32 << 20
 
 
 @lru_cache(maxsize=1)
 def settle() -> None:
-    """Once per process: the C allocator's thresholds, and no cache of freed buffers inside MLX.
+    """Once per process: MLX keeps no freed buffers, and the C heap (glibc) keeps them for the next ones.
 
-    Freed buffers in MLX's cache count as footprint. Measured on the Qwen2.5-0.5B shape, T = 256, 2 cores: peak 156 MB
-    with MLX's own limit, 111 MB without a cache; the C heap then reuses the blocks, so it costs no page faults.
+    A step asks for the same sizes again and again, so the heap fits without growing, and its pages
+    need not be mapped anew; MLX's own cache would hold 32 MB more. Measured on the Qwen2.5-0.5B shape,
+    T = 256, SGD, 2 cores, per step (bench/LOG.md has more):
+
+        MLX cache    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD    peak MB    system CPU s    page faults
+        32 MiB       glibc's own                             156          1.4            500,000
+        0            glibc's own                             111          1.4            600,000
+        0            256 KiB, own                             97          5.8          3,000,000
+        0            32 MiB, 64 MiB                          110          0.4                  9
     """
-    tune_allocator()
     mx.set_cache_limit(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)

@@ -1,4 +1,4 @@
-"""A fast BLAS under MLX, the C allocator's habits, and what machine this is.
+"""A fast BLAS under MLX, and what machine this is.
 
 MLX's Linux wheel carries reference BLAS (2-5 GFLOP/s in float32). A real BLAS whose symbols are
 global *before* `mlx.core` is imported takes its place. Import-light on purpose: standard library only.
@@ -20,8 +20,6 @@ from ..errors import UserError
 
 REMEDY = 'pip install "mebp_mlx[cpu]" (x86-64) or apt install libopenblas0'
 _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas-pthread.so.0", "libopenblas.so")
-_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
-_MMAP_THRESHOLD_BYTES = 256 << 10
 
 _blas: Blas | None = None
 
@@ -49,28 +47,6 @@ def load_blas() -> Blas:
     if _blas is None:
         _blas = Blas("Accelerate", None, "part of macOS") if sys.platform == "darwin" else _load()
     return _blas
-
-
-def tune_allocator() -> bool:
-    """Makes the C allocator give freed tensors back at once; True if it could (glibc), False elsewhere.
-
-    MLX's CPU backend allocates with malloc and keeps no cache of its own. glibc learns from the first freed
-    40 MB tensor to serve such sizes from its heap, and then keeps what is freed: footprint that no tensor
-    uses. A fixed mmap threshold stops the learning. Measured on a loop of decompressions of 5-40 MB (90 MB
-    allocated a round, 18 MB alive between rounds), 2 cores:
-
-        M_MMAP_THRESHOLD         footprint between rounds    ms a round
-        glibc's own, growing     116 MB (up to 128)              98
-        256 KiB, fixed            24 MB                         120     (page faults, 15,600 a round)
-        4 MiB, fixed              51 MB                         118
-
-    With row blocks of one size, as in a decoder block, it is 6 MB less peak and 8 ms more of 110. M_ARENA_MAX,
-    M_TRIM_THRESHOLD and malloc_trim after each block changed nothing beyond that.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) == 1
 
 
 def machine() -> dict[str, Any]:
@@ -125,6 +101,9 @@ def _load() -> Blas:
     wanted = os.environ.get("MEBP_BLAS", "")
     if wanted == "off":
         return Blas("reference", None, "MEBP_BLAS=off keeps the BLAS inside MLX's wheel: slow")
+    problem = _open_global(wanted) if wanted else None
+    if problem:
+        raise UserError(f"MEBP_BLAS={wanted}: {problem}")
     if "mlx.core" in sys.modules:
         if _global_cblas():
             return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
@@ -132,15 +111,12 @@ def _load() -> Blas:
         warnings.warn(note, RuntimeWarning, stacklevel=2)
         return Blas("reference", None, note)
     if wanted:
-        problem = _open_global(wanted)
-        if problem:
-            raise UserError(f"MEBP_BLAS={wanted}: {problem}")
         return Blas("custom", wanted, "named by MEBP_BLAS")
     if _global_cblas():
         return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
     problems = []
-    for name, paths in (("MKL", _mkl_files()), ("OpenBLAS", _openblas_files())):
-        for path in paths:
+    for name, find in (("MKL", _mkl_files), ("OpenBLAS", _openblas_files)):
+        for path in find():  # the second is asked only if the first has nothing: looking costs a process
             if name == "MKL":
                 _settle_mkl()
             problem = _open_global(path)
