@@ -193,7 +193,7 @@ def test_downloads(small_hub: type[Hub], capfd: pytest.CaptureFixture[str]) -> N
         assert message(resolve, "org/none") == (
             f"{flag} org/none: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"
         )
-    assert message(resolve_model, "org/gated").startswith("--model org/gated: is gated: accept its terms on its page of the hub")
+    assert message(resolve_model, "org/gated").startswith("--model org/gated: is gated: accept its terms")
     assert "\r" not in capfd.readouterr().err, "progress bars where stderr is not a terminal"
 
 
