@@ -13,18 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mebp_mlx.errors import UserError
+from mebp_mlx.model.spec import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
 
 PROG = "python -m mebp_mlx.train"
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+PROJECTIONS = tuple(_PROJECTIONS.values())
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
@@ -111,6 +104,10 @@ class TrainConfig:
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
+    report_to: str | None = option(None, REPORT, "wandb: send reports there too (costs the memory of its library)",
+                                   choices=("wandb",), may_change=True, shown_default="none")
+    project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
+                                      shown_default="the folder's name")
     config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
                                 flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
@@ -173,8 +170,6 @@ class TrainConfig:
 NOT_HERE = {
     "grad_checkpoint": "activations are always recomputed or kept in a file",
     "resume_adapter_file": "use --resume, which restores the optimizer and the data order too",
-    "report_to": "every event is in log.jsonl",
-    "project_name": "every event is in log.jsonl",
     "clear_cache_threshold": "the engine keeps no cache",
     "trust_remote_code": "no code from a model folder is ever run",
     "hf_dataset": "give a folder or a hub id as data",

@@ -81,12 +81,11 @@ def generate(
         return {"before": before, "after": None}
     try:
         model = load_adapters(model, str(adapter_path))
-    except Exception as error:
-        raise UserError(
-            f"--adapter-path {adapter_path}: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    model.eval()  # no dropout
-    return {"before": before, "after": mlx_lm.generate(model, tokenizer, tokens, max_tokens=max_tokens)}
+        model.eval()  # no dropout
+        after = mlx_lm.generate(model, tokenizer, tokens, max_tokens=max_tokens)
+    except Exception as error:  # older mlx-lm notices adapters of another shape only when it computes with them
+        raise UserError(f"--adapter-path {adapter_path}: {type(error).__name__}: {one_line(error)}") from error
+    return {"before": before, "after": after}
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ from .optimizers import make_optimizer, uses_learning_rate
 from .runtime import run_state
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
-from .runtime.log import RunLog, megabytes
+from .runtime.log import RunLog, megabytes, reporter
 from .runtime.platform import machine
 from .runtime.run_state import Checkpoint
 from .summary import notices, print_data, show_sample, summarize
@@ -121,7 +121,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
 
     # The folder belongs to this run from here on.
     run_state.make_folder(folder)
-    with RunLog(folder, n_iters=n_iters, iteration=step * accumulate) as log:
+    send = reporter(config.report_to, config.project_name or folder.resolve().name, config.to_dict())
+    with RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
         run_state.write_json(
             folder / run_state.RUN,
             {

@@ -81,7 +81,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "keys": ["mlp.up_proj", "mlp.down_proj"], "num_layers": 2, "optimizer": "lion", "learning_rate": 0.5,
         "warmup": 3, "lr_decay": "cosine", "max_grad_norm": 1.5, "grad_accumulation_steps": 4, "iters": 12,
         "steps_per_eval": 6, "val_batches": -1, "test": True, "test_batches": 8, "adapter_path": "p", "resume": True,
-        "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once",
+        "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "report_to": "wandb", "project_name": "mine",
         "optimizer_config": {"lion": {"weight_decay": 0.1}},
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -188,7 +188,7 @@ def test_wrong_flags_are_named(argv: list[str], flag: str, reason: str) -> None:
         ("train: false\n", 1, "train", "only true"),
         ("fine_tune_type: full\n", 1, "fine_tune_type", "only lora"),
         ("seed: 1\ngrad_checkpoint: true\n", 2, "grad_checkpoint", "not available"),
-        ("report_to: wandb\n", 1, "report_to", "log.jsonl"),
+        ("report_to: swanlab\n", 1, "report_to", "wandb"),
         ("lora_parameters:\n  rank: 2\n  alpha: 16\n", 3, "lora_parameters.alpha", "scale"),
         ("lora_parameters:\n  rank: -2\n", 2, "lora_parameters.rank", "at least 1"),
         ("lora_parameters: 8\n", 1, "lora_parameters", "mapping"),

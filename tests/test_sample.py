@@ -95,7 +95,7 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
         (model, adapters, "", 5, "--prompt: must not be empty"),
         (model, adapters, PROMPT, 0, "--max-tokens: must be at least 1"),
         (model, tmp_path, PROMPT, 5, f"--adapter-path {tmp_path}: the folder holds no adapter_config.json"),
-        (model, other, PROMPT, 5, f"--adapter-path {other}: ValueError: Adapter at {other} contains incompatible"),
+        (model, other, PROMPT, 5, f"--adapter-path {other}: ValueError: "),
         (no_weights, None, PROMPT, 5, f"--model {no_weights}: FileNotFoundError: No safetensors found"),
     ]
     for *arguments, expected in cases:

@@ -14,11 +14,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
 from .run_state import LOG
+
+Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
 
 
 def megabytes(n_bytes: float) -> str:
@@ -30,10 +33,20 @@ class RunLog:
     """The log of one run in `folder`, which must exist; use as a context manager.
 
     n_iters: the run's last iteration; iteration: where it starts, for the progress bar; stream: where a person
-    reads (standard output). Raises UserError when another process is writing the same log.
+    reads (standard output); send: called with the number fields and the iteration of every train, valid and
+    test event. Raises UserError when another process is writing the same log.
     """
 
-    def __init__(self, folder: Path, *, n_iters: int, iteration: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_iters: int,
+        iteration: int = 0,
+        stream: TextIO | None = None,
+        send: Send | None = None,
+    ) -> None:
+        self._send = send
         self.n_iters = n_iters
         self._stream: TextIO | None = sys.stdout if stream is None else stream
         self._file = _open_for_append(folder / LOG)
@@ -57,6 +70,9 @@ class RunLog:
         entry = {"event": event, "time": round(time.time(), 3), **fields}
         self._file.write(json.dumps(_jsonable(entry), allow_nan=False) + "\n")
         self._file.flush()
+        if self._send is not None and event in ("train", "valid", "test"):
+            numbers = {name: value for name, value in fields.items() if isinstance(value, (int, float))}
+            self._send({f"{event}/{name}": value for name, value in numbers.items()}, fields["iter"])
 
     def say(self, text: str) -> None:
         """One line for a person; not in the file. A closed pipe or terminal does not stop the run."""
@@ -116,6 +132,18 @@ class RunLog:
             f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  {kind} loss {loss:.3f}  "
             f"perplexity {math.exp(min(loss, 700)):,.4g}  ({n_tokens:,} tokens, {seconds:.1f} s)"
         )
+
+
+def reporter(service: str | None, project: str, options: dict[str, Any]) -> Send | None:
+    """What sends reports to `service` ("wandb"), or None for None. Raises UserError when its library is missing."""
+    if service is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f'--report-to {service}: is not installed; pip install "mebp_mlx[logging]"') from None
+    run = wandb.init(project=project, config=options)
+    return lambda numbers, iteration: run.log(numbers, step=iteration)
 
 
 def first_event(folder: Path, event: str, latest: bool = False) -> dict[str, Any] | None:
