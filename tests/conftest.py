@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +17,19 @@ def seed() -> int:
     value = int(os.environ.get("MEBP_TEST_SEED") or secrets.randbelow(2**31))
     print(f"MEBP_TEST_SEED={value}")  # shown with a failure
     return value
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer and data, for runs of the trainer."""
+    from tests.runs import write_home
+
+    return write_home(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture
+def tokens_made_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize in this process: a child would import transformers once more for every test."""
+    from tests.runs import tokenize_here
+
+    tokenize_here(home, monkeypatch)

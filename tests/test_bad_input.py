@@ -13,18 +13,10 @@ import pytest
 
 from mebp_mlx import train
 from mebp_mlx.errors import BudgetError
-from tests.runs import arguments, events, refused, tokenize_here, write_home
+from tests.runs import arguments, events, refused
 from tests.texts import write_rows
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_home(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(autouse=True)
-def tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(home, monkeypatch)
+pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 def _cut_weights(model: Path, data: Path) -> None:

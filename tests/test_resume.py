@@ -24,19 +24,9 @@ from tests.runs import (
     listen_to_signals,
     losses,
     refused,
-    tokenize_here,
-    write_home,
 )
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_home(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(autouse=True)
-def tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(home, monkeypatch)
+pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 VARIANTS: dict[str, list[str]] = {

@@ -10,18 +10,10 @@ import mlx.core as mx
 import pytest
 
 from mebp_mlx import train
-from tests.runs import FILES, arguments, child, events, losses, tokenize_here, write_home
+from tests.runs import FILES, arguments, child, events, losses
 from tests.texts import write_rows
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_home(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(autouse=True)
-def tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(home, monkeypatch)
+pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 @pytest.mark.parametrize("engine", ["mebp", "whole-graph", "mezo"])
