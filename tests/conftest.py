@@ -10,6 +10,11 @@ import pytest
 
 import mebp_mlx  # noqa: F401  (the BLAS must be loaded before mlx.core)
 
+import mlx.core as mx  # isort: skip
+
+# Bit-equality and float64 references need the CPU backend; MEBP_TEST_DEVICE=gpu tries the same tests on Metal.
+mx.set_default_device(mx.gpu if os.environ.get("MEBP_TEST_DEVICE") == "gpu" else mx.cpu)
+
 
 @pytest.fixture
 def seed() -> int:
