@@ -129,6 +129,13 @@ class MappedWeights:
             raise IndexError(f"{name}: a 0-d tensor has no rows")
         return _to_mlx(view, info)
 
+    def columns(self, name: str, start: int, stop: int) -> mx.array:
+        """Columns start..stop of axis 1 of a matrix as an MLX array. IndexError if the range is not within it."""
+        info = self.info(name)
+        if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
+            raise IndexError(f"{name}: columns {start}..{stop} of {list(info.shape)}")
+        return _to_mlx(self.view(name)[:, start:stop], info)
+
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
         """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
 

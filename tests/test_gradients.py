@@ -83,6 +83,29 @@ def test_gradients_of_sequences_in_tiles(
         assert largest_error(loss, grads, *truth) <= 2 * TOLERANCE, f"seed {seed}"
 
 
+@pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS, frozenset({"x", "g"})], ids=["all", "x", "x and g"])
+@pytest.mark.parametrize("name, packed", [("llama", False), ("qwen2", True), ("gemma3_text", True)])
+@pytest.mark.parametrize("keys", [None, ["mlp.down_proj"], ["mlp.gate_proj", "self_attn.v_proj"]])
+def test_mlp_in_blocks_of_columns(
+    tmp_path: Path, name: str, packed: bool, keys: list[str] | None, saved: frozenset[str], seed: int
+) -> None:
+    config = packed_config(name) if packed else dict(CONFIGS[name])
+    config["intermediate_size"] = 1088 if packed else 1031
+    quantization = {"group_size": 32, "bits": 4} if packed else None
+    model = _model(tmp_path, config, seed=seed, quantization=quantization)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, keys=keys, dropout=0.2)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 70, model.spec.V)
+    plan = Plan(saved=saved, weight_block_bytes=1, token_block=64)  # 512 columns at a time
+    _assert_exact(model, lora, tokens, targets, plan, seed)  # without dropout
+    engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
+    batch = _Batch(tokens, targets)
+    truth = _whole_graph(model, lora, batch, seed=5)
+    loss = engine.step(batch, step=3, micro=0, n_labels=int((targets != -100).sum()), sink=grads.update)
+    engine.close()
+    assert largest_error(loss, grads, *truth) <= 2 * TOLERANCE, f"seed {seed}"
+
+
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
 def test_error_against_float64_is_that_of_float32(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
@@ -173,7 +196,7 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, 2, 90, model.spec.V)
-    names = ["x", *(stage.output for stage in block_stages(model.spec))]
+    names = ["x", *(name for stage in block_stages(model.spec) for name in (stage.output, *stage.inner))]
     rng = np.random.default_rng(seed)
     policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]

@@ -19,6 +19,7 @@ from ..model.spec import Layer, Linear
 from . import projection
 from .arena import Arena
 from .attend import TileAttention
+from .mlp import BlockwiseMlp
 from .plan import Plan
 from .schedule import Op, backward_ops, forward_ops, needs_gradient
 
@@ -87,7 +88,7 @@ class BlockRunner:
                 work.save("a", tile, a)
             values = {INPUT: x.pop(0), "a": a}
             del a
-            work.carry_out(after, values, tile, starts[tile])
+            work.carry_out(after, values, tile, starts[tile], save=save)
             y.append(values[OUTPUT])
         return y
 
@@ -154,8 +155,12 @@ class _Work:
         tile: int,
         start: int,
         cotangents: Values | None = None,
+        save: bool = False,
     ) -> None:
-        """Carry out the operations on one tile, whose first position is `start`."""
+        """Carry out the operations on one tile, whose first position is `start`.
+
+        save: what is inside a stage goes to the arena too, where the policy says so.
+        """
         for op in ops:
             if op.kind == "drop":
                 values.pop(op.value, None)
@@ -165,10 +170,10 @@ class _Work:
                 values[op.value] = self.fetch(op.value, tile, start)
             elif op.kind == "run":
                 assert op.stage is not None
-                values[op.stage.output] = self._forward(op.stage, values, start)
+                values[op.stage.output] = self._forward(op.stage, values, tile, start, save)
             else:
                 assert op.stage is not None and cotangents is not None
-                self._backward(op.stage, values, cotangents, op.wanted, start)
+                self._backward(op.stage, values, cotangents, op.wanted, tile, start)
 
     def save(self, name: str, tile: int, value: mx.array) -> None:
         assert self.runner.arena is not None
@@ -176,7 +181,7 @@ class _Work:
 
     def fetch(self, name: str, tile: int, start: int) -> mx.array:
         """A tile of a value: from the arena if it is saved, computed again otherwise."""
-        if name in self.runner.saved or name == INPUT:
+        if name.partition(".")[0] in self.runner.saved or name == INPUT:
             assert self.runner.arena is not None
             return self.runner.arena.get(self.layer.index, name, tile)
         if name == "a":
@@ -186,16 +191,19 @@ class _Work:
         self.carry_out(forward_ops(tuple(needed), frozenset(), keep=(name,)), values, tile, start)
         return values[name]
 
-    def _forward(self, stage: Stage, values: Values, start: int) -> mx.array:
+    def _forward(self, stage: Stage, values: Values, tile: int, start: int, save: bool) -> mx.array:
         inputs = [values[name] for name in stage.inputs]
+        runner = self.runner
         if stage.kind == "projection":
-            x = inputs[0]
-            linear = self.layer.linears[stage.name]
-            pair = self.runner.adapter.pair(linear)
-            mask = self._mask(linear, pair, x, start)
-            scale = self.runner.adapter.scale
-            y = projection.forward(self.runner.model, self.runner.plan, linear, _rows(x), pair, scale, mask)
-            y = y.reshape(*x.shape[:-1], -1)
+            y = projection.forward(runner.model, runner.plan, self._stream(stage, inputs[0], start))
+            y = y.reshape(*inputs[0].shape[:-1], -1)
+        elif stage.kind == "mlp":
+
+            def keep(name: str, block: int, value: mx.array) -> None:
+                if save and name in runner.saved:
+                    self.save(f"{name}.{block}", tile, value)
+
+            y = self._mlp(stage, inputs[0], start).forward(keep).reshape(inputs[0].shape)
         else:
             assert stage.run is not None
             y = stage.run(self.norms, *inputs)
@@ -203,46 +211,72 @@ class _Work:
         return y
 
     def _backward(
-        self, stage: Stage, values: Values, cotangents: Values, wanted: tuple[str, ...], start: int
+        self, stage: Stage, values: Values, cotangents: Values, wanted: tuple[str, ...], tile: int, start: int
     ) -> None:
         g = cotangents.pop(stage.output)
-        if stage.kind == "projection":
-            found = {stage.inputs[0]: self._projection_backward(stage, values, g, bool(wanted), start)}
-        else:
-            assert stage.vjp is not None
+        runner = self.runner
+        found: dict[str, mx.array | None]
+        if stage.vjp is not None:
             found = dict(zip(stage.inputs, stage.vjp(self.norms, values, g), strict=True))
+        else:
+            source = stage.inputs[0]
+            x = values.get(source)
+            if stage.kind == "mlp":
+                assert x is not None
+
+                def load(name: str, block: int) -> mx.array | None:
+                    return self.fetch(f"{name}.{block}", tile, start) if name in runner.saved else None
+
+                dx, pairs = self._mlp(stage, x, start).backward(_rows(g), load, bool(wanted))
+            else:
+                dx, pair = projection.backward(
+                    runner.model, runner.plan, self._stream(stage, x, start), _rows(g), bool(wanted)
+                )
+                pairs = {} if pair is None else {stage.name: pair}
+            for name, pair in pairs.items():
+                self._add_gradients(self.layer.linears[name], pair)
+            found = {source: None if dx is None else dx.reshape(*g.shape[:-1], -1)}
         for name in wanted:
             known, cotangent = cotangents.get(name), found[name]
             assert cotangent is not None
             cotangents[name] = cotangent if known is None else known + cotangent
         mx.eval(cotangents)
 
-    def _projection_backward(
-        self, stage: Stage, values: Values, g: mx.array, wanted: bool, start: int
-    ) -> mx.array | None:
-        linear, scale = self.layer.linears[stage.name], self.runner.adapter.scale
-        pair = self.runner.adapter.pair(linear)
-        mask: mx.array | None = None
-        if pair is not None:
-            x = values[stage.inputs[0]]
-            mask = self._mask(linear, pair, x, start)
-            found = projection.pair_gradients(_rows(x), _rows(g), pair, scale, mask)
-            for side, gradient in zip("ab", found, strict=True):
-                name = f"{linear.name}.lora_{side}"
-                known = self.gradients.get(name)
-                self.gradients[name] = gradient if known is None else known + gradient
-                mx.eval(self.gradients[name])
-        if not wanted:
-            return None
-        dx = projection.input_cotangent(self.runner.model, self.runner.plan, linear, _rows(g), pair, scale, mask)
-        return dx.reshape(*g.shape[:-1], linear.in_dims)
+    def _stream(self, stage: Stage, x: mx.array | None, start: int) -> projection.RowStream:
+        """A projection on a tile; x may be missing where there is no pair, for a backward that needs no value."""
+        linear, adapter = self.layer.linears[stage.name], self.runner.adapter
+        pair = adapter.pair(linear)
+        if x is None:
+            assert pair is None
+            return projection.RowStream(self.runner.model, linear, None, None, adapter.scale, None)
+        mask = self._mask(linear, x, start, 0, linear.in_dims)
+        return projection.RowStream(self.runner.model, linear, _rows(x), pair, adapter.scale, mask)
 
-    def _mask(self, linear: Linear, pair: Pair | None, x: mx.array, start: int) -> mx.array | None:
+    def _mlp(self, stage: Stage, x: mx.array, start: int) -> BlockwiseMlp:
+        runner, layer = self.runner, self.layer
+        assert stage.run is not None
+        pairs = {name: runner.adapter.pair(layer.linears[name]) for name in stage.linears}
+
+        def mask(linear: Linear, first: int, last: int) -> mx.array | None:
+            return self._mask(linear, x, start, first, last)
+
+        return BlockwiseMlp(runner.model, runner.plan, layer, stage.run, _rows(x), pairs, runner.adapter.scale, mask)
+
+    def _add_gradients(self, linear: Linear, pair: Pair) -> None:
+        for side, gradient in zip("ab", pair, strict=True):
+            name = f"{linear.name}.lora_{side}"
+            known = self.gradients.get(name)
+            self.gradients[name] = gradient if known is None else known + gradient
+            mx.eval(self.gradients[name])
+
+    def _mask(self, linear: Linear, x: mx.array, start: int, first: int, last: int) -> mx.array | None:
+        """Dropout's factor on the columns [first, last) of a linear's input, for x's rows."""
         runner = self.runner
-        if pair is None or runner.dropout_parts is None:
+        if runner.dropout_parts is None or not runner.adapter.trains(linear):
             return None
         parts: tuple[int | str, ...] = (*runner.dropout_parts, linear.name)
-        return dropout_mask(parts, x.shape[0], start, start + x.shape[1], x.shape[2], runner.adapter.dropout, x.dtype)
+        B, T = x.shape[:2]
+        return dropout_mask(parts, B, (start, start + T), (first, last), runner.adapter.dropout, x.dtype)
 
 
 def _rows(x: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..model.decoder import block_stages, value_width
-from ..model.lora import DROPOUT_RUN
+from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
 from ..model.spec import ModelSpec
 
 # Every projection's output: the backward repeats no matrix product, only norms, rope, attention and activation.
@@ -35,6 +35,11 @@ class Plan:
         """Rows of a [*, in_dims] matrix that fit in weight_block_bytes, at least 32."""
         return max(32, self.weight_block_bytes // (in_dims * item_bytes))
 
+    def mlp_columns(self, D: int, item_bytes: int) -> int:
+        """Columns of the MLP's inner width at a time."""
+        columns = self.weight_block_bytes // (D * item_bytes) // DROPOUT_COLUMNS * DROPOUT_COLUMNS
+        return max(DROPOUT_COLUMNS, columns)
+
     def vocabulary_chunk(self, n_rows: int, D: int, item_bytes: int) -> int:
         """Rows of the head's matrix at a time for n_rows labelled positions, at least 32."""
         return max(32, min(self.head_block_bytes // (D * item_bytes), self.logits_block_bytes // (4 * n_rows)))
@@ -47,11 +52,17 @@ class Plan:
     def saved_for(self, spec: ModelSpec) -> frozenset[str]:
         """The saved names that a backward of this architecture ever reads, block inputs always among them."""
         read = {name for stage in block_stages(spec) for name in stage.needs}
-        return (self.saved & read) | _sources(spec, read, self.saved) | {"x"}
+        inner = {name for stage in block_stages(spec) for name in stage.inner}
+        return (self.saved & (read | inner)) | _sources(spec, read, self.saved) | {"x"}
 
     def arena_bytes(self, spec: ModelSpec, B: int, T: int, n_layers: int, item_bytes: int) -> int:
         """Bytes the arena needs for `n_layers` trained blocks on tokens [B, T]."""
-        widths = [value_width(spec, name) for name in self.saved_for(spec)]
+        inner = {name for stage in block_stages(spec) for name in stage.inner}
+        step = self.mlp_columns(spec.D, item_bytes)
+        widths = []
+        for name in self.saved_for(spec):
+            width = value_width(spec, name)
+            widths += [min(step, width - at) for at in range(0, width, step)] if name in inner else [width]
         sizes = [B * (stop - start) * width * item_bytes for start, stop in self.tiles(T) for width in widths]
         return n_layers * sum(page_ceil(size) for size in sizes)
 

@@ -48,7 +48,7 @@ def needs_gradient(stages: tuple[Stage, ...], trained: frozenset[str], want_dx: 
     """For every value of the block, whether the loss's gradient with respect to it is of any use."""
     useful = {INPUT: want_dx}
     for stage in stages:
-        useful[stage.output] = stage.name in trained or any(useful[name] for name in stage.inputs)
+        useful[stage.output] = bool(trained & set(stage.linears)) or any(useful[name] for name in stage.inputs)
     return useful
 
 
@@ -85,7 +85,7 @@ def backward_ops(
             continue
         wanted = tuple(name for name in stage.inputs if useful[name])
         needs = stage.needs
-        if stage.kind == "projection" and stage.name not in trained:
+        if stage.kind == "projection" and not trained & set(stage.linears):
             needs = ()
         for name in needs:
             bring(name)

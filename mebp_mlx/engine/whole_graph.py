@@ -100,6 +100,10 @@ class WholeGraphEngine:
             inputs = [values[name] for name in stage.inputs]
             if stage.kind == "projection":
                 y = self._projection(layer.linears[stage.name], inputs[0], own, dropout_parts)
+            elif stage.kind == "mlp":
+                assert stage.run is not None
+                g, u = (self._projection(layer.linears[n], inputs[0], own, dropout_parts) for n in ("gate", "up"))
+                y = self._projection(layer.linears["down"], stage.run(g, u), own, dropout_parts)
             elif stage.kind == "attention":
                 y = attention(self.model.spec, layer, norms, *inputs)
             else:
@@ -117,6 +121,7 @@ class WholeGraphEngine:
             return y
         if self.lora.dropout > 0 and dropout_parts is not None:
             parts: tuple[int | str, ...] = (*dropout_parts, linear.name)
-            mask = dropout_mask(parts, x.shape[0], 0, x.shape[1], x.shape[2], self.lora.dropout, x.dtype)
+            B, T, width = x.shape
+            mask = dropout_mask(parts, B, (0, T), (0, width), self.lora.dropout, x.dtype)
             x = x * mask.reshape(x.shape)
         return y + (self.lora.scale * ((x @ a) @ own[f"{linear.name}.lora_b"])).astype(y.dtype)

@@ -1,9 +1,10 @@
 """A decoder block as a short tuple of stages over named values.
 
-    x -> h -> q,k,v -> a -> o -> x1 -> h2 -> g,u -> m -> d -> y
+    x -> h -> q,k,v -> a -> o -> x1 -> h2 -> (g,u -> m) -> d -> y
 
-A stage is *glue* (a pure function, differentiated by mx.vjp), *attention*, or a
-*projection* (frozen matrix + LoRA pair). Which values are kept for the backward pass and
+A stage is *glue* (a pure function, differentiated by mx.vjp), *attention*, a *projection*
+(frozen matrix + LoRA pair), or the *mlp*: three projections and the activation, taken
+together because they run over blocks of the inner width F. Which values are kept for the backward pass and
 which are recomputed is the engine's business; a stage only says what its backward reads.
 """
 
@@ -26,8 +27,10 @@ class Stage:
 
     name: the projection's short name, or the glue's; inputs, output: value names;
     needs: the inputs whose values the backward reads (a projection reads its own only for
-    the gradients of its LoRA pair); run(norms, *inputs) -> output for glue;
-    vjp(norms, values, cotangent) -> one cotangent per input, from the `needs` values alone.
+    the gradients of its LoRA pair); run(norms, *inputs) -> output for glue, and the mlp's
+    activation (g, u) -> m; vjp(norms, values, cotangent) -> one cotangent per input, from the
+    `needs` values alone; linears: short names of its projections; inner: values inside the
+    stage, in blocks, that its backward reads and that can be saved.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Stage:
     needs: tuple[str, ...]
     run: Callable[..., mx.array] | None = None
     vjp: Callable[[Norms, dict[str, mx.array], mx.array], tuple[mx.array, ...]] | None = None
+    linears: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
 
 
 def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
@@ -51,10 +56,7 @@ def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
         _projection("o", "a"),
         _residual(spec, "attn_residual", "x", "o", "post_attention_layernorm", "x1"),
         _norm(spec, "mlp_norm", "x1", "pre_feedforward_layernorm" if spec.gemma else "post_attention_layernorm", "h2"),
-        _projection("gate", "h2", "g"),
-        _projection("up", "h2", "u"),
-        _glue("activation", ("g", "u"), "m", lambda norms, g, u: activation(g, u)),
-        _projection("down", "m", "d"),
+        Stage("mlp", "mlp", ("h2",), "d", ("h2",), activation, linears=("gate", "up", "down"), inner=("g", "u")),
         _residual(spec, "mlp_residual", "x1", "d", "post_feedforward_layernorm", OUTPUT),
     )
 
@@ -68,7 +70,7 @@ def segments(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage,
 def value_width(spec: ModelSpec, name: str) -> int:
     """Entries per token of a named value."""
     attention = spec.H * spec.head_dim
-    wide = {"q": attention, "a": attention, "g": spec.F, "u": spec.F, "m": spec.F}
+    wide = {"q": attention, "a": attention, "g": spec.F, "u": spec.F}
     wide |= dict.fromkeys("kv", spec.K * spec.head_dim)
     return wide.get(name, spec.D)
 
@@ -82,8 +84,8 @@ def _gelu_gate(g: mx.array, u: mx.array) -> mx.array:
     return 0.5 * g * (1 + mx.tanh(0.7978845608028654 * (g + 0.044715 * g**3))) * u
 
 
-def _projection(name: str, source: str, output: str | None = None) -> Stage:
-    return Stage(name, "projection", (source,), output or name, (source,))
+def _projection(name: str, source: str) -> Stage:
+    return Stage(name, "projection", (source,), name, (source,), linears=(name,))
 
 
 def _glue(name: str, inputs: tuple[str, ...], output: str, run: Callable[..., mx.array]) -> Stage:

@@ -30,6 +30,22 @@ class Model:
         parts = [self.weights.rows(name, start, stop) for name in _tensors_of(linear)]
         return _decompress(parts, linear.quantization, self.dtype)
 
+    def columns(self, linear: Linear, start: int, stop: int) -> mx.array:
+        """Columns [start, stop) of the matrix, decompressed: [out_dims, stop - start] in the compute dtype.
+
+        For a packed matrix the range must begin and end between groups.
+        """
+        packing = linear.quantization
+        parts = []
+        for name in _tensors_of(linear):
+            first, last = start, stop
+            if packing is not None and name.endswith(".weight"):
+                first, last = start * packing.bits // 32, stop * packing.bits // 32
+            elif packing is not None:
+                first, last = start // packing.group_size, stop // packing.group_size
+            parts.append(self.weights.columns(name, first, last))
+        return _decompress(parts, packing, self.dtype)
+
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, decompressed: [n, in_dims] in the compute dtype."""
         parts = [self.weights.gather(name, ids) for name in _tensors_of(linear)]

@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..errors import UserError
 from .spec import PROJECTIONS, Linear, ModelSpec
 
-DROPOUT_RUN = 64  # positions whose dropout is drawn together
+DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 
 
 class Pair(NamedTuple):
@@ -120,18 +120,27 @@ def random_key(*parts: int | str) -> mx.array:
 
 
 def dropout_mask(
-    parts: tuple[int | str, ...], B: int, start: int, stop: int, width: int, rate: float, dtype: mx.Dtype
+    parts: tuple[int | str, ...],
+    B: int,
+    positions: tuple[int, int],
+    columns: tuple[int, int],
+    rate: float,
+    dtype: mx.Dtype,
 ) -> mx.array:
-    """Inverted dropout's factor for the positions [start, stop): [B * (stop - start), width], 1 / (1 - rate) or 0.
+    """Inverted dropout's factor, 1 / (1 - rate) or 0, for ranges of positions and columns: [B * positions, columns].
 
-    Drawn in runs of DROPOUT_RUN positions with a key for each, so that it does not depend on how a
-    sequence is cut into ranges; `start` must begin a run.
+    Drawn in cells of DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
+    not depend on how the work is cut into ranges; a range must begin with a cell.
     """
-    assert start % DROPOUT_RUN == 0
+    assert positions[0] % DROPOUT_RUN == 0 and columns[0] % DROPOUT_COLUMNS == 0
     runs = []
-    for first in range(start, stop, DROPOUT_RUN):
-        n_positions = min(DROPOUT_RUN, stop - first)
-        drawn = mx.random.bernoulli(1 - rate, (B, DROPOUT_RUN, width), random_key("dropout", *parts, first))
-        runs.append(drawn[:, :n_positions])
-    mask = runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=1)
-    return mask.reshape(-1, width).astype(dtype) * (1 / (1 - rate))
+    for first in range(*positions, DROPOUT_RUN):
+        n_positions = min(DROPOUT_RUN, positions[1] - first)
+        cells = []
+        for column in range(*columns, DROPOUT_COLUMNS):
+            key = random_key("dropout", *parts, first, column)
+            drawn = mx.random.bernoulli(1 - rate, (B, DROPOUT_RUN, DROPOUT_COLUMNS), key)
+            cells.append(drawn[:, :n_positions, : columns[1] - column])
+        runs.append(mx.concatenate(cells, axis=2))
+    mask = mx.concatenate(runs, axis=1)
+    return mask.reshape(-1, mask.shape[-1]).astype(dtype) * (1 / (1 - rate))
