@@ -25,8 +25,8 @@ class Plan:
     """
 
     saved: frozenset[str] = field(default=SAVE_PROJECTIONS)
-    weight_block_bytes: int = 8 << 20
-    head_block_bytes: int = 16 << 20
+    weight_block_bytes: int = 4 << 20
+    head_block_bytes: int = 8 << 20
     logits_block_bytes: int = 8 << 20
     token_block: int = 512
     query_block: int = 256
