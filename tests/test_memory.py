@@ -15,6 +15,8 @@ import mlx.core as mx
 
 memory.settle()
 survivors = []
+mx.eval(mx.ones(1))
+before = footprint_bytes()
 
 def work(rows):
     x = mx.ones((rows, 1024))
@@ -25,13 +27,15 @@ after_round = []
 for _ in range(10):
     for rows in (100, 2000, 5000, 9000, 3000, 7000, 1000):
         work(rows)
-    after_round.append(footprint_bytes())
+    after_round.append(footprint_bytes() - before)
 print(json.dumps([after_round, mx.get_cache_memory()]))
 """
 
 
-def test_rounds_of_the_same_sizes_do_not_add_up() -> None:
+def test_what_stays_is_no_more_than_the_largest_moment() -> None:
+    """Ten rounds of seven sizes would add up to 2 GB; the heap may keep what the largest of them needed."""
     done = subprocess.run([sys.executable, "-c", ROUNDS], stdout=subprocess.PIPE, text=True, check=True)
     after_round, cache_bytes = json.loads(done.stdout)
+    largest_bytes = 2 * 9000 * 1024 * 4
     assert cache_bytes == 0
-    assert max(after_round[5:]) - after_round[4] <= 2_000_000, after_round  # the first rounds find their places
+    assert max(after_round) <= 1.1 * largest_bytes, after_round
