@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..weights import MappedWeights
+from . import unpack
 from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 
 
@@ -27,13 +28,35 @@ class Model:
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, decompressed: [stop - start, in_dims] in the compute dtype."""
+        if self._unpacks_here(linear):
+            return self._unpack(linear, self.weights.view(f"{linear.name}.weight")[start:stop], slice(start, stop))
         parts = [self.weights.rows(name, start, stop) for name in _tensors_of(linear)]
         return _decompress(parts, linear.quantization, self.dtype)
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, decompressed: [n, in_dims] in the compute dtype."""
+        if self._unpacks_here(linear):
+            return self._unpack(linear, self.weights.view(f"{linear.name}.weight")[ids], ids)
         parts = [self.weights.gather(name, ids) for name in _tensors_of(linear)]
         return _decompress(parts, linear.quantization, self.dtype)
+
+    def _unpacks_here(self, linear: Linear) -> bool:
+        packing = linear.quantization
+        if packing is None or packing.mode != "affine" or packing.bits not in unpack.BITS:
+            return False
+        return self.dtype == mx.float32 and unpack.on_cpu()
+
+    def _unpack(self, linear: Linear, packed: np.ndarray, rows: slice | np.ndarray) -> mx.array:
+        """The rows decompressed straight from the mapped file."""
+        packing = linear.quantization
+        assert packing is not None
+        names = _tensors_of(linear)[1:]
+        if isinstance(rows, slice):
+            parts = [self.weights.rows(name, rows.start, rows.stop) for name in names]
+        else:
+            parts = [self.weights.gather(name, rows) for name in names]
+        scales, biases = (np.asarray(part.astype(mx.float32)) for part in parts)
+        return unpack.affine(packed, scales, biases, packing.bits, packing.group_size)
 
     def bias(self, linear: Linear, start: int, stop: int) -> mx.array | None:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
