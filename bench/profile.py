@@ -75,7 +75,7 @@ class Clock:
 
 def _evaluate(value: Any) -> None:
     if isinstance(value, mx.array | tuple | list):
-        mx.eval(value)
+        mx.eval([item for item in value if isinstance(item, mx.array)] if isinstance(value, tuple) else value)
 
 
 class Instruments:
@@ -122,6 +122,7 @@ class Instruments:
         clock = self.clock
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            _evaluate(args)  # what the stage waits for belongs to the one that made it
             return clock.timed(label(*args), lambda: original(*args, **kwargs))
 
         self._undo.append((owner, name, original))

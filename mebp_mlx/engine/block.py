@@ -16,7 +16,7 @@ from ..model.decoder import INPUT, OUTPUT, Stage, block_stages, segments
 from ..model.frozen import Model
 from ..model.lora import Pair, dropout_mask
 from ..model.spec import Layer, Linear
-from . import host, projection
+from . import projection
 from .arena import Arena
 from .attend import TileAttention
 from .plan import Plan
@@ -196,8 +196,6 @@ class _Work:
             scale = self.runner.adapter.scale
             y = projection.forward(self.runner.model, self.runner.plan, linear, _rows(x), pair, scale, mask)
             y = y.reshape(*x.shape[:-1], -1)
-        elif stage.gate and host.usable(*inputs):
-            y = host.gate(stage.gate, *inputs)
         else:
             assert stage.run is not None
             y = stage.run(self.norms, *inputs)
@@ -210,9 +208,6 @@ class _Work:
         g = cotangents.pop(stage.output)
         if stage.kind == "projection":
             found = {stage.inputs[0]: self._projection_backward(stage, values, g, bool(wanted), start)}
-        elif stage.gate and host.usable(g, *(values[name] for name in stage.inputs)):
-            both = host.gate_backward(stage.gate, *(values[name] for name in stage.inputs), g)
-            found = dict(zip(stage.inputs, both, strict=True))
         else:
             assert stage.vjp is not None
             found = dict(zip(stage.inputs, stage.vjp(self.norms, values, g), strict=True))

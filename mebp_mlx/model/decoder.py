@@ -10,7 +10,7 @@ which are recomputed is the engine's business; a stage only says what its backwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -27,8 +27,7 @@ class Stage:
     name: the projection's short name, or the glue's; inputs, output: value names;
     needs: the inputs whose values the backward reads (a projection reads its own only for
     the gradients of its LoRA pair); run(norms, *inputs) -> output for glue;
-    vjp(norms, values, cotangent) -> one cotangent per input, from the `needs` values alone;
-    gate: the activation's name where a stage is act(first input) * second input.
+    vjp(norms, values, cotangent) -> one cotangent per input, from the `needs` values alone.
     """
 
     name: str
@@ -38,12 +37,11 @@ class Stage:
     needs: tuple[str, ...]
     run: Callable[..., mx.array] | None = None
     vjp: Callable[[Norms, dict[str, mx.array], mx.array], tuple[mx.array, ...]] | None = None
-    gate: str = ""
 
 
 def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
     """The stages of every block of this architecture, in forward order."""
-    gate, activation = ("gelu", _gelu_gate) if spec.gemma else ("silu", _silu_gate)
+    activation = _gelu_gate if spec.gemma else _silu_gate
     return (
         _norm(spec, "attn_norm", "x", "input_layernorm", "h"),
         _projection("q", "h"),
@@ -55,7 +53,7 @@ def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
         _norm(spec, "mlp_norm", "x1", "pre_feedforward_layernorm" if spec.gemma else "post_attention_layernorm", "h2"),
         _projection("gate", "h2", "g"),
         _projection("up", "h2", "u"),
-        replace(_glue("activation", ("g", "u"), "m", lambda norms, g, u: activation(g, u)), gate=gate),
+        _glue("activation", ("g", "u"), "m", lambda norms, g, u: activation(g, u)),
         _projection("down", "m", "d"),
         _residual(spec, "mlp_residual", "x1", "d", "post_feedforward_layernorm", OUTPUT),
     )
