@@ -20,6 +20,7 @@ import mebp_mlx  # isort: skip
 import mlx.core as mx
 import numpy as np
 
+from bench.synth import SHAPES, write_model
 from mebp_mlx.data import Batch
 from mebp_mlx.engine import attend, backprop, block, make_engine, projection
 from mebp_mlx.engine import head as engine_head
@@ -29,8 +30,6 @@ from mebp_mlx.engine.update import Updater
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.optimizers import PlainSGD
 from mebp_mlx.weights import MappedWeights
-
-from bench.synth import SHAPES, write_model
 
 
 class Clock:

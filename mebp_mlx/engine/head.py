@@ -47,9 +47,7 @@ def run(
     mx.eval(joined, state)
     del h
     for first in range(0, spec.V, chunk):
-        rows = model.rows(spec.head, first, min(first + chunk, spec.V))
-        state = one_pass.update(state, joined, rows, exp_minus)
-        del rows
+        state = one_pass.update(state, joined, model.rows(spec.head, first, min(first + chunk, spec.V)), exp_minus)
         mx.eval(state)
     losses, dh = one_pass.finish(state, joined, model.gather(spec.head, y))
     loss_sum = float(np.asarray(losses.sum()))

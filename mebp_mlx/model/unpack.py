@@ -6,6 +6,8 @@ words are spread into bytes, and bytes converted, in pieces that stay in a core'
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -20,7 +22,8 @@ def on_cpu() -> bool:
 
 def buffer_of(array: mx.array) -> np.ndarray:
     """An evaluated float32 array's own memory, writable; for arrays nobody else reads. CPU only."""
-    return np.frombuffer(memoryview(array).cast("B"), np.float32).reshape(array.shape)
+    memory: Any = array  # exports its buffer, which its type hints leave out
+    return np.frombuffer(memoryview(memory).cast("B"), np.float32).reshape(array.shape)
 
 
 def empty(*shape: int) -> tuple[mx.array, np.ndarray]:
