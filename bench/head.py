@@ -7,6 +7,7 @@ vocabulary-sized 4-bit matrix with random weights; the bare products are of one 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import tempfile
@@ -48,6 +49,9 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
         return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
 
     mx.eval(x[0] @ mx.zeros((D, 64)))  # the BLAS's threads and first buffers are no part of the head
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what setting up has left in the heap
+    if trim is not None:
+        trim(0)
     with PeakMeter() as meter:
         before_bytes = meter.now_bytes
         with meter.phase("head"):
