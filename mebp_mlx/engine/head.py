@@ -10,6 +10,7 @@ import numpy as np
 
 from ..model import head as one_pass
 from ..model.frozen import Model
+from .host import exp_minus
 from .plan import Plan
 
 
@@ -46,7 +47,7 @@ def run(
     mx.eval(joined, state)
     del h
     for first in range(0, spec.V, chunk):
-        state = one_pass.update(state, joined, model.rows(spec.head, first, min(first + chunk, spec.V)))
+        state = one_pass.update(state, joined, model.rows(spec.head, first, min(first + chunk, spec.V)), exp_minus)
         mx.eval(state)
     losses, dh = one_pass.finish(state, joined, model.gather(spec.head, y))
     loss_sum = float(np.asarray(losses.sum()))

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..weights import MappedWeights
+from . import unpack
 from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 
 
@@ -27,8 +28,11 @@ class Model:
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, decompressed: [stop - start, in_dims] in the compute dtype."""
-        parts = [self.weights.rows(name, start, stop) for name in _tensors_of(linear)]
-        return _decompress(parts, linear.quantization, self.dtype)
+        weight, *of_groups = _tensors_of(linear)
+        parts = [self.weights.rows(name, start, stop) for name in of_groups]
+        if self._unpacks_here(linear):
+            return self._unpack(linear, self.weights.view(weight)[start:stop], parts)
+        return _decompress([self.weights.rows(weight, start, stop), *parts], linear.quantization, self.dtype)
 
     def columns(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Columns [start, stop) of the matrix, decompressed: [out_dims, stop - start] in the compute dtype.
@@ -36,20 +40,36 @@ class Model:
         For a packed matrix the range must begin and end between groups.
         """
         packing = linear.quantization
-        parts = []
-        for name in _tensors_of(linear):
-            first, last = start, stop
-            if packing is not None and name.endswith(".weight"):
-                first, last = start * packing.bits // 32, stop * packing.bits // 32
-            elif packing is not None:
-                first, last = start // packing.group_size, stop // packing.group_size
-            parts.append(self.weights.columns(name, first, last))
-        return _decompress(parts, packing, self.dtype)
+        words = groups = (start, stop)
+        if packing is not None:
+            words = (start * packing.bits // 32, stop * packing.bits // 32)
+            groups = (start // packing.group_size, stop // packing.group_size)
+        weight, *of_groups = _tensors_of(linear)
+        parts = [self.weights.columns(name, *groups) for name in of_groups]
+        if self._unpacks_here(linear):
+            return self._unpack(linear, self.weights.view(weight)[:, slice(*words)], parts)
+        return _decompress([self.weights.columns(weight, *words), *parts], packing, self.dtype)
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, decompressed: [n, in_dims] in the compute dtype."""
-        parts = [self.weights.gather(name, ids) for name in _tensors_of(linear)]
-        return _decompress(parts, linear.quantization, self.dtype)
+        weight, *of_groups = _tensors_of(linear)
+        parts = [self.weights.gather(name, ids) for name in of_groups]
+        if self._unpacks_here(linear):
+            return self._unpack(linear, self.weights.view(weight)[ids], parts)
+        return _decompress([self.weights.gather(weight, ids), *parts], linear.quantization, self.dtype)
+
+    def _unpacks_here(self, linear: Linear) -> bool:
+        packing = linear.quantization
+        if packing is None or packing.mode != "affine" or packing.bits not in unpack.BITS:
+            return False
+        return self.dtype == mx.float32 and unpack.on_cpu()
+
+    def _unpack(self, linear: Linear, packed: np.ndarray, scales_and_biases: list[mx.array]) -> mx.array:
+        """Decompresses straight from the mapped file."""
+        packing = linear.quantization
+        assert packing is not None
+        scales, biases = (np.asarray(part.astype(mx.float32)) for part in scales_and_biases)
+        return unpack.affine(packed, scales, biases, packing.bits, packing.group_size)
 
     def bias(self, linear: Linear, start: int, stop: int) -> mx.array | None:
         """Entries [start, stop) of the bias in the compute dtype, or None."""

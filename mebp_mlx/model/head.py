@@ -11,6 +11,7 @@ all, each chunk decompressed once, no [N, V] array.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -30,13 +31,27 @@ def start(n_rows: int, D: int, want_dh: bool) -> Running:
     return Running(mx.full((n_rows, 1), float("-inf")), mx.zeros((n_rows, 1)), weighted)
 
 
-def update(state: Running, h: mx.array, chunk: mx.array) -> Running:
-    """The state after one more chunk [C, D] of the output matrix; h [N, D] after the final norm."""
+def exp_minus(z: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
+    """(exp(z - maximum) [N, C], its row sums [N, 1])."""
+    p = mx.exp(z - maximum)
+    return p, p.sum(axis=-1, keepdims=True)
+
+
+def update(
+    state: Running,
+    h: mx.array,
+    chunk: mx.array,
+    exp_minus: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]] = exp_minus,
+) -> Running:
+    """The state after one more chunk [C, D] of the output matrix; h [N, D] after the final norm.
+
+    exp_minus: the function of that name or a faster one, which may use its first argument's memory for the result.
+    """
     z = (h @ chunk.T).astype(mx.float32)
     maximum = mx.maximum(state.maximum, z.max(axis=-1, keepdims=True))
     shrink = mx.exp(state.maximum - maximum)
-    p = mx.exp(z - maximum)
-    total = state.total * shrink + p.sum(axis=-1, keepdims=True)
+    p, sums = exp_minus(z, maximum)
+    total = state.total * shrink + sums
     weighted = None
     if state.weighted is not None:
         weighted = state.weighted * shrink + (p.astype(h.dtype) @ chunk).astype(mx.float32)

@@ -1,0 +1,86 @@
+"""The head's forward and backward in one pass, against its two matrix products alone at the same BLAS's speed.
+
+Both are timed in one process, by turns; the footprint is what the head adds over what was there before it. One
+vocabulary-sized 4-bit matrix with random weights; the bare products are of one chunk's size, on a chunk at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import mebp_mlx  # isort: skip
+import mlx.core as mx
+import numpy as np
+
+from bench.synth import SHAPES, write_model
+from mebp_mlx.engine import head
+from mebp_mlx.engine.plan import Plan
+from mebp_mlx.runtime.footprint import PeakMeter
+
+
+def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
+    """Median seconds of the head and of its products, the median of their ratios, and the MB that the head adds."""
+    model, plan = mebp_mlx.open_model(folder), Plan()
+    D, V = model.spec.D, model.spec.V
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, V, (1, n_tokens)).astype(np.int32)
+    x = mx.array(rng.standard_normal((1, n_tokens, D), np.float32))
+    chunk = plan.vocabulary_chunk(n_tokens, D, model.dtype.size)
+
+    def whole() -> float:
+        began_s = time.perf_counter()
+        head.run(model, plan, [x], targets, want_dx=True)
+        return time.perf_counter() - began_s
+
+    def products() -> float:
+        h, w = x[0], mx.random.normal((chunk, D))
+        mx.eval(h, w)
+        began_s = time.perf_counter()
+        for _ in range(V // chunk):
+            z = h @ w.T
+            mx.eval(z)
+            mx.eval(z @ w)
+        return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
+
+    mx.eval(x[0] @ mx.zeros((D, 64)))  # the BLAS's threads and first buffers are no part of the head
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what setting up has left in the heap
+    if trim is not None:
+        trim(0)
+    with PeakMeter() as meter:
+        before_bytes = meter.now_bytes
+        with meter.phase("head"):
+            whole()
+        added_bytes = meter.phases["head"] - before_bytes
+    pairs = [(whole(), products()) for _ in range(repeats)]
+    head_s, products_s = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {
+        "head_s": round(head_s, 3),
+        "products_s": round(products_s, 3),
+        "products_gflops": round(4 * n_tokens * D * V / products_s / 1e9, 1),
+        "ratio": round(statistics.median(a / b for a, b in pairs), 3),
+        "added_mb": round(added_bytes / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_model(options.shape, Path(scratch) / "model", layers=1)
+        found = measure(folder, options.tokens, options.repeats)
+    print(f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
+          f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added")
+    print(json.dumps({"bench": "head", "shape": options.shape, "tokens": options.tokens, **found}))
+
+
+if __name__ == "__main__":
+    main()
