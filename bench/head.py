@@ -48,7 +48,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
             mx.eval(z @ w)
         return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
 
-    mx.eval(x[0] @ mx.zeros((D, 64)))  # the BLAS's threads and first buffers are no part of the head
+    products()  # the BLAS keeps buffers of its own, which are no part of the head
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what setting up has left in the heap
     if trim is not None:
         trim(0)
