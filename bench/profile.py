@@ -1,8 +1,7 @@
 """Where a training step's time goes: each stage's wall time, and its products' speed against a bare BLAS product.
 
 The engine is timed from outside: its functions are wrapped, and what they return is evaluated at once. A stage's
-time is what is left after the stages inside it are taken away; a product's includes its LoRA pair, which is
-carried out a second time to be told apart (and that second time is in no sum).
+time is what is left after the stages inside it are taken away; a product's includes its block of the LoRA pair.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 
 from bench.synth import SHAPES, write_model
 from mebp_mlx.data import Batch
-from mebp_mlx.engine import attend, backprop, block, make_engine, projection
+from mebp_mlx.engine import attend, backprop, block, make_engine, mlp, projection
 from mebp_mlx.engine import head as engine_head
 from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.plan import Plan
@@ -86,10 +85,21 @@ class Instruments:
         self.phase = "forward"
         self._wrap(block._Work, "_forward", lambda work, stage, *_: self._stage(stage, "forward"))
         self._wrap(block._Work, "_backward", lambda work, stage, *_: self._stage(stage, "backward"))
-        self._product("forward", projection.forward)
-        self._product("input_cotangent", projection.input_cotangent)
-        self._wrap(projection, "pair_gradients", lambda *_: "LoRA gradients")
+        self._product(projection.RowStream, "forward", "y = x W^T")
+        self._product(projection.RowStream, "backward", "dx = g W")
+        self._product(projection.ColumnStream, "forward", "y = x W^T")
+        self._product(projection.ColumnStream, "cotangent", "dx = g W")
+        for owner, names in (
+            (projection.RowStream, ("__init__", "finish")),
+            (projection.ColumnStream, ("__init__", "take", "gradients")),
+        ):
+            for name in names:
+                self._wrap(owner, name, lambda *_: "LoRA: x A and gradients")
+        self._wrap(mlp.BlockwiseMlp, "forward", lambda *_: "mlp: activation, forward")
+        self._wrap(mlp.BlockwiseMlp, "backward", lambda *_: "mlp: activation, backward")
         self._wrap(MappedWeights, "rows", lambda *_: "weights: read")
+        self._wrap(MappedWeights, "columns", lambda *_: "weights: read")
+        self._wrap(Model, "columns", lambda *_: "weights: decompress")
         self._wrap(MappedWeights, "gather", lambda *_: "weights: read")
         self._wrap(Model, "rows", lambda *_: "weights: decompress")
         self._wrap(Model, "gather", lambda *_: "weights: decompress")
@@ -112,7 +122,7 @@ class Instruments:
             setattr(owner, name, original)
 
     def _stage(self, stage: Any, direction: str) -> str:
-        if stage.kind == "projection":
+        if stage.linears:
             return "engine: a projection's surroundings"
         return f"{'norms' if 'norm' in stage.name else stage.name}: {direction}"
 
@@ -127,27 +137,25 @@ class Instruments:
         self._undo.append((owner, name, original))
         setattr(owner, name, wrapped)
 
-    def _product(self, name: str, original: Callable[..., mx.array]) -> None:
-        clock = self.clock
-        direction = "y = x W^T" if name == "forward" else "dx = g W"
+    def _product(self, owner: Any, name: str, what: str) -> None:
+        original, clock = getattr(owner, name), self.clock
 
-        def wrapped(model: Any, plan: Any, linear: Any, x: mx.array, pair: Any, *rest: Any) -> mx.array:
-            label = f"{linear.name.rsplit('.', 1)[-1]}: {direction}"
-            value = clock.timed(label, lambda: original(model, plan, linear, x, pair, *rest))
-            clock.flops[label] = clock.flops.get(label, 0) + 2 * x.shape[0] * linear.in_dims * linear.out_dims
-            rows = min(plan.rows_per_block(linear.in_dims, 4), linear.out_dims)
-            clock.shapes[label] = (x.shape[0], linear.in_dims, rows)
-            if pair is not None:
-                pair_s = clock.outside(lambda: mx.eval(_pair_part(x, pair, name == "forward", value)))
-                clock.move(label, f"LoRA: {direction}", pair_s)
+        def wrapped(stream: Any, start: int, stop: int, *rest: Any) -> Any:
+            _evaluate(rest)
+            linear = stream.linear
+            label = f"{linear.name.rsplit('.', 1)[-1]}: {what}"
+            value = clock.timed(label, lambda: original(stream, start, stop, *rest))
+            by_rows = owner is projection.RowStream
+            width = linear.in_dims if by_rows else linear.out_dims
+            known = stream.x if by_rows else (stream.y if stream.g is None else stream.g)
+            if known is not None:
+                n_rows = known.shape[0]
+                clock.flops[label] = clock.flops.get(label, 0) + 2 * n_rows * (stop - start) * width
+                clock.shapes[label] = (n_rows, width, stop - start)
             return value
 
-        self._undo.append((projection, name, original))
-        setattr(projection, name, wrapped)
-
-
-def _pair_part(x: mx.array, pair: Any, forward: bool, like: mx.array) -> mx.array:
-    return like + ((x @ pair.a) @ pair.b if forward else (x @ pair.b.T) @ pair.a.T)
+        self._undo.append((owner, name, original))
+        setattr(owner, name, wrapped)
 
 
 def bare_gflops(shape: tuple[int, int, int], transposed: bool, repeats: int = 7) -> float:
