@@ -5,4 +5,4 @@ from pathlib import Path
 
 MODEL_DIR = Path(__file__).resolve().parent / "model"
 DATA_DIR = Path(__file__).resolve().parent / "data"
-SAMPLE_PROMPT = "What does ipaddress.IPv4Address.packed() do?"  # a row of data/valid.jsonl
+SAMPLE_PROMPT = "What does subprocess.CalledProcessError.stdout() do?"  # a row of data/valid.jsonl
