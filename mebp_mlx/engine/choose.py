@@ -1,0 +1,2 @@
+"""stub"""
+choose_plan = None
