@@ -52,11 +52,11 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
     import numpy as np
 
     from mebp_mlx.data import Batch
-    from mebp_mlx.engine import backprop, make_engine, plan, zeroth_order
+    from mebp_mlx.engine import backprop, make_engine, plan
     from mebp_mlx.engine.choose import choose_plan
     from mebp_mlx.engine.predict import job_for, predict
     from mebp_mlx.engine.update import Updater
-    from mebp_mlx.optimizers import PlainSGD
+    from mebp_mlx.optimizers import PlainSGD, state_bytes
     from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
 
     before = footprint_bytes()
@@ -81,15 +81,11 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         phase(backprop.head, "run", "head")
         phase(backprop.BlockRunner, "backward", "backward")
         phase(Updater, "sink", "update")
-        assert zeroth_order.forward_loss is backprop.forward_loss
         model = mebp_mlx.open_model(folder)
         lora = mebp_mlx.init_lora(model, dropout=case.dropout)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
         updater = Updater(optimizers[case.optimizer](learning_rate=1e-4), lora)
-        state = sum(v.nbytes for _, v in mx.utils.tree_flatten(updater.optimizer.state)) if False else 0
-        from mlx.utils import tree_flatten
-
-        state = sum(value.nbytes for _, value in tree_flatten(updater.optimizer.state) if isinstance(value, mx.array))
+        state = state_bytes(updater.optimizer)
         job = job_for(
             model,
             lora,
@@ -117,8 +113,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
             updater.end_step()
         peak = meter.peak_bytes
         engine.close()
-    fixed = lora_and_state = job.lora_bytes + job.state_bytes
-    del fixed
+    lora_and_state = job.lora_bytes + job.state_bytes
     return {
         "before": before,
         "measured": {"start": start, **meter.phases},
