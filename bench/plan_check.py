@@ -138,6 +138,8 @@ def grid(quick: bool) -> list[Case]:
     cases += [Case(shape, T) for shape, T in itertools.product((wide, gemma), (64, 256, 1024))]
     cases += [Case(shape, T, blocks="small") for shape, T in itertools.product((small, wide, gemma), (256, 2048))]
     cases += [Case(gemma, 256, 2, "adamw", blocks="small"), Case(wide, 128, 4, "adamw")]
+    budgets = ((small, 256, 60), (small, 2048, 1000), (small, 2048, 100), (wide, 1024, 1000), (gemma, 1024, 100))
+    cases += [Case(shape, T, budget_mb=budget) for shape, T, budget in budgets]
     return cases
 
 
@@ -166,7 +168,8 @@ def main() -> None:
             found = json.loads(run.stdout.splitlines()[-1])
             off = found["predicted_peak"] / found["peak"] - 1
             worst = max(worst, abs(off), key=abs)
-            text = f"{case.shape} T={case.T} B={case.B} {case.optimizer} {case.policy} {case.blocks}"
+            plan = f"--memory-budget {case.budget_mb}MB" if case.budget_mb else f"{case.policy} {case.blocks}"
+            text = f"{case.shape} T={case.T} B={case.B} {case.optimizer} {plan}"
             text += f" {case.engine}" * (case.engine != "mebp") + f" dropout {case.dropout}" * (case.dropout > 0)
             by_phase = max(found["predicted"], key=found["predicted"].get)
             print(

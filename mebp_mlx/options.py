@@ -88,7 +88,7 @@ def convert(spec: Spec, raw: Any) -> Any:
         if spec.optional:
             return None
         raise ValueError("needs a value")
-    value = _size(raw) if spec.option.size else _typed(spec.kind, raw)
+    value: Any = _size(raw) if spec.option.size else _typed(spec.kind, raw)
     if spec.kind == tuple[str, ...]:
         value = tuple(spec.option.aliases.get(name, name) for name in value)
     _check_limits(spec.option, value)

@@ -202,7 +202,9 @@ class _Work:
         mx.eval(y)
         return y
 
-    def _backward(self, stage: Stage, values: Values, cotangents: Values, wanted: tuple[str, ...], start: int) -> None:
+    def _backward(
+        self, stage: Stage, values: Values, cotangents: Values, wanted: tuple[str, ...], start: int
+    ) -> None:
         g = cotangents.pop(stage.output)
         if stage.kind == "projection":
             found = {stage.inputs[0]: self._projection_backward(stage, values, g, bool(wanted), start)}
