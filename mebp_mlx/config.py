@@ -60,6 +60,11 @@ class TrainConfig:
     mezo_eps: float = option(1e-2, METHOD, "size of mezo's probe along its random direction", metavar="X", above=0)
     arena_dir: str | None = option(None, METHOD, "folder for the file of saved activations (disk, not memory)",
                                    metavar="PATH", may_change=True, shown_default="temporary")
+    memory_budget: int | None = option(None, METHOD, "footprint to stay within: 500MB, 1GB (exit 3 if impossible)",
+                                       metavar="SIZE", size=True, above=0, may_change=True, shown_default="none")
+    arena_budget: int = option(2_000_000_000, METHOD, "for saved activations on disk; less: more is recomputed",
+                               metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
+    dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
     rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept", at_least=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import UserError
@@ -49,6 +50,12 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
         return kind(learning_rate=learning_rate(config, n_updates), **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer_config.{name}: {error}") from None
+
+
+def state_bytes(optimizer: Any) -> int:
+    """What an initialised optimizer's state takes."""
+    flat: list[tuple[str, Any]] = tree_flatten(optimizer.state)  # type: ignore[assignment]
+    return sum(int(value.nbytes) for _, value in flat if isinstance(value, mx.array))
 
 
 def uses_learning_rate(optimizer: Any) -> bool:

@@ -32,6 +32,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     or_minus_one: bool = False
+    size: bool = False  # bytes: 500MB, 1.5GB, or a plain number
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     yaml_only: bool = False
@@ -87,7 +88,7 @@ def convert(spec: Spec, raw: Any) -> Any:
         if spec.optional:
             return None
         raise ValueError("needs a value")
-    value = _typed(spec.kind, raw)
+    value: Any = _size(raw) if spec.option.size else _typed(spec.kind, raw)
     if spec.kind == tuple[str, ...]:
         value = tuple(spec.option.aliases.get(name, name) for name in value)
     _check_limits(spec.option, value)
@@ -121,6 +122,18 @@ def _typed(kind: Any, raw: Any) -> Any:
     if not names:
         raise ValueError(f"expected at least one name, got {raw!r}")
     return names
+
+
+def _size(raw: Any) -> int:
+    """Bytes of `500MB`, `1.5GB`, `2e9`; 1 MB = 10^6 bytes, 1 MiB = 2^20."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmg]?)(i?)b?\s*", str(raw).lower())
+    try:
+        if match is None or isinstance(raw, bool):
+            raise ValueError
+        unit = (1024 if match[3] else 1000) ** " kmg".index(match[2] or " ")
+        return int(float(match[1]) * unit)
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a size such as 500MB or 1.5GB, got {raw!r}") from None
 
 
 def _number(kind: type, raw: Any) -> int | float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from . import bundled
 from .config import TrainConfig
 from .data import DataSets
+from .engine.plan import Plan
+from .engine.predict import Job, Prediction
 from .errors import UserError
 from .optimizers import uses_learning_rate
 from .runtime.log import RunLog, first_event, megabytes
@@ -45,6 +48,46 @@ def print_data(data: DataSets, overlong: str) -> None:
         if n_rows := counts.get("n_masked_rows"):
             line += f"; {n_rows:,} skipped, without a label"
         print(line, flush=True)
+
+
+def print_plan(job: Job, plan: Plan, predicted: Prediction, table: bool) -> None:
+    """The predicted footprint in one line, or as a table with everything the plan decides."""
+    if not table:
+        print(
+            f"plan       predicted peak {megabytes(predicted.peak_bytes)} ({predicted.peak_phase}), "
+            f"arena {megabytes(predicted.arena_bytes)}",
+            flush=True,
+        )
+        return
+    print(f"\nplan for {job.B} x {job.T:,} tokens, {job.optimizer}, engine {job.engine}; nothing is trained")
+    print(f"  {'phase':<10}{'predicted MB':>14}")
+    for name, n_bytes in predicted.phases.items():
+        mark = "  <- peak" if name == predicted.peak_phase else ""
+        print(f"  {name:<10}{n_bytes / 1e6:>14,.1f}{mark}")
+    rows = {
+        "LoRA": f"{job.lora_bytes // 4:,} parameters, {job.lora_bytes / 1e6:.1f} MB; "
+        f"optimizer state {job.state_bytes / 1e6:.1f} MB",
+        "arena": f"{predicted.arena_bytes / 1e6:,.1f} MB on disk, {predicted.written_bytes / 1e6:,.1f} MB written "
+        "per micro-batch",
+        "saved": ", ".join(sorted(plan.saved_for(job.spec))) if predicted.arena_bytes else "nothing",
+        "blocks": f"{plan.token_block} tokens, {plan.query_block} queries, "
+        f"weights {plan.weight_block_bytes >> 10:,} KiB, head {plan.head_block_bytes >> 10:,} KiB, "
+        f"logits {plan.logits_block_bytes >> 10:,} KiB",
+    }
+    for name, text in rows.items():
+        print(f"  {name:<10}{text}")
+
+
+def plan_record(plan: Plan, predicted: Prediction) -> dict[str, Any]:
+    """The plan and its prediction for run.json."""
+    return {
+        **dataclasses.asdict(plan),
+        "saved": sorted(plan.saved),
+        "predicted_bytes": predicted.phases,
+        "predicted_peak_bytes": predicted.peak_bytes,
+        "arena_bytes": predicted.arena_bytes,
+        "written_bytes_per_micro_batch": predicted.written_bytes,
+    }
 
 
 def summarize(folder: Path, log: RunLog, peak_bytes: int, seconds: float, n_iters: int) -> None:

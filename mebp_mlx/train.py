@@ -22,18 +22,20 @@ import mebp_mlx
 from .config import TrainConfig
 from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
 from .engine import Engine, make_engine
+from .engine.choose import choose_plan
+from .engine.predict import job_for, predict
 from .engine.update import Updater
 from .errors import BudgetError, NonFiniteLoss, UserError
 from .hub import resolve_model
 from .model.lora import Lora
-from .optimizers import make_optimizer, uses_learning_rate
+from .optimizers import make_optimizer, state_bytes, uses_learning_rate
 from .runtime import run_state
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
 from .runtime.log import RunLog, megabytes, reporter
 from .runtime.platform import machine
 from .runtime.run_state import Checkpoint
-from .summary import notices, print_data, show_sample, summarize
+from .summary import notices, plan_record, print_data, print_plan, show_sample, summarize
 
 DONE, WRONG_INPUT, NO_BUDGET, INTERRUPTED = 0, 2, 3, 130
 
@@ -63,7 +65,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     # Names and files, before anything large is opened.
     model_path = resolve_model(config.model)
     checkpoint = run_state.load_checkpoint(folder) if config.resume else None
-    if checkpoint is None:
+    if checkpoint is None and not config.dry_run:
         run_state.check_unused(folder)
     data = prepare(
         data=config.data,
@@ -107,10 +109,33 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         restore(checkpoint, lora, optimizer)
         checkpoint = None  # its arrays belong to lora and optimizer now
     updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
-    engine = make_engine(
-        config.engine, model, lora, seed=config.seed, mezo_eps=config.mezo_eps, arena_dir=config.arena_dir
+    batch_size, longest = min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1
+    evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
+    job = job_for(
+        model,
+        lora,
+        batch_size,
+        longest,
+        state_bytes=state_bytes(optimizer),
+        gathers=updater.gather,
+        optimizer=config.optimizer_name,
+        engine=config.engine,
+        base_bytes=before_model_bytes,
+        n_eval_tokens=max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0),
     )
-    engine.reserve(min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1)
+    plan = predicted = None
+    if config.engine != "whole-graph":
+        plan = choose_plan(job, config.memory_budget, config.arena_budget)
+        predicted = predict(job, plan)
+        print_plan(job, plan, predicted, table=config.dry_run)
+    elif config.memory_budget is not None or config.dry_run:
+        raise UserError("--memory-budget, --dry-run: not available with --engine whole-graph, which has no plan")
+    if config.dry_run:
+        return DONE
+    engine = make_engine(
+        config.engine, model, lora, plan=plan, seed=config.seed, mezo_eps=config.mezo_eps, arena_dir=config.arena_dir
+    )
+    engine.reserve(batch_size, longest)
     n_parameters = sum(value.size for value in lora.parameters().values())
     print(
         f"model      {config.model}: {model.spec.family}, {model.spec.L} layers, width {model.spec.D}\n"
@@ -129,6 +154,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
                 "options": config.to_dict(),
                 "n_iters": n_iters,
                 "n_lora_parameters": n_parameters,
+                "plan": None if plan is None or predicted is None else plan_record(plan, predicted),
                 "data": data.counts,
                 "origin": origin,
                 "version": mebp_mlx.__version__,
