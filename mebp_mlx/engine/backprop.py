@@ -20,7 +20,7 @@ from ..model.frozen import Model
 from ..model.lora import Lora
 from . import head
 from .arena import Arena
-from .block import Adapter, BlockRunner
+from .block import Adapter, BlockRunner, trained_projections
 from .plan import Plan
 
 Sink = Callable[[dict[str, mx.array]], None]
@@ -54,10 +54,8 @@ class BackpropEngine:
         self.arena_dir = arena_dir
         self.arena: Arena | None = None
         # Blocks below the lowest trained one get no gradient: nothing of theirs is saved or visited.
-        self.trained_layers = [
-            layer for layer in model.spec.layers if any(lora.trains(linear) for linear in layer.linears.values())
-        ]
-        self.first_trained = self.trained_layers[0].index if self.trained_layers else model.spec.L
+        trained = (layer.index for layer in model.spec.layers if trained_projections(lora, layer))
+        self.first_trained = next(trained, model.spec.L)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Make room in the arena for batches of [batch_size, n_tokens]; UserError when the disk has none."""

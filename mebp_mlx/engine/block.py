@@ -39,6 +39,11 @@ class Adapter(Protocol):
     def trains(self, linear: Linear) -> bool: ...
 
 
+def trained_projections(adapter: Adapter, layer: Layer) -> frozenset[str]:
+    """The short names of the projections of a block that have a pair."""
+    return frozenset(short for short, linear in layer.linears.items() if adapter.trains(linear))
+
+
 class BlockRunner:
     """Runs blocks of one model forward and backward on sequences cut into tiles.
 
@@ -60,10 +65,6 @@ class BlockRunner:
         self.stages = block_stages(model.spec)
         self.before, self.after = segments(self.stages)
         self.saved = plan.saved_for(model.spec)
-
-    def trained(self, layer: Layer) -> frozenset[str]:
-        """The short names of the projections of a block that have a pair."""
-        return frozenset(short for short, linear in layer.linears.items() if self.adapter.trains(linear))
 
     def forward(self, layer: Layer, x: Tiles, save: bool) -> Tiles:
         """Tiles of x [B, tile, D] (emptied) -> tiles of y; with `save`, the arena gets what the backward needs."""
@@ -94,7 +95,7 @@ class BlockRunner:
 
     def backward(self, layer: Layer, dy: Tiles, want_dx: bool) -> tuple[Tiles, dict[str, mx.array]]:
         """Tiles of dL/dy -> (tiles of dL/dx, or none unless wanted; LoRA gradients by parameter name, float32)."""
-        trained = self.trained(layer)
+        trained = trained_projections(self.adapter, layer)
         useful = needs_gradient(self.stages, trained, want_dx)
         starts, n_tiles = _starts(dy), len(dy)
         work = _Work(self, layer, starts)

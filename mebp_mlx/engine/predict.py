@@ -13,6 +13,7 @@ from ..model.frozen import Model
 from ..model.lora import Lora
 from ..model.spec import Layer, ModelSpec
 from . import ledger as cost
+from .block import trained_projections
 from .ledger import Buffer, Ledger
 from .plan import Plan
 from .schedule import Op, backward_ops, forward_ops, needs_gradient
@@ -60,9 +61,7 @@ class Job:
 def job_for(model: Model, lora: Lora, B: int, T: int, **more: object) -> Job:
     """The Job of training `lora` on batches [B, T]; `more`: further fields of Job."""
     spec = model.spec
-    trained = tuple(
-        frozenset(short for short, linear in layer.linears.items() if lora.trains(linear)) for layer in spec.layers
-    )
+    trained = tuple(trained_projections(lora, layer) for layer in spec.layers)
     n_bytes = sum(value.nbytes for value in lora.parameters().values())
     known = {"rank": lora.rank, "dropout": lora.dropout > 0, "item_bytes": model.dtype.size}
     return Job(spec, B, T, trained, n_bytes, **{**known, **more})  # type: ignore[arg-type]
