@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..model.attention import attend, key_range, split_heads
+from ..model.attention import key_range, split_heads
 from ..model.spec import Layer, ModelSpec
+from . import scores
 from .plan import Plan
 
 
@@ -37,9 +38,9 @@ class TileAttention:
         pieces = []
         for first, last in self._query_blocks(q.shape[1]):
             low, high = key_range(self.layer, start + first, start + last)
-            piece = self._block(
-                q[:, first:last], self.keys[:, :, low:high], self.values[:, :, low:high], start + first, low
-            )
+            queries = self._queries(q[:, first:last], start + first)
+            keys, values = self.keys[:, :, low:high], self.values[:, :, low:high]
+            piece = scores.forward(self.spec, self.layer, queries, keys, values, start + first, low)
             mx.eval(piece)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
@@ -52,13 +53,17 @@ class TileAttention:
         for first, last in self._query_blocks(q.shape[1]):
             low, high = key_range(self.layer, start + first, start + last)
 
-            def block(
-                q: mx.array, keys: mx.array, values: mx.array, at: int = start + first, low: int = low
-            ) -> mx.array:
-                return self._block(q, keys, values, at, low)
+            def turn(part: mx.array, at: int = start + first) -> mx.array:
+                return self._queries(part, at)
 
-            inputs = [q[:, first:last], self.keys[:, :, low:high], self.values[:, :, low:high]]
-            dq, dk, dv = mx.vjp(block, inputs, [da[:, first:last]])[1]
+            part = q[:, first:last]
+            queries = turn(part)
+            keys, values = self.keys[:, :, low:high], self.values[:, :, low:high]
+            d_queries, dk, dv = scores.backward(
+                self.spec, self.layer, queries, keys, values, start + first, low, da[:, first:last]
+            )
+            del queries, keys, values
+            (dq,) = mx.vjp(turn, [part], [d_queries])[1]
             self.d_keys[:, :, low:high] += dk
             self.d_values[:, :, low:high] += dv
             mx.eval(dq, self.d_keys, self.d_values)
@@ -73,9 +78,8 @@ class TileAttention:
         mx.eval(dk, dv)
         return dk, dv
 
-    def _block(self, q: mx.array, keys: mx.array, values: mx.array, start: int, low: int) -> mx.array:
-        queries = split_heads(self.spec, self.layer, q, self.norms.get("q_norm"), start)
-        return attend(self.spec, self.layer, queries, keys, values, start, low)
+    def _queries(self, q: mx.array, start: int) -> mx.array:
+        return split_heads(self.spec, self.layer, q, self.norms.get("q_norm"), start)
 
     def _rotated(self, k: mx.array) -> mx.array:
         return split_heads(self.spec, self.layer, k, self.norms.get("k_norm"), 0)

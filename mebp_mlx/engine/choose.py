@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
-from .plan import SAVE_PROJECTIONS, Plan
+from .plan import SAVE_PRODUCTS, Plan
 from .predict import Job, predict
 
 ARENA_BUDGET_BYTES = 2_000_000_000
@@ -48,14 +48,16 @@ def choose_plan(
 
 
 def saved_names(job: Job, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
-    """Every projection's output, less those that are cheapest to compute again per byte until the arena fits."""
+    """Every product's output, less those that are cheapest to compute again per byte until the arena fits."""
     spec, linears = job.spec, job.spec.layers[0].linears
     names = {"q": "q", "k": "k", "v": "v", "g": "gate", "u": "up", "o": "o", "d": "down"}
-    # A byte of a projection's output costs as many products as the projection has inputs.
-    order = sorted(names, key=lambda name: linears[names[name]].in_dims)
+    # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
+    # twice as many as a query has keys.
+    cost = {name: linears[linear].in_dims for name, linear in names.items()} | {"a": job.T}
+    order = sorted(cost, key=lambda name: cost[name])
     dropped: set[str] = set()
     while True:
-        saved = SAVE_PROJECTIONS - dropped
+        saved = SAVE_PRODUCTS - dropped
         n_layers = spec.L - job.first_trained
         needed = dataclasses.replace(plan, saved=saved).arena_bytes(spec, job.B, job.T, n_layers, job.item_bytes)
         if arena_budget_bytes is None or needed <= arena_budget_bytes:

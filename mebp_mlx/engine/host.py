@@ -1,33 +1,176 @@
-"""exp on the CPU through numpy's vector loops.
+"""exp and tanh on the CPU through numpy's vector loops: the head's exp, the gates and attention's softmax.
 
-MLX's CPU backend takes exp one number at a time (0.35 GB/s where numpy reaches 6), which was a fifth of the head's
-time. In float32 on the CPU only; elsewhere the plain MLX function is used.
+MLX's CPU backend takes exp and tanh one number at a time (0.35 GB/s where numpy reaches 6), and its exp is off by up
+to 4e-6 of the value far below zero. In float32 on the CPU only; elsewhere the plain MLX functions are used. Results go
+into the arrays' own memory, in pieces that stay in a core's cache. Two threads gained nothing (bench/LOG.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from ..model import head
-from ..model.unpack import buffer_of, empty, on_cpu
+from ..model.unpack import buffer_of, empty, in_pieces, on_cpu
 
-_PIECE_ITEMS = 32 << 10  # stays in a core's cache
+Forward = Callable[[np.ndarray, np.ndarray], None]
+Backward = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+_PIECE_ITEMS = 32 << 10
+
+
+def usable(*arrays: mx.array) -> bool:
+    """Whether these arrays can be worked on here."""
+    return on_cpu() and all(array.dtype == mx.float32 for array in arrays)
 
 
 def exp_minus(z: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
     """(exp(z - maximum) [N, C] in z's own memory, its row sums [N, 1]); z must belong to the caller alone."""
-    if not on_cpu() or z.dtype != mx.float32:
+    if not usable(z):
         return head.exp_minus(z, maximum)
     mx.eval(z, maximum)
     values, shift = buffer_of(z), buffer_of(maximum)
     total, sums = empty(len(values), 1)
-    step = max(1, _PIECE_ITEMS // values.shape[1])
+
+    def run(rows: slice) -> None:
+        piece = values[rows]
+        np.subtract(piece, shift[rows], out=piece)
+        np.exp(piece, out=piece)
+        piece.sum(axis=-1, keepdims=True, out=sums[rows])
+
     with np.errstate(all="ignore"):  # a logit that is no number shows in the loss
-        for start in range(0, len(values), step):
-            rows = slice(start, start + step)
-            piece = values[rows]
-            np.subtract(piece, shift[rows], out=piece)
-            np.exp(piece, out=piece)
-            sums[rows] = piece.sum(axis=-1, keepdims=True)
+        in_pieces(len(values), values.shape[1], _PIECE_ITEMS, run)
     return z, total
+
+
+def gate_forward(activation: Callable[[mx.array, mx.array], mx.array], g: mx.array, u: mx.array) -> mx.array:
+    """activation(g, u) in g's own memory where it can be; g must belong to the caller alone."""
+    mx.eval(g, u)
+    if not usable(g, u) or activation.__name__ not in _GATES:
+        return activation(g, u)
+    forward, _ = _GATES[activation.__name__]
+    flat = [buffer_of(array).reshape(-1) for array in (g, u)]
+    with np.errstate(all="ignore"):
+        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: forward(*(values[part] for values in flat)))
+    return g
+
+
+def gate_backward(
+    activation: Callable[[mx.array, mx.array], mx.array], g: mx.array, u: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(activation(g, u), dg, du); may use the memory of (cotangent, g, u), which must be the caller's alone."""
+    mx.eval(g, u, cotangent)
+    if not usable(g, u, cotangent) or activation.__name__ not in _GATES:
+        (m,), (dg, du) = mx.vjp(activation, [g, u], [cotangent])
+        return m, dg, du
+    _, backward = _GATES[activation.__name__]
+    flat = [buffer_of(array).reshape(-1) for array in (g, u, cotangent)]
+    with np.errstate(all="ignore"):
+        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: backward(*(values[part] for values in flat)))
+    return cotangent, g, u
+
+
+def softmax(scores: mx.array, hidden: np.ndarray | None) -> mx.array:
+    """softmax over the last axis of scores [..., Tq, Tk], in their own memory; hidden [Tq, Tk]: True is left out."""
+    mx.eval(scores)
+    values = buffer_of(scores).reshape(-1, *scores.shape[-2:])
+    n, n_queries, n_keys = values.shape
+
+    def run(part: slice) -> None:
+        for piece, rows in _rows_of(values, part, n_queries):
+            if hidden is not None:
+                np.copyto(piece, -np.inf, where=hidden[rows])
+            piece -= piece.max(axis=-1, keepdims=True)
+            np.exp(piece, out=piece)
+            piece /= piece.sum(axis=-1, keepdims=True)
+
+    with np.errstate(all="ignore"):
+        in_pieces(n * n_queries, n_keys, _PIECE_ITEMS, run)
+    return scores
+
+
+def softmax_backward(p: mx.array, dp: mx.array, scale: float) -> mx.array:
+    """scale * p (dp - sum(p dp)) over the last axis, in dp's own memory."""
+    mx.eval(p, dp)
+    values, cotangents = (buffer_of(array).reshape(-1, array.shape[-1]) for array in (p, dp))
+
+    def run(rows: slice) -> None:
+        piece, cotangent = values[rows], cotangents[rows]
+        inner = np.einsum("ij,ij->i", piece, cotangent)[:, None]
+        cotangent -= inner
+        cotangent *= piece
+        cotangent *= scale
+
+    with np.errstate(all="ignore"):
+        in_pieces(*values.shape, _PIECE_ITEMS, run)
+    return dp
+
+
+def _rows_of(values: np.ndarray, part: slice, n_queries: int) -> list[tuple[np.ndarray, slice]]:
+    """The rows `part` of values [n, Tq, Tk] counted over the first two axes, cut where a first index ends."""
+    found, at = [], part.start
+    while at < part.stop:
+        head_index, row = divmod(at, n_queries)
+        last = min(n_queries, row + part.stop - at)
+        found.append((values[head_index, row:last], slice(row, last)))
+        at += last - row
+    return found
+
+
+def _sigmoid(g: np.ndarray) -> np.ndarray:
+    s = np.exp(-g)
+    s += 1
+    return np.reciprocal(s, out=s)
+
+
+def _silu(g: np.ndarray, u: np.ndarray) -> None:
+    s = _sigmoid(g)
+    g *= s
+    g *= u
+
+
+def _silu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+    s = _sigmoid(g)
+    act = g * s
+    slope = s + act * (1 - s)
+    slope *= u
+    slope *= c  # dg
+    np.multiply(act, u, out=g)  # m, for a moment
+    np.multiply(act, c, out=u)  # du
+    c[:] = g
+    g[:] = slope
+
+
+def _gelu_tanh(g: np.ndarray, square: np.ndarray) -> np.ndarray:
+    inner = _GELU * g * (1 + _CUBIC * square)
+    return np.tanh(inner, out=inner)
+
+
+def _gelu(g: np.ndarray, u: np.ndarray) -> None:
+    t = _gelu_tanh(g, g * g)
+    t += 1
+    g *= t
+    g *= u
+    g *= 0.5
+
+
+def _gelu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+    square = g * g
+    t = _gelu_tanh(g, square)
+    half = 0.5 * (1 + t)
+    slope = half + (0.5 * _GELU) * g * (1 - t * t) * (1 + 3 * _CUBIC * square)
+    slope *= u
+    slope *= c  # dg
+    act = g * half
+    np.multiply(act, u, out=g)
+    np.multiply(act, c, out=u)
+    c[:] = g
+    g[:] = slope
+
+
+_GELU, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
+_GATES: dict[str, tuple[Forward, Backward]] = {
+    "silu_gate": (_silu, _silu_backward),
+    "gelu_gate": (_gelu, _gelu_backward),
+}

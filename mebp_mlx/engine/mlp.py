@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..model.frozen import Model
 from ..model.lora import DROPOUT_COLUMNS, Pair
 from ..model.spec import Layer, Linear
+from .host import gate_backward, gate_forward
 from .plan import Plan
 from .projection import ColumnStream, RowStream
 
@@ -58,7 +59,7 @@ class BlockwiseMlp:
             u = self.up.forward(start, stop)
             mx.eval(u)
             save("u", block, u)
-            m = self.activation(g, u)
+            m = gate_forward(self.activation, g, u)
             del g, u
             mx.eval(m)
             down.forward(start, stop, m, self.mask(self.linears["down"], start, stop))
@@ -81,11 +82,11 @@ class BlockwiseMlp:
             mx.eval(u)
             mask = self.mask(self.linears["down"], start, stop)
             if not inner:
-                down.take(start, stop, self.activation(g, u), mask)
+                down.take(start, stop, gate_forward(self.activation, g, u), mask)
                 continue
             dm = down.cotangent(start, stop, mask)
             mx.eval(dm)
-            (m,), (dg, du) = mx.vjp(self.activation, [g, u], [dm])
+            m, dg, du = gate_backward(self.activation, g, u, dm)
             del g, u, dm
             mx.eval(m, dg, du)
             down.take(start, stop, m, mask)

@@ -8,8 +8,10 @@ from ..model.decoder import block_stages, value_width
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
 from ..model.spec import ModelSpec
 
-# Every projection's output: the backward repeats no matrix product, only norms, rope, attention and activation.
+# Every projection's output: the backward repeats no product with a weight, only norms, rope, attention and activation.
 SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
+# Attention's too, which saves one of its two recomputations.
+SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 
@@ -24,7 +26,7 @@ class Plan:
     stages work on at a time; query_block: queries of attention at a time.
     """
 
-    saved: frozenset[str] = field(default=SAVE_PROJECTIONS)
+    saved: frozenset[str] = field(default=SAVE_PRODUCTS)
     weight_block_bytes: int = 4 << 20
     head_block_bytes: int = 8 << 20
     logits_block_bytes: int = 8 << 20

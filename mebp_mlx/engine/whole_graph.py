@@ -81,7 +81,9 @@ class WholeGraphEngine:
             # Trainables go in as arguments: a captured one would get a silent zero gradient.
             x = (mx.checkpoint(block) if self.checkpoint else block)(x, own)
         h = mx.fast.rms_norm(x, model.norm(model.spec.final_norm), model.spec.norm_eps)
-        logits = self._linear(model.spec.head, h).astype(mx.float32)
+        logits = self._linear(model.spec.head, h)
+        if logits.dtype.size < 4:
+            logits = logits.astype(mx.float32)
         mask = batch.targets != -100
         losses = nn.losses.cross_entropy(logits, mx.array(np.where(mask, batch.targets, 0)))
         return mx.where(mx.array(mask), losses, 0).sum()

@@ -46,7 +46,7 @@ class Stage:
 
 def block_stages(spec: ModelSpec) -> tuple[Stage, ...]:
     """The stages of every block of this architecture, in forward order."""
-    activation = _gelu_gate if spec.gemma else _silu_gate
+    activation = gelu_gate if spec.gemma else silu_gate
     return (
         _norm(spec, "attn_norm", "x", "input_layernorm", "h"),
         _projection("q", "h"),
@@ -75,11 +75,11 @@ def value_width(spec: ModelSpec, name: str) -> int:
     return wide.get(name, spec.D)
 
 
-def _silu_gate(g: mx.array, u: mx.array) -> mx.array:
+def silu_gate(g: mx.array, u: mx.array) -> mx.array:
     return g * mx.sigmoid(g) * u
 
 
-def _gelu_gate(g: mx.array, u: mx.array) -> mx.array:
+def gelu_gate(g: mx.array, u: mx.array) -> mx.array:
     """gelu's tanh approximation, as gemma uses it."""
     return 0.5 * g * (1 + mx.tanh(0.7978845608028654 * (g + 0.044715 * g**3))) * u
 

@@ -6,6 +6,7 @@ words are spread into bytes, and bytes converted, in pieces that stay in a core'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -41,15 +42,23 @@ def affine(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int
     codes = packed.view(np.uint8)  # [n, in * bits / 8]
     n_rows, n_in = packed.shape[0], packed.shape[1] * 32 // bits
     result, out = empty(n_rows, n_in)
-    step = max(1, _PIECE_BYTES // (4 * n_in))
-    for start in range(0, n_rows, step):
-        rows = slice(start, start + step)
+
+    def run(rows: slice) -> None:
         piece = out[rows]
         piece[:] = codes[rows] if bits == 8 else _nibbles(codes[rows])
         grouped = piece.reshape(len(piece), -1, group_size)
         np.multiply(grouped, scales[rows, :, None], out=grouped)
         np.add(grouped, biases[rows, :, None], out=grouped)
+
+    in_pieces(n_rows, n_in, _PIECE_BYTES // 4, run)
     return result
+
+
+def in_pieces(n_rows: int, width: int, piece_items: int, run: Callable[[slice], None]) -> None:
+    """run(rows) for ranges of rows that hold about `piece_items` numbers, one after the other."""
+    step = max(1, piece_items // max(width, 1))
+    for start in range(0, n_rows, step):
+        run(slice(start, min(start + step, n_rows)))
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:
