@@ -45,7 +45,7 @@ def measure(folder: str, n_tokens: int, rank: int, optimizer_name: str, n_steps:
         lora = mebp_mlx.init_lora(model, rank=rank)
         engine = make_engine("mebp", model, lora)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
-        updater = Updater(optimizers[optimizer_name](learning_rate=1e-4), lora)
+        updater = Updater(optimizers[optimizer_name](learning_rate=1e-4), lora, park=True)
         rng = np.random.default_rng(0)
         tokens, targets = rng.integers(0, model.spec.V, (2, 1, n_tokens)).astype(np.int32)
         batch = Batch(tokens, targets, rows=("random",), n_labels=n_tokens)

@@ -108,7 +108,14 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     if checkpoint is not None:
         restore(checkpoint, lora, optimizer)
         checkpoint = None  # its arrays belong to lora and optimizer now
-    updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
+    updater = Updater(
+        optimizer,
+        lora,
+        max_grad_norm=config.max_grad_norm,
+        gather=accumulate > 1,
+        park=config.engine == "mebp" and not config.dry_run,
+        arena_dir=config.arena_dir,
+    )
     batch_size, longest = min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1
     evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
     job = job_for(
@@ -116,7 +123,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         lora,
         batch_size,
         longest,
-        state_bytes=state_bytes(optimizer),
+        state_bytes=0 if config.engine == "mebp" else state_bytes(optimizer),  # parked
         gathers=updater.gather,
         optimizer=config.optimizer_name,
         engine=config.engine,
@@ -293,7 +300,7 @@ class Trainer:
         started_s = time.perf_counter()
         run_state.save_checkpoint(
             self.folder,
-            Checkpoint(self.lora.parameters(), self.optimizer.state, step, self.config.to_dict(), self.origin),
+            Checkpoint(self.lora.parameters(), self.updater.state(), step, self.config.to_dict(), self.origin),
         )
         run_state.save_adapters(self.folder, self.lora, self.config, iteration, numbered=numbered)
         self.log.event("save", iter=iteration, step=step, seconds=time.perf_counter() - started_s)

@@ -9,9 +9,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mebp_mlx
 from mebp_mlx.engine.update import Updater
+from mebp_mlx.optimizers import PlainSGD
 from tests.tiny import CONFIGS, randomize_lora, write_model
 
 _SCHEDULE = optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), optim.cosine_decay(1e-2, 20)], [4])
@@ -43,11 +45,12 @@ def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     return list(reversed(found.values()))
 
 
+@pytest.mark.parametrize("park", [False, True], ids=["in memory", "parked"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_step_however_many_blocks(tmp_path: Path, name: str, seed: int) -> None:
+def test_one_step_however_many_blocks(tmp_path: Path, name: str, park: bool, seed: int) -> None:
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     expected, whole = lora.parameters(), OPTIMIZERS[name]()
-    updater = Updater(OPTIMIZERS[name](), lora)
+    updater = Updater(OPTIMIZERS[name](), lora, park=park, arena_dir=tmp_path)
     for _ in range(6):
         gradients = _gradients(lora, rng)
         expected = whole.apply_gradients(gradients, expected)
@@ -58,6 +61,20 @@ def test_one_step_however_many_blocks(tmp_path: Path, name: str, seed: int) -> N
     assert updater.optimizer.step.item() == 6
     for key, value in lora.parameters().items():
         assert mx.array_equal(value, expected[key]).item(), (key, seed)
+    kept, wanted = (dict(tree_flatten(state)) for state in (updater.state(), whole.state))
+    assert set(kept) == set(wanted)
+    for key, value in kept.items():
+        assert np.array_equal(value, wanted[key]), (key, seed)
+
+
+def test_parked_state_is_not_in_memory(tmp_path: Path) -> None:
+    lora = _lora(tmp_path, 0)
+    updater = Updater(optim.AdamW(1e-2), lora, park=True, arena_dir=tmp_path)
+    assert updater.parked_bytes >= 2 * sum(p.nbytes for p in lora.parameters().values())
+    updater.sink(_gradients(lora, np.random.default_rng(0)))
+    held = [value for _, value in tree_flatten(updater.optimizer.state) if isinstance(value, mx.array)]
+    assert sum(value.nbytes for value in held) <= 64  # the step and the learning rate
+    assert Updater(PlainSGD(1e-2), lora, park=True, arena_dir=tmp_path).parked_bytes == 0
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])

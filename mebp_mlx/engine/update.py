@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..model.lora import Lora
+from .parking import ParkedState, parked_bytes
 
 
 class Updater:
@@ -19,10 +21,19 @@ class Updater:
     applied by end_step. The optimizer's state is one flat dict under the parameters' names.
 
     max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
-    micro-batch a step.
+    micro-batch a step; park: keep the state in a mapped file in arena_dir (engine/parking.py).
     """
 
-    def __init__(self, optimizer: Any, lora: Lora, *, max_grad_norm: float | None = None, gather: bool = False):
+    def __init__(
+        self,
+        optimizer: Any,
+        lora: Lora,
+        *,
+        max_grad_norm: float | None = None,
+        gather: bool = False,
+        park: bool = False,
+        arena_dir: str | Path | None = None,
+    ):
         self.optimizer, self.lora = optimizer, lora
         self.max_grad_norm = max_grad_norm
         self.gather = gather or max_grad_norm is not None
@@ -30,7 +41,20 @@ class Updater:
         self._step: mx.array = optimizer.step
         if not optimizer._initialized:
             optimizer.init(lora.parameters())
-            mx.eval(optimizer.state)
+        self._parked: ParkedState | None = None
+        if park and parked_bytes(optimizer.state):
+            self._parked = ParkedState(optimizer.state, arena_dir)  # one parameter's is computed at a time
+        mx.eval(optimizer.state)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of the file that holds the state; all of them are written once a step."""
+        return 0 if self._parked is None else self._parked.n_bytes
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's whole state, in memory: for a checkpoint."""
+        state = self.optimizer.state
+        return state if self._parked is None else self._parked.all(state)
 
     def begin_step(self) -> None:
         """Start an optimizer step; sink() may then be called any number of times."""
@@ -61,9 +85,16 @@ class Updater:
         return norm
 
     def _apply(self, gradients: dict[str, mx.array]) -> None:
-        # Every call would count as a step (bias correction, schedules); all blocks of a step are one.
-        self.optimizer.state["step"] = self._step
         parameters = self.lora.parameters()
-        updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
-        self.lora.update(updated)
-        mx.eval(updated, [self.optimizer.state[name] for name in gradients], self.optimizer.state["step"])
+        # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
+        for name, gradient in gradients.items():
+            # Every call would count as a step (bias correction, schedules); all of a step are one.
+            state = self.optimizer.state
+            state["step"] = self._step
+            if self._parked is not None:
+                state[name] = self._parked.take(name)
+            updated = self.optimizer.apply_gradients({name: gradient}, {name: parameters[name]})
+            self.lora.update(updated)
+            mx.eval(updated, state[name], state["step"])
+            if self._parked is not None:
+                self._parked.put(name, state)

@@ -1,0 +1,54 @@
+"""The optimizer's state in a mapped file: two more copies of the trainable parameters that need not be memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .arena import Arena
+from .plan import page_ceil
+
+
+class ParkedState:
+    """An optimizer's state by parameter name, each in memory only between take() and put().
+
+    state: of an initialised mlx optimizer, flat under the parameters' names; what is parked is
+    emptied there. folder: as of Arena; UserError when its disk is full.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: str | Path | None = None):
+        self._names = {name: sorted(_arrays(entry)) for name, entry in state.items() if isinstance(entry, dict)}
+        self.n_bytes = parked_bytes(state)
+        self._file = Arena(self.n_bytes, folder)
+        for name in self._names:
+            self.put(name, state)
+
+    def put(self, name: str, state: dict[str, Any]) -> None:
+        """Move a parameter's entry of `state` into the file."""
+        found = _arrays(state[name])
+        mx.eval(found)
+        for part in self._names[name]:
+            self._file.put(0, f"{name}/{part}", 0, found[part])
+        state[name] = {}
+
+    def take(self, name: str) -> Any:
+        """A copy of a parameter's entry, in memory."""
+        found = [(part, self._file.get(0, f"{name}/{part}", 0)) for part in self._names[name]]
+        return tree_unflatten(found) if found else {}
+
+    def all(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with every parked entry in it, in memory."""
+        return {name: self.take(name) if name in self._names else entry for name, entry in state.items()}
+
+
+def parked_bytes(state: dict[str, Any]) -> int:
+    """The file's size for an optimizer's state, in whole pages for every array; 0 if there is nothing to park."""
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    return sum(page_ceil(array.nbytes) for entry in entries for array in _arrays(entry).values())
+
+
+def _arrays(entry: dict[str, Any]) -> dict[str, mx.array]:
+    return dict(tree_flatten(entry))
