@@ -26,7 +26,9 @@ PAPER_MEBP_MB = {
 }
 
 
-def measure(folder: str, n_tokens: int, rank: int, optimizer_name: str, n_steps: int) -> dict[str, Any]:
+def measure(
+    folder: str, n_tokens: int, rank: int, optimizer_name: str, n_steps: int, forwards: bool = True
+) -> dict[str, Any]:
     """One case, in this process: MB before the model, at the peak of steps and of forwards, and the times."""
     from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
 
@@ -58,23 +60,37 @@ def measure(folder: str, n_tokens: int, rank: int, optimizer_name: str, n_steps:
                 loss = engine.step(batch, step=step, micro=0, n_labels=n_tokens, sink=updater.sink)
                 updater.end_step()
                 step_s.append(time.perf_counter() - start_s)
+            if not forwards:
+                continue
             with meter.phase("forward"):
                 start_s = time.perf_counter()
                 engine.evaluate(batch)
                 engine.evaluate(batch)
                 forwards_s.append(time.perf_counter() - start_s)
-    ratios = sorted(a / b for a, b in zip(step_s, forwards_s, strict=True))
-    return {
+    found: dict[str, Any] = {
         "n_lora_parameters": sum(p.size for p in lora.parameters().values()),
         "before_model_mb": round(before_mb, 1),
         "peak_mb": round(meter.phases["step"] / 1e6, 1),
-        "forward_peak_mb": round(meter.phases["forward"] / 1e6, 1),
         "step_s": round(statistics.median(step_s), 2),
-        "two_forwards_s": round(statistics.median(forwards_s), 2),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
         "loss": round(loss, 3),
     }
+    if forwards:
+        ratios = sorted(a / b for a, b in zip(step_s, forwards_s, strict=True))
+        found["forward_peak_mb"] = round(meter.phases["forward"] / 1e6, 1)
+        found["two_forwards_s"] = round(statistics.median(forwards_s), 2)
+        found["ratio"] = round(statistics.median(ratios), 3)
+        found["ratio_range"] = [round(ratios[0], 3), round(ratios[-1], 3)]
+    return found
+
+
+def run_case(
+    folder: Path, n_tokens: int, rank: int, optimizer_name: str, n_steps: int, forwards: bool = True
+) -> dict[str, Any]:
+    """The same in a process of its own."""
+    command: list[object] = [sys.executable, "-m", "bench.step", "--case", folder, "--optimizers", optimizer_name]
+    command += ["--tokens", n_tokens, "--rank", rank, "--steps", n_steps, *([] if forwards else ["--no-forwards"])]
+    run = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -85,10 +101,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
+    parser.add_argument("--no-forwards", action="store_true", help="steps alone: no ratio")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.case, options.tokens, options.rank, options.optimizers[0], options.steps)))
+        how = (options.tokens, options.rank, options.optimizers[0], options.steps, not options.no_forwards)
+        print(json.dumps(measure(options.case, *how)))
         return
 
     from bench.synth import write_model
@@ -102,15 +120,14 @@ def main() -> None:
             if not (folder / "config.json").exists():
                 write_model(shape, folder)
             for optimizer in options.optimizers:
-                command = [sys.executable, "-m", "bench.step", "--case", str(folder), "--optimizers", optimizer]
-                command += ["--tokens", options.tokens, "--rank", options.rank, "--steps", options.steps]
-                run = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, check=True)
-                found = json.loads(run.stdout.splitlines()[-1])
+                found = run_case(
+                    folder, options.tokens, options.rank, optimizer, options.steps, not options.no_forwards
+                )
                 results.append({"shape": shape, "optimizer": optimizer, **found})
                 print(
                     f"{shape:14}{optimizer:>10}{found['before_model_mb']:8.0f}{found['peak_mb']:9.0f}"
-                    f"{PAPER_MEBP_MB.get(shape, '-'):>7}{found['step_s']:8.2f}{found['two_forwards_s']:9.2f}"
-                    f"{found['ratio']:7.2f}",
+                    f"{PAPER_MEBP_MB.get(shape, '-'):>7}{found['step_s']:8.2f}"
+                    f"{found.get('two_forwards_s', '-'):>9}{found.get('ratio', '-'):>7}",
                     flush=True,
                 )
     sizes = {"tokens": options.tokens, "rank": options.rank, "steps": options.steps}

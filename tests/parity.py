@@ -25,7 +25,7 @@ def mlx_lm_loss_and_grads(
 
     model, _ = load_model(folder)
     model.set_dtype(mx.float32)
-    _unpack(model)
+    unpack_layers(model)
     model.freeze()
     config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
     n_layers = len(model.layers) if lora.num_layers == -1 else lora.num_layers
@@ -46,7 +46,7 @@ def mlx_lm_loss_and_grads(
     return loss.item(), dict(tree_flatten(grads))
 
 
-def _unpack(model: nn.Module) -> None:
+def unpack_layers(model: nn.Module) -> None:
     """Replace quantized layers by plain ones with the same weights."""
     for name, module in model.named_modules():
         if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):

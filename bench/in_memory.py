@@ -1,0 +1,138 @@
+"""`python -m bench.in_memory`: our step against mlx-lm's own model held decompressed in memory, without checkpointing.
+
+Both in one process, by turns, with the same BLAS, the same batch and the same LoRA: exact gradients of seven
+projections and an update by SGD. Theirs keeps every weight in float32 and the whole graph's values, with MLX's own
+buffer cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mebp_mlx  # isort: skip
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from bench.synth import SHAPES, write_model
+from mebp_mlx.data import Batch
+from mebp_mlx.engine import make_engine
+from mebp_mlx.engine.update import Updater
+from mebp_mlx.optimizers import PlainSGD
+from tests.parity import unpack_layers
+
+OUR_CACHE_BYTES = 0  # runtime/memory.py
+
+
+def mlx_lm_model(folder: Path, lora: Any) -> Any:
+    """mlx-lm's model with its LoRA layers and our LoRA's values, every weight in float32 and in memory."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    unpack_layers(model)
+    model.freeze()
+    config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
+    linear_to_lora_layers(model, len(model.layers), config)
+    model.load_weights(list(lora.parameters().items()), strict=False)
+    mx.eval(model.parameters())
+    return model
+
+
+def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, Any]:
+    """Medians of seconds and of the ratio; the two losses and the largest difference of the first step's gradients."""
+    default_cache_bytes = mx.set_cache_limit(OUR_CACHE_BYTES)
+    model = mebp_mlx.open_model(folder)
+    lora = mebp_mlx.init_lora(model, rank=rank)
+    theirs = mlx_lm_model(folder, lora)
+    engine = make_engine("mebp", model, lora)
+    updater, optimizer = Updater(PlainSGD(learning_rate=1e-4), lora), PlainSGD(learning_rate=1e-4)
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, model.spec.V, (2, 1, n_tokens)).astype(np.int32)
+    batch = Batch(tokens, targets, rows=("random",), n_labels=n_tokens)
+    engine.reserve(1, n_tokens)
+    found: dict[str, mx.array] = {}
+
+    def sink(gradients: dict[str, mx.array]) -> None:
+        if not times:
+            found.update(gradients)
+        updater.sink(gradients)
+
+    def ours() -> float:
+        updater.begin_step()
+        loss = engine.step(batch, step=0, micro=0, n_labels=n_tokens, sink=sink)
+        updater.end_step()
+        return loss
+
+    value_and_grad = nn.value_and_grad(
+        theirs, lambda m: nn.losses.cross_entropy(m(mx.array(tokens)), mx.array(targets)).mean()
+    )
+
+    def in_memory() -> float:
+        loss, gradients = value_and_grad(theirs)
+        if not times:
+            expected.update(dict(tree_flatten(gradients)))
+        optimizer.update(theirs, gradients)
+        mx.eval(loss, theirs.trainable_parameters())
+        return loss.item()
+
+    expected: dict[str, mx.array] = {}
+    times: list[tuple[float, float]] = []
+    losses: list[tuple[float, float]] = []
+    for _ in range(n_steps + 1):  # the first is not counted
+        began_s = time.perf_counter()
+        loss = ours()
+        ours_s = time.perf_counter() - began_s
+        mx.set_cache_limit(default_cache_bytes)
+        began_s = time.perf_counter()
+        their_loss = in_memory()
+        theirs_s = time.perf_counter() - began_s
+        mx.set_cache_limit(OUR_CACHE_BYTES)
+        mx.clear_cache()
+        times.append((ours_s, theirs_s))
+        losses.append((loss, their_loss))
+    engine.close()
+    largest = max(float(mx.abs(g).max()) for g in expected.values())
+    apart = max(float(mx.abs(found[name] - expected[name]).max()) for name in expected) / largest
+    ratios = sorted(a / b for a, b in times[1:])
+    return {
+        "ours_s": round(statistics.median(a for a, _ in times[1:]), 2),
+        "in_memory_s": round(statistics.median(b for _, b in times[1:]), 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "losses": losses[0],
+        "gradients_apart": apart,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="blocks (default: all)")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a model already written (default: one of --shape)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or write_model(options.shape, Path(scratch) / "model", layers=options.layers)
+        found = measure(folder, options.tokens, options.rank, options.steps)
+    print(
+        f"{options.shape}, T = {options.tokens}: ours {found['ours_s']} s, mlx-lm's model in memory "
+        f"{found['in_memory_s']} s, ratio {found['ratio']} ({found['ratio_range'][0]} to {found['ratio_range'][1]}); "
+        f"losses {found['losses'][0]:.5f} and {found['losses'][1]:.5f}, gradients apart by "
+        f"{found['gradients_apart']:.1e} of the largest"
+    )
+    print(json.dumps({"bench": "in_memory", "shape": options.shape, "tokens": options.tokens, **found}))
+
+
+if __name__ == "__main__":
+    main()
