@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-POLICIES = {"projections": "SAVE_PROJECTIONS", "inputs": "SAVE_INPUTS"}
+POLICIES = {"products": "SAVE_PRODUCTS", "inputs": "SAVE_INPUTS"}
 BLOCKS = {
     "default": {},
     "small": {
@@ -37,7 +37,7 @@ class Case:
     T: int
     B: int = 1
     optimizer: str = "sgd"
-    policy: str = "projections"
+    policy: str = "products"
     blocks: str = "default"
     engine: str = "mebp"
     dropout: float = 0.0
@@ -84,7 +84,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         model = mebp_mlx.open_model(folder)
         lora = mebp_mlx.init_lora(model, dropout=case.dropout)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
-        updater = Updater(optimizers[case.optimizer](learning_rate=1e-4), lora)
+        updater = Updater(optimizers[case.optimizer](learning_rate=1e-4), lora, park=case.engine == "mebp")
         state = state_bytes(updater.optimizer)
         job = job_for(
             model,

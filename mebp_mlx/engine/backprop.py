@@ -22,6 +22,7 @@ from . import head
 from .arena import Arena
 from .block import Adapter, BlockRunner, trained_projections
 from .plan import Plan
+from .readahead import ReadAhead
 
 Sink = Callable[[dict[str, mx.array]], None]
 
@@ -53,6 +54,7 @@ class BackpropEngine:
         self.plan = plan or Plan()
         self.arena_dir = arena_dir
         self.arena: Arena | None = None
+        self.ahead = ReadAhead(model)
         # Blocks below the lowest trained one get no gradient: nothing of theirs is saved or visited.
         trained = (layer.index for layer in model.spec.layers if trained_projections(lora, layer))
         self.first_trained = next(trained, model.spec.L)
@@ -63,7 +65,8 @@ class BackpropEngine:
         n_layers = spec.L - self.first_trained
         needed = self.plan.arena_bytes(spec, batch_size, n_tokens, n_layers, self.model.dtype.size)
         if self.arena is None or self.arena.capacity_bytes < needed:
-            self.close()
+            if self.arena is not None:
+                self.arena.close()
             self.arena = Arena(needed, self.arena_dir)
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
@@ -80,6 +83,7 @@ class BackpropEngine:
         runner = BlockRunner(self.model, self.plan, self.lora, self.arena, dropout_parts)
         x = embed_tiles(self.model, self.plan, batch.tokens)
         for layer in self.model.spec.layers:
+            self.ahead.block(layer.index + 1)
             x = runner.forward(layer, x, save=layer.index >= self.first_trained)
         result = head.run(self.model, self.plan, x, batch.targets, want_dx=True, weight=1 / max(n_labels, 1))
         loss = result.loss_sum / max(n_labels, 1)
@@ -89,6 +93,7 @@ class BackpropEngine:
         del result
         for layer in reversed(self.model.spec.layers[self.first_trained :]):
             assert dx is not None
+            self.ahead.block(layer.index - 1)
             dx, gradients = runner.backward(layer, dx, want_dx=layer.index > self.first_trained)
             sink(gradients)
             del gradients
@@ -96,10 +101,11 @@ class BackpropEngine:
 
     def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
         """(sum of the labelled tokens' losses, their number): a forward pass, without dropout."""
-        return forward_loss(self.model, self.plan, self.lora, batch)
+        return forward_loss(self.model, self.plan, self.lora, batch, ahead=self.ahead)
 
     def close(self) -> None:
-        """Give the arena's file back."""
+        """Give the arena's file back, and the thread."""
+        self.ahead.close()
         if self.arena is not None:
             self.arena.close()
             self.arena = None
@@ -118,11 +124,14 @@ def forward_loss(
     adapter: Adapter,
     batch: TokenBatch,
     dropout_parts: tuple[int, ...] | None = None,
+    ahead: ReadAhead | None = None,
 ) -> tuple[float, int]:
     """(sum of the labelled tokens' losses, their number) with nothing saved."""
     runner = BlockRunner(model, plan, adapter, dropout_parts=dropout_parts)
     x = embed_tiles(model, plan, batch.tokens)
     for layer in model.spec.layers:
+        if ahead is not None:
+            ahead.block(layer.index + 1)
         x = runner.forward(layer, x, save=False)
     result = head.run(model, plan, x, batch.targets, want_dx=False)
     return result.loss_sum, result.n_labels

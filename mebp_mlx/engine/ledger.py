@@ -15,9 +15,10 @@ from .plan import Plan
 
 # mx.dequantize unpacks into integers of the output's size beside the output; numpy (model/unpack.py) in small pieces.
 DECOMPRESS_COPIES, DECOMPRESS_PIECES_BYTES = 2, 400_000
-# One block of queries: arrays of [B, H, queries, keys] (one more where the window needs a mask array),
-# and arrays of the size of the block's queries (more where they are normed).
+# One block of queries: arrays of [B, H, queries, keys] (in MLX's own attention one more where the window needs a mask
+# array), and arrays of the size of the block's queries (more where they are normed).
 SCORES_FORWARD, SCORES_BACKWARD, SCORES_MASK = 2, 5, 1
+SCORES_FORWARD_IN_PLACE, SCORES_BACKWARD_IN_PLACE = 1, 2  # engine/scores.py
 QUERIES_FORWARD, QUERIES_BACKWARD, QUERIES_NORM_FORWARD, QUERIES_NORM_BACKWARD = 2.0, 3.5, 1.6, 6.6
 # Arrays of the size of k when attention begins (keys stays) and ends (dk, dv stay), and the same with a key norm.
 KEYS_BEGIN, KEYS_END, KEYS_NORM_BEGIN, KEYS_NORM_END = 2.8, 6.8, 5.5, 9.6
@@ -80,9 +81,21 @@ def unpacked_by_numpy(packing: Quantization, item_bytes: int) -> bool:
     return packing.mode == "affine" and packing.bits in unpack.BITS and item_bytes == 4 and unpack.on_cpu()
 
 
+def in_place(item_bytes: int) -> bool:
+    """Whether exp, gates and softmax go by engine/host.py."""
+    return item_bytes == 4 and unpack.on_cpu()
+
+
 def logits_copies(item_bytes: int) -> float:
     """Arrays [N, chunk] of the head."""
-    return HEAD_LOGITS_IN_PLACE if item_bytes == 4 and unpack.on_cpu() else HEAD_LOGITS
+    return HEAD_LOGITS_IN_PLACE if in_place(item_bytes) else HEAD_LOGITS
+
+
+def scores_copies(spec: ModelSpec, item_bytes: int, windowed: bool) -> tuple[float, float]:
+    """Arrays [B, H, queries, keys] of attention's forward and backward on one block of queries."""
+    if in_place(item_bytes):
+        return SCORES_FORWARD_IN_PLACE, SCORES_BACKWARD_IN_PLACE
+    return SCORES_FORWARD + SCORES_MASK * windowed, SCORES_BACKWARD + SCORES_MASK * windowed
 
 
 def rows_bytes(linear: Linear, n_rows: int, item_bytes: int) -> float:
@@ -128,6 +141,8 @@ def glue_copies(spec: ModelSpec, stage: Stage) -> tuple[float, float]:
     return 2, 5
 
 
-def activation_copies(spec: ModelSpec) -> tuple[float, float]:
+def activation_copies(spec: ModelSpec, item_bytes: int) -> tuple[float, float]:
     """Arrays of g's size that the activation and its vjp take beside their inputs, results included."""
+    if in_place(item_bytes):
+        return 0, 0
     return (2, 12) if spec.gemma else (1, 8)

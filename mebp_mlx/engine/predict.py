@@ -351,7 +351,7 @@ class Walk:
         g, u = book.new(block), book.new(block)
         product = 2 if self.trained & {"gate", "up"} else 1
         book.spike((product - 1) * block + decompressed)
-        book.spike(cost.activation_copies(self.spec)[0] * block)
+        book.spike(cost.activation_copies(self.spec, self.item)[0] * block)
         book.drop(g, u)
         m = book.new(block)
         book.spike(max(cost.DROPOUT_COPIES, 2) * mask)
@@ -378,15 +378,14 @@ class Walk:
             book.spike(decompressed + (1 if names & {"gate", "up"} else 0) * block)
         book.spike(max(cost.DROPOUT_COPIES, 2) * mask)
         if not inner:
-            book.spike(mask * 2 + cost.activation_copies(self.spec)[0] * block)
+            book.spike(mask * 2 + cost.activation_copies(self.spec, self.item)[0] * block)
             book.drop(g, u)
         else:
             dm = book.new(block)
             book.spike(mask * 2 + decompressed + ("down" in names) * block)
-            book.spike(mask + cost.activation_copies(self.spec)[1] * block)
-            book.drop(g, u, dm)
-            dg, du = book.new(block), book.new(block)
-            m = book.new(block)
+            book.spike(mask + cost.activation_copies(self.spec, self.item)[1] * block)
+            # As many arrays again, or the same ones.
+            m, dg, du = dm, g, u
             book.spike(2 * mask)
             book.drop(m)
             if want_dx:
@@ -431,10 +430,10 @@ class Walk:
 
     def attend(self, tile: int) -> Buffer:
         scores, queries = self.block_bytes(tile)
-        masked = cost.SCORES_MASK * (self.layer.window is not None)
+        copies = cost.scores_copies(self.spec, self.item, self.layer.window is not None)[0]
         n_queries = cost.QUERIES_FORWARD + cost.QUERIES_NORM_FORWARD * self.spec.qk_norm
         a = self.part(tile, "a")
-        self.book.spike(a - queries + (cost.SCORES_FORWARD + masked) * scores + n_queries * queries)
+        self.book.spike(a - queries + copies * scores + n_queries * queries)
         self.book.spike(2 * a)
         return self.book.new(a)
 
@@ -444,12 +443,14 @@ class Walk:
         if len(self.attention) == 3:
             self.attention += [self.book.new(size), self.book.new(size)]
         scores, queries = self.block_bytes(tile)
-        masked = cost.SCORES_MASK * (self.layer.window is not None)
+        copies = cost.scores_copies(self.spec, self.item, self.layer.window is not None)[1]
         n_queries = cost.QUERIES_BACKWARD + cost.QUERIES_NORM_BACKWARD * self.spec.qk_norm
         stop = self.tiles[tile][1]
         n_keys = stop if self.layer.window is None else min(stop, self.layer.window + self.plan.query_block)
-        expanded = 2 * self.job.B * n_keys * value_width(self.spec, "q") * self.item  # dk, dv before groups are summed
+        # dk and dv of the keys seen; MLX's own attention has them for every query head before groups are summed.
+        width = value_width(self.spec, "k" if cost.in_place(self.item) else "q")
+        expanded = 2 * self.job.B * n_keys * width * self.item
         dq = self.part(tile, "q")
-        self.book.spike(dq - queries + (cost.SCORES_BACKWARD + masked) * scores + n_queries * queries + expanded)
+        self.book.spike(dq - queries + copies * scores + n_queries * queries + expanded)
         self.book.spike(2 * dq)
         return self.book.new(dq)

@@ -1,0 +1,55 @@
+"""Asks the system for the pages of the next block while this one computes, so that the disk is not waited for.
+
+A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that made them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ..model.frozen import Model
+
+
+class ReadAhead:
+    """One thread for one model's files, started when it is first needed; close() ends it."""
+
+    def __init__(self, model: Model):
+        self._weights = model.weights
+        self._blocks = [
+            [name for linear in layer.linears.values() for name in _tensors(model, linear.name)]
+            for layer in model.spec.layers
+        ]
+        self._head = _tensors(model, model.spec.head.name)
+        self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+
+    def block(self, index: int) -> None:
+        """A block's matrices are next; those of a block that does not exist are nothing, and L is the head."""
+        if 0 <= index < len(self._blocks):
+            self._ask(self._blocks[index])
+        elif index == len(self._blocks):
+            self._ask(self._head)
+
+    def wait(self) -> None:
+        """Until everything asked for so far has been passed on to the system."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _ask(self, names: list[str]) -> None:
+        def run() -> None:
+            for name in names:
+                self._weights.advise(name)
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._last = self._thread.submit(run)
+
+
+def _tensors(model: Model, linear: str) -> list[str]:
+    """The weight, and what it is decompressed with."""
+    return [f"{linear}.{part}" for part in ("weight", "scales", "biases") if f"{linear}.{part}" in model.weights]
