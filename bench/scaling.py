@@ -35,7 +35,7 @@ def main() -> None:
             if not folder.exists():
                 write_model(options.shape, folder, layers=n_layers)
             depth = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-            found = run_case(folder, T, options.rank, "sgd", 1, forwards=False)
+            found = run_case(folder, T, options.rank, "sgd", 0, forwards=False)
             less_lora = found["peak_mb"] - 4e-6 * found["n_lora_parameters"]
             must = MUST_MB.get(T, "") if options.shape == "qwen2.5-0.5b" else ""
             print(f"{depth:7}{T:7}{found['peak_mb']:9.1f}{less_lora:11.1f}{must:>6}{found['step_s']:9.1f}", flush=True)
