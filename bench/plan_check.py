@@ -54,7 +54,8 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
     from mebp_mlx.data import Batch
     from mebp_mlx.engine import backprop, make_engine, plan
     from mebp_mlx.engine.choose import choose_plan
-    from mebp_mlx.engine.predict import job_for, predict
+    from mebp_mlx.engine.job import job_for
+    from mebp_mlx.engine.predict import predict
     from mebp_mlx.engine.update import Updater
     from mebp_mlx.optimizers import PlainSGD, state_bytes
     from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
@@ -85,7 +86,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         lora = mebp_mlx.init_lora(model, dropout=case.dropout)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
         updater = Updater(optimizers[case.optimizer](learning_rate=1e-4), lora, park=case.engine == "mebp")
-        state = state_bytes(updater.optimizer)
+        state = state_bytes(updater.optimizer)  # nothing where it is parked
         job = job_for(
             model,
             lora,

@@ -206,8 +206,13 @@ def _cache_key(files: dict[str, str], tokenizer: dict[str, str], options: dict[s
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def has_tokenizer(model_path: Path) -> bool:
+    """Whether a model's folder has the files of a tokenizer."""
+    return any(any(model_path.glob(pattern)) for pattern in _VOCABULARY_FILES)
+
+
 def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
-    if not any(any(model_path.glob(pattern)) for pattern in _VOCABULARY_FILES):
+    if not has_tokenizer(model_path):
         raise UserError(
             f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)"
         )

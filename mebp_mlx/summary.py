@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import bundled
 from .config import TrainConfig
 from .data import DataSets
+from .engine.job import Job
 from .engine.plan import Plan
-from .engine.predict import Job, Prediction
+from .engine.predict import Prediction
 from .errors import UserError
 from .optimizers import uses_learning_rate
+from .runtime.footprint import PeakMeter
 from .runtime.log import RunLog, first_event, megabytes
 from .sample import sample
+
+if TYPE_CHECKING:
+    from .planning import Planned
 
 
 def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -> list[str]:
@@ -66,9 +71,14 @@ def print_plan(job: Job, plan: Plan, predicted: Prediction, table: bool) -> None
         print(f"  {name:<10}{n_bytes / 1e6:>14,.1f}{mark}")
     rows = {
         "LoRA": f"{job.lora_bytes // 4:,} parameters, {job.lora_bytes / 1e6:.1f} MB; "
-        f"optimizer state {job.state_bytes / 1e6:.1f} MB",
-        "arena": f"{predicted.arena_bytes / 1e6:,.1f} MB on disk, {predicted.written_bytes / 1e6:,.1f} MB written "
-        "per micro-batch",
+        + (
+            f"optimizer state {job.parked_bytes / 1e6:.1f} MB, on disk"
+            if job.parked_bytes
+            else f"optimizer state {job.state_bytes / 1e6:.1f} MB"
+        ),
+        "arena": f"{predicted.arena_bytes / 1e6:,.1f} MB on disk",
+        "written": f"{predicted.written_bytes / 1e6:,.1f} MB per micro-batch, optimizer state "
+        f"{job.parked_bytes / 1e6:,.1f} MB per update",
         "saved": ", ".join(sorted(plan.saved_for(job.spec))) if predicted.arena_bytes else "nothing",
         "blocks": f"{plan.token_block} tokens, {plan.query_block} queries, "
         f"weights {plan.weight_block_bytes >> 10:,} KiB, head {plan.head_block_bytes >> 10:,} KiB, "
@@ -90,12 +100,42 @@ def plan_record(plan: Plan, predicted: Prediction) -> dict[str, Any]:
     }
 
 
-def summarize(folder: Path, log: RunLog, peak_bytes: int, seconds: float, n_iters: int) -> None:
+class BudgetWatch:
+    """Says once, aloud and in the log, that the measured peak has passed --memory-budget."""
+
+    def __init__(self, planned: Planned | None, meter: PeakMeter, log: RunLog):
+        self.planned, self.meter, self.log = planned, meter, log
+        self._told = False
+
+    def look(self, iteration: int) -> None:
+        """Compares the process's peak so far with the budget, if there is one."""
+        if self._told or self.planned is None or self.planned.budget_bytes is None:
+            return
+        budget, peak, predicted = self.planned.budget_bytes, self.meter.peak_bytes, self.planned.predicted.peak_bytes
+        if peak > budget:
+            self._told = True
+            self.log.notice(
+                f"--memory-budget of {megabytes(budget)} is broken: the footprint reached {megabytes(peak)}, "
+                f"{megabytes(predicted)} was predicted",
+                iter=iteration,
+                budget_bytes=budget,
+                peak_bytes=peak,
+                predicted_peak_bytes=predicted,
+            )
+
+
+def summarize(
+    folder: Path, log: RunLog, peak_bytes: int, seconds: float, n_iters: int, planned: Planned | None
+) -> None:
     """The last event and the last line: what came out, what it took, where it is."""
     first, last = first_event(folder, "valid"), first_event(folder, "valid", latest=True)
     log.event("end", iter=n_iters, seconds=seconds, peak_bytes=peak_bytes)
     fall = f"validation loss {first['loss']:.3f} -> {last['loss']:.3f}, " if first and last else ""
-    log.say(f"done: {fall}{seconds:.1f} s, peak footprint {megabytes(peak_bytes)}, adapters in {folder}")
+    peak = megabytes(peak_bytes)
+    if planned is not None:
+        peak += f" ({megabytes(planned.predicted.peak_bytes)} predicted"
+        peak += f", budget {megabytes(planned.budget_bytes)})" if planned.budget_bytes is not None else ")"
+    log.say(f"done: {fall}{seconds:.1f} s, peak footprint {peak}, adapters in {folder}")
 
 
 def show_sample(config: TrainConfig, model_path: Path, folder: Path) -> None:

@@ -22,20 +22,19 @@ import mebp_mlx
 from .config import TrainConfig
 from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
 from .engine import Engine, make_engine
-from .engine.choose import choose_plan
-from .engine.predict import job_for, predict
 from .engine.update import Updater
 from .errors import BudgetError, NonFiniteLoss, UserError
 from .hub import resolve_model
 from .model.lora import Lora
-from .optimizers import make_optimizer, state_bytes, uses_learning_rate
+from .optimizers import make_optimizer, uses_learning_rate
+from .planning import Sizes, make_lora, make_plan, parks_state, plan_without_data
 from .runtime import run_state
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
 from .runtime.log import RunLog, megabytes, reporter
 from .runtime.platform import machine
 from .runtime.run_state import Checkpoint
-from .summary import notices, plan_record, print_data, print_plan, show_sample, summarize
+from .summary import BudgetWatch, notices, plan_record, print_data, show_sample, summarize
 
 DONE, WRONG_INPUT, NO_BUDGET, INTERRUPTED = 0, 2, 3, 130
 
@@ -64,6 +63,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
 
     # Names and files, before anything large is opened.
     model_path = resolve_model(config.model)
+    if config.dry_run and plan_without_data(config, model_path):
+        return DONE
     checkpoint = run_state.load_checkpoint(folder) if config.resume else None
     if checkpoint is None and not config.dry_run:
         run_state.check_unused(folder)
@@ -95,15 +96,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
 
     # Model, trainable parameters, optimizer, engine.
     model = mebp_mlx.open_model(model_path)
-    lora = mebp_mlx.init_lora(
-        model,
-        rank=config.rank,
-        scale=config.scale,
-        dropout=config.dropout,
-        keys=config.keys,
-        num_layers=config.num_layers,
-        seed=config.seed,
-    )
+    lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     if checkpoint is not None:
         restore(checkpoint, lora, optimizer)
@@ -113,34 +106,24 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         lora,
         max_grad_norm=config.max_grad_norm,
         gather=accumulate > 1,
-        park=config.engine == "mebp" and not config.dry_run,
+        park=parks_state(config) and not config.dry_run,
         arena_dir=config.arena_dir,
     )
     batch_size, longest = min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1
     evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
-    job = job_for(
-        model,
-        lora,
-        batch_size,
-        longest,
-        state_bytes=0 if config.engine == "mebp" else state_bytes(optimizer),  # parked
-        gathers=updater.gather,
-        optimizer=config.optimizer_name,
-        engine=config.engine,
-        base_bytes=before_model_bytes,
-        n_eval_tokens=max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0),
-    )
-    plan = predicted = None
-    if config.engine != "whole-graph":
-        plan = choose_plan(job, config.memory_budget, config.arena_budget)
-        predicted = predict(job, plan)
-        print_plan(job, plan, predicted, table=config.dry_run)
-    elif config.memory_budget is not None or config.dry_run:
-        raise UserError("--memory-budget, --dry-run: not available with --engine whole-graph, which has no plan")
+    longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0)
+    sizes = Sizes(batch_size, longest, longest_evaluated)
+    planned = make_plan(config, model, lora, updater, sizes, before_model_bytes)
     if config.dry_run:
         return DONE
     engine = make_engine(
-        config.engine, model, lora, plan=plan, seed=config.seed, mezo_eps=config.mezo_eps, arena_dir=config.arena_dir
+        config.engine,
+        model,
+        lora,
+        plan=None if planned is None else planned.plan,
+        seed=config.seed,
+        mezo_eps=config.mezo_eps,
+        arena_dir=config.arena_dir,
     )
     engine.reserve(batch_size, longest)
     n_parameters = sum(value.size for value in lora.parameters().values())
@@ -161,7 +144,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
                 "options": config.to_dict(),
                 "n_iters": n_iters,
                 "n_lora_parameters": n_parameters,
-                "plan": None if plan is None or predicted is None else plan_record(plan, predicted),
+                "plan": None if planned is None else plan_record(planned.plan, planned.predicted),
                 "data": data.counts,
                 "origin": origin,
                 "version": mebp_mlx.__version__,
@@ -183,7 +166,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         for text in notices(config, data, optimizer, n_iters):
             log.notice(text)
 
-        trainer = Trainer(config, folder, data, origin, lora, optimizer, updater, engine, log, meter, interrupt)
+        watch = BudgetWatch(planned, meter, log)
+        trainer = Trainer(config, folder, data, origin, lora, optimizer, updater, engine, log, meter, interrupt, watch)
         interrupt.deferred = True
         try:
             step = trainer.train(step, n_updates)
@@ -194,7 +178,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             log.say(f"interrupted: iteration {step * accumulate} is saved in {folder}; --resume continues")
             return INTERRUPTED
         interrupt.deferred = False
-        summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters)
+        watch.look(n_iters)
+        summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
     show_sample(config, model_path, folder)
     return DONE
 
@@ -214,6 +199,7 @@ class Trainer:
     log: RunLog
     meter: PeakMeter
     interrupt: Interrupt
+    watch: BudgetWatch
     seconds: float = 0.0
 
     def train(self, step: int, n_updates: int) -> int:
@@ -283,6 +269,7 @@ class Trainer:
     def report(self, iteration: int, window: _Window) -> None:
         """What the updates since the last report came to."""
         rate = self.optimizer.learning_rate.item() if uses_learning_rate(self.optimizer) else None
+        self.watch.look(iteration)
         self.log.train(
             iteration,
             loss=window.loss_sum / window.n_labels,

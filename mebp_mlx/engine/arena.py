@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..runtime.pages import write_back
 from .plan import page_ceil
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -56,6 +57,7 @@ class Arena:
             self._used = end
         raw = np.asarray(value.reshape(-1).view(mx.uint8))
         np.frombuffer(self._map, np.uint8, value.nbytes, offset)[:] = raw
+        write_back(self._map, offset, value.nbytes)
 
     def get(self, layer: int, name: str, tile: int) -> mx.array:
         """A copy of an entry in MLX."""

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
+from .job import Job
 from .plan import SAVE_PRODUCTS, Plan
-from .predict import Job, predict
+from .predict import predict
 
 ARENA_BUDGET_BYTES = 2_000_000_000
+# A budget is kept with this share of the prediction to spare: what measured peaks were above it (bench.plan_check).
+MARGIN = 0.05
 # Where the search starts: larger pieces are not faster (bench.step), and long sequences stay small.
 _TOKENS, _QUERIES, _SCORES_BYTES = 512, 256, 16 << 20
 # Below these sizes pieces cost time and save next to nothing.
@@ -28,7 +31,7 @@ _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
 def choose_plan(
     job: Job, memory_budget_bytes: int | None = None, arena_budget_bytes: int | None = ARENA_BUDGET_BYTES
 ) -> Plan:
-    """The fastest plan whose predicted peak and arena fit; None: no limit.
+    """The fastest plan whose predicted peak, with a margin, and whose arena fit; None: no limit.
 
     Raises BudgetError, naming the smallest workable budget, when none does.
     """
@@ -37,9 +40,10 @@ def choose_plan(
         plan = dataclasses.replace(plan, saved=saved_names(job, plan, arena_budget_bytes))
     smallest = math.inf
     for candidate, peak_bytes in _ever_smaller(job, plan):
-        if memory_budget_bytes is None or peak_bytes <= memory_budget_bytes:
+        wanted_bytes = math.ceil(peak_bytes * (1 + MARGIN))
+        if memory_budget_bytes is None or wanted_bytes <= memory_budget_bytes:
             return candidate
-        smallest = min(smallest, peak_bytes)
+        smallest = min(smallest, wanted_bytes)
     assert memory_budget_bytes is not None
     raise BudgetError(
         f"--memory-budget: {memory_budget_bytes / 1e6:.1f} MB is too little for this model, batch size and longest "
@@ -60,6 +64,7 @@ def saved_names(job: Job, plan: Plan, arena_budget_bytes: int | None) -> frozens
         saved = SAVE_PRODUCTS - dropped
         n_layers = spec.L - job.first_trained
         needed = dataclasses.replace(plan, saved=saved).arena_bytes(spec, job.B, job.T, n_layers, job.item_bytes)
+        needed += job.parked_bytes
         if arena_budget_bytes is None or needed <= arena_budget_bytes:
             return saved
         if not order:

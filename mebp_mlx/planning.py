@@ -1,0 +1,111 @@
+"""From options to a plan: what is trained on which batches, inside which budgets; and a dry run without data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mebp_mlx
+
+from .config import TrainConfig
+from .data import has_tokenizer
+from .engine.choose import choose_plan
+from .engine.job import job_for
+from .engine.parking import parked_bytes
+from .engine.plan import Plan
+from .engine.predict import Prediction, predict
+from .engine.update import Updater
+from .errors import UserError
+from .model.frozen import Model
+from .model.lora import Lora
+from .optimizers import make_optimizer, state_bytes
+from .runtime.footprint import footprint_bytes
+from .summary import print_plan
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """batch_size: rows of a batch; longest: positions of its longest row; longest_evaluated: of one only evaluated."""
+
+    batch_size: int
+    longest: int
+    longest_evaluated: int = 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its prediction; budget_bytes: --memory-budget, if given."""
+
+    plan: Plan
+    predicted: Prediction
+    budget_bytes: int | None
+
+
+def make_lora(config: TrainConfig, model: Model) -> Lora:
+    """Fresh trainable parameters as the options say."""
+    return mebp_mlx.init_lora(
+        model,
+        rank=config.rank,
+        scale=config.scale,
+        dropout=config.dropout,
+        keys=config.keys,
+        num_layers=config.num_layers,
+        seed=config.seed,
+    )
+
+
+def make_plan(
+    config: TrainConfig, model: Model, lora: Lora, updater: Updater, sizes: Sizes, base_bytes: int
+) -> Planned | None:
+    """Chooses and prints a plan; None for the engine that has none.
+
+    base_bytes: the footprint before the model was opened. Raises BudgetError naming the smallest workable budget.
+    """
+    if config.engine == "whole-graph":
+        if config.memory_budget is not None or config.dry_run:
+            raise UserError("--memory-budget, --dry-run: not available with --engine whole-graph, which has no plan")
+        return None
+    parks = parks_state(config)
+    state: dict[str, Any] = updater.optimizer.state
+    job = job_for(
+        model,
+        lora,
+        sizes.batch_size,
+        sizes.longest,
+        state_bytes=0 if parks else state_bytes(updater.optimizer),
+        parked_bytes=(updater.parked_bytes or parked_bytes(state)) if parks else 0,
+        gathers=updater.gather,
+        optimizer=config.optimizer_name,
+        engine=config.engine,
+        base_bytes=base_bytes,
+        n_eval_tokens=sizes.longest_evaluated,
+    )
+    plan = choose_plan(job, config.memory_budget, config.arena_budget)
+    predicted = predict(job, plan)
+    print_plan(job, plan, predicted, table=config.dry_run)
+    return Planned(plan, predicted, config.memory_budget)
+
+
+def parks_state(config: TrainConfig) -> bool:
+    """Whether the optimizer's state lives in a file."""
+    return config.engine == "mebp"
+
+
+def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
+    """The dry run of a model without a tokenizer, on rows of --max-seq-length tokens; False where there is one."""
+    if has_tokenizer(model_path):
+        return False
+    print(
+        f"data       not read: {model_path} holds no tokenizer; planned for {config.batch_size} rows of "
+        f"{config.max_seq_length:,} tokens"
+    )
+    base_bytes = footprint_bytes()
+    model = mebp_mlx.open_model(model_path)
+    lora = make_lora(config, model)
+    accumulate = config.grad_accumulation_steps
+    optimizer = make_optimizer(config, max(1, config.iters // accumulate))
+    updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
+    longest = config.max_seq_length - 1  # the last token is only a label
+    make_plan(config, model, lora, updater, Sizes(config.batch_size, longest, longest), base_bytes)
+    return True
