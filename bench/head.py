@@ -20,6 +20,7 @@ import numpy as np
 
 from bench.synth import SHAPES, write_model
 from mebp_mlx.engine import head
+from mebp_mlx.engine.host import exp_minus
 from mebp_mlx.engine.plan import Plan
 from mebp_mlx.runtime.footprint import PeakMeter
 
@@ -48,6 +49,20 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
             mx.eval(z @ w)
         return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
 
+    def decompress() -> float:
+        began_s = time.perf_counter()
+        for first in range(0, V, chunk):
+            mx.eval(model.rows(model.spec.head, first, min(first + chunk, V)))
+        return time.perf_counter() - began_s
+
+    def exp() -> float:
+        z, m = mx.random.normal((n_tokens, chunk)), mx.full((n_tokens, 1), 4.0)
+        began_s = time.perf_counter()
+        for _ in range(V // chunk):
+            z, total = exp_minus(mx.zeros_like(z), m)
+            mx.eval(z, total)
+        return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
+
     products()  # the BLAS keeps buffers of its own, which are no part of the head
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what setting up has left in the heap
     if trim is not None:
@@ -58,6 +73,8 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
             whole()
         added_bytes = meter.phases["head"] - before_bytes
     pairs = [(whole(), products()) for _ in range(repeats)]
+    parts = {"decompress_s": decompress, "exp_s": exp}
+    parts_s = {name: round(statistics.median(part() for _ in range(repeats)), 3) for name, part in parts.items()}
     head_s, products_s = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {
         "head_s": round(head_s, 3),
@@ -65,6 +82,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
         "products_gflops": round(4 * n_tokens * D * V / products_s / 1e9, 1),
         "ratio": round(statistics.median(a / b for a, b in pairs), 3),
         "added_mb": round(added_bytes / 1e6, 1),
+        **parts_s,
     }
 
 
@@ -78,7 +96,8 @@ def main() -> None:
         folder = write_model(options.shape, Path(scratch) / "model", layers=1)
         found = measure(folder, options.tokens, options.repeats)
     print(f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
-          f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added")
+          f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added; "
+          f"decompressing alone {found['decompress_s']} s, exp alone {found['exp_s']} s, both on one core")
     print(json.dumps({"bench": "head", "shape": options.shape, "tokens": options.tokens, **found}))
 
 
