@@ -2,8 +2,9 @@
 
 Each (shape, optimizer) runs in a process of its own, alternating a training step (exact
 gradients and update) with two forward passes of the same code, which is what MeZO pays.
-Random weights, random tokens; the whole process is measured, interpreter included. A first step is not in the medians:
-the system gives the arena's file its pages then. Its time is reported by itself.
+Random weights, random tokens, the plan that training chooses without a budget; the whole process is
+measured, interpreter included. A first step is not in the medians: the system gives the arena's file
+its pages then. Its time is reported by itself.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def measure(
 
     from mebp_mlx.data import Batch
     from mebp_mlx.engine import make_engine
+    from mebp_mlx.engine.choose import choose_plan
+    from mebp_mlx.engine.job import job_for
     from mebp_mlx.engine.update import Updater
     from mebp_mlx.optimizers import PlainSGD
 
@@ -46,7 +49,8 @@ def measure(
     with PeakMeter() as meter:
         model = mebp_mlx.open_model(folder)
         lora = mebp_mlx.init_lora(model, rank=rank)
-        engine = make_engine("mebp", model, lora)
+        plan = choose_plan(job_for(model, lora, 1, n_tokens))
+        engine = make_engine("mebp", model, lora, plan=plan)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
         updater = Updater(optimizers[optimizer_name](learning_rate=1e-4), lora, park=True)
         rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, rel
 
 MB = 1_000_000
 # Of the measured peak, on a machine that may be busy; rather over than under. bench.plan_check has the figures.
-TOO_LOW, TOO_HIGH = -0.08, 0.20
+TOO_LOW, TOO_HIGH = -0.10, 0.14
 
 
 @pytest.fixture(scope="module")

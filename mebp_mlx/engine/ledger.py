@@ -25,7 +25,7 @@ KEYS_BEGIN, KEYS_END, KEYS_NORM_BEGIN, KEYS_NORM_END = 2.8, 6.8, 5.5, 9.6
 DROPOUT_COPIES = 2.5  # of the mask, while it is drawn
 # The head for N labelled rows: arrays of [N, chunk], and of [N, D] while a chunk is worked on and at the end.
 # exp takes an array of its own only where it is not done in place (engine/host.py).
-HEAD_LOGITS, HEAD_LOGITS_IN_PLACE, HEAD_ROWS_CHUNK, HEAD_ROWS_END, HEAD_VJP = 2, 1, 2, 4.2, 5
+HEAD_LOGITS, HEAD_LOGITS_IN_PLACE, HEAD_ROWS_CHUNK, HEAD_ROWS_END, HEAD_VJP = 2, 1, 1, 2.2, 5
 # Copies of a block's gradients, themselves included, while the optimizer works on them.
 UPDATE_COPIES = {"sgd": 2.0, "muon": 5.0}
 UPDATE_COPIES_OTHERS = 3.5

@@ -12,12 +12,11 @@ from .job import Job
 from .plan import Plan
 from .walk import Walk, pair_bytes
 
-# Footprint minus footprint before the model was opened minus MLX's own count of arrays (bench.plan_check, 13 cases,
-# Linux, glibc, 2 cores): 8 MB where arrays are small (the checkpoint's index, the BLAS library's packing buffers,
-# threads), 8 to 16 at 20 to 30 MB of arrays, 24 at 80: the C heap keeps what is freed, in gaps that do not always
-# fit the next array. Chosen to lie above nearly all of them.
-PROCESS_BYTES = 9_500_000
-HEAP_SLACK = 0.25
+# Footprint minus footprint before the model was opened minus the count of arrays (bench.plan_check, Linux, glibc, MKL,
+# 2 cores): 5 MB at 10 MB of arrays, 12 at 15, 26 at 50 and 25 at 90: the BLAS library's packing buffers, threads, the
+# checkpoint's index, and what the C heap keeps in gaps that do not fit the next array. A line through them.
+PROCESS_BYTES = 4_000_000
+HEAP_SLACK = 0.38
 
 
 @dataclass(frozen=True)
