@@ -14,7 +14,7 @@ import mebp_mlx
 from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
 
 PLANS = {
-    "saved projections": Plan(),
+    "saved products": Plan(),
     "saved inputs": Plan(saved=SAVE_INPUTS),
     "32-row blocks": Plan(saved=SAVE_PROJECTIONS, weight_block_bytes=1, head_block_bytes=1, query_block=5),
 }

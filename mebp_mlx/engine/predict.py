@@ -5,6 +5,7 @@ A block's phases are walked in engine/walk.py, blocks of the same kind once; the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from . import ledger as cost
@@ -12,11 +13,11 @@ from .job import Job
 from .plan import Plan
 from .walk import Walk, pair_bytes
 
-# Footprint minus footprint before the model was opened minus the count of arrays (bench.plan_check, Linux, glibc, MKL,
-# 2 cores): 5 MB at 10 MB of arrays, 12 at 15, 26 at 50 and 25 at 90: the BLAS library's packing buffers, threads, the
-# checkpoint's index, and what the C heap keeps in gaps that do not fit the next array. A line through them.
-PROCESS_BYTES = 4_000_000
-HEAP_SLACK = 0.38
+# Footprint minus footprint before the model was opened, LoRA and the count of arrays (bench.plan_check, Linux, glibc,
+# MKL, 2 cores), in MB: 8 at 7 MB of arrays, 9 at 10, 13 at 15, 16 at 18, 24 at 50 and 27 at 90: the BLAS library's
+# packing buffers, threads, and what the C heap keeps in gaps that do not fit the next array. A root fits; the head's
+# block of decompressed rows, one large array, counts half there (5 MB at 10, of which the block is 8).
+GAPS_PER_ROOT_BYTE = 3_300
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Prediction:
 def predict(job: Job, plan: Plan) -> Prediction:
     """The peak footprint of each phase of a training step, and what it puts into the arena."""
     spec = job.spec
-    fixed = job.base_bytes + PROCESS_BYTES + job.lora_bytes + job.state_bytes
+    fixed = job.base_bytes + job.lora_bytes + job.state_bytes
     gathered = job.lora_bytes if job.gathers else 0
     forward, backward, update = 0.0, 0.0, 0.0
     exact = job.engine != "mezo"
@@ -75,7 +76,9 @@ def predict(job: Job, plan: Plan) -> Prediction:
     found = {"start": 0.0, "forward": forward, "head": head, "backward": backward, "update": update}
     if not exact:
         del found["backward"]
-    phases = {name: int(fixed + (1 + HEAP_SLACK) * n) for name, n in found.items()}
+    block = min(plan.head_block_bytes, 0.5 * head)
+    in_gaps = {**found, "head": head - 0.5 * block}
+    phases = {name: int(fixed + n + GAPS_PER_ROOT_BYTE * math.sqrt(in_gaps[name])) for name, n in found.items()}
     return Prediction(phases, arena + job.parked_bytes, arena)
 
 
