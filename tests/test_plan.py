@@ -103,14 +103,21 @@ def test_long_sequences_and_more_state_take_more_but_little(real_shapes: dict[st
 
 
 def _mlx_peak(work: Any) -> int:
-    """Bytes of arrays at the height of `work`, beyond those that were there."""
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    found = work()
-    mx.eval(found)
-    mx.synchronize()
-    return mx.get_peak_memory() - before
+    """Bytes of arrays at the height of `work`, beyond those that were there; the most of three times.
+
+    How early an operation's input is free depends on two threads, so a busy machine sometimes shows less.
+    """
+    most = 0
+    for _ in range(3):
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        found = work()
+        mx.eval(found)
+        mx.synchronize()
+        most = max(most, mx.get_peak_memory() - before)
+        del found
+    return most
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
