@@ -18,6 +18,9 @@ from .walk import Walk, pair_bytes
 # packing buffers, threads, and what the C heap keeps in gaps that do not fit the next array. A root fits; the head's
 # block of decompressed rows, one large array, counts half there (5 MB at 10, of which the block is 8).
 GAPS_PER_ROOT_BYTE = 3_300
+# Sequences in many tiles leave more of them: at T = 4,096 and 8,192 (8 and 16 tiles) 1.5 to 2 times the root was
+# measured.
+GAPS_PER_TILE, TILES_WITHOUT, GAPS_AT_MOST = 0.1, 4, 1.4
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def predict(job: Job, plan: Plan) -> Prediction:
         del found["backward"]
     block = min(plan.head_block_bytes, 0.5 * head)
     in_gaps = {**found, "head": head - 0.5 * block}
-    phases = {name: int(fixed + n + GAPS_PER_ROOT_BYTE * math.sqrt(in_gaps[name])) for name, n in found.items()}
+    more = GAPS_PER_TILE * max(0, len(plan.tiles(job.T)) - TILES_WITHOUT)
+    root = GAPS_PER_ROOT_BYTE * min(GAPS_AT_MOST, 1 + more)
+    phases = {name: int(fixed + n + root * math.sqrt(in_gaps[name])) for name, n in found.items()}
     return Prediction(phases, arena + job.parked_bytes, arena)
 
 
