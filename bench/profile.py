@@ -110,10 +110,8 @@ class Instruments:
         self._wrap(attend.TileAttention, "forward", lambda *_: "attention: forward")
         self._wrap(attend.TileAttention, "backward", lambda *_: "attention: backward")
         self._wrap(attend.TileAttention, "finish", lambda *_: "attention: split, rope")
-        self._wrap(engine_head, "run", lambda *_: "head: norm, loss, its backward")
-        if hasattr(engine_head, "exp_minus"):
-            self._wrap(engine_head, "exp_minus", lambda *_: "head: exp")
-        self._wrap(engine_head.one_pass, "update", lambda *_: "head: products and chunk's update")
+        self._wrap(engine_head, "run", lambda *_: "head: products, norm and its backward")
+        self._wrap(engine_head, "online_softmax", lambda *_: "head: exp")
         self._wrap(backprop, "embed_tiles", lambda *_: "embedding")
         self._wrap(Updater, "sink", lambda *_: "update")
 
@@ -209,7 +207,7 @@ def profile(folder: Path, n_tokens: int, rank: int, repeats: int) -> dict[str, A
         finally:
             instruments.remove()
         head_rows = Plan().vocabulary_chunk(n_tokens, model.spec.D, 4)
-        update = "head: products and chunk's update"
+        update = "head: products, norm and its backward"
         n_products = 2 if name == "step" else 1
         clock.flops[update] = 2.0 * n_products * n_tokens * model.spec.D * model.spec.V * repeats
         clock.shapes[update] = (n_tokens, model.spec.D, head_rows)

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import UserError
+from .runtime.adopt import adopt, open_map
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -57,19 +58,21 @@ class MappedWeights:
     """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
 
     `names` is in file order: shard by shard, by offset. Every inconsistency of headers and index raises
-    UserError naming the file (and the tensor) here, so that no later read can be out of range.
+    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: whole
+    rows come as views of the mapped pages where MLX can take them (runtime/adopt.py), as copies elsewhere.
     """
 
     names: tuple[str, ...]
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, adopt: bool = False) -> None:
         path = Path(path)
+        self.adopt = adopt
         files, placed = _shards(path)
         self._infos: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         try:
             for file in files:
-                self._maps[file], infos = _open_shard(file)
+                self._maps[file], infos = _open_shard(file, adopt)
                 for info in infos:
                     if info.name in self._infos:
                         other = self._infos[info.name].file.name
@@ -124,10 +127,24 @@ class MappedWeights:
             stop = info.shape[0] if stop is None else stop
             if not 0 <= start <= stop <= info.shape[0]:
                 raise IndexError(f"{name}: rows {start}..{stop} of {info.shape[0]}")
+            if self.adopt and info.n_bytes:
+                in_place = self._adopted(info, start, stop)
+                if in_place is not None:
+                    return in_place
             view = view[start:stop]
         elif start != 0 or stop is not None:
             raise IndexError(f"{name}: a 0-d tensor has no rows")
         return _to_mlx(view, info)
+
+    def _adopted(self, info: TensorInfo, start: int, stop: int) -> mx.array | None:
+        """Rows of a tensor without a copy, or None. Kernels want items on multiples of their size."""
+        dtype = _DTYPES[info.dtype][1]
+        row_bytes = info.n_bytes // info.shape[0]
+        offset, n_bytes = info.offset + start * row_bytes, (stop - start) * row_bytes
+        if offset % dtype.size or not n_bytes:
+            return None
+        found = adopt(self._maps[info.file], offset, n_bytes)
+        return None if found is None else found.view(dtype).reshape(stop - start, *info.shape[1:])
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
         """Columns start..stop of axis 1 of a matrix as an MLX array. IndexError if the range is not within it."""
@@ -220,7 +237,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
+def _open_shard(file: Path, adopt: bool) -> tuple[mmap.mmap, list[TensorInfo]]:
     """Maps one file and checks its header wholly."""
     try:
         with open(file, "rb") as handle:
@@ -232,7 +249,7 @@ def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
                 claim = f"its header claims {header_bytes} bytes in a file of {file_bytes}"
                 raise UserError(f"{file}: {claim}: truncated or not safetensors")
             header = handle.read(header_bytes)
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = open_map(handle.fileno(), adopt)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({_one_line(error)})") from None
     try:

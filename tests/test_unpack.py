@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx.engine import host
-from mebp_mlx.model import unpack
+from mebp_mlx.model import head, unpack
 
 pytestmark = pytest.mark.skipif(not unpack.on_cpu(), reason="used on the CPU only")
 
@@ -30,18 +30,30 @@ def test_unpacked_rows_are_bit_equal_to_dequantize(
     assert np.array_equal(np.asarray(found), np.asarray(expected)), f"seed {seed}"
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 70_000), (257, 33)])
-def test_exp_minus_is_exact_to_float32s_rounding(shape: tuple[int, int], seed: int) -> None:
-    z = np.random.default_rng(seed).normal(0, 10, shape).astype(np.float32)
-    maximum = z.max(axis=-1, keepdims=True)
-    truth = np.exp((z - maximum).astype(np.float64))
-    p, total = host.exp_minus(mx.array(z), mx.array(maximum))
-    np.testing.assert_allclose(np.asarray(p), truth, rtol=3e-7, atol=1e-37, err_msg=f"seed {seed}")
-    np.testing.assert_allclose(np.asarray(total), truth.sum(-1, keepdims=True), rtol=1e-6, err_msg=f"seed {seed}")
+@pytest.mark.parametrize("T, C", [(1, 1), (3, 70_000), (257, 33)])
+def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) -> None:
+    """To float32's rounding, held against float64, over three chunks with targets in, before and after each."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, 10, (T, 3 * C)).astype(np.float32)
+    y = rng.integers(-2, 3 * C, T).astype(np.int32)
+    state = head.start(T, 1, want_dh=False).softmax
+    for first in (0, C, 2 * C):
+        part = np.ascontiguousarray(z[:, first : first + C])
+        p, *state, _ = host.online_softmax(mx.array(part), *state, mx.array(y), first)
+        truth = np.exp((part - z[:, : first + C].max(axis=1, keepdims=True)).astype(np.float64))
+        np.testing.assert_allclose(np.asarray(p), truth, rtol=3e-7, atol=1e-37, err_msg=f"seed {seed}")
+    wide = z.astype(np.float64)
+    highest = wide.max(axis=1)
+    assert np.array_equal(np.asarray(state[0]), highest), f"seed {seed}"
+    total = np.exp(wide - highest[:, None]).sum(axis=1)
+    # MLX's own exp shrinks the old total: off by up to 4e-6
+    np.testing.assert_allclose(np.asarray(state[1]), total, rtol=1e-5, err_msg=f"seed {seed}")
+    picked = np.where(y >= 0, wide[np.arange(T), np.maximum(y, 0)], 0)
+    assert np.array_equal(np.asarray(state[2]), picked), f"seed {seed}"
 
 
 def test_a_logit_that_is_no_number_stays_one() -> None:
     z = mx.array([[0.0, float("nan")], [float("inf"), 1.0]])
-    p, total = host.exp_minus(z, z.max(axis=-1, keepdims=True))
-    assert np.isnan(np.asarray(total)).all()
-    assert p.shape == (2, 2)
+    step = host.online_softmax(z, *head.start(2, 1, want_dh=False).softmax, mx.array([0, 1]), 0)
+    assert np.isnan(np.asarray(step.total)).all()
+    assert step.p.shape == (2, 2)

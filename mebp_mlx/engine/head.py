@@ -8,9 +8,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..kernels import linear_softmax, uses_metal
 from ..model import head as one_pass
 from ..model.frozen import Model
-from .host import exp_minus
+from ..model.piece import Packed
+from .host import online_softmax
 from .plan import Plan
 
 
@@ -46,16 +48,27 @@ def run(
     chunk = plan.vocabulary_chunk(len(y), spec.D, model.dtype.size)
     mx.eval(joined, state)
     del h
+    labels, fused = mx.array(y), not want_dx and _is_fused(model)
     for first in range(0, spec.V, chunk):
-        state = one_pass.update(state, joined, model.rows(spec.head, first, min(first + chunk, spec.V)), exp_minus)
+        piece = model.piece_of_rows(spec.head, first, min(first + chunk, spec.V))
+        if fused:
+            assert isinstance(piece, Packed)
+            state = linear_softmax(state, joined, *piece.parts, labels, first, piece.packing.group_size)
+        else:
+            z = piece.forward(joined)
+            mx.eval(z)
+            step = online_softmax(z, *state.softmax, labels, first)
+            del z
+            state = one_pass.update(state, step, piece.backward(step.p) if want_dx else None)
+            del step
         mx.eval(state)
-    losses, dh = one_pass.finish(state, joined, model.gather(spec.head, y))
-    loss_sum = float(np.asarray(losses.sum()))
-    if dh is None:
+    loss_sum = float(np.asarray(one_pass.losses(state).sum()))
+    if not want_dx:
         return HeadResult(loss_sum, len(y), None)
+    dh = one_pass.gradient(state, model.gather(spec.head, y))
     dh = (dh * weight).astype(joined.dtype)
     mx.eval(dh)
-    del state, joined, losses
+    del state, joined
     dx, first = [], 0
     for shape, rows in zip(shapes, labelled, strict=True):
         cotangent = dh[first : first + len(rows)]
@@ -71,6 +84,14 @@ def run(
         dx.append(d_part.reshape(shape))
         mx.eval(dx[-1])
     return HeadResult(loss_sum, len(y), dx)
+
+
+def _is_fused(model: Model) -> bool:
+    """Whether the loss alone is taken by one kernel, without logits."""
+    packing = model.spec.head.quantization
+    if packing is None or not model.stays_packed(model.spec.head) or (packing.mode, packing.bits) != ("affine", 4):
+        return False
+    return bool(uses_metal("linear_cross_entropy", model.dtype, packing.group_size))
 
 
 def _pick(tile: mx.array, rows: np.ndarray) -> mx.array:

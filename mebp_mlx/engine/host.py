@@ -12,7 +12,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..model import head
+from ..kernels import online_softmax as plain_online_softmax
+from ..model.head import Step
 from ..model.unpack import buffer_of, empty, in_pieces, on_cpu
 
 Forward = Callable[[np.ndarray, np.ndarray], None]
@@ -25,23 +26,31 @@ def usable(*arrays: mx.array) -> bool:
     return on_cpu() and all(array.dtype == mx.float32 for array in arrays)
 
 
-def exp_minus(z: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
-    """(exp(z - maximum) [N, C] in z's own memory, its row sums [N, 1]); z must belong to the caller alone."""
+def online_softmax(
+    z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
+) -> Step:
+    """As the kernel of that name, p in z's own memory where it can be; z must belong to the caller alone."""
     if not usable(z):
-        return head.exp_minus(z, maximum)
+        found: Step = plain_online_softmax(z, maximum, total, target_logit, targets, first)
+        return found
     mx.eval(z, maximum)
-    values, shift = buffer_of(z), buffer_of(maximum)
-    total, sums = empty(len(values), 1)
+    values, before, column = buffer_of(z), buffer_of(maximum), np.asarray(targets) - first
+    (highest, highest_out), (sums, sums_out), (picked, picked_out) = (empty(len(values)) for _ in range(3))
+    picked_out[:] = np.asarray(target_logit)
+    here = np.flatnonzero((column >= 0) & (column < values.shape[1]) & (np.asarray(targets) >= 0))
+    picked_out[here] = values[here, column[here]]
 
     def run(rows: slice) -> None:
         piece = values[rows]
-        np.subtract(piece, shift[rows], out=piece)
+        np.maximum(before[rows], piece.max(axis=-1), out=highest_out[rows])
+        np.subtract(piece, highest_out[rows, None], out=piece)
         np.exp(piece, out=piece)
-        piece.sum(axis=-1, keepdims=True, out=sums[rows])
+        piece.sum(axis=-1, out=sums_out[rows])
 
     with np.errstate(all="ignore"):  # a logit that is no number shows in the loss
         in_pieces(len(values), values.shape[1], _PIECE_ITEMS, run)
-    return z, total
+    shrink = mx.exp(maximum - highest)
+    return Step(z, highest, total * shrink + sums, picked, shrink)
 
 
 def gate_forward(activation: Callable[[mx.array, mx.array], mx.array], g: mx.array, u: mx.array) -> mx.array:

@@ -40,7 +40,7 @@ class RowStream:
     def forward(self, start: int, stop: int) -> mx.array:
         """Columns [start, stop) of y, not evaluated."""
         assert self.x is not None
-        y = self.x @ self.model.rows(self.linear, start, stop).T
+        y = self.model.piece_of_rows(self.linear, start, stop).forward(self.x)
         bias = self.model.bias(self.linear, start, stop)
         if bias is not None:
             y = y + bias
@@ -51,7 +51,7 @@ class RowStream:
     def backward(self, start: int, stop: int, g: mx.array, want_dx: bool) -> None:
         """Take g = dL/dy [N, stop - start] of those columns; ranges must come in order."""
         if want_dx:
-            part = g @ self.model.rows(self.linear, start, stop)
+            part = self.model.piece_of_rows(self.linear, start, stop).backward(g)
             self.dx = part if self.dx is None else self.dx + part
             mx.eval(self.dx)
         if self.pair is not None and self.low_rank is not None:
@@ -96,7 +96,7 @@ class ColumnStream:
 
     def forward(self, start: int, stop: int, x: mx.array, mask: mx.array | None) -> None:
         """Add the part of y that these columns of x give."""
-        part = x @ self.model.columns(self.linear, start, stop).T
+        part = self.model.piece_of_columns(self.linear, start, stop).forward(x)
         self.y = part if self.y is None else self.y + part
         self._add_x_a(start, stop, x, mask)
         mx.eval(self.y)
@@ -113,7 +113,7 @@ class ColumnStream:
     def cotangent(self, start: int, stop: int, mask: mx.array | None) -> mx.array:
         """Columns [start, stop) of dL/dx, not evaluated."""
         assert self.g is not None
-        dx = self.g @ self.model.columns(self.linear, start, stop)
+        dx = self.model.piece_of_columns(self.linear, start, stop).backward(self.g)
         if self.pair is not None and self._low_rank is not None:
             added = self._low_rank @ self.pair.a[start:stop].T
             dx = dx + (added if mask is None else added * mask).astype(dx.dtype)

@@ -13,18 +13,53 @@ import numpy as np
 
 from ..weights import MappedWeights
 from . import unpack
+from .piece import Decompressed, Packed, Piece, can_stay_packed
 from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 
 
 class Model:
-    """An opened checkpoint: its architecture, its mapped files, and the dtype to compute in."""
+    """An opened checkpoint: its architecture, its mapped files, and how to compute with it.
 
-    def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32):
+    dtype: of activations and decompressed weights; packed: multiply by packed weights where MLX can
+    (mx.quantized_matmul) rather than decompress them; adopt: use the mapped pages themselves where MLX can
+    (MappedWeights).
+    """
+
+    def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32, *, packed: bool = False, adopt: bool = False):
         self.path = Path(path)
         config = read_config(self.path)
-        self.weights = MappedWeights(self.path)
+        self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
-        self.dtype = dtype
+        self.dtype, self.packed = dtype, packed
+
+    def piece_of_rows(self, linear: Linear, start: int, stop: int) -> Piece:
+        """Rows [start, stop) of the matrix, ready for products."""
+        if not self.stays_packed(linear):
+            return Decompressed(self.rows(linear, start, stop))
+        return self._packed(linear, [self.weights.rows(name, start, stop) for name in _tensors_of(linear)])
+
+    def piece_of_columns(self, linear: Linear, start: int, stop: int) -> Piece:
+        """Columns [start, stop) of the matrix, between groups of a packed one, ready for products."""
+        if not self.stays_packed(linear):
+            return Decompressed(self.columns(linear, start, stop))
+        packing = linear.quantization
+        assert packing is not None
+        words = (start * packing.bits // 32, stop * packing.bits // 32)
+        groups = (start // packing.group_size, stop // packing.group_size)
+        weight, *of_groups = _tensors_of(linear)
+        parts = [self.weights.columns(weight, *words)]
+        return self._packed(linear, [*parts, *(self.weights.columns(name, *groups) for name in of_groups)])
+
+    def stays_packed(self, linear: Linear) -> bool:
+        """Whether products with this matrix are made without decompressing it."""
+        return self.packed and can_stay_packed(linear.quantization)
+
+    def _packed(self, linear: Linear, parts: list[mx.array]) -> Packed:
+        packing = linear.quantization
+        assert packing is not None
+        if packing.mode == "affine":  # else a float32 scale would make the product float32
+            parts = [parts[0], *(part.astype(self.dtype) for part in parts[1:])]
+        return Packed(tuple(parts), packing)
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, decompressed: [stop - start, in_dims] in the compute dtype."""

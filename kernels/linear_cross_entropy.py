@@ -1,0 +1,168 @@
+"""Cross-entropy of a packed output matrix without any logits in memory (linear_cross_entropy.metal)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from mebp_mlx.model import head
+from mebp_mlx.model.piece import Packed
+from mebp_mlx.model.spec import Quantization
+
+from . import online_softmax as step
+from . import trust
+from .metal import Source
+
+SOURCE = Source(
+    "linear_cross_entropy",
+    ("h", "packed", "scales", "biases", "targets"),
+    ("maxima", "sums", "target_logits"),
+)
+GROUP_SIZES = (32, 64, 128)
+ROWS, COLUMNS, THREADS = 32, 64, 128  # of a threadgroup's tile of logits; as in the .metal file
+_THREADGROUPS = 256  # enough for every core of an M-series GPU to have several
+_CHUNK = 4096  # vocabulary rows at a time in the reference and in the gradient
+
+
+def linear_cross_entropy(
+    h: mx.array,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    targets: mx.array,
+    *,
+    group_size: int,
+    symmetric: bool = False,
+    impl: str | None = None,
+) -> mx.array:
+    """losses [T] float32: log sum_v exp(h . W_v) - h . W_y;  0 where there is no label (a negative target).
+
+    h [T, D] float32, float16 or bfloat16; packed uint32 [V, D / 8], scales, biases [V, D / group_size]: W in 4 bits,
+    affine, as mx.quantize packs it; targets int32 [T]; symmetric: biases are -8 scales (and are not read by the
+    kernel). Differentiable in h: d loss / dh = softmax W - W_y, by `online_softmax` between two quantized products
+    (kernels/README.md says why there is no kernel for it). ValueError for another packing.
+    """
+    if group_size not in GROUP_SIZES or packed.shape[1] * 8 != scales.shape[1] * group_size:
+        raise ValueError(f"4-bit rows in groups of {group_size}: not a packing of {GROUP_SIZES}, or other shapes")
+    scales, biases = scales.astype(h.dtype), biases.astype(h.dtype)
+    arguments = (packed, scales, biases, targets, group_size, symmetric)
+
+    @mx.custom_function
+    def losses(h: mx.array) -> mx.array:
+        found: mx.array = trust.run("linear_cross_entropy", (h, *arguments), impl, h.dtype, group_size)
+        return found
+
+    @losses.vjp
+    def backward(h: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return _gradient(h, *arguments[:-1], impl=impl) * cotangent[:, None].astype(h.dtype)
+
+    found: Any = losses(h)
+    result: mx.array = found
+    return result
+
+
+def reference(
+    h: mx.array,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    targets: mx.array,
+    group_size: int,
+    symmetric: bool = False,
+) -> mx.array:
+    """The same in MLX's own operations, a chunk of the vocabulary at a time."""
+    state = head.start(h.shape[0], h.shape[1], want_dh=False)
+    for first, rows in _pieces(packed, scales, biases, group_size):
+        held_back = mx.depends([h], [state.total])[0]  # else the logits of all pieces could be made at once
+        z = rows.forward(held_back)
+        state = head.update(state, step.reference(z, *state.softmax, targets, first), None)
+    return mx.where(targets >= 0, head.losses(state), 0)
+
+
+def metal(
+    h: mx.array,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    targets: mx.array,
+    group_size: int,
+    symmetric: bool = False,
+) -> mx.array:
+    """The same by the kernel."""
+    state = head.start(h.shape[0], h.shape[1], want_dh=False)
+    state = linear_softmax(state, h, packed, scales, biases, targets, 0, group_size, symmetric)
+    return mx.where(targets >= 0, head.losses(state), 0)
+
+
+def linear_softmax(
+    state: head.Running,
+    h: mx.array,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    targets: mx.array,
+    first: int,
+    group_size: int,
+    symmetric: bool = False,
+) -> head.Running:
+    """A running softmax (loss only) after the rows from vocabulary index `first` on: the kernel, with its splits of
+    these rows combined with what was before. Arguments as in linear_cross_entropy.
+    """
+    T, V = h.shape[0], packed.shape[0]
+    n_tiles = -(-T // ROWS)
+    n_splits = max(1, min(_THREADGROUPS // n_tiles, -(-V // COLUMNS)))
+    columns = mx.where(targets >= first, targets - first, -1).astype(mx.int32)
+    found = SOURCE(
+        [h, packed, scales, biases, columns],
+        [("scalar", h.dtype), ("GROUP", group_size), ("SYMMETRIC", symmetric)],
+        grid=(THREADS, n_tiles, n_splits),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(n_splits, T)] * 3,
+        output_dtypes=[mx.float32] * 3,
+    )
+    maxima, sums, logits = (mx.concatenate([old[None], new]) for old, new in zip(state.softmax, found, strict=True))
+    highest = maxima.max(axis=0)
+    return head.Running(highest, (sums * mx.exp(maxima - highest)).sum(axis=0), logits.sum(axis=0), None)
+
+
+def _pieces(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int) -> Iterator[tuple[int, Packed]]:
+    """(index of the first row, rows) of the output matrix, some rows at a time."""
+    for first in range(0, packed.shape[0], _CHUNK):
+        parts = tuple(array[first : first + _CHUNK] for array in (packed, scales, biases))
+        yield first, Packed(parts, Quantization(4, group_size, "affine"))
+
+
+def _gradient(
+    h: mx.array,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    targets: mx.array,
+    group_size: int,
+    impl: str | None,
+) -> mx.array:
+    """softmax W - W_y [T, D], 0 where there is no label."""
+    state = head.start(h.shape[0], h.shape[1], want_dh=True)
+    for first, rows in _pieces(packed, scales, biases, group_size):
+        z = rows.forward(mx.depends([h], [state.total])[0])
+        found = step.online_softmax(z, *state.softmax, targets, first, impl=impl)
+        state = head.update(state, found, rows.backward(found.p))
+    labels = mx.maximum(targets, 0)
+    target_rows = mx.dequantize(packed[labels], scales[labels], biases[labels], group_size=group_size, bits=4)
+    dh = mx.where(targets[:, None] >= 0, head.gradient(state, target_rows), 0)
+    return dh.astype(h.dtype)
+
+
+def sample(dtype: mx.Dtype, group_size: int) -> tuple:
+    """Small arguments for the first-use check: odd T and V, one row without a label."""
+    keys = mx.random.split(mx.random.key(11), 2)
+    h = mx.random.normal((37, 2 * group_size), key=keys[0]).astype(dtype)
+    w = mx.random.normal((205, 2 * group_size), key=keys[1])
+    packed, scales, biases = mx.quantize(w, group_size=group_size, bits=4)
+    targets = (mx.arange(37) * 11 - 1) % 206 - 1
+    return h, packed, scales.astype(dtype), biases.astype(dtype), targets.astype(mx.int32), group_size, False
+
+
+trust.register("linear_cross_entropy", metal, reference, sample, group_sizes=GROUP_SIZES)

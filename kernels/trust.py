@@ -1,0 +1,155 @@
+"""Kernels prove themselves on the machine they run on, before anything is computed with them.
+
+At the first use of a kernel for a (dtype, group size) it works on a small sample beside its reference; both are held
+against the reference in float32 on the CPU. A compile error or a mismatch: one warning, and the reference from then on.
+
+MEBP_KERNELS=off   never a kernel
+             on    kernels wherever Metal is, unchecked
+             check the first-use check, and every call beside the reference (slow: for finding faults)
+             unset the first-use check
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import metal as backend
+
+MODES = ("", "off", "on", "check")
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+# What a kernel's error may exceed its reference's by, relative to the largest number: some roundings of the dtype.
+TOLERANCE = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+
+
+@dataclass
+class Kernel:
+    """A kernel, its reference, and what is known of it: verdicts by (dtype, group size), "" for a good one."""
+
+    name: str
+    metal: Callable[..., Any]
+    reference: Callable[..., Any]
+    sample: Callable[[mx.Dtype, int], tuple]
+    group_sizes: tuple[int, ...]
+    verdicts: dict[tuple[mx.Dtype, int], str] = field(default_factory=dict)
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def register(
+    name: str,
+    metal: Callable[..., Any],
+    reference: Callable[..., Any],
+    sample: Callable[[mx.Dtype, int], tuple],
+    group_sizes: tuple[int, ...],
+) -> None:
+    """Make a kernel known. sample(dtype, group size) gives small arguments of both functions."""
+    KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes)
+
+
+def mode() -> str:
+    """The value of MEBP_KERNELS; ValueError for one that means nothing."""
+    found = os.environ.get("MEBP_KERNELS", "")
+    if found not in MODES:
+        raise ValueError(f"MEBP_KERNELS={found}: must be off, on or check, or unset")
+    return found
+
+
+def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_size: int = 0) -> Any:
+    """A kernel's result, or its reference's. impl: "metal" and "reference" are obeyed, None asks trust."""
+    if impl not in (None, "metal", "reference"):
+        raise ValueError(f"impl={impl!r}: must be 'metal', 'reference' or None")
+    kernel = KERNELS[name]
+    if impl is None:
+        if not uses_metal(name, dtype, group_size):
+            return kernel.reference(*arguments)
+        if mode() == "check":
+            return _beside_reference(kernel, arguments, (dtype, group_size))
+    return (kernel.reference if impl == "reference" else kernel.metal)(*arguments)
+
+
+def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
+    """Whether a call without `impl` goes to the kernel."""
+    setting = mode()
+    if setting == "off" or not backend.available() or dtype not in DTYPES:
+        return False
+    return setting == "on" or trusted(name, dtype, group_size)
+
+
+def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
+    """The verdict on a kernel, found at the first time of asking; a bad one is warned of then."""
+    kernel = KERNELS[name]
+    key = (dtype, group_size)
+    if key not in kernel.verdicts:
+        _settle(kernel, key, verdict(kernel, dtype, group_size))
+    return kernel.verdicts[key] == ""
+
+
+def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
+    """What is wrong with a kernel on this machine, in a line; "" if nothing is."""
+    arguments = kernel.sample(dtype, group_size)
+    try:
+        found = kernel.metal(*arguments)
+        mx.eval(found)
+    except Exception as error:  # a compile error has no type of its own
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    with mx.stream(mx.cpu):
+        truth = kernel.reference(*(_widened(argument) for argument in arguments))
+        expected = kernel.reference(*arguments)
+        return _difference(found, expected, truth, dtype)
+
+
+def _beside_reference(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
+    """The kernel's result if it is the reference's, else the reference's."""
+    found, expected = kernel.metal(*arguments), kernel.reference(*arguments)
+    problem = _difference(found, expected, expected, key[0])
+    if not problem:
+        return found
+    _settle(kernel, key, problem)
+    return expected
+
+
+def _settle(kernel: Kernel, key: tuple[mx.Dtype, int], problem: str) -> None:
+    kernel.verdicts[key] = problem
+    if problem:
+        dtype, group_size = key
+        what = str(dtype).rpartition(".")[2] + (f", groups of {group_size}" if group_size else "")
+        warnings.warn(
+            f"Metal kernel {kernel.name} ({what}) is not used on {device_name()}: {problem}; "
+            "plain MLX operations take its place",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def device_name() -> str:
+    """The GPU's name, or the device's kind."""
+    info: dict[str, Any] = mx.device_info() if backend.available() else {}
+    return str(info.get("device_name") or mx.default_device().type.name)
+
+
+def _widened(argument: Any) -> Any:
+    is_16_bit = isinstance(argument, mx.array) and argument.dtype in (mx.float16, mx.bfloat16)
+    return argument.astype(mx.float32) if is_16_bit else argument
+
+
+def _difference(found: Any, expected: Any, truth: Any, dtype: mx.Dtype) -> str:
+    """Where the error of `found` passes that of `expected` by more than the dtype's tolerance; "" where nowhere."""
+    for number, (f, e, t) in enumerate(zip(_tuple(found), _tuple(expected), _tuple(truth), strict=True)):
+        f, e, t = (array.astype(mx.float32) for array in (f, e, t))
+        error, of_reference, size = (float(np.asarray(mx.abs(x).max())) for x in (f - t, e - t, t))
+        allowed = of_reference + TOLERANCE[dtype] * max(size, 1.0)
+        if not error <= allowed:
+            return f"output {number} is off by {error:.2g} (at most {allowed:.2g} expected)"
+    return ""
+
+
+def _tuple(outputs: Any) -> tuple[mx.array, ...]:
+    return (outputs,) if isinstance(outputs, mx.array) else tuple(outputs)
