@@ -15,7 +15,9 @@ from .errors import UserError
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
-from .runtime import memory
+from .runtime import device, memory
+
+WEIGHTS = ("auto", "packed", "decompressed")
 
 
 class _Batch(NamedTuple):
@@ -23,14 +25,22 @@ class _Batch(NamedTuple):
     targets: np.ndarray
 
 
-def open_model(path: str | Path) -> Model:
+def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> Model:
     """A checkpoint folder (config.json + *.safetensors, mlx-lm's layout), memory-mapped; nothing is read yet.
 
-    Raises UserError for a missing or damaged file, an unknown family, or shapes that contradict config.json.
-    From here on MLX keeps no freed buffers in this process: they would count as footprint.
+    dtype: of the computation, "float32", "bfloat16", "float16"; weights: "packed" (products with packed weights) or
+    "decompressed" (block by block); "auto": bfloat16 and packed on Metal, float32 and decompressed on the CPU
+    backend. LoRA parameters and their gradients are float32 always. Raises UserError for a missing or damaged file,
+    an unknown family, shapes that contradict config.json, or a dtype that the family cannot be computed in. From
+    here on MLX keeps next to no freed buffers in this process: they would count as footprint.
     """
+    for flag, value, known in (("--dtype", dtype, ("auto", *device.DTYPES)), ("--weights", weights, WEIGHTS)):
+        if value not in known:
+            raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
     memory.settle()
-    return Model(path)
+    model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
+    model.dtype = device.compute_dtype(dtype, model.spec.family)
+    return model
 
 
 def init_lora(
@@ -46,9 +56,7 @@ def init_lora(
 
     A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key.
     """
-    return _init_lora(
-        model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed
-    )
+    return _init_lora(model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed)
 
 
 def loss_and_grads(

@@ -58,6 +58,10 @@ class TrainConfig:
     engine: str = option("mebp", METHOD, "mebp: layer by layer; whole-graph: autograd; mezo: two forwards",
                          choices=("mebp", "whole-graph", "mezo"))
     mezo_eps: float = option(1e-2, METHOD, "size of mezo's probe along its random direction", metavar="X", above=0)
+    dtype: str = option("auto", METHOD, "of the computation; auto: bfloat16 on Metal, float32 on the CPU",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
+                          choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for the file of saved activations (disk, not memory)",
                                    metavar="PATH", may_change=True, shown_default="temporary")
     memory_budget: int | None = option(None, METHOD, "footprint to stay within: 500MB, 1GB (exit 3 if impossible)",

@@ -101,7 +101,7 @@ def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
         f"{config.max_seq_length:,} tokens"
     )
     base_bytes = footprint_bytes()
-    model = mebp_mlx.open_model(model_path)
+    model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     lora = make_lora(config, model)
     accumulate = config.grad_accumulation_steps
     optimizer = make_optimizer(config, max(1, config.iters // accumulate))

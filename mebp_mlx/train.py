@@ -29,6 +29,7 @@ from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
 from .planning import Sizes, make_lora, make_plan, parks_state, plan_without_data
 from .runtime import run_state
+from .runtime.device import dtype_name
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
 from .runtime.log import RunLog, megabytes, reporter
@@ -95,7 +96,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     print(f"footprint  {megabytes(before_model_bytes)} before the model is opened")
 
     # Model, trainable parameters, optimizer, engine.
-    model = mebp_mlx.open_model(model_path)
+    model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     if checkpoint is not None:
@@ -128,7 +129,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     engine.reserve(batch_size, longest)
     n_parameters = sum(value.size for value in lora.parameters().values())
     print(
-        f"model      {config.model}: {model.spec.family}, {model.spec.L} layers, width {model.spec.D}\n"
+        f"model      {config.model}: {model.spec.family}, {model.spec.L} layers, width {model.spec.D}; "
+        f"computed in {dtype_name(model.dtype)}, weights {'packed' if model.packed else 'decompressed'}\n"
         f"LoRA       {n_parameters:,} parameters, rank {config.rank}; {config.optimizer_name}, "
         f"engine {config.engine}; footprint {megabytes(footprint_bytes())}",
         flush=True,

@@ -198,7 +198,7 @@ class MappedWeights:
 def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
     dtype = _DTYPES[info.dtype][1]
     if not values.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
-        return mx.array(values.reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
+        return mx.array(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
     array = mx.array(values)
     return array.view(dtype) if array.dtype != dtype else array
 

@@ -242,7 +242,7 @@ FIXED = {
     "learning_rate": 0.5, "lr_decay": "linear", "lr_schedule": {"name": "cosine_decay", "arguments": [1, 2]},
     "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9, "mezo_eps": 0.5, "num_layers": 1,
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
-    "seed": 5, "warmup": 3,
+    "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ class TileAttention:
     def backward(self, q: mx.array, da: mx.array, start: int) -> mx.array:
         """dq of a tile from da [B, tile, H * head_dim]; what it adds to dk and dv is kept until finish()."""
         if self.d_keys is None or self.d_values is None:
-            self.d_keys, self.d_values = mx.zeros_like(self.keys), mx.zeros_like(self.values)
+            self.d_keys, self.d_values = mx.zeros(self.keys.shape), mx.zeros(self.values.shape)  # sums: float32
         pieces = []
         for first, last in self._query_blocks(q.shape[1]):
             low, high = key_range(self.layer, start + first, start + last)
@@ -73,8 +73,9 @@ class TileAttention:
     def finish(self) -> tuple[mx.array, mx.array]:
         """(dk, dv) [B, T, K * head_dim] of the projections' outputs, after every tile's backward."""
         assert self.d_keys is not None and self.d_values is not None
-        (dk,) = mx.vjp(self._rotated, [self.k], [self.d_keys])[1]
-        dv = self.d_values.transpose(0, 2, 1, 3).reshape(self.k.shape)
+        dtype = self.k.dtype
+        (dk,) = mx.vjp(self._rotated, [self.k], [self.d_keys.astype(dtype)])[1]
+        dv = self.d_values.astype(dtype).transpose(0, 2, 1, 3).reshape(self.k.shape)
         mx.eval(dk, dv)
         return dk, dv
 

@@ -17,8 +17,8 @@ class Job:
     B, T: rows of a batch and positions of its longest row; n_eval_tokens: of the longest row that is only
     evaluated; trained: for each layer, the short names of the projections with a pair; lora_bytes: trainable
     parameters; state_bytes, parked_bytes: the optimizer's state in memory, and in a file; gathers: whether a
-    step gathers gradients (clipping, several micro-batches); base_bytes: the process's footprint before the
-    model is opened.
+    step gathers gradients (clipping, several micro-batches); packed: whether products are made with packed
+    weights; base_bytes: the process's footprint before the model is opened.
     """
 
     spec: ModelSpec
@@ -34,6 +34,7 @@ class Job:
     optimizer: str = "adam"
     engine: str = "mebp"
     item_bytes: int = 4
+    packed: bool = False
     base_bytes: int = 0
     n_eval_tokens: int = 0
 
@@ -49,4 +50,5 @@ def job_for(model: Model, lora: Lora, B: int, T: int, **more: object) -> Job:
     trained = tuple(trained_projections(lora, layer) for layer in spec.layers)
     n_bytes = sum(value.nbytes for value in lora.parameters().values())
     known = {"rank": lora.rank, "dropout": lora.dropout > 0, "item_bytes": model.dtype.size}
+    known["packed"] = model.packed
     return Job(spec, B, T, trained, n_bytes, **{**known, **more})  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ..model import unpack
 from ..model.decoder import Stage
+from ..model.piece import can_stay_packed
 from ..model.spec import Linear, ModelSpec, Quantization
 from .plan import Plan
 
@@ -98,39 +99,44 @@ def scores_copies(spec: ModelSpec, item_bytes: int, windowed: bool) -> tuple[flo
     return SCORES_FORWARD + SCORES_MASK * windowed, SCORES_BACKWARD + SCORES_MASK * windowed
 
 
-def rows_bytes(linear: Linear, n_rows: int, item_bytes: int) -> float:
-    """Of n_rows of a matrix while they are decompressed: result, scales; unpacked integers and packed rows in MLX."""
-    return values_bytes(linear, n_rows * linear.in_dims, item_bytes)
+def rows_bytes(linear: Linear, n_rows: int, item_bytes: int, packed: bool = False) -> float:
+    """Of n_rows of a matrix while they are decompressed: result, scales; unpacked integers and packed rows in MLX.
+
+    packed: of the same rows as products with packed weights take them.
+    """
+    return values_bytes(linear, n_rows * linear.in_dims, item_bytes, packed)
 
 
-def values_bytes(linear: Linear, n_values: int, item_bytes: int) -> float:
+def values_bytes(linear: Linear, n_values: int, item_bytes: int, packed: bool = False) -> float:
     """The same for any part of the matrix with n_values entries."""
     packing = linear.quantization
     if packing is None:
         return n_values * (2 + item_bytes)
     per_group = (2 * (2 + item_bytes) if packing.mode == "affine" else 1) / packing.group_size
+    if packed and can_stay_packed(packing):
+        return n_values * (packing.bits / 8 + per_group)
     if unpacked_by_numpy(packing, item_bytes):
         return n_values * (item_bytes + per_group) + DECOMPRESS_PIECES_BYTES
     return n_values * (DECOMPRESS_COPIES * item_bytes + packing.bits / 8 + per_group)
 
 
-def forward_bytes(plan: Plan, linear: Linear, N: int, item_bytes: int, trained: bool) -> float:
+def forward_bytes(plan: Plan, linear: Linear, N: int, item_bytes: int, trained: bool, packed: bool = False) -> float:
     """A projection's forward on N rows, its result included."""
     rows = min(plan.rows_per_block(linear.in_dims, item_bytes), linear.out_dims)
     copies = 2 if trained or linear.bias else 1
-    decompressed = rows_bytes(linear, rows, item_bytes)
+    decompressed = rows_bytes(linear, rows, item_bytes, packed)
     n_full = linear.out_dims // rows
     most = (n_full - 1) * rows * N * item_bytes + decompressed + copies * N * rows * item_bytes
     joined = 2 * N * linear.out_dims * item_bytes if linear.out_dims > rows else 0
     return max(most, joined)
 
 
-def cotangent_bytes(plan: Plan, linear: Linear, N: int, item_bytes: int, trained: bool) -> float:
+def cotangent_bytes(plan: Plan, linear: Linear, N: int, item_bytes: int, trained: bool, packed: bool = False) -> float:
     """A projection's dx for N rows, its result included."""
     rows = min(plan.rows_per_block(linear.in_dims, item_bytes), linear.out_dims)
     several = linear.out_dims > rows
-    dx = N * linear.in_dims * item_bytes
-    block = rows_bytes(linear, rows, item_bytes) + (2 * dx + N * rows * item_bytes if several else dx)
+    dx = N * linear.in_dims * 4  # summed up in float32
+    block = rows_bytes(linear, rows, item_bytes, packed) + (2 * dx + N * rows * item_bytes if several else dx)
     return max(block, (3 if trained or several else 1) * dx)
 
 

@@ -95,7 +95,10 @@ def head_bytes(job: Job, plan: Plan, T: int, want_dx: bool) -> float:
     tile = rows * min(1.0, max(stop - start for start, stop in plan.tiles(T)) / T)
     joined = rows if len(plan.tiles(T)) > 1 else 0.0
     held = 2 * rows + (N * spec.D * 4 if want_dx else 0)  # of the last block, normed; weighted sum
-    work = cost.rows_bytes(spec.head, chunk, job.item_bytes) + cost.logits_copies(job.item_bytes) * N * chunk * 4
+    work = (
+        cost.rows_bytes(spec.head, chunk, job.item_bytes, job.packed)
+        + cost.logits_copies(job.item_bytes) * N * chunk * 4
+    )
     work += cost.HEAD_ROWS_CHUNK * N * spec.D * 4 if want_dx else 0
     # From the second chunk on the previous state is still held beside the new one.
     end = (cost.HEAD_ROWS_END if want_dx else 2.2) * rows

@@ -52,7 +52,7 @@ class RowStream:
         """Take g = dL/dy [N, stop - start] of those columns; ranges must come in order."""
         if want_dx:
             part = self.model.piece_of_rows(self.linear, start, stop).backward(g)
-            self.dx = part if self.dx is None else self.dx + part
+            self.dx = _added(self.dx, part)
             mx.eval(self.dx)
         if self.pair is not None and self.low_rank is not None:
             g = g.astype(mx.float32)
@@ -64,14 +64,17 @@ class RowStream:
     def finish(self) -> tuple[mx.array | None, Pair | None]:
         """(dx [N, in] or None, float32 gradients of the pair or None), after the last range."""
         if self.pair is None or self._g_b is None:
-            return self.dx, None
+            return self._rounded(self.dx), None
         low_rank = self.scale * self._g_b
         if self.dx is not None:
             added = low_rank @ self.pair.a.T
-            self.dx = self.dx + (added if self.mask is None else added * self.mask).astype(self.dx.dtype)
+            self.dx = self._rounded(self.dx + (added if self.mask is None else added * self.mask))
         gradients = Pair(self._dropped().astype(mx.float32).T @ low_rank, _join(self._db))
         mx.eval(self.dx, gradients)
         return self.dx, gradients
+
+    def _rounded(self, dx: mx.array | None) -> mx.array | None:
+        return None if dx is None else dx.astype(self.model.dtype)
 
     def _dropped(self) -> mx.array:
         assert self.x is not None
@@ -97,7 +100,7 @@ class ColumnStream:
     def forward(self, start: int, stop: int, x: mx.array, mask: mx.array | None) -> None:
         """Add the part of y that these columns of x give."""
         part = self.model.piece_of_columns(self.linear, start, stop).forward(x)
-        self.y = part if self.y is None else self.y + part
+        self.y = _added(self.y, part)
         self._add_x_a(start, stop, x, mask)
         mx.eval(self.y)
 
@@ -107,8 +110,8 @@ class ColumnStream:
         bias = self.model.bias(self.linear, 0, self.linear.out_dims)
         y = self.y if bias is None else self.y + bias
         if self.pair is not None and self._x_a is not None:
-            y = y + ((self.scale * self._x_a) @ self.pair.b).astype(y.dtype)
-        return y
+            y = y + (self.scale * self._x_a) @ self.pair.b
+        return y.astype(self.model.dtype)
 
     def cotangent(self, start: int, stop: int, mask: mx.array | None) -> mx.array:
         """Columns [start, stop) of dL/dx, not evaluated."""
@@ -132,9 +135,7 @@ class ColumnStream:
         """Float32 gradients of the pair, or None, after the last range."""
         if self.pair is None or self.g is None or self._x_a is None:
             return None
-        found = Pair(
-            _join(self._da, axis=0), (self.scale * self._x_a.astype(mx.float32)).T @ self.g.astype(mx.float32)
-        )
+        found = Pair(_join(self._da, axis=0), (self.scale * self._x_a.astype(mx.float32)).T @ self.g.astype(mx.float32))
         mx.eval(found)
         return found
 
@@ -168,6 +169,12 @@ def row_blocks(model: Model, plan: Plan, linear: Linear) -> list[tuple[int, int]
     """The row ranges [start, stop) in which a matrix is brought in."""
     rows = plan.rows_per_block(linear.in_dims, model.dtype.size)
     return [(start, min(start + rows, linear.out_dims)) for start in range(0, linear.out_dims, rows)]
+
+
+def _added(total: mx.array | None, part: mx.array) -> mx.array:
+    """A sum over blocks, in float32: in 16 bits every block would round it once more."""
+    part = part.astype(mx.float32)
+    return part if total is None else total + part
 
 
 def _join(pieces: list[mx.array], axis: int = 1) -> mx.array:

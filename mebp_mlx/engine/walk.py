@@ -144,7 +144,9 @@ class Walk:
         if stage.kind == "projection":
             linear, mask = self.layer.linears[stage.name], self.mask(stage, tile)
             is_trained = stage.name in self.trained
-            self.book.spike(2 * mask + cost.forward_bytes(self.plan, linear, n_rows, self.item, is_trained))
+            self.book.spike(
+                2 * mask + cost.forward_bytes(self.plan, linear, n_rows, self.item, is_trained, self.job.packed)
+            )
             self.book.spike(cost.DROPOUT_COPIES * mask)
         elif stage.kind == "mlp":
             self.mlp(tile)
@@ -166,7 +168,9 @@ class Walk:
                     self.gradients.add(stage.name)
                     book.new(own)
             if wanted:
-                book.spike(mask + cost.cotangent_bytes(self.plan, linear, n_rows, self.item, is_trained))
+                book.spike(
+                    mask + cost.cotangent_bytes(self.plan, linear, n_rows, self.item, is_trained, self.job.packed)
+                )
                 dx = n_rows * linear.in_dims * self.item
                 book.spike(mask + sums + (3 if is_trained else 1) * dx)
         elif stage.kind == "mlp":
@@ -201,7 +205,7 @@ class Walk:
         step = min(F, self.plan.mlp_columns(self.spec.D, self.item))
         widths = [min(step, F - at) for at in range(0, F, step)]
         decompressed = max(
-            cost.values_bytes(self.layer.linears[name], step * self.spec.D, self.item)
+            cost.values_bytes(self.layer.linears[name], step * self.spec.D, self.item, self.job.packed)
             for name in ("gate", "up", "down")
         )
         return widths, self.n_rows(tile) * step * self.item, decompressed

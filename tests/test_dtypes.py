@@ -1,0 +1,215 @@
+"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights, adopted pages."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mebp_mlx
+from mebp_mlx.engine import make_engine
+from mebp_mlx.engine.arena import Arena
+from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.block import BlockRunner, _Work
+from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.errors import UserError
+from mebp_mlx.model.frozen import Model
+from mebp_mlx.runtime import adopt, device
+from mebp_mlx.weights import MappedWeights
+from tests.parity import largest_error
+from tests.tiny import packed_config, random_batch, randomize_lora, write_model
+
+# Two 16-bit computations of the same gradients are as far from float64 as chance has it (see test_gradients.py).
+CHANCE = 3
+FOUR_BIT = {"group_size": 32, "bits": 4}
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+SMALL_PIECES = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=17)
+
+
+class _Batch:
+    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
+        self.tokens, self.targets = tokens, targets
+        self.n_labels = int((targets != -100).sum())
+
+
+def _folder(tmp_path: Path, name: str, seed: int, quantization: dict[str, Any] | None) -> Path:
+    config = packed_config(name)
+    config.get("text_config", config)["intermediate_size"] = 1088  # three blocks of the MLP's width
+    return write_model(tmp_path / "model", config, seed=seed, quantization=quantization, dtype=mx.bfloat16)
+
+
+def _lora(model: Model, seed: int, **how: Any) -> Any:
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, **how)
+    randomize_lora(lora, seed)
+    return lora
+
+
+def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
+    grads: dict[str, mx.array] = {}
+    try:
+        return engine.step(batch, step=3, micro=0, n_labels=batch.n_labels, sink=grads.update), grads
+    finally:
+        engine.close()
+
+
+def _oracle(folder: Path, dtype: mx.Dtype, lora: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
+    return _step(make_engine("whole-graph", Model(folder, dtype), lora), batch)
+
+
+@pytest.mark.parametrize("plan", [None, SMALL_PIECES], ids=["default", "small pieces"])
+@pytest.mark.parametrize("weights", ["packed", "decompressed"])
+@pytest.mark.parametrize(
+    "name, dtype", [("qwen2", "bfloat16"), ("qwen3", "float16"), ("llama", "bfloat16"), ("gemma3_text", "bfloat16")]
+)
+def test_gradients_in_16_bits_are_as_exact_as_autograds(
+    tmp_path: Path, name: str, dtype: str, weights: str, plan: Plan | None, seed: int
+) -> None:
+    folder = _folder(tmp_path, name, seed, FOUR_BIT)
+    model = mebp_mlx.open_model(folder, dtype, weights)
+    lora, batch = _lora(model, seed), _Batch(*random_batch(seed, 2, 70, model.spec.V))
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
+    assert all(g.dtype == mx.float32 for g in grads.values())
+    truth = _oracle(folder, mx.float64, lora, batch)
+    theirs = largest_error(*_oracle(folder, device.DTYPES[dtype], lora, batch), *truth)
+    ours = largest_error(loss.item(), grads, *truth)
+    assert ours <= CHANCE * theirs + 1e-2, f"seed {seed}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize("quantization", [FOUR_BIT, {"group_size": 64, "bits": 8}, MXFP4], ids=["4", "8", "mxfp4"])
+def test_packed_products_give_the_same_gradients(tmp_path: Path, quantization: dict[str, Any], seed: int) -> None:
+    """In float32 only the order of summation differs."""
+    folder = _folder(tmp_path, "qwen2-untied", seed, quantization)
+    packed, plain = (mebp_mlx.open_model(folder, "float32", weights) for weights in ("packed", "decompressed"))
+    lora, (tokens, targets) = _lora(packed, seed), random_batch(seed, 2, 33, packed.spec.V)
+    assert packed.stays_packed(packed.spec.head) and packed.stays_packed(packed.spec.layers[0].linears["down"])
+    found, expected = (mebp_mlx.loss_and_grads(m, lora, tokens, targets, plan=SMALL_PIECES) for m in (packed, plain))
+    assert largest_error(found[0].item(), found[1], expected[0].item(), expected[1]) <= 1e-5, f"seed {seed}"
+    losses = [mebp_mlx.loss(m, lora, tokens, targets).item() for m in (packed, plain)]
+    assert abs(losses[0] - losses[1]) <= 1e-5 * losses[1]
+
+
+def test_a_packing_that_mlx_cannot_multiply_by_is_decompressed(tmp_path: Path, seed: int) -> None:
+    """5 bits are multiplied packed, groups of another size are not; an unpacked matrix never is."""
+    folder = _folder(tmp_path, "qwen2", seed, {**FOUR_BIT, "model.layers.0.self_attn.q_proj": False})
+    model = mebp_mlx.open_model(folder, weights="packed")
+    assert not model.stays_packed(model.spec.layers[0].linears["q"])
+    assert model.stays_packed(model.spec.layers[1].linears["q"])
+    lora, (tokens, targets) = _lora(model, seed), random_batch(seed, 1, 9, model.spec.V)
+    assert math.isfinite(mebp_mlx.loss_and_grads(model, lora, tokens, targets)[0].item())
+
+
+def test_gradients_are_bit_equal_for_every_policy_in_16_bits(tmp_path: Path, seed: int) -> None:
+    model = mebp_mlx.open_model(_folder(tmp_path, "gemma3_text", seed, FOUR_BIT), "bfloat16", "packed")
+    lora, (tokens, targets) = _lora(model, seed), random_batch(seed, 2, 90, model.spec.V)
+    reference = None
+    for saved in (SAVE_PRODUCTS, SAVE_INPUTS, frozenset({"x", "k", "g", "o"})):
+        plan = Plan(saved=saved, token_block=64, query_block=17)
+        loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
+        found = {"loss": np.array(loss), **{name: np.array(g) for name, g in grads.items()}}
+        reference = reference or found
+        assert all(np.array_equal(found[name], value) for name, value in reference.items()), f"seed {seed}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["packed", "decompressed"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text"])
+def test_a_float32_lora_promotes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, dropout: float, seed: int
+) -> None:
+    """bfloat16 at every boundary: stage outputs, block outputs, saved values, cotangents; float32 gradients."""
+    model = mebp_mlx.open_model(_folder(tmp_path, name, seed, FOUR_BIT), "bfloat16", weights)
+    lora, batch = _lora(model, seed, dropout=dropout), _Batch(*random_batch(seed, 2, 70, model.spec.V))
+    seen: list[tuple[str, mx.Dtype]] = []
+
+    def watch(owner: Any, method: str, arrays: Any) -> None:
+        original = getattr(owner, method)
+
+        def watched(*args: Any, **how: Any) -> Any:
+            result = original(*args, **how)
+            seen.extend((f"{method} {label}", array.dtype) for label, array in arrays(args, result))
+            return result
+
+        monkeypatch.setattr(owner, method, watched)
+
+    watch(_Work, "_forward", lambda args, y: [(args[1].name, y)])
+    watch(_Work, "_backward", lambda args, _: list(args[3].items()))
+    watch(Arena, "put", lambda args, _: [(args[2], args[4])])
+    watch(BlockRunner, "forward", lambda args, tiles: [("y", tile) for tile in tiles])
+    watch(BlockRunner, "backward", lambda args, found: [("dx", tile) for tile in found[0]])
+    _, grads = _step(BackpropEngine(model, lora, plan=SMALL_PIECES, seed=5), batch)
+    kinds = {label.partition(" ")[0] for label, _ in seen}
+    assert kinds == {"_forward", "_backward", "put", "forward", "backward"}
+    assert {label for label, dtype in seen if dtype != mx.bfloat16} == set()
+    assert all(g.dtype == mx.float32 for g in grads.values())
+
+
+def _emulated_adoption(calls: list[tuple[int, int]]) -> Any:
+    def from_dlpack(pages: np.ndarray, *, copy: bool) -> mx.array:
+        """As documented for Metal, but for the copy: whole pages, writable memory."""
+        address, n_bytes = pages.ctypes.data, pages.nbytes
+        if copy is not False or n_bytes % adopt.PAGE_BYTES or not pages.flags.writeable:
+            raise ValueError("cannot adopt")
+        calls.append((address, n_bytes))
+        return mx.array(pages)
+
+    return from_dlpack
+
+
+def test_adopted_rows_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "a": mx.array(rng.standard_normal((300, 70)), mx.float32),
+        "b": mx.array(rng.standard_normal((41, 1000)), mx.float32).astype(mx.bfloat16),
+        "c": mx.array(rng.integers(0, 2**32, (97, 33), dtype=np.uint32)),
+        "d": mx.array(rng.integers(0, 255, (3,), dtype=np.uint8)),
+    }
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), tensors)
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(mx, "from_dlpack", _emulated_adoption(calls))
+    adopted, copied = MappedWeights(path, adopt=True), MappedWeights(path)
+    for name, value in tensors.items():
+        n_rows = value.shape[0]
+        for start, stop in ((0, n_rows), (1, n_rows), (n_rows // 2, n_rows // 2 + 1), (2, 2)):
+            found = adopted.rows(name, start, stop)
+            assert found.dtype == value.dtype and found.shape == value[start:stop].shape
+            assert mx.array_equal(found, value[start:stop]).item(), (name, start, stop, seed)
+            assert mx.array_equal(copied.rows(name, start, stop), value[start:stop]).item()
+    assert calls, "nothing was adopted"
+    first = calls[0][0]
+    assert all((address - first) % adopt.PAGE_BYTES == 0 for address, _ in calls)
+    del found
+    adopted.close()
+
+
+def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
+    """MLX's CPU backend refuses to adopt; nobody notices but the memory."""
+    path = tmp_path / "model.safetensors"
+    value = mx.array(np.random.default_rng(seed).standard_normal((500, 100)), mx.float32)
+    mx.save_safetensors(str(path), {"w": value})
+    weights = MappedWeights(path, adopt=True)
+    assert adopt.adopt(next(iter(weights._maps.values())), 0, adopt.PAGE_BYTES) is None
+    assert mx.array_equal(weights.rows("w", 10, 400), value[10:400]).item()
+
+
+@pytest.mark.parametrize("metal, bfloat16", [(False, True), (True, True), (True, False)])
+def test_defaults_follow_the_device(monkeypatch: pytest.MonkeyPatch, metal: bool, bfloat16: bool) -> None:
+    monkeypatch.setattr(device, "on_metal", lambda: metal)
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: bfloat16)
+    qwen = mx.float32 if not metal else mx.bfloat16 if bfloat16 else mx.float16
+    assert device.compute_dtype("auto", "qwen2") == qwen
+    assert device.compute_dtype("auto", "gemma3") == (mx.bfloat16 if metal else mx.float32)
+    assert device.keeps_packed("auto") == metal
+    assert device.keeps_packed("packed") and not device.keeps_packed("decompressed")
+    with pytest.raises(UserError, match="--dtype: gemma3_text cannot be computed in float16"):
+        device.compute_dtype("float16", "gemma3_text")
+
+
+@pytest.mark.parametrize("how", [{"dtype": "half"}, {"weights": "zipped"}])
+def test_unknown_settings_are_named(tmp_path: Path, how: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(how))}: '{next(iter(how.values()))}'"):
+        mebp_mlx.open_model(tmp_path, **how)
