@@ -155,13 +155,13 @@ def _gradient(
     return dh.astype(h.dtype)
 
 
-def sample(dtype: mx.Dtype, group_size: int) -> tuple:
-    """Small arguments for the first-use check: odd T and V, one row without a label."""
+def sample(dtype: mx.Dtype, group_size: int, T: int = 37, V: int = 205, D: int = 0, **_: int) -> tuple:
+    """Arguments for the first-use check and for timing: random rows, one row without a label."""
     keys = mx.random.split(mx.random.key(11), 2)
-    h = mx.random.normal((37, 2 * group_size), key=keys[0]).astype(dtype)
-    w = mx.random.normal((205, 2 * group_size), key=keys[1])
-    packed, scales, biases = mx.quantize(w, group_size=group_size, bits=4)
-    targets = (mx.arange(37) * 11 - 1) % 206 - 1
+    D = D or 2 * group_size
+    h = mx.random.normal((T, D), key=keys[0]).astype(dtype)
+    packed, scales, biases = mx.quantize(mx.random.normal((V, D), key=keys[1]), group_size=group_size, bits=4)
+    targets = (mx.arange(T) * 11 + V) % (V + 1) - 1
     return h, packed, scales.astype(dtype), biases.astype(dtype), targets.astype(mx.int32), group_size, False
 
 

@@ -74,12 +74,16 @@ def metal(
     return Step(*found)
 
 
-def sample(dtype: mx.Dtype, group_size: int) -> tuple:
-    """Small arguments for the first-use check: odd sizes, a running state, a target in, before and after the chunk."""
-    key = mx.random.key(7)
-    z = (4 * mx.random.normal((5, 301), key=key)).astype(dtype)
-    state = [mx.array(values, mx.float32) for values in ([-mx.inf, 9, -3, 0, 1], [0, 2, 1, 5, 1], [0, 1, 2, 3, 4])]
-    return (z, *state, mx.array([100, 3, 400, 401, -100], mx.int32), 100)
+def sample(dtype: mx.Dtype, group_size: int, T: int = 5, C: int = 301, **_: int) -> tuple:
+    """Arguments for the first-use check and for timing: a fresh and running states, targets in, before and after the
+    chunk, and none.
+    """
+    z = (4 * mx.random.normal((T, C), key=mx.random.key(7))).astype(dtype)
+    rows = mx.arange(T)
+    maximum = mx.where(rows == 0, -mx.inf, (3 * rows) % 11 - 2).astype(mx.float32)
+    total = mx.where(rows == 0, 0, 1 + rows).astype(mx.float32)
+    targets = mx.array([100, 3, 99 + C, 100 + C, -100], mx.int32)[rows % 5]
+    return z, maximum, total, rows.astype(mx.float32), targets, 100
 
 
 trust.register("online_softmax", metal, reference, sample, group_sizes=(0,))

@@ -35,7 +35,7 @@ class Kernel:
     name: str
     metal: Callable[..., Any]
     reference: Callable[..., Any]
-    sample: Callable[[mx.Dtype, int], tuple]
+    sample: Callable[..., tuple]
     group_sizes: tuple[int, ...]
     verdicts: dict[tuple[mx.Dtype, int], str] = field(default_factory=dict)
 
@@ -47,10 +47,10 @@ def register(
     name: str,
     metal: Callable[..., Any],
     reference: Callable[..., Any],
-    sample: Callable[[mx.Dtype, int], tuple],
+    sample: Callable[..., tuple],
     group_sizes: tuple[int, ...],
 ) -> None:
-    """Make a kernel known. sample(dtype, group size) gives small arguments of both functions."""
+    """Make a kernel known. sample(dtype, group size, **sizes) gives arguments of both functions."""
     KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes)
 
 

@@ -1,0 +1,214 @@
+"""`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
+
+One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
+FAIL. --json prints the same as one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .engine.arena import choose_folder, filesystem_of
+from .errors import UserError
+from .kernels import KERNELS, trust
+from .runtime import adopt, device, memory
+from .runtime.footprint import PeakMeter, footprint_bytes
+from .runtime.platform import load_blas, machine
+
+OK, NOTE, FAIL, NOT_HERE = "ok", "note", "FAIL", "-"
+SPIKE_BYTES, SPIKE_S = 50_000_000, 0.02
+SLOW_BLAS_GFLOPS = 20  # MLX's built-in reference BLAS reaches 5
+KERNEL_SIZES = {"T": 256, "C": 8192, "V": 16384, "D": 1024}  # of the timed calls
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: a group of rows, what was looked at, how it stands, and the figures."""
+
+    group: str
+    what: str
+    state: str
+    detail: str
+    figures: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Looks at everything, prints it, and returns 0, or 1 if something does not work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    options = parser.parse_args(argv)
+    try:
+        trust.mode()
+        load_blas()
+    except (ValueError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    memory.settle()
+    found: list[Finding] = []
+    for examine in (look_at_device, look_at_memory, look_at_blas, look_at_meter, look_at_files, look_at_kernels):
+        for finding in examine():
+            found.append(finding)
+            if not options.json:
+                print_row(finding, found)
+    failed = any(finding.state == FAIL for finding in found)
+    if options.json:
+        print(json.dumps({"ok": not failed, "machine": machine(), "findings": [asdict(finding) for finding in found]}))
+    else:
+        print("something does not work here: see FAIL above" if failed else "all that applies here works")
+    return int(failed)
+
+
+def print_row(finding: Finding, so_far: list[Finding]) -> None:
+    """A line of the table, as soon as it is known."""
+    group = finding.group if all(row.group != finding.group for row in so_far[:-1]) else ""
+    print(f"{group:<10}{finding.what:<42}{finding.state:<6}{finding.detail}", flush=True)
+
+
+def look_at_device() -> Iterator[Finding]:
+    """What MLX computes on, and the defaults that follow."""
+    about, info = machine(), mx.device_info()
+    name = f"{info.get('device_name')}, {info.get('architecture')}"
+    yield Finding("device", "MLX", OK, f"{about['mlx']} on {mx.default_device().type.name}: {name}", dict(info))
+    if not device.on_metal():
+        yield Finding("device", "Metal", NOT_HERE, "not on this machine: kernels are not used", {})
+    dtypes = {family: device.dtype_name(device.compute_dtype("auto", family)) for family in ("qwen2", "gemma3")}
+    weights = "packed" if device.keeps_packed("auto") else "decompressed"
+    yield Finding(
+        "device",
+        "defaults",
+        OK,
+        f"computes in {dtypes['qwen2']} (gemma: {dtypes['gemma3']}), weights {weights}",
+        dtypes,
+    )
+
+
+def look_at_memory() -> Iterator[Finding]:
+    """Limits."""
+    about, info = machine(), mx.device_info()
+    limits = {"memory_bytes": about["memory_bytes"]}
+    limits |= {key: info[key] for key in ("max_recommended_working_set_size", "max_buffer_length") if key in info}
+    limits["footprint_bytes"] = footprint_bytes()
+    detail = ", ".join(f"{key.removesuffix('_bytes').replace('_', ' ')} {n / 1e6:,.0f} MB" for key, n in limits.items())
+    yield Finding("memory", "limits", OK, detail, limits)
+
+
+def look_at_blas() -> Iterator[Finding]:
+    """Which matrix library, and its speed on a product of a 0.5B model's MLP."""
+    blas = load_blas()
+    x, w = mx.random.normal((256, 896)), mx.random.normal((4864, 896))
+    mx.eval(x, w)
+    seconds = _median_s(lambda: x @ w.T)
+    gflops = 2 * 256 * 896 * 4864 / seconds / 1e9
+    slow = gflops < SLOW_BLAS_GFLOPS
+    detail = f"{blas}: {gflops:,.0f} GFLOP/s in float32" + (f"; {blas.note}" if slow else "")
+    figures = {"name": blas.name, "path": blas.path, "gflops": round(gflops, 1)}
+    yield Finding("BLAS", "[256 x 896] x [896 x 4864]", NOTE if slow else OK, detail, figures)
+
+
+def look_at_meter() -> Iterator[Finding]:
+    """The footprint meter: a planted spike is seen, and mapped pages of a file are not counted."""
+    with PeakMeter() as meter:
+        before_bytes = footprint_bytes()
+        spike = mmap.mmap(-1, SPIKE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(0, SPIKE_BYTES, mmap.PAGESIZE):
+            spike[page] = 1
+        time.sleep(SPIKE_S)
+        spike.close()
+        time.sleep(SPIKE_S)
+        seen_bytes = meter.peak_bytes - before_bytes
+    right = 0.9 * SPIKE_BYTES <= seen_bytes <= 1.3 * SPIKE_BYTES
+    detail = f"{SPIKE_BYTES / 1e6:.0f} MB for {1e3 * SPIKE_S:.0f} ms read as {seen_bytes / 1e6:.1f} MB"
+    yield Finding("meter", "a planted spike", OK if right else FAIL, detail, {"seen_bytes": seen_bytes})
+    with tempfile.TemporaryFile(dir=choose_folder(None)) as file:
+        file.write(os.urandom(1 << 20) * 32)
+        file.flush()
+        before_bytes = footprint_bytes()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            sum(pages[:: mmap.PAGESIZE])
+            seen_bytes = footprint_bytes() - before_bytes
+    detail = f"32 MB of a file read through a map: {seen_bytes / 1e6:.1f} MB of footprint"
+    yield Finding("meter", "clean mapped pages", OK if seen_bytes < 4e6 else FAIL, detail, {"seen_bytes": seen_bytes})
+
+
+def look_at_files() -> Iterator[Finding]:
+    """Where the arena goes, and whether mapped pages are adopted."""
+    try:
+        folder = choose_folder(None)
+    except UserError as error:
+        yield Finding("files", "arena", FAIL, str(error), {})
+        return
+    free_bytes, kind = shutil.disk_usage(folder).free, filesystem_of(folder)
+    figures = {"folder": str(folder), "filesystem": kind, "free_bytes": free_bytes}
+    state = OK if free_bytes > 2e9 else NOTE
+    yield Finding("files", "arena", state, f"{folder} ({kind or 'disk'}), {free_bytes / 1e9:.1f} GB free", figures)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "pages"
+        path.write_bytes(bytes(2 * adopt.PAGE_BYTES))
+        with open(path, "rb") as file:
+            taken = adopt.adopt(adopt.open_map(file.fileno(), True), 100, 1000) is not None
+        del file
+    if taken or not device.on_metal():
+        detail = "adopted in place" if taken else "MLX copies on this backend"
+        yield Finding("files", "mapped weights", OK if taken else NOT_HERE, detail, {"adopted": taken})
+    else:
+        yield Finding("files", "mapped weights", NOTE, "MLX would not adopt them: they are copied", {"adopted": False})
+
+
+def look_at_kernels() -> Iterator[Finding]:
+    """Each kernel for each dtype and group size: compiled, checked against its reference, timed beside it."""
+    for kernel in KERNELS.values():
+        if not trust.backend.available():
+            reason = "needs Metal; the reference is used (the test suite runs the kernel emulated)"
+            yield Finding("kernels", kernel.name, NOT_HERE, reason, {})
+            continue
+        for dtype in trust.DTYPES:
+            for group_size in kernel.group_sizes:
+                yield _kernel(kernel, dtype, group_size)
+
+
+def _kernel(kernel: trust.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
+    what = f"{kernel.name} {device.dtype_name(dtype)}" + (f" /{group_size}" if group_size else "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the row says it
+        problem = "" if trust.trusted(kernel.name, dtype, group_size) else kernel.verdicts[dtype, group_size]
+    if problem:
+        return Finding("kernels", what, FAIL, problem, {"problem": problem})
+    arguments = kernel.sample(dtype, group_size, **KERNEL_SIZES)
+    mx.eval([a for a in arguments if isinstance(a, mx.array)])
+    metal_ms = 1e3 * _median_s(lambda: kernel.metal(*arguments))
+    reference_ms = 1e3 * _median_s(lambda: kernel.reference(*arguments))
+    figures = {"metal_ms": round(metal_ms, 3), "reference_ms": round(reference_ms, 3)}
+    detail = f"agrees with its reference; {metal_ms:.2f} ms, reference {reference_ms:.2f} ms"
+    return Finding("kernels", what, OK, detail, figures)
+
+
+def _median_s(compute: Callable[[], Any]) -> float:
+    mx.eval(compute())
+    times = []
+    for _ in range(REPEATS):
+        began_s = time.perf_counter()
+        mx.eval(compute())
+        times.append(time.perf_counter() - began_s)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
