@@ -4,8 +4,12 @@ A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel whe
 proved itself (trust.py), the reference elsewhere.
 """
 
+from . import linear_cross_entropy as _linear_cross_entropy
+from . import online_softmax as _online_softmax
 from .linear_cross_entropy import linear_cross_entropy, linear_softmax
 from .online_softmax import online_softmax
 from .trust import KERNELS, uses_metal
 
-__all__ = ["KERNELS", "linear_cross_entropy", "linear_softmax", "online_softmax", "uses_metal"]
+sources = {module.SOURCE.name: module.SOURCE for module in (_online_softmax, _linear_cross_entropy)}
+
+__all__ = ["KERNELS", "linear_cross_entropy", "linear_softmax", "online_softmax", "sources", "uses_metal"]

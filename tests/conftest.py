@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,18 @@ def tokens_made_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.runs import tokenize_here
 
     tokenize_here(home, monkeypatch)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of Metal kernels and what was checked of them, from the tests that passed."""
+    counts: dict[tuple[str, str], int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for key, value in getattr(report, "user_properties", []):
+            if key == "kernel_check":
+                counts[tuple(value)] = counts.get(tuple(value), 0) + 1
+    if not counts:
+        return
+    where = "on Metal" if mx.metal.is_available() else "emulated, no Metal here"
+    terminalreporter.write_sep("-", f"Metal kernels ({where})")
+    for (kernel, kind), n_cases in sorted(counts.items()):
+        terminalreporter.write_line(f"{kernel:<22} {kind:<28} {n_cases} passed")

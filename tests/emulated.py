@@ -1,0 +1,53 @@
+"""Runs the project's Metal kernels: on Metal where it is, else their real source through tests/metal_on_cpu."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+
+from mebp_mlx import kernels
+from mebp_mlx.kernels import metal, trust
+from tests import metal_on_cpu
+
+SOURCES = {name: kernels.sources[name] for name in kernels.KERNELS}
+
+
+@contextlib.contextmanager
+def running(
+    seed: int = 0, sanitize: str = "", change: Callable[[str], str] | None = None, pretend: bool = False
+) -> Iterator[None]:
+    """Kernels run inside: on Metal, or emulated with that order of threads and sanitizer.
+
+    change: replaces each kernel's source text; pretend: calls without `impl` find Metal too.
+    """
+    on_metal = metal.available()
+    if not on_metal and (reason := metal_on_cpu.why_not(sanitize)):
+        pytest.skip(reason)
+    if on_metal and (seed or sanitize):
+        pytest.skip("an order of threads or a sanitizer: emulated only")
+    with contextlib.ExitStack() as stack:
+        if not on_metal:
+            emulator = partial(metal_on_cpu.metal_kernel, sanitize=sanitize, seed=seed)
+            stack.enter_context(mock.patch.object(metal, "factory", emulator))
+        if pretend:
+            stack.enter_context(mock.patch.object(metal, "available", lambda: True))
+        for source in SOURCES.values():
+            built = {"text": source.text if change is None else change(source.text)}
+            stack.enter_context(mock.patch.dict(source.__dict__, built))
+            source.__dict__.pop("_kernel", None)
+        for kernel in trust.KERNELS.values():
+            stack.enter_context(mock.patch.object(kernel, "verdicts", {}))
+        yield
+    for source in SOURCES.values():
+        source.__dict__.pop("_kernel", None)
+
+
+def export_inputs(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, ...]:
+    """A kernel's sample arguments."""
+    return trust.KERNELS[name].sample(dtype, group_size)
