@@ -1,21 +1,23 @@
 """Run Metal kernels on a Linux CPU, for tests on machines without Metal.
 
-`metal_kernel` has the signature of `mx.fast.metal_kernel`; `Kernel` runs a `[[kernel]]` of any Metal source. The source is
-compiled as C++ against `shim.h`; every GPU thread is a fiber that switches at barriers and simd operations. Three thread
-orders (`seed`), address and thread sanitizers (`sanitize`) and clang's address-space rules (`lint`) find what a run on a
-real GPU might hide. What it cannot show: speed, occupancy, real scheduling, the last bits of fast math, and whatever
-else Metal's own compiler refuses. Results from here are to be called *emulated*.
+`metal_kernel` has the signature of `mx.fast.metal_kernel`; `Kernel` runs a `[[kernel]]` of any Metal source. The source
+is compiled as C++ against cpp/shim.h; every GPU thread is a fiber that switches at barriers and simd operations. Thread
+orders (`seed`), address and thread sanitizers (`sanitize`) and clang's address spaces (`lint`) find what a run on a
+real GPU might hide: faults.py lists what was tried. What it cannot show: speed, occupancy, real scheduling, the last
+bits of fast math, and what else Metal's own compiler refuses. Results from here are to be called *emulated*.
+
+Tests skip with `why_not()` (no compiler or no sanitizer runtime) and `why_no_lint()` as reasons. MEBP_CXX names a
+compiler, MEBP_KERNEL_CACHE the folder of compiled kernels.
 """
 
 from tests.metal_on_cpu.fast import generated_by_mlx, metal_kernel, mlx_include, signature
 from tests.metal_on_cpu.lint import lint, why_no_lint
-from tests.metal_on_cpu.run import Kernel, build_all, why_not
+from tests.metal_on_cpu.run import Kernel, why_not
 from tests.metal_on_cpu.translate import MSLError
 
 __all__ = [
     "Kernel",
     "MSLError",
-    "build_all",
     "generated_by_mlx",
     "lint",
     "metal_kernel",

@@ -37,8 +37,9 @@ FEW_ELEMENTS = 8  # MLX passes inputs of fewer elements in the constant address 
 _UINT = """dispatch_quadgroups_per_threadgroup dispatch_simdgroups_per_threadgroup quadgroup_index_in_threadgroup
 quadgroups_per_threadgroup simdgroup_index_in_threadgroup simdgroups_per_threadgroup thread_execution_width
 thread_index_in_quadgroup thread_index_in_simdgroup thread_index_in_threadgroup threads_per_simdgroup"""
-_UINT3 = """dispatch_threads_per_threadgroup grid_origin grid_size thread_position_in_grid thread_position_in_threadgroup
-threadgroup_position_in_grid threadgroups_per_grid threads_per_grid threads_per_threadgroup"""
+_UINT3 = """dispatch_threads_per_threadgroup grid_origin grid_size thread_position_in_grid
+thread_position_in_threadgroup threadgroup_position_in_grid threadgroups_per_grid threads_per_grid
+threads_per_threadgroup"""
 ATTRIBUTES = dict(sorted([*((name, "uint") for name in _UINT.split()), *((name, "uint3") for name in _UINT3.split())]))
 
 Template = Sequence[tuple[str, Any]]
@@ -183,7 +184,7 @@ def metal_kernel(
 
 
 def generated_by_mlx(call: Callable[..., Any], *inputs: mx.array) -> str:
-    """The Metal source that MLX itself generates for `call(*inputs)`, which uses one mx.fast.metal_kernel, verbose=True.
+    """The Metal source that MLX itself generates for `call(*inputs)`, one call of a kernel with verbose=True.
 
     Exporting a function builds its kernels' sources without a GPU, and verbose prints them.
     """

@@ -1,4 +1,4 @@
-"""Address spaces: check a kernel with clang's C++ for OpenCL, whose spaces are MSL's (device is __global, and so on)."""
+"""Address spaces: check a kernel with clang's C++ for OpenCL, whose spaces are MSL's (device is __global, ...)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def why_no_lint() -> str | None:
 
 
 def lint(source: str, template: Mapping[str, object] | None = None) -> list[str]:
-    """One line for each error of a kernel: mixed address spaces, writes to constant memory, threadgroup variables outside of
-    kernels, pointers without a space. An empty list if there is none.
+    """One line for each error of a kernel, an empty list if there is none.
+
+    Found are mixed address spaces, writes to constant memory, threadgroup variables outside of kernels, and pointers
+    without a space.
 
     A kernel that is a template is checked for the given values ("float", 8, True; else float and 8). bfloat passes for
     float here: rules of types are the run's to check. Includes are left out, so a kernel must stand by itself.

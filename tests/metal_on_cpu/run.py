@@ -11,8 +11,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,7 +83,7 @@ def cache_folder() -> Path:
 
 
 class Kernel:
-    """A kernel of a Metal source, compiled when it first runs, or by `build`.
+    """A kernel of a Metal source, compiled when it first runs.
 
     `function` may carry template arguments ("f<float, 4>"); `folders` are searched for quoted includes; `constants` are
     function constants by id; `sanitize` is "", "address", "thread" or "address,undefined". MSLError if it is not
@@ -117,8 +116,8 @@ class Kernel:
                 text,
                 '#line 1 "entry"',
                 f"static void msl_entry(void** B) {{ {function}({', '.join(map(_argument, parameters))}); }}",
-                'extern "C" int msl_run(void** b, const uint* g, const uint* t, const size_t* a, int s, char* e, size_t n)',
-                "{ return msl::dispatch(msl_entry, b, g, t, a, s, e, n); }",
+                'extern "C" int msl_run(void** b, const uint* g, const uint* t, const size_t* a, int s, char* e,',
+                "size_t n) { return msl::dispatch(msl_entry, b, g, t, a, s, e, n); }",
                 '#include "program.h"' if sanitize else "",
             ]
         )
@@ -262,16 +261,3 @@ def _argument(parameter: Parameter) -> str:
         number = int(parameter.argument or 0)
         return f"msl::Pointer{{msl::threadgroup_memory({-1 - number}, msl::G.argument_bytes[{number}])}}"
     return f"msl::{parameter.attribute}()"
-
-
-def build_all(kernels: Iterable[Kernel]) -> None:
-    """Compile several kernels at a time; what does not compile says so when it is used."""
-
-    def build(kernel: Kernel) -> None:
-        try:
-            kernel.build()
-        except MSLError:
-            return
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build, kernels))

@@ -49,6 +49,8 @@ inline T dot(vec<T, N> a, vec<T, N> b) {
   for (int i = 0; i < N; i++) sum += a[i] * b[i];
   return sum;
 }
+template <class T> using uniform = T; // the same in all threads, says the kernel
+template <class T> constexpr T make_uniform(T t) { return t; }
 inline int popcount(uint x) { return __builtin_popcount(x); }
 inline uint mulhi(uint a, uint b) { return uint((uint64_t(a) * b) >> 32); }
 } // namespace metal

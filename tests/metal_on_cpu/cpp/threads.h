@@ -148,6 +148,46 @@ MSL_NOSAN inline void fiber_main() {
   __builtin_trap();
 }
 
+// ---------------------------------------------------------------- threadgroup memory
+// Allocated by the first thread that reaches the variable and filled with 0xff: NaN for every floating type. So is a
+// guard behind each variable, unless the address sanitizer watches.
+inline size_t guard_bytes(size_t bytes) { return 64 + -bytes % 64; } // keeps variables at multiples of 64
+MSL_NOSAN inline char* threadgroup_memory(int id, size_t bytes) {
+  for (uint i = 0; i < G.n_memory; i++)
+    if (G.memory[i].id == id && G.memory[i].bytes == bytes) return G.memory[i].start;
+  if (G.memory_bytes + bytes > THREADGROUP_LIMIT || G.n_memory == 64) {
+    fail("%zu bytes of threadgroup memory; the limit is %zu", G.memory_bytes + bytes, THREADGROUP_LIMIT);
+    block(BARRIER, "threadgroup memory", 0);
+  }
+#ifdef MSL_ASAN // a block of its own, so that its end is watched
+  char* start = (char*)::operator new(bytes, std::align_val_t(64));
+#else
+  char* start = G.arena;
+  G.arena += bytes + guard_bytes(bytes);
+  fill_bytes(start + bytes, char(0xff), guard_bytes(bytes));
+#endif
+  G.memory_bytes += bytes;
+  G.memory[G.n_memory++] = Memory{id, start, bytes, false};
+  fill_bytes(start, char(0xff), bytes);
+  return start;
+}
+MSL_NOSAN inline void check_guards() {
+#ifndef MSL_ASAN
+  for (uint i = 0; i < G.n_memory; i++)
+    for (size_t k = 0, bytes = G.memory[i].bytes; k < guard_bytes(bytes); k++)
+      if (((volatile char*)G.memory[i].start)[bytes + k] != char(0xff))
+        return fail("a thread wrote outside of a threadgroup variable of %zu bytes", bytes);
+#endif
+}
+template <class T> inline T& threadgroup_variable(int id) { return *(T*)threadgroup_memory(id, sizeof(T)); }
+MSL_NOSAN inline void zero_once(void* variable, size_t bytes) { // `= {0}`: by the first thread that comes by
+  for (uint i = 0; i < G.n_memory; i++)
+    if (G.memory[i].start == variable && !G.memory[i].zeroed) {
+      G.memory[i].zeroed = true;
+      fill_bytes(variable, 0, bytes);
+    }
+}
+
 // ---------------------------------------------------------------- scheduling
 // seed 0: threads, simdgroups and threadgroups in order; 1: all reversed; 2 and more: threads and simdgroups shuffled
 // anew between any two synchronisations, and the threadgroups reversed if the seed is odd.
@@ -266,6 +306,7 @@ MSL_NOSAN inline int dispatch(void (*entry)(void**), void** buffers, const uint*
     G.arena = mapped + n * STACK, G.sync = mapped + bytes - 64, G.n_memory = 0, G.memory_bytes = 0;
     for (uint j = 0; j < G.n_threads; j++) G.fibers[j].stack = mapped + j * STACK;
     run_threadgroup();
+    check_guards();
 #ifdef MSL_ASAN
     for (uint j = 0; j < G.n_memory; j++) ::operator delete(G.memory[j].start, std::align_val_t(64));
 #endif
@@ -281,35 +322,6 @@ MSL_NOSAN inline int dispatch(void (*entry)(void**), void** buffers, const uint*
   if (G.failed)
     snprintf(error, error_bytes, "threadgroup (%u,%u,%u): %s", G.position.x, G.position.y, G.position.z, G.error);
   return G.failed;
-}
-
-// ---------------------------------------------------------------- threadgroup memory
-// Allocated by the first thread that reaches the variable and filled with 0xff: NaN for every floating type.
-MSL_NOSAN inline char* threadgroup_memory(int id, size_t bytes) {
-  for (uint i = 0; i < G.n_memory; i++)
-    if (G.memory[i].id == id && G.memory[i].bytes == bytes) return G.memory[i].start;
-  if (G.memory_bytes + bytes > THREADGROUP_LIMIT || G.n_memory == 64) {
-    fail("%zu bytes of threadgroup memory; the limit is %zu", G.memory_bytes + bytes, THREADGROUP_LIMIT);
-    block(BARRIER, "threadgroup memory", 0);
-  }
-#ifdef MSL_ASAN // a block of its own, so that its end is watched
-  char* start = (char*)::operator new(bytes, std::align_val_t(64));
-#else
-  char* start = G.arena;
-  G.arena += (bytes + 63) / 64 * 64;
-#endif
-  G.memory_bytes += bytes;
-  G.memory[G.n_memory++] = Memory{id, start, bytes, false};
-  fill_bytes(start, char(0xff), bytes);
-  return start;
-}
-template <class T> inline T& threadgroup_variable(int id) { return *(T*)threadgroup_memory(id, sizeof(T)); }
-MSL_NOSAN inline void zero_once(void* variable, size_t bytes) { // `= {0}`: by the first thread that comes by
-  for (uint i = 0; i < G.n_memory; i++)
-    if (G.memory[i].start == variable && !G.memory[i].zeroed) {
-      G.memory[i].zeroed = true;
-      fill_bytes(variable, 0, bytes);
-    }
 }
 
 // ---------------------------------------------------------------- what a kernel is given
