@@ -12,6 +12,7 @@ import numpy as np
 from .engine.backprop import BackpropEngine, forward_loss
 from .engine.plan import Plan
 from .errors import UserError
+from .kernels.trust import mode as kernel_mode
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
@@ -37,6 +38,7 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
     for flag, value, known in (("--dtype", dtype, ("auto", *device.DTYPES)), ("--weights", weights, WEIGHTS)):
         if value not in known:
             raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
+    kernel_mode()  # a wrong MEBP_KERNELS is told before anything is computed
     memory.settle()
     model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
     model.dtype = device.compute_dtype(dtype, model.spec.family)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trust.mode()
         load_blas()
-    except (ValueError, UserError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     memory.settle()

@@ -1,0 +1,201 @@
+"""Kernels prove themselves before they are used: at first use, by MEBP_KERNELS, in the engine, and in the doctor."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mebp_mlx
+from mebp_mlx import doctor
+from mebp_mlx.errors import UserError
+from mebp_mlx.kernels import linear_cross_entropy, metal, online_softmax, trust
+from mebp_mlx.model import head
+from tests.emulated import SOURCES, running
+from tests.parity import largest_error
+from tests.tiny import packed_config, random_batch, randomize_lora, write_model
+
+pytestmark = pytest.mark.skipif(metal.available(), reason="faults are planted into emulated kernels only")
+KERNELS_WRONG = "Metal kernel linear_cross_entropy \\(bfloat16, groups of 32\\) is not used on .+: "
+
+
+def _loss_arguments(seed: int) -> tuple:
+    return trust.KERNELS["linear_cross_entropy"].sample(mx.bfloat16, 32, T=3, V=300)[:5]
+
+
+def _call(seed: int) -> mx.array:
+    return linear_cross_entropy(*_loss_arguments(seed), group_size=32)
+
+
+def _reference(seed: int) -> mx.array:
+    return linear_cross_entropy(*_loss_arguments(seed), group_size=32, impl="reference")
+
+
+def _no_rescaling(text: str) -> str:
+    return text.replace("sum *= metal::precise::exp(maximum - highest);", "")
+
+
+def _does_not_compile(text: str) -> str:
+    return text.replace("const uint row", "const uint_ row").replace("const int T =", "const int_ T =")
+
+
+class _Calls:
+    """How often each kernel runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.n: dict[str, int] = dict.fromkeys(SOURCES, 0)
+        original = metal.Source.__call__
+
+        def counted(source: metal.Source, *args: Any, **how: Any) -> list[mx.array]:
+            self.n[source.name] += 1
+            return original(source, *args, **how)
+
+        monkeypatch.setattr(metal.Source, "__call__", counted)
+
+
+def test_a_good_kernel_is_checked_once_and_used(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.delenv("MEBP_KERNELS", raising=False)
+    calls = _Calls(monkeypatch)
+    with running(pretend=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [_call(seed) for _ in range(3)]
+        mx.eval(found)
+    assert calls.n["linear_cross_entropy"] == 4  # the check and three calls
+    np.testing.assert_allclose(np.asarray(found[2]), np.asarray(_reference(seed)), rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [(_no_rescaling, "output 0 is off by"), (_does_not_compile, ".*error:.*int_")],
+    ids=["wrong", "compile"],
+)
+def test_a_bad_kernel_is_warned_of_once_and_replaced(
+    change: Any, reason: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.delenv("MEBP_KERNELS", raising=False)
+    with running(change=change, pretend=True), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [_call(seed) for _ in range(2)]
+        mx.eval(found)
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match=KERNELS_WRONG + f"({reason}).*plain MLX operations take its place"):
+        warnings.warn_explicit(said[0].message, UserWarning, "x", 1)  # type: ignore[arg-type]
+    assert all(np.array_equal(np.asarray(f), np.asarray(_reference(seed))) for f in found)
+
+
+def test_off_never_builds_a_kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setenv("MEBP_KERNELS", "off")
+    calls = _Calls(monkeypatch)
+    with running(pretend=True):
+        assert np.array_equal(np.asarray(_call(seed)), np.asarray(_reference(seed)))
+    assert not any(calls.n.values())
+
+
+def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setenv("MEBP_KERNELS", "on")
+    calls = _Calls(monkeypatch)
+    with running(change=_no_rescaling, pretend=True):
+        found = _call(seed)
+        mx.eval(found)
+    assert calls.n["linear_cross_entropy"] == 1
+    assert not np.allclose(np.asarray(found), np.asarray(_reference(seed)), rtol=2e-2)
+
+
+def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that the first-use check cannot see: it needs more columns than the sample has."""
+    monkeypatch.setenv("MEBP_KERNELS", "check")
+
+    def only_long_rows(text: str) -> str:
+        return text.replace("sum += weight;", "sum += c < 400 ? weight : 0.0f;")
+
+    z = mx.random.normal((4, 700), key=mx.random.key(1))
+    state, targets = head.start(4, 1, want_dh=False).softmax, mx.array([1, 2, 3, -100], mx.int32)
+    expected = online_softmax(z, *state, targets, 0, impl="reference")
+    with running(change=only_long_rows, pretend=True):
+        with pytest.warns(UserWarning, match="online_softmax .float32. is not used"):
+            found = online_softmax(z, *state, targets, 0)
+        assert np.array_equal(np.asarray(found.total), np.asarray(expected.total))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = online_softmax(z, *state, targets, 0)
+        assert np.array_equal(np.asarray(again.total), np.asarray(expected.total))
+
+
+def test_an_unknown_mode_is_an_error_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEBP_KERNELS", "fast")
+    with pytest.raises(UserError, match="MEBP_KERNELS=fast: must be off, on or check"):
+        mebp_mlx.open_model(tmp_path)
+    assert doctor.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: MEBP_KERNELS=fast")
+
+
+@pytest.mark.parametrize("impl", ["fast", ""])
+def test_an_unknown_impl_is_an_error(impl: str, seed: int) -> None:
+    with pytest.raises(ValueError, match="impl="):
+        linear_cross_entropy(*_loss_arguments(seed), group_size=32, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_takes_the_kernels(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Forward-only passes take the loss from packed rows without logits, steps take the online softmax."""
+    monkeypatch.delenv("MEBP_KERNELS", raising=False)
+    folder = write_model(
+        tmp_path / "m", packed_config("qwen2"), seed=seed, quantization={"group_size": 32, "bits": 4}, dtype=mx.bfloat16
+    )
+    model = mebp_mlx.open_model(folder, dtype, "packed")
+    lora = mebp_mlx.init_lora(model, rank=2)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 13, model.spec.V)
+    plain_loss = mebp_mlx.loss(model, lora, tokens, targets).item()
+    plain = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    calls = _Calls(monkeypatch)
+    with running(pretend=True):
+        loss = mebp_mlx.loss(model, lora, tokens, targets).item()
+        assert calls.n["linear_cross_entropy"] > 1 and calls.n["online_softmax"] == 0
+        n_before = dict(calls.n)
+        # float32 logits on the CPU stay with numpy: the kernel is for what is not
+        found = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    used = calls.n["online_softmax"] - n_before["online_softmax"]
+    assert (used > 1) == (dtype == "bfloat16")
+    tolerance = 1e-5 if dtype == "float32" else 5e-2
+    assert abs(loss - plain_loss) <= tolerance * plain_loss, f"seed {seed}"
+    assert largest_error(found[0].item(), found[1], plain[0].item(), plain[1]) <= tolerance, f"seed {seed}"
+
+
+def _doctor(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = doctor.main(list(argv))
+    return code, capsys.readouterr().out
+
+
+def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, table = _doctor(capsys)
+    assert code == 0 and table.endswith("all that applies here works\n")
+    code, text = _doctor(capsys, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["ok"] is True and found["machine"]["mlx"]
+    groups = {row["group"] for row in found["findings"]}
+    assert groups == {"device", "memory", "BLAS", "meter", "files", "kernels"}
+    states = {row["what"]: row["state"] for row in found["findings"]}
+    assert states["a planted spike"] == "ok" and states["online_softmax"] == "-"
+
+
+@pytest.mark.parametrize("change, code", [(None, 0), (_no_rescaling, 1), (_does_not_compile, 1)])
+def test_doctor_looks_at_every_kernel(
+    change: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "KERNEL_SIZES", {})
+    monkeypatch.setattr(doctor, "REPEATS", 1)
+    with running(change=change, pretend=True):
+        found_code, text = _doctor(capsys, "--json")
+    rows = [row for row in json.loads(text)["findings"] if row["group"] == "kernels"]
+    assert len(rows) == 3 + 9 and found_code == code
+    bad = {row["what"].split()[0] for row in rows if row["state"] == "FAIL"}
+    assert bad == (set() if code == 0 else set(SOURCES) if change is _does_not_compile else {"linear_cross_entropy"})
+    assert all(row["figures"].get("metal_ms", 0) > 0 for row in rows if row["state"] == "ok")
