@@ -19,11 +19,13 @@ from tests.metal_on_cpu import (
     generated_by_mlx,
     lint,
     metal_kernel,
+    mlx_include,
     signature,
     why_no_lint,
     why_not,
 )
 from tests.metal_on_cpu.faults import IN_MATMUL, IN_ROW_SUMS, MATMUL, ROW_SUMS, Fault
+from tests.metal_on_cpu.words import HEADER, LOG_SUM_EXP, WORDS, WORDS_HEADER
 
 SANITIZERS = ("address", "thread", "address,undefined")
 ORDERS = (0, 1, 2)
@@ -120,36 +122,8 @@ def test_a_correct_kernel_has_no_lint() -> None:
     assert lint(matmul_text(MATMUL), {"T": "half"}) == []
 
 
-# What kernels of this project are written with: log of sums of exponentials, a row a simdgroup.
-HEADER = """
-constexpr constant int WIDTH = 32;
-template <typename T> inline float at(const device T* row, int i, int n) {
-    return i < n ? float(row[i]) : -INFINITY;
-}
-inline void add(thread float& top, thread float& sum, float z) {
-    float higher = max(top, z);
-    sum = sum * metal::fast::exp(top - higher) + metal::fast::exp(z - higher);
-    top = higher;
-}
-"""
-LOG_SUM_EXP = """
-    uint lane = thread_index_in_simdgroup;
-    int row = thread_position_in_grid.y;
-    float top = -3.0e38, sum = 0.0, tops[2] = {0, 0};
-    for (int i = lane; i < n; i += WIDTH) add(top, sum, at(x + row * n, i, n));
-    for (ushort step = 16; step > 0; step /= 2) {
-        float other_top = simd_shuffle_xor(top, step), other_sum = simd_shuffle_xor(sum, step);
-        float higher = metal::max(top, other_top);
-        sum = sum * metal::precise::exp(top - higher) + other_sum * metal::precise::exp(other_top - higher);
-        top = higher;
-    }
-    tops[is_wide ? 1 : 0] = simd_max(top);
-    if (lane == WIDTH - 1) out[row] = T(metal::precise::log(sum) + tops[is_wide]);
-"""
-
-
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_the_words_that_kernels_are_written_with(dtype: mx.Dtype, seed: int) -> None:
+def test_a_kernel_with_functions_of_its_own(dtype: mx.Dtype, seed: int) -> None:
     need()
     mx.random.seed(seed)
     n_rows, n = 3, 77
@@ -173,6 +147,17 @@ def test_the_words_that_kernels_are_written_with(dtype: mx.Dtype, seed: int) -> 
         made = signature("logsumexp", ["x"], [(x.shape, dtype)], ["out"], [dtype], LOG_SUM_EXP, HEADER, template)
         assert lint(made.text, {"T": "half", "is_wide": True}) == []
         assert lint(made.text.replace("row * n, i", "row * n, tops"), {"T": "half"}) != []
+
+
+def test_the_words_of_the_language_compile_and_have_no_lint() -> None:
+    need()
+    template = [("T", mx.float16), ("K", 16), ("is_wide", True)]
+    half = ((64,), mx.float16)
+    made = signature("words", ["x", "y"], [half, half], ["out"], [mx.float32], WORDS, WORDS_HEADER, template)
+    source = '#include "mlx/backend/metal/kernels/utils.h"\n' + made.text
+    assert Kernel(source, made.function, [mlx_include()]).build().exists()
+    need("lint")
+    assert lint(made.text, {"T": "half", "K": 16, "is_wide": True}) == []
 
 
 INPUTS = {

@@ -14,7 +14,7 @@ from tests.metal_on_cpu.translate import INSTANTIATION, strip_comments
 
 OLDEST_CLANG = 15
 KERNEL_TEMPLATE = re.compile(r"template\s*<([^>]*)>\s*(?:inline\s+)?(?=kernel\b)")
-VECTOR_LITERAL = re.compile(r"\b((?:float|half|u?int|u?short|u?char|u?long)[234])\(")
+VECTOR_LITERAL = re.compile(r"\b((?:float|half|bfloat|u?int|u?short|u?char|u?long)[234])\(")
 
 # MSL wants an address space on every pointer and reference; OpenCL would take `float* p` as a generic pointer.
 SCALARS = (
@@ -56,7 +56,7 @@ def lint(source: str, template: Mapping[str, object] | None = None) -> list[str]
     text = re.sub(r"\[\[\s*kernel\b[^\]]*\]\]", "kernel", text)
     text = re.sub(r"#include\s*[<\"][^>\"]*[>\"]|\[\[(?:[^\]]|\](?!\]))*\]\]", "", text)
     text = KERNEL_TEMPLATE.sub(lambda found: _fixed_parameters(found[1], template or {}), text)
-    text = VECTOR_LITERAL.sub(r"(\1)(", text)  # OpenCL's way to write float4(x)
+    text = VECTOR_LITERAL.sub(r"make_\1(", text)  # OpenCL has no float4(x)
     checked = subprocess.run(
         [name, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-w", f"-I{CPP}", "-"],
         input=f'#include "lint.h"\n#line 1 "kernel"\n{text}',

@@ -27,18 +27,17 @@ typedef long int64_t;
 typedef half float16_t;
 typedef float bfloat; // spaces are what is checked here
 typedef bfloat bfloat16_t;
-#define VECTORS(T)                                     \
-  typedef T T##2 __attribute__((ext_vector_type(2)));  \
-  typedef T T##3 __attribute__((ext_vector_type(3)));  \
-  typedef T T##4 __attribute__((ext_vector_type(4)));
+#define VECTOR(T, N)                                        \
+  typedef T T##N __attribute__((ext_vector_type(N)));       \
+  template <class... From> T##N make_##T##N(From...); // a kernel's float4(x) becomes make_float4(x)
+#define VECTORS(T) VECTOR(T, 2) VECTOR(T, 3) VECTOR(T, 4)
 VECTORS(float) VECTORS(half) VECTORS(int) VECTORS(uint) VECTORS(short) VECTORS(ushort) VECTORS(char) VECTORS(uchar)
-VECTORS(long) VECTORS(ulong)
-typedef float4 bfloat4;
-typedef float2 bfloat2;
+VECTORS(long) VECTORS(ulong) VECTORS(bfloat)
 template <class To, class From> To as_type(From);
 
 namespace metal {
-enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
+mem_flags operator|(mem_flags, mem_flags);
 void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
 #define UNARY(name) template <class T> T name(T);
@@ -67,18 +66,20 @@ template <class V> float dot(V, V);
 template <class T, int Columns = 8, int Rows = 8> struct simdgroup_matrix {
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T);
+  thread T* thread_elements();
   T elements[2];
 };
 typedef simdgroup_matrix<float> simdgroup_float8x8;
 typedef simdgroup_matrix<half> simdgroup_half8x8;
+typedef simdgroup_matrix<bfloat> simdgroup_bfloat8x8;
 template <class T, int Columns = 8, int Rows = 8> simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T);
-#define LOAD_STORE(space)                                                                                        \
-  template <class T>                                                                                             \
-  void simdgroup_load(thread simdgroup_matrix<T>& m, const space T* p, ulong per_row = 8, ulong2 origin = (ulong2)(0), \
-                      bool transpose = false);                                                                   \
-  template <class T>                                                                                             \
-  void simdgroup_store(simdgroup_matrix<T> m, space T* p, ulong per_row = 8, ulong2 origin = (ulong2)(0),        \
-                       bool transpose = false);
+#define LOAD_STORE(space)                                                                               \
+  template <class T>                                                                                    \
+  void simdgroup_load(thread simdgroup_matrix<T>& m, const space T* p, ulong per_row = 8,               \
+                      ulong2 origin = make_ulong2(0), bool transpose = false);                          \
+  template <class T>                                                                                    \
+  void simdgroup_store(simdgroup_matrix<T> m, space T* p, ulong per_row = 8,                            \
+                       ulong2 origin = make_ulong2(0), bool transpose = false);
 LOAD_STORE(device) LOAD_STORE(threadgroup)
 template <class D, class A, class B, class C>
 void simdgroup_multiply_accumulate(thread simdgroup_matrix<D>& d, thread simdgroup_matrix<A>& a,
