@@ -99,9 +99,17 @@ def main() -> None:
                 f"{way.threadgroup_bytes / 1024:>10.1f}",
                 *(f"{1e3 * bound:>13,.0f} ms" for bound in bounds.values()),
             )
-            rows.append({"shape": shape, "way": way.name[0], "operations": way.operations, "n_bytes": way.n_bytes,
-                         "threadgroup_bytes": way.threadgroup_bytes, "groups_per_core": way.groups_per_core,
-                         "bound_s": bounds})
+            rows.append(
+                {
+                    "shape": shape,
+                    "way": way.name[0],
+                    "operations": way.operations,
+                    "n_bytes": way.n_bytes,
+                    "threadgroup_bytes": way.threadgroup_bytes,
+                    "groups_per_core": way.groups_per_core,
+                    "bound_s": bounds,
+                }
+            )
     print(json.dumps({"bench": "head_backward", "tokens": options.tokens, "rows": rows}))
 
 

@@ -42,6 +42,8 @@ class Case:
     engine: str = "mebp"
     dropout: float = 0.0
     budget_mb: int = 0
+    dtype: str = "float32"
+    weights: str = "decompressed"
 
 
 def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         phase(backprop.head, "run", "head")
         phase(backprop.BlockRunner, "backward", "backward")
         phase(Updater, "sink", "update")
-        model = mebp_mlx.open_model(folder)
+        model = mebp_mlx.open_model(folder, case.dtype, case.weights)
         lora = mebp_mlx.init_lora(model, dropout=case.dropout)
         optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
         updater = Updater(optimizers[case.optimizer](learning_rate=1e-4), lora, park=case.engine == "mebp")
@@ -141,6 +143,9 @@ def grid(quick: bool) -> list[Case]:
     cases += [Case(gemma, 256, 2, "adamw", blocks="small"), Case(wide, 128, 4, "adamw")]
     budgets = ((small, 256, 60), (small, 2048, 1000), (small, 2048, 100), (wide, 1024, 1000), (gemma, 1024, 100))
     cases += [Case(shape, T, budget_mb=budget) for shape, T, budget in budgets]
+    # What Metal computes with; slow on a CPU, so short.
+    cases += [Case(small, 48, dtype="bfloat16", weights=weights) for weights in ("packed", "decompressed")]
+    cases += [Case(small, 48, weights="packed")]
     return cases
 
 
@@ -171,6 +176,7 @@ def main() -> None:
             worst = max(worst, abs(off), key=abs)
             plan = f"--memory-budget {case.budget_mb}MB" if case.budget_mb else f"{case.policy} {case.blocks}"
             text = f"{case.shape} T={case.T} B={case.B} {case.optimizer} {plan}"
+            text += f" {case.dtype} {case.weights}" * (case.dtype != "float32" or case.weights == "packed")
             text += f" {case.engine}" * (case.engine != "mebp") + f" dropout {case.dropout}" * (case.dropout > 0)
             by_phase = max(found["predicted"], key=found["predicted"].get)
             print(

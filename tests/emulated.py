@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -26,13 +25,16 @@ def running(
 
     change: replaces each kernel's source text; pretend: calls without `impl` find Metal too.
     """
-    on_metal = metal.available()
+    on_metal = mx.metal.is_available()
     if not on_metal and (reason := metal_on_cpu.why_not(sanitize)):
         pytest.skip(reason)
     if on_metal and (seed or sanitize):
         pytest.skip("an order of threads or a sanitizer: emulated only")
     with contextlib.ExitStack() as stack:
-        if not on_metal:
+        if on_metal:
+            stack.callback(mx.set_default_device, mx.default_device())
+            mx.set_default_device(mx.gpu)
+        else:
             emulator = partial(metal_on_cpu.metal_kernel, sanitize=sanitize, seed=seed)
             stack.enter_context(mock.patch.object(metal, "factory", emulator))
         if pretend:
@@ -46,8 +48,3 @@ def running(
         yield
     for source in SOURCES.values():
         source.__dict__.pop("_kernel", None)
-
-
-def export_inputs(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, ...]:
-    """A kernel's sample arguments."""
-    return trust.KERNELS[name].sample(dtype, group_size)

@@ -11,7 +11,6 @@ import pytest
 
 from mebp_mlx import kernels
 from mebp_mlx.kernels import linear_cross_entropy, online_softmax, trust
-from mebp_mlx.kernels.metal import available
 from mebp_mlx.model import head
 from tests import metal_on_cpu
 from tests.emulated import SOURCES, running
@@ -200,7 +199,7 @@ def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
     return (call, verbose), tuple(arrays)
 
 
-@pytest.mark.skipif(available(), reason="the signature is MLX's own on Metal")
+@pytest.mark.skipif(mx.metal.is_available(), reason="the signature is MLX's own on Metal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated_signature_is_mlxs_own(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
@@ -285,7 +284,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.skipif(available(), reason="faults are planted into emulated kernels only")
+@pytest.mark.skipif(mx.metal.is_available(), reason="faults are planted into emulated kernels only")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str) -> None:
     name = fault.partition(":")[0]

@@ -20,7 +20,7 @@ from tests.emulated import SOURCES, running
 from tests.parity import largest_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
-pytestmark = pytest.mark.skipif(metal.available(), reason="faults are planted into emulated kernels only")
+pytestmark = pytest.mark.skipif(mx.metal.is_available(), reason="faults are planted into emulated kernels only")
 KERNELS_WRONG = "Metal kernel linear_cross_entropy \\(bfloat16, groups of 32\\) is not used on .+: "
 
 
