@@ -62,6 +62,7 @@ def run(
             state = one_pass.update(state, step, piece.backward(step.p) if want_dx else None)
             del step
         mx.eval(state)
+        del piece  # before the next one is brought in
     loss_sum = float(np.asarray(one_pass.losses(state).sum()))
     if not want_dx:
         return HeadResult(loss_sum, len(y), None)

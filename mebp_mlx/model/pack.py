@@ -1,0 +1,133 @@
+"""Compression of weights to 4 or 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
+
+unpack.py is the way back. All functions take whole rows, so a matrix can be packed a row block at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import unpack
+from .spec import Quantization
+
+MODES = ("affine", "symmetric", "mxfp4")
+_PIECE_ITEMS = 64 << 10  # float32 numbers that stay in a core's cache
+_FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are to be stored. mode: one of MODES; "mxfp4" has 4 bits and groups of 32."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+    @property
+    def stored(self) -> Quantization:
+        """What a reader is told: symmetric weights are affine ones whose biases are -2^(bits-1) scales."""
+        return Quantization(self.bits, self.group_size, "affine" if self.mode == "symmetric" else self.mode)
+
+    def fits(self, in_dims: int) -> bool:
+        """Whether rows of this length can be packed (mlx-lm's own rule)."""
+        return in_dims % self.group_size == 0
+
+
+def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
+    """{"weight": uint32 [n, in * bits / 32], "scales": [n, in / group], "biases": the same, but not with mxfp4}.
+
+    rows: finite, [n, in], in the dtype that affine scales and biases will have; mxfp4's scales are uint8.
+    """
+    if packing.mode == "symmetric":
+        return _symmetric(rows, packing.bits, packing.group_size)
+    if packing.mode == "mxfp4" and unpack.on_cpu():
+        return _mxfp4(rows)
+    parts = mx.quantize(rows, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
+    return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
+    """What a reader makes of packed rows: float32 [n, in]."""
+    how = packing.stored
+    if how.mode == "mxfp4":
+        rows = mx.dequantize(parts["weight"], parts["scales"], group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+        return np.asarray(rows)
+    scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
+    if unpack.on_cpu():
+        numbers = (np.asarray(parts["weight"]), np.asarray(scales), np.asarray(biases))
+        return np.asarray(unpack.affine(*numbers, how.bits, how.group_size))
+    return np.asarray(mx.dequantize(parts["weight"], scales, biases, group_size=how.group_size, bits=how.bits))
+
+
+def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array]:
+    """scale * q, q in [-half, half - 1], half = 2^(bits - 1); scale = the group's largest value by magnitude / -half.
+
+    That value becomes q = -half exactly: dividing by a power of two loses nothing in the stored dtype (subnormal
+    numbers apart). The step is max|w| / 8 with 4 bits, against max|w| / 7 of a grid that is even on both sides, and
+    what the missing +half clips is less than that gains: on normal weights in groups of 64 the RMS error is 9.5 %
+    of the weights against 10.8 %, and smaller for Laplace and uniform weights and other groups, too. Nor can
+    half * scale overflow, which is no larger than a weight. Codes are chosen against the stored, rounded scale.
+    """
+    half = 1 << (bits - 1)
+    numbers = np.asarray(rows.astype(mx.float32))
+    n_rows, n_in = numbers.shape
+    groups = numbers.reshape(n_rows, -1, group_size)
+    highest, lowest = groups.max(axis=-1), groups.min(axis=-1)
+    extreme = np.where(highest > -lowest, highest, lowest)
+    scales = mx.array(extreme / np.float32(-half)).astype(rows.dtype)
+    exact = np.asarray(scales.astype(mx.float32))
+    steps = np.where(exact == 0, np.float32(1), exact)[..., None]  # a group of zeros, or of too small numbers
+    codes = np.empty((n_rows, n_in), np.uint8)
+
+    def run(piece: slice) -> None:
+        levels = groups[piece] / steps[piece]
+        np.rint(levels, out=levels)
+        np.clip(levels, -half, half - 1, out=levels)
+        np.add(levels, half, out=levels)
+        codes[piece] = levels.reshape(-1, n_in)  # truncates what is whole
+
+    unpack.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
+    biases = mx.array(exact * np.float32(-half)).astype(rows.dtype)
+    return {"weight": _words(codes, bits), "scales": scales, "biases": biases}
+
+
+def _mxfp4(rows: mx.array) -> dict[str, mx.array]:
+    """mx.quantize(mode="mxfp4") of MLX's CPU backend, bit by bit and about ten times as fast: it compares each weight
+    with all sixteen values, in arrays sixteen times the size of the weights.
+
+    A group's scale is the smallest power of two with max|w| <= 6 scale, and of two values equally near the smaller
+    magnitude is taken. Groups below 2^-127 keep that as their scale, where MLX's exponent wraps around to NaN.
+    """
+    n_rows, n_in = rows.shape
+    numbers = np.asarray(rows.astype(mx.float32)).reshape(n_rows, -1, 32)
+    largest = np.maximum(numbers.max(axis=-1), -numbers.min(axis=-1))
+    exponents = mx.ceil(mx.log2(mx.array(largest) / 6))  # MLX's own log2: numpy's may round otherwise
+    exponents = mx.where(mx.array(largest == 0), 0, mx.maximum(exponents, -127)).astype(mx.int32)
+    steps = np.ldexp(np.float32(1), np.asarray(exponents))[..., None]
+    codes = np.empty((n_rows, n_in), np.uint8)
+
+    def run(piece: slice) -> None:
+        levels = numbers[piece] / steps[piece]
+        negative = levels < 0
+        np.abs(levels, out=levels)
+        code = (levels > _FP4_MIDPOINTS[0]).view(np.uint8)
+        for midpoint in _FP4_MIDPOINTS[1:]:
+            code += levels > midpoint
+        code |= (negative & (code > 0)).view(np.uint8) << 3
+        codes[piece] = code.reshape(-1, n_in)
+
+    unpack.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
+    return {"weight": _words(codes, 4), "scales": (exponents + 127).astype(mx.uint8)}
+
+
+def _words(codes: np.ndarray, bits: int) -> mx.array:
+    """One code a byte -> uint32 words, lowest bits first."""
+    packed: Any = codes
+    if bits == 4:
+        pairs = codes.view("<u2")
+        packed = (pairs | (pairs >> 4)).astype(np.uint8)  # the high byte's nibble comes above the low one's
+    return mx.array(packed.view("<u4"))

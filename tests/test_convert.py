@@ -1,0 +1,263 @@
+"""Converted checkpoints: mlx-lm's own bits, any reader's format, whole or not there, whatever the source."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mebp_mlx
+from mebp_mlx import convert
+from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.pack import Packing, pack, unpacked
+from mebp_mlx.shards import PAGE_BYTES
+from mebp_mlx.weights import MappedWeights
+from tests.tiny import CONFIGS, packed_config, random_batch, write_model
+
+FORMATS = {
+    "affine 4": ("--group-size", "32"),
+    "affine 8": ("--bits", "8", "--group-size", "32"),
+    "symmetric": ("--mode", "symmetric", "--group-size", "32"),
+    "mxfp4": ("--mode", "mxfp4"),
+}
+# Relative RMS error of the weights, about what the format's step allows on normal weights.
+ERRORS = {"affine 4": 0.10, "affine 8": 0.008, "symmetric": 0.11, "mxfp4": 0.13}
+
+
+def run(source: Path | str, out: Path | str, *more: str) -> int:
+    return convert.main(["--model", str(source), "--out", str(out), *more])
+
+
+@pytest.fixture
+def source(tmp_path: Path, seed: int) -> Path:
+    return write_model(tmp_path / "source", packed_config("qwen2-untied"), seed=seed, dtype=mx.bfloat16)
+
+
+def _loss(folder: Path, seed: int) -> float:
+    model = mebp_mlx.open_model(folder)
+    lora = mebp_mlx.init_lora(model, rank=1)
+    return float(np.asarray(mebp_mlx.loss(model, lora, *random_batch(seed, 2, 15, model.spec.V))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, seed: int) -> None:
+    from mlx_lm.utils import load_model
+
+    folder = write_model(tmp_path / "source", packed_config(name), seed=seed, dtype=mx.bfloat16)
+    assert run(folder, tmp_path / "out", "--bits", "8", "--group-size", "32") == 0
+    assert abs(_loss(tmp_path / "out", seed) / _loss(folder, seed) - 1) <= 0.02, f"seed {seed}"
+    load_model(tmp_path / "out", strict=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"} == config["quantization_config"]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_errors_are_reported_and_are_the_formats(
+    tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    assert run(source, tmp_path / "out", *FORMATS[format_name]) == 0
+    text = capsys.readouterr().out
+    reported = float(text.partition("error       ")[2].partition("%")[0]) / 100
+    before, after = Model(source), Model(tmp_path / "out")
+    sums = np.zeros(2)
+    for linear in _linears(before):
+        new = next(x for x in _linears(after) if x.name == linear.name)
+        w, packed = (np.asarray(m.rows(x, 0, x.out_dims), np.float64) for m, x in ((before, linear), (after, new)))
+        sums += [((w - packed) ** 2).sum(), (w**2).sum()]
+    measured = (sums[0] / sums[1]) ** 0.5
+    assert abs(reported - measured) <= 1e-4, f"seed {seed}"
+    assert 0 < measured <= ERRORS[format_name], f"seed {seed}"
+
+
+def _linears(model: Model) -> list[Any]:
+    return [model.spec.embedding, model.spec.head, *(x for layer in model.spec.layers for x in layer.linears.values())]
+
+
+@pytest.mark.parametrize("bits, mode, group", [(4, "affine", 64), (8, "affine", 32), (4, "mxfp4", 32)])
+def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
+    config = json.loads((source / "config.json").read_text())
+    how = ("--bits", str(bits), "--mode", mode, "--group-size", str(group))
+    assert run(source, tmp_path / "out", *how) == 0
+    ours, plain = MappedWeights(tmp_path / "out"), MappedWeights(source)
+    n_packed = 0
+    for name in plain.names:
+        value = plain.rows(name)
+        stem = name.removesuffix(".weight")
+        if f"{stem}.scales" not in ours:
+            assert mx.array_equal(ours.rows(name), value).item() and ours.info(name).dtype == plain.info(name).dtype
+            continue
+        n_packed += 1
+        for part, expected in zip(
+            ("weight", "scales", "biases"), mx.quantize(value, group_size=group, bits=bits, mode=mode), strict=False
+        ):
+            found = ours.rows(f"{stem}.{part}")
+            assert found.dtype == expected.dtype and mx.array_equal(found, expected).item(), (stem, part)
+    n_fitting = 3 if config["intermediate_size"] % group else 7  # rows of 96 are not whole groups of 64
+    assert n_packed >= 3 * (n_fitting - 1) + 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_symmetric_codes_are_the_nearest_and_the_bias_is_exact(dtype: mx.Dtype, bits: int, seed: int) -> None:
+    rows = mx.array(np.random.default_rng(seed).normal(0, 0.05, (40, 128)), mx.float32).astype(dtype)
+    packing = Packing(bits, 64, "symmetric")
+    parts = pack(rows, packing)
+    half = 2 ** (bits - 1)
+    assert mx.array_equal(parts["biases"], -half * parts["scales"]).item()
+    exact = np.asarray(rows.astype(mx.float32), np.float64)
+    scales = np.repeat(np.asarray(parts["scales"].astype(mx.float32), np.float64), 64, axis=1)
+    found = np.asarray(unpacked(parts, packing), np.float64)
+    q = found / scales
+    assert np.abs(q - np.rint(q)).max() < 1e-3 and q.min() >= -half - 1e-3 and q.max() <= half - 1 + 1e-3
+    nearest = scales * np.clip(np.rint(exact / scales), -half, half - 1)
+    assert np.abs(found - nearest).max() <= 1e-2 * np.abs(scales).max(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("format_name", ["affine 4", "mxfp4"])
+def test_a_packed_source_is_packed_anew(tmp_path: Path, source: Path, format_name: str, seed: int) -> None:
+    """Once in the format, a second conversion changes next to nothing."""
+    assert run(source, tmp_path / "one", *FORMATS[format_name]) == 0
+    assert run(tmp_path / "one", tmp_path / "two", *FORMATS[format_name]) == 0
+    losses = [_loss(tmp_path / name, seed) for name in ("one", "two")]
+    assert abs(losses[1] / losses[0] - 1) <= 2e-2, f"seed {seed}"
+    assert run(tmp_path / "one", tmp_path / "eight", "--bits", "8", "--group-size", "32") == 0
+    assert abs(_loss(tmp_path / "eight", seed) / losses[0] - 1) <= 2e-2, f"seed {seed}"
+
+
+def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    config = packed_config("gemma3")
+    config["text_config"].update(hidden_size=256, intermediate_size=512)
+    folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
+    assert run(folder, tmp_path / "out", "--group-size", "32") == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) == 4 + 2  # blocks, embedding, norm
+    n_aligned = 0
+    for number, file in enumerate(files):
+        with safetensors.safe_open(str(file), "np") as reader:
+            names = list(reader.keys())
+        blocks = {name.split(".layers.")[1].split(".")[0] for name in names if ".layers." in name}
+        assert blocks == ({str(number - 1)} if 0 < number < 5 else set())
+        assert {index[name] for name in names} == {file.name}
+        weights = MappedWeights(file)
+        assert weights.info(weights.names[0]).offset % PAGE_BYTES == 0
+        for name in weights.names:
+            info = weights.info(name)
+            assert info.offset % mx.array([], {"U32": mx.uint32, "BF16": mx.bfloat16}[info.dtype]).itemsize == 0
+            if info.n_bytes % PAGE_BYTES == 0:
+                assert info.offset % PAGE_BYTES == 0, name
+                n_aligned += 1
+        end = max(weights.info(name).offset + weights.info(name).n_bytes for name in weights.names)
+        assert end == file.stat().st_size
+    assert n_aligned > 8
+
+
+def test_tokenizer_files_come_along_and_unknown_tensors_stay_behind(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = dict(mx.load(str(source / "model.safetensors")))
+    tensors["vision_tower.patch.weight"] = mx.zeros((3, 3))
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "modeling.py").write_text("raise SystemExit")
+    assert run(source, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "modeling.py").exists()
+    assert "1 such as vision_tower.patch.weight" in capsys.readouterr().out
+    assert "vision_tower.patch.weight" not in MappedWeights(tmp_path / "out")
+
+
+def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    config = packed_config("llama")
+    config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
+    folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(out), "--mode", "mxfp4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert lines[2].startswith("block 2/25"), lines
+    assert not out.exists()
+    (left,) = tmp_path.glob(".out.*.partial")
+    assert list(left.glob("*.safetensors")) and not (left / "config.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "which a killed conversion left behind" in again.stdout
+    assert not list(tmp_path.glob(".out.*")) and len(list(out.glob("*.safetensors"))) == 27
+    Model(out).weights.close()
+
+
+def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
+    config = packed_config("llama")
+    config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
+    folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
+    command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "interrupted; nothing is left behind\n"
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A matrix of 64 MB in float32: its rows come and go."""
+    config = packed_config("llama")
+    config.update(num_hidden_layers=1, hidden_size=1024, vocab_size=16384, head_dim=64, intermediate_size=4096)
+    folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
+    command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak_mb = int(said.partition("peak footprint ")[2].partition(" MB")[0])
+    assert 0 < peak_mb < 100, said
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--out", "{new}"], "--model: is required"),
+        (["--model", "{source}"], "--out: is required"),
+        (["--model", "{new}", "--out", "{new}"], "{new}"),
+        (["--model", "{source}", "--out", "{full}"], "--out {full}: exists and is not empty"),
+        (["--model", "{source}", "--out", "{source}/inside"], "--out {source}/inside: is inside the source"),
+        (["--model", "{source}", "--out", "{new}", "--bits", "5"], "--bits 5: is not one of 4, 8"),
+        (["--model", "{source}", "--out", "{new}", "--group-size", "48"], "--group-size 48: is not one of 32, 64, 128"),
+        (["--model", "{source}", "--out", "{new}", "--group-size", "128"], "--group-size 128: divides no row"),
+        (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--bits", "8"], "--bits 8: mxfp4 has 4"),
+        (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--group-size", "64"], "mxfp4 has groups of 32"),
+        (["--model", "{source}", "--out", "{new}", "--mode", "int4"], "--mode: "),
+        (["--model", "{source}", "--out", "{new}", "--group", "32"], "--group: no such option"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, source: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").touch()
+    places = {"new": str(tmp_path / "new"), "source": str(source), "full": str(full)}
+    began = time.perf_counter()
+    assert convert.main([part.format(**places) for part in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message.format(**places) in said, said
+    assert not (tmp_path / "new").exists() and time.perf_counter() - began < 10
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = dict(mx.load(str(source / "model.safetensors")))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = mx.where(mx.arange(tensors[name].shape[1]) == 3, mx.nan, tensors[name]).astype(mx.bfloat16)
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    assert run(source, tmp_path / "out") == 2
+    assert f"tensor {name} holds values that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
