@@ -59,6 +59,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
     from mebp_mlx.engine.job import job_for
     from mebp_mlx.engine.predict import predict
     from mebp_mlx.engine.update import Updater
+    from mebp_mlx.engine.zeroth_order import make_estimator
     from mebp_mlx.optimizers import PlainSGD, state_bytes
     from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
 
@@ -104,7 +105,9 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         else:
             chosen = plan.Plan(saved=getattr(plan, POLICIES[case.policy]), **BLOCKS[case.blocks])
         predicted = predict(job, chosen)
-        engine = make_engine(case.engine, model, lora, plan=chosen)
+        zeroth = case.engine != "mebp"
+        estimator = make_estimator(case.engine, lora, seed=0, eps=1e-2) if zeroth else None
+        engine = make_engine(case.engine, model, lora, plan=chosen, estimator=estimator)
         rng = np.random.default_rng(0)
         tokens, targets = rng.integers(0, model.spec.V, (2, case.B, case.T)).astype(np.int32)
         batch = Batch(tokens, targets, rows=("random",) * case.B, n_labels=tokens.size)

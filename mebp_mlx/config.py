@@ -20,6 +20,7 @@ PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
+ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -55,9 +56,13 @@ class TrainConfig:
                            choices=("truncate", "drop", "error"))
     batch_size: int = option(4, DATA, "rows of a micro-batch; memory grows with rows x longest row", at_least=1)
 
-    engine: str = option("mebp", METHOD, "mebp: layer by layer; whole-graph: autograd; mezo: two forwards",
-                         choices=("mebp", "whole-graph", "mezo"))
-    mezo_eps: float = option(1e-2, METHOD, "size of mezo's probe along its random direction", metavar="X", above=0)
+    engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
+                         choices=("mebp", "whole-graph", *ZEROTH_ORDER))
+    zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
+    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1)
+    kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
+    hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
     dtype: str = option("auto", METHOD, "of the computation; auto: bfloat16 on Metal, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
@@ -81,7 +86,7 @@ class TrainConfig:
                              at_least=1, or_minus_one=True)
 
     optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
-                                   choices=OPTIMIZERS, shown_default="adam; sgd with mezo")
+                                   choices=OPTIMIZERS, shown_default="adam; sgd with zeroth order")
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
@@ -135,8 +140,8 @@ class TrainConfig:
 
     @property
     def optimizer_name(self) -> str:
-        """The optimizer that runs: as given, else sgd for mezo and adam for the engines with exact gradients."""
-        return self.optimizer or ("sgd" if self.engine == "mezo" else "adam")
+        """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
+        return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
 
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:

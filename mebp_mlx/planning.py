@@ -8,7 +8,7 @@ from typing import Any
 
 import mebp_mlx
 
-from .config import TrainConfig
+from .config import ZEROTH_ORDER, TrainConfig
 from .data import has_tokenizer
 from .engine.choose import choose_plan
 from .engine.job import job_for
@@ -16,6 +16,7 @@ from .engine.parking import parked_bytes
 from .engine.plan import Plan
 from .engine.predict import Prediction, predict
 from .engine.update import Updater
+from .engine.zeroth_order import Estimator, make_estimator
 from .errors import UserError
 from .model.frozen import Model
 from .model.lora import Lora
@@ -55,12 +56,35 @@ def make_lora(config: TrainConfig, model: Model) -> Lora:
     )
 
 
+def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
+    """What makes a zeroth-order engine's estimates, as the options say; None for exact gradients."""
+    if config.engine not in ZEROTH_ORDER:
+        return None
+    return make_estimator(
+        config.engine,
+        lora,
+        seed=config.seed,
+        eps=config.zo_eps,
+        n_seeds=config.kzoo_seeds,
+        pro=config.kzoo_pro,
+        alpha=config.hizoo_alpha,
+        n_samples=config.fzoo_samples,
+    )
+
+
 def make_plan(
-    config: TrainConfig, model: Model, lora: Lora, updater: Updater, sizes: Sizes, base_bytes: int
+    config: TrainConfig,
+    model: Model,
+    lora: Lora,
+    updater: Updater,
+    sizes: Sizes,
+    base_bytes: int,
+    estimator: Estimator | None,
 ) -> Planned | None:
     """Chooses and prints a plan; None for the engine that has none.
 
-    base_bytes: the footprint before the model was opened. Raises BudgetError naming the smallest workable budget.
+    base_bytes: the footprint before the model was opened; estimator: its arrays count as state. Raises BudgetError
+    naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
         if config.memory_budget is not None or config.dry_run:
@@ -68,12 +92,13 @@ def make_plan(
         return None
     parks = parks_state(config)
     state: dict[str, Any] = updater.optimizer.state
+    kept = 0 if estimator is None else sum(int(value.nbytes) for value in estimator.state().values())
     job = job_for(
         model,
         lora,
         sizes.batch_size,
         sizes.longest,
-        state_bytes=0 if parks else state_bytes(updater.optimizer),
+        state_bytes=kept + (0 if parks else state_bytes(updater.optimizer)),
         parked_bytes=(updater.parked_bytes or parked_bytes(state)) if parks else 0,
         gathers=updater.gather,
         optimizer=config.optimizer_name,
@@ -107,5 +132,6 @@ def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
     optimizer = make_optimizer(config, max(1, config.iters // accumulate))
     updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
     longest = config.max_seq_length - 1  # the last token is only a label
-    make_plan(config, model, lora, updater, Sizes(config.batch_size, longest, longest), base_bytes)
+    sizes = Sizes(config.batch_size, longest, longest)
+    make_plan(config, model, lora, updater, sizes, base_bytes, estimator_of(config, lora))
     return True

@@ -23,11 +23,12 @@ from .config import TrainConfig
 from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
 from .engine import Engine, make_engine
 from .engine.update import Updater
+from .engine.zeroth_order import Estimator
 from .errors import BudgetError, NonFiniteLoss, UserError
 from .hub import resolve_model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
-from .planning import Sizes, make_lora, make_plan, parks_state, plan_without_data
+from .planning import Sizes, estimator_of, make_lora, make_plan, parks_state, plan_without_data
 from .runtime import run_state
 from .runtime.device import dtype_name
 from .runtime.footprint import PeakMeter, footprint_bytes
@@ -99,8 +100,9 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
+    estimator = estimator_of(config, lora)
     if checkpoint is not None:
-        restore(checkpoint, lora, optimizer)
+        restore(checkpoint, lora, optimizer, estimator)
         checkpoint = None  # its arrays belong to lora and optimizer now
     updater = Updater(
         optimizer,
@@ -114,7 +116,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
     longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0)
     sizes = Sizes(batch_size, longest, longest_evaluated)
-    planned = make_plan(config, model, lora, updater, sizes, before_model_bytes)
+    planned = make_plan(config, model, lora, updater, sizes, before_model_bytes, estimator)
     if config.dry_run:
         return DONE
     engine = make_engine(
@@ -123,7 +125,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         lora,
         plan=None if planned is None else planned.plan,
         seed=config.seed,
-        mezo_eps=config.mezo_eps,
+        estimator=estimator,
         arena_dir=config.arena_dir,
     )
     engine.reserve(batch_size, longest)
@@ -169,7 +171,9 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             log.notice(text)
 
         watch = BudgetWatch(planned, meter, log)
-        trainer = Trainer(config, folder, data, origin, lora, optimizer, updater, engine, log, meter, interrupt, watch)
+        trainer = Trainer(
+            config, folder, data, origin, lora, optimizer, updater, estimator, engine, log, meter, interrupt, watch
+        )
         interrupt.deferred = True
         try:
             step = trainer.train(step, n_updates)
@@ -197,6 +201,7 @@ class Trainer:
     lora: Lora
     optimizer: Any
     updater: Updater
+    estimator: Estimator | None
     engine: Engine
     log: RunLog
     meter: PeakMeter
@@ -289,7 +294,14 @@ class Trainer:
         started_s = time.perf_counter()
         run_state.save_checkpoint(
             self.folder,
-            Checkpoint(self.lora.parameters(), self.updater.state(), step, self.config.to_dict(), self.origin),
+            Checkpoint(
+                self.lora.parameters(),
+                self.updater.state(),
+                step,
+                self.config.to_dict(),
+                self.origin,
+                {} if self.estimator is None else self.estimator.state(),
+            ),
         )
         run_state.save_adapters(self.folder, self.lora, self.config, iteration, numbered=numbered)
         self.log.event("save", iter=iteration, step=step, seconds=time.perf_counter() - started_s)
@@ -348,12 +360,15 @@ def count_updates(config: TrainConfig, rows: TokenRows) -> int:
     return config.iters // accumulate
 
 
-def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any) -> None:
-    """Puts a checkpoint's arrays into a fresh Lora and optimizer of the same options."""
+def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
+    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options."""
     optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
-    run_state.restore(checkpoint, lora.parameters(), optimizer.state)
+    state = {} if estimator is None else estimator.state()
+    run_state.restore(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
     lora.update(checkpoint.lora)
     optimizer.state = checkpoint.optimizer
+    if estimator is not None:
+        estimator.load(checkpoint.engine)
 
 
 if __name__ == "__main__":

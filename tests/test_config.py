@@ -77,7 +77,8 @@ def test_defaults_are_those_of_the_dataclass() -> None:
 def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> None:
     other: dict[str, Any] = {
         "model": "m", "data": "d", "mask_prompt": True, "max_seq_length": 77, "overlong": "drop", "batch_size": 3,
-        "engine": "mezo", "mezo_eps": 0.5, "arena_dir": "a", "seed": 9, "rank": 5, "scale": 2.5, "dropout": 0.25,
+        "engine": "mezo", "zo_eps": 0.5, "kzoo_seeds": 9, "kzoo_pro": True, "hizoo_alpha": 0.5, "fzoo_samples": 3,
+        "arena_dir": "a", "seed": 9, "rank": 5, "scale": 2.5, "dropout": 0.25,
         "keys": ["mlp.up_proj", "mlp.down_proj"], "num_layers": 2, "optimizer": "lion", "learning_rate": 0.5,
         "warmup": 3, "lr_decay": "cosine", "max_grad_norm": 1.5, "grad_accumulation_steps": 4, "iters": 12,
         "steps_per_eval": 6, "val_batches": -1, "test": True, "test_batches": 8, "adapter_path": "p", "resume": True,
@@ -155,7 +156,7 @@ def test_epochs_and_iters(tmp_path: Path) -> None:
         (["--seed", "-1"], "--seed", "at least 0"),
         (["--batch-size", "0"], "--batch-size", "at least 1"),
         (["--max-seq-length", "1"], "--max-seq-length", "at least 2"),
-        (["--mezo-eps", "-0.1"], "--mezo-eps", "greater than 0"),
+        (["--zo-eps", "-0.1"], "--zo-eps", "greater than 0"),
         (["--engine", "whole"], "--engine", "did you mean whole-graph?"),
         (["--optimizer", "adamv"], "--optimizer", "adamw, sgd"),
         (["--keys", "q_proj", "vproj"], "--keys", "did you mean"),

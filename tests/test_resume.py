@@ -44,7 +44,11 @@ VARIANTS: dict[str, list[str]] = {
         "0.1",
     ],
     "sgd": ["--optimizer", "sgd", "--dropout", "0.1"],
-    "mezo": ["--engine", "mezo", "--mezo-eps", "0.01"],
+    "mezo": ["--engine", "mezo", "--zo-eps", "0.01", "--grad-accumulation-steps", "2"],
+    "kzoo": ["--engine", "kzoo", "--kzoo-seeds", "3"],
+    "kzoo pro": ["--engine", "kzoo", "--kzoo-seeds", "5", "--kzoo-pro", "--grad-accumulation-steps", "2"],
+    "hizoo": ["--engine", "hizoo", "--hizoo-alpha", "1e-3"],
+    "fzoo": ["--engine", "fzoo", "--fzoo-samples", "3", "--dropout", "0.1"],
 }
 
 

@@ -55,6 +55,10 @@ def same_bits(a: mx.array, b: mx.array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and np.array(a).tobytes() == np.array(b).tobytes()
 
 
+def fresh_run(lora: dict[str, mx.array], optimizer: Any, **engine: mx.array) -> Checkpoint:
+    return Checkpoint(lora, optimizer, 0, {}, {}, engine)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor", "lion", "muon"])
 def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: str) -> None:
     values, optimizer = state_after_updates(name, seed)
@@ -65,7 +69,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: s
 
     fresh = make_optimizer(TrainConfig(optimizer=name, warmup=1, lr_decay="cosine"), 10)
     fresh.init(parameters(seed))
-    run_state.restore(again, parameters(seed), fresh.state)
+    run_state.restore(again, fresh_run(parameters(seed), fresh.state))
     fresh.state = again.optimizer
     gradients = parameters(seed + 99)
     expected, found = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
@@ -225,22 +229,25 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
     state = run_state.load_checkpoint(tmp_path)
     optimizer = make_optimizer(TrainConfig(), 10)
     optimizer.init(parameters(0))
-    run_state.restore(state, parameters(0), optimizer.state)
+    run_state.restore(state, fresh_run(parameters(0), optimizer.state))
     wider = {**parameters(0), NAMES[1]: mx.zeros((4, 7))}
     with pytest.raises(UserError, match=r"has shape \(3, 7\), not \(4, 7\)"):
-        run_state.restore(state, wider, optimizer.state)
+        run_state.restore(state, fresh_run(wider, optimizer.state))
     with pytest.raises(UserError, match="is not of this run"):
-        run_state.restore(
-            state, {name: value for name, value in parameters(0).items() if name != NAMES[0]}, optimizer.state
-        )
+        fewer = {name: value for name, value in parameters(0).items() if name != NAMES[0]}
+        run_state.restore(state, fresh_run(fewer, optimizer.state))
     with pytest.raises(UserError, match="missing"):
-        run_state.restore(state, {**parameters(0), "extra": mx.zeros(2)}, optimizer.state)
+        run_state.restore(state, fresh_run({**parameters(0), "extra": mx.zeros(2)}, optimizer.state))
+    with pytest.raises(UserError, match="engine/sums is missing"):
+        run_state.restore(state, fresh_run(parameters(0), optimizer.state, sums=mx.zeros(3)))
 
 
 FIXED = {
     "batch_size": 7, "dropout": 0.5, "engine": "mezo", "grad_accumulation_steps": 3, "keys": ("mlp.up_proj",),
     "learning_rate": 0.5, "lr_decay": "linear", "lr_schedule": {"name": "cosine_decay", "arguments": [1, 2]},
-    "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9, "mezo_eps": 0.5, "num_layers": 1,
+    "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9,
+    "zo_eps": 0.5, "kzoo_seeds": 9, "kzoo_pro": True, "hizoo_alpha": 0.5, "fzoo_samples": 3,
+    "num_layers": 1,
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
     "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
 }  # fmt: skip

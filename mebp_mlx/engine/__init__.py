@@ -10,7 +10,7 @@ from ..model.lora import Lora
 from .backprop import BackpropEngine, Sink, TokenBatch
 from .plan import Plan
 from .whole_graph import WholeGraphEngine
-from .zeroth_order import MezoEngine
+from .zeroth_order import Estimator, ZerothOrderEngine
 
 
 class Engine(Protocol):
@@ -32,14 +32,17 @@ def make_engine(
     *,
     plan: Plan | None = None,
     seed: int = 0,
-    mezo_eps: float = 1e-2,
+    estimator: Estimator | None = None,
     arena_dir: str | Path | None = None,
 ) -> Engine:
-    """The engine of that name ("mebp", "whole-graph", "mezo"); ValueError for another."""
+    """The engine of that name; ValueError for another.
+
+    estimator: the zeroth-order engines' own (make_estimator of the same name).
+    """
     if name == "mebp":
         return BackpropEngine(model, lora, plan=plan, seed=seed, arena_dir=arena_dir)
     if name == "whole-graph":
         return WholeGraphEngine(model, lora, seed=seed)
-    if name == "mezo":
-        return MezoEngine(model, lora, plan=plan, seed=seed, eps=mezo_eps)
+    if estimator is not None:
+        return ZerothOrderEngine(model, lora, estimator, plan=plan, seed=seed)
     raise ValueError(f"unknown engine {name!r}")

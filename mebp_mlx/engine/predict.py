@@ -48,7 +48,7 @@ def predict(job: Job, plan: Plan) -> Prediction:
     fixed = job.base_bytes + job.lora_bytes + job.state_bytes
     gathered = job.lora_bytes if job.gathers else 0
     forward, backward, update = 0.0, 0.0, 0.0
-    exact = job.engine != "mezo"
+    exact = job.engine == "mebp"
     seen = set()
     for layer in spec.layers:
         trained = job.trained[layer.index]

@@ -1,16 +1,24 @@
-"""MeZO: a gradient estimate from two forward passes, its noise regenerated and never stored.
+"""Zeroth-order estimates: a few forward passes along random directions, whose noise is never stored.
 
-    z ~ N(0, I);  c = (L(theta + eps z) - L(theta - eps z)) / (2 eps);  gradient estimate = c z
+    MeZO    z ~ N(0, I);  c = (L(theta + eps z) - L(theta - eps z)) / (2 eps);  estimate = c z
+    K-ZOO   the same, the seed of z drawn from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
+            gave large slopes are drawn more often)
+    HiZOO   z is scaled by H^(-1/2), H a running diagonal estimate of the curvature
+    FZOO    u_i = +-1, i = 1..N;  estimate = sum_i (L(theta + eps u_i) - L(theta)) / (N std_i) u_i
 
-The perturbed parameters are made where a block uses them, so theta itself is never moved
-and restoring it costs nothing and loses no bit.
+Equations: Malladi et al. 2023, Qin et al. 2024 (FedKSeed), Zhao et al. 2025 (HiZOO), Dang et al. 2025 (FZOO). The
+perturbed parameters are made where a block uses them, so theta itself is never moved and restoring it loses no bit. A
+loss that is not finite ends the run, for K-ZOO too (FedKSeed's authors skip such a step).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import NonFiniteLoss
 from ..model.frozen import Model
@@ -19,12 +27,180 @@ from ..model.spec import Linear
 from .backprop import Sink, TokenBatch, forward_loss
 from .plan import Plan
 
+HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
+
+
+class Probe(NamedTuple):
+    """A point at which the loss is taken: theta + amount * direction(number)."""
+
+    amount: float
+    number: int = 0
+
+
+class Estimator:
+    """How an estimate is made of losses at a step's probes; this one is MeZO's. A subclass changes what differs.
+
+    begin(step) comes first, then direction() as often as a probe's forward passes ask for it; observe() takes the
+    losses of the whole step, one a probe, and gradient() then gives the estimate, parameter by parameter.
+    """
+
+    def __init__(self, seed: int, eps: float):
+        self.seed, self.eps, self.step = seed, eps, 0
+        self.slope = 0.0
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return Probe(self.eps), Probe(-self.eps)
+
+    def begin(self, step: int) -> None:
+        """Choose the directions of a step: a pure function of seed, step and state."""
+        self.step = step
+
+    def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
+        """The step's direction number `index` for one parameter; the same whenever it is asked for."""
+        return gaussian((self.seed, self.step), name, shape)
+
+    def observe(self, losses: np.ndarray) -> None:
+        """Take the step's mean losses at the probes, float64."""
+        self.slope = float(losses[0] - losses[1]) / (2 * self.eps)
+
+    def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        """The estimate for one parameter, float32; asked for once a step."""
+        return self.slope * self.direction(0, name, shape)
+
+    def loss(self, losses: np.ndarray) -> float:
+        """What is reported as the step's loss: the mean of both sides, or the loss at theta itself."""
+        return float(losses.mean())
+
+    def state(self) -> dict[str, mx.array]:
+        """What a resumed run needs besides seed and step: new names for the arrays of the moment."""
+        return {}
+
+    def load(self, state: Mapping[str, mx.array]) -> None:
+        """Take a state of another run's estimator with the same options."""
+
+
+class SeedPool(Estimator):
+    """K-ZOO: noise from a pool of `n_seeds`, each with the sum of its slopes; pro: draw by importance.
+
+    With plain SGD at a constant rate the trained parameters are those of rebuild(), bits of float32 sums apart.
+    """
+
+    def __init__(self, seed: int, eps: float, n_seeds: int, pro: bool):
+        super().__init__(seed, eps)
+        self.pro, self.chosen = pro, 0
+        self.sums, self.magnitudes, self.counts = (np.zeros(n_seeds, np.float32) for _ in range(3))
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        rng = np.random.default_rng([self.seed, step])
+        self.chosen = int(rng.choice(len(self.sums), p=self.probabilities() if self.pro else None))
+
+    def probabilities(self) -> np.ndarray:
+        """softmax(minmax(mean |clip(slopes of a seed)|)), float64 [K]; a seed without history has the mean 0."""
+        means = self.magnitudes.astype(np.float64) / np.maximum(self.counts, 1)
+        spread = means.max() - means.min()
+        weights = np.exp((means - means.min()) / spread) if spread > 0 else np.ones_like(means)
+        return weights / weights.sum()
+
+    def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
+        return pool_noise(self.seed, self.chosen, name, shape)
+
+    def observe(self, losses: np.ndarray) -> None:
+        super().observe(losses)
+        self.slope = float(np.float32(self.slope))  # what is summed up is what is applied
+        self.sums[self.chosen] += np.float32(self.slope)
+        self.magnitudes[self.chosen] += np.float32(min(abs(self.slope), HISTORY_CLIP))
+        self.counts[self.chosen] += 1
+
+    def state(self) -> dict[str, mx.array]:
+        return {"sums": mx.array(self.sums), "magnitudes": mx.array(self.magnitudes), "counts": mx.array(self.counts)}
+
+    def load(self, state: Mapping[str, mx.array]) -> None:
+        self.sums, self.magnitudes, self.counts = (np.array(state[k]) for k in ("sums", "magnitudes", "counts"))
+
+
+class Curvature(Estimator):
+    """HiZOO: H starts at 1, the losses are taken at theta +- eps H^(-1/2) z and theta,
+
+        H_new = (1 - a) H + a |l+ + l- - 2 l0| / (2 eps^2) H z z;  estimate = (l+ - l-) / (2 eps) z / sqrt(H_new)
+
+    One more array for each parameter. alpha = 0 is MeZO, and a forward pass.
+    """
+
+    def __init__(self, seed: int, eps: float, alpha: float, parameters: Mapping[str, mx.array]):
+        super().__init__(seed, eps)
+        self.alpha, self.bend = alpha, 0.0
+        self.diagonal = {name: mx.ones(value.shape) for name, value in parameters.items()}
+        mx.eval(self.diagonal)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return Probe(0.0), Probe(self.eps), Probe(-self.eps)
+
+    def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
+        return super().direction(index, name, shape) * mx.rsqrt(self.diagonal[name])
+
+    def observe(self, losses: np.ndarray) -> None:
+        super().observe(losses[1:])
+        self.bend = abs(float(losses[1] + losses[2] - 2 * losses[0])) / (2 * self.eps**2)
+
+    def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        z, before = super().direction(0, name, shape), self.diagonal[name]
+        after = (1 - self.alpha) * before + (self.alpha * self.bend) * before * z * z
+        mx.eval(after)
+        self.diagonal[name] = after
+        return self.slope * (z * mx.rsqrt(after))
+
+    def loss(self, losses: np.ndarray) -> float:
+        return float(losses[0])
+
+    def state(self) -> dict[str, mx.array]:
+        return dict(self.diagonal)
+
+    def load(self, state: Mapping[str, mx.array]) -> None:
+        self.diagonal = dict(state)
+
+
+class Normalized(Estimator):
+    """FZOO: one-sided differences along `n_samples` directions of signs, over their standard deviation.
+
+    eps is absorbed in the learning rate, and the estimate does not change with the scale of the loss.
+    """
+
+    def __init__(self, seed: int, eps: float, n_samples: int):
+        super().__init__(seed, eps)
+        self.weights = np.zeros(n_samples)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return Probe(0.0), *(Probe(self.eps, index) for index in range(len(self.weights)))
+
+    def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
+        return signs((self.seed, self.step, index), name, shape)
+
+    def observe(self, losses: np.ndarray) -> None:
+        deviation = losses[1:].std()
+        differences = losses[1:] - losses[0]
+        # Without any deviation there is no slope to be seen.
+        self.weights = differences / (len(differences) * deviation) if deviation > 0 else np.zeros(len(differences))
+
+    def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        total = mx.zeros(shape)
+        for index, weight in enumerate(self.weights):
+            total = total + float(weight) * self.direction(index, name, shape)
+            mx.eval(total)
+        return total
+
+    def loss(self, losses: np.ndarray) -> float:
+        return float(losses[0])
+
 
 class Perturbed:
-    """A Lora seen at theta + amount * z, z being a pure function of `noise_parts` and each parameter's name."""
+    """A Lora seen at a probe: theta + amount * direction."""
 
-    def __init__(self, lora: Lora, amount: float, noise_parts: tuple[int, ...]):
-        self.lora, self.amount, self.noise_parts = lora, amount, noise_parts
+    def __init__(self, lora: Lora, estimator: Estimator, probe: Probe):
+        self.lora, self.estimator, self.probe = lora, estimator, probe
         self.scale, self.dropout = lora.scale, lora.dropout
 
     def trains(self, linear: Linear) -> bool:
@@ -32,48 +208,48 @@ class Perturbed:
 
     def pair(self, linear: Linear) -> Pair | None:
         pair = self.lora.pair(linear)
-        if pair is None:
-            return None
-        return Pair(
-            pair.a + self.amount * gaussian(self.noise_parts, f"{linear.name}.lora_a", pair.a.shape),
-            pair.b + self.amount * gaussian(self.noise_parts, f"{linear.name}.lora_b", pair.b.shape),
-        )
+        if pair is None or self.probe.amount == 0:
+            return pair
+        return Pair(self._moved(pair.a, f"{linear.name}.lora_a"), self._moved(pair.b, f"{linear.name}.lora_b"))
+
+    def _moved(self, value: mx.array, name: str) -> mx.array:
+        return value + self.probe.amount * self.estimator.direction(self.probe.number, name, value.shape)
 
 
-class MezoEngine:
-    """The engine `mezo`: the footprint of a forward pass, and two of them a step."""
+class ZerothOrderEngine:
+    """The engines `mezo`, `kzoo`, `hizoo` and `fzoo`: the footprint of a forward pass, and some of them a step."""
 
-    def __init__(self, model: Model, lora: Lora, *, plan: Plan | None = None, seed: int = 0, eps: float = 1e-2):
-        self.model, self.lora, self.seed, self.eps = model, lora, seed, eps
+    def __init__(self, model: Model, lora: Lora, estimator: Estimator, *, plan: Plan | None = None, seed: int = 0):
+        self.model, self.lora, self.estimator, self.seed = model, lora, estimator, seed
         self.plan = plan or Plan()
+        self._losses = np.zeros(0)  # the step's so far, one a probe
+        self._n_seen, self._done = 0, False
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Nothing to make room for: no activation is kept."""
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
-        """The mean of the two perturbed losses, as the batch's share; the estimates c z go to `sink` block by block.
-
-        All micro-batches of a step use the same z, so their estimates add up to one estimate on the whole step.
+        """The batch's share of the step's loss. With a step's last micro-batch its estimate goes to `sink`, a block
+        at a time: all micro-batches use the same directions, and an estimate need not be a sum over them.
         """
-        noise = (self.seed, step)
-        # Both passes draw the same dropout masks: the difference must come from z alone.
+        if micro == 0:
+            self.estimator.begin(step)
+            self._losses, self._n_seen, self._done = np.zeros(len(self.estimator.probes)), 0, False
+        # All passes draw the same dropout masks: a difference must come from the direction alone.
         dropout = (self.seed, step, micro)
-        losses = []
-        for sign in (1, -1):
-            adapter = Perturbed(self.lora, sign * self.eps, noise)
-            loss_sum, _ = forward_loss(self.model, self.plan, adapter, batch, dropout)
-            losses.append(loss_sum / max(n_labels, 1))
-            if not math.isfinite(losses[-1]):
-                raise NonFiniteLoss(f"loss is {losses[-1]}")
-        c = (losses[0] - losses[1]) / (2 * self.eps)
-        parameters = self.lora.parameters()
-        for layer in reversed(self.model.spec.layers):
-            names = [name for name in parameters if name.startswith(f"{layer.prefix}.")]
-            estimate = {name: c * gaussian(noise, name, parameters[name].shape) for name in names}
-            mx.eval(estimate)
-            if estimate:
-                sink(estimate)
-        return sum(losses) / 2
+        shares = np.zeros(len(self.estimator.probes))
+        for number, probe in enumerate(self.estimator.probes):
+            adapter = Perturbed(self.lora, self.estimator, probe)
+            loss_sum, n_batch = forward_loss(self.model, self.plan, adapter, batch, dropout)
+            shares[number] = loss_sum / max(n_labels, 1)
+            if not math.isfinite(shares[number]):
+                raise NonFiniteLoss(f"loss is {shares[number]}")
+        self._losses += shares
+        self._n_seen += n_batch
+        if self._n_seen >= n_labels and not self._done:  # a batch without labels may still follow
+            self._done = True
+            self._hand_over(sink)
+        return self.estimator.loss(shares)
 
     def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
         """(sum of the labelled tokens' losses, their number) at theta itself, without dropout."""
@@ -82,7 +258,65 @@ class MezoEngine:
     def close(self) -> None:
         """Nothing is held."""
 
+    def _hand_over(self, sink: Sink) -> None:
+        self.estimator.observe(self._losses)
+        parameters = self.lora.parameters()
+        for layer in reversed(self.model.spec.layers):
+            names = [name for name in parameters if name.startswith(f"{layer.prefix}.")]
+            estimate = {name: self.estimator.gradient(name, parameters[name].shape) for name in names}
+            mx.eval(estimate)
+            if estimate:
+                sink(estimate)
+
+
+def make_estimator(
+    name: str,
+    lora: Lora,
+    *,
+    seed: int,
+    eps: float,
+    n_seeds: int = 4096,
+    pro: bool = False,
+    alpha: float = 1e-8,
+    n_samples: int = 8,
+) -> Estimator:
+    """The estimator of an engine ("mezo", "kzoo", "hizoo", "fzoo"); ValueError for another name."""
+    if name == "mezo":
+        return Estimator(seed, eps)
+    if name == "kzoo":
+        return SeedPool(seed, eps, n_seeds, pro)
+    if name == "hizoo":
+        return Curvature(seed, eps, alpha, lora.parameters())
+    if name == "fzoo":
+        return Normalized(seed, eps, n_samples)
+    raise ValueError(f"unknown zeroth-order engine {name!r}")
+
+
+def rebuild(start: Mapping[str, mx.array], sums: np.ndarray, seed: int, learning_rate: float) -> dict[str, mx.array]:
+    """K-ZOO's trained parameters from the first ones and K numbers: theta_0 - rate * sum_k sums_k z_k.
+
+    start: by name; sums: SeedPool's, float32 [K]; for plain SGD at a constant rate.
+    """
+    found = dict(start)
+    for name in found:
+        for index in np.flatnonzero(sums):
+            amount = learning_rate * float(sums[index])
+            found[name] = found[name] - amount * pool_noise(seed, int(index), name, found[name].shape)
+            mx.eval(found[name])
+    return found
+
 
 def gaussian(noise_parts: tuple[int, ...], name: str, shape: tuple[int, ...]) -> mx.array:
     """The noise of one parameter: standard normal, the same whenever it is asked for."""
     return mx.random.normal(shape, key=random_key("noise", *noise_parts, name))
+
+
+def pool_noise(seed: int, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
+    """Noise number `index` of a pool."""
+    return mx.random.normal(shape, key=random_key("pool", seed, index, name))
+
+
+def signs(noise_parts: tuple[int, ...], name: str, shape: tuple[int, ...]) -> mx.array:
+    """Rademacher noise: +1 or -1, equally likely."""
+    drawn = mx.random.bernoulli(0.5, shape, random_key("signs", *noise_parts, name))
+    return 2 * drawn.astype(mx.float32) - 1

@@ -26,7 +26,7 @@ ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
 FORMAT = "mebp_mlx checkpoint 1"
 _Loaded = tuple[dict[str, mx.array], dict[str, str]]
-_LORA, _OPTIMIZER = "lora/", "optimizer/"
+_LORA, _OPTIMIZER, _ENGINE = "lora/", "optimizer/", "engine/"
 
 
 class Adapters(Protocol):
@@ -45,7 +45,7 @@ class Adapters(Protocol):
 class Checkpoint:
     """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
 
-    origin: fingerprints of what the options `model` and `data` stood for.
+    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps.
     """
 
     lora: dict[str, mx.array]
@@ -53,6 +53,12 @@ class Checkpoint:
     step: int
     options: dict[str, Any]
     origin: dict[str, str]
+    engine: dict[str, mx.array] = dataclasses.field(default_factory=dict)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All arrays under the names that they have in the file."""
+        parts = ((_LORA, self.lora), (_OPTIMIZER, _flat(self.optimizer)), (_ENGINE, self.engine))
+        return {prefix + name: value for prefix, part in parts for name, value in part.items()}
 
 
 # Folder
@@ -141,8 +147,7 @@ def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
-    arrays = {_LORA + name: value for name, value in state.lora.items()}
-    arrays.update({_OPTIMIZER + name: value for name, value in _flat(state.optimizer).items()})
+    arrays = state.arrays()
     _check_finite(arrays, f"update {state.step}")
     about = {"step": state.step, "options": state.options, "origin": state.origin}
     _write_arrays(folder / CHECKPOINT, arrays, {"format": FORMAT, "about": json.dumps(about)})
@@ -194,9 +199,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"--resume: {path} is damaged: {str(error).splitlines()[0]}") from None
     if about is None:
         raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
-    lora = {name.removeprefix(_LORA): value for name, value in arrays.items() if name.startswith(_LORA)}
-    optimizer = {name.removeprefix(_OPTIMIZER): value for name, value in arrays.items() if name.startswith(_OPTIMIZER)}
-    return Checkpoint(lora, _nested(optimizer), about["step"], about["options"], about["origin"])
+    lora, optimizer, engine = (
+        {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+        for prefix in (_LORA, _OPTIMIZER, _ENGINE)
+    )
+    return Checkpoint(lora, _nested(optimizer), about["step"], about["options"], about["origin"], engine)
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
@@ -235,20 +242,18 @@ def _shown(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def restore(checkpoint: Checkpoint, parameters: Mapping[str, mx.array], optimizer_state: Mapping[str, Any]) -> None:
+def restore(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
     """Reads the checkpoint's arrays. Raises UserError when names or shapes are not those of this run.
 
-    parameters, optimizer_state: of a fresh run with the same options.
+    fresh: the state of a new run with the same options.
     """
-    wanted = {_LORA + name: value.shape for name, value in parameters.items()}
-    wanted.update({_OPTIMIZER + name: value.shape for name, value in _flat(optimizer_state).items()})
-    found = {_LORA + name: value for name, value in checkpoint.lora.items()}
-    found.update({_OPTIMIZER + name: value for name, value in _flat(checkpoint.optimizer).items()})
+    wanted, found = fresh.arrays(), checkpoint.arrays()
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
             raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
-        if found[name].shape != wanted[name]:
-            raise UserError(f"--resume: {CHECKPOINT}: {name} has shape {found[name].shape}, not {wanted[name]}")
+        if found[name].shape != wanted[name].shape:
+            shapes = f"shape {found[name].shape}, not {wanted[name].shape}"
+            raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
     mx.eval(found)
 
 
