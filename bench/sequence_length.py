@@ -33,7 +33,7 @@ def main() -> None:
             found = report.run_module("bench.step_case", folder, "--tokens", T, "--steps", options.steps)
             rows.append({"shape": options.shape, "layers": layers or "all", **found})
             print(f"T = {T:,}: {found['peak_mb']} MB, {found['step_s']['median']} s", flush=True)
-    paper = report.PAPER_BY_LENGTH_MB if options.shape == "qwen2.5-0.5b" else {}
+    paper = report.PAPER_BY_LENGTH_MB if options.shape == "qwen2.5-0.5b" and layers is None else {}
     heads = ["T", "peak MB", "paper's MeBP MB", "s a step", "ms a token"]
     lines = [
         [
@@ -64,10 +64,11 @@ def _draw(plt: Any, rows: list[dict[str, Any]], paper: Mapping[int, float], opti
     memory.legend(fontsize=7)
     time.plot(T, [row["step_s"]["median"] for row in rows], "o-", color="C1")
     time.set_ylabel("seconds a step")
-    time.set_yscale("log")
+    time.set_ylim(bottom=0)
     for axes in (memory, time):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(T, [f"{t:,}" for t in T], rotation=30)
+        ticks = sorted({*T, *paper})
+        axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=30)
         axes.minorticks_off()
         axes.set_xlabel("tokens in the sequence")
     figure.suptitle(f"{options.shape}{', 2 blocks' if options.quick else ''}, batch 1, rank 8, SGD")

@@ -48,7 +48,8 @@ HEADS = ["shape", "LoRA", "MeZO MB", "paper", "MeBP MB", "paper", "MeZO s", "MeB
 
 def _line(rows: list[dict[str, Any]], shape: str) -> list[Any]:
     mezo, mebp = (next(r for r in rows if r["shape"] == shape and r["engine"] == e) for e in ("mezo", "mebp"))
-    paper = report.PAPER.get(shape, {})
+    whole = mebp["layers"] == "all"  # else the paper's models are others
+    paper = report.PAPER.get(shape, {}) if whole else {}
     seconds = [row["step_s"]["median"] for row in (mezo, mebp)]
     their_ratio = paper["mebp_s"] / paper["mezo_s"] if paper else None
     memory = [mezo["peak_mb"], paper.get("mezo_mb"), mebp["peak_mb"], paper.get("mebp_mb")]
@@ -66,26 +67,20 @@ def _draw(plt: Any, rows: list[dict[str, Any]], options: Any, about: dict[str, A
         ("MeZO, here", 2, "C0"),
         ("MeBP, here", 4, "C1"),
     ]
-    for number, (label, column, color) in enumerate(series):
-        memory.bar(
-            [p + 0.2 * (number - 1.5) for p in places], [line[column] for line in lines], 0.2, label=label, color=color
-        )
-    memory.set_ylabel("peak footprint, MB")
-    memory.legend(fontsize=7)
-    for number, (label, column, color) in enumerate((("the paper", 9, "0.55"), ("here", 8, "C1"))):
-        ratio.bar(
-            [p + 0.35 * (number - 0.5) for p in places],
-            [line[column] for line in lines],
-            0.35,
-            label=label,
-            color=color,
-        )
-    ratio.axhline(1, color="k", linewidth=0.6)
-    ratio.set_ylabel("a step's time, MeBP / MeZO")
-    ratio.legend(fontsize=7, loc="lower right")
-    for axes in (memory, ratio):
+    ratios = [("the paper", 9, "0.55"), ("here", 8, "C1")]
+    for axes, bars in ((memory, series), (ratio, ratios)):
+        bars = [bar for bar in bars if any(line[bar[1]] is not None for line in lines)]
+        width = 0.8 / len(bars)
+        for number, (label, column, color) in enumerate(bars):
+            left = [place + width * (number - (len(bars) - 1) / 2) for place in places]
+            axes.bar(left, [line[column] or 0 for line in lines], width, label=label, color=color)
         axes.set_xticks(list(places), options.shapes, rotation=20, ha="right")
         axes.grid(axis="x", visible=False)
+        axes.margins(y=0.25)
+        axes.legend(fontsize=7, ncols=2, loc="upper left")
+    memory.set_ylabel("peak footprint, MB")
+    ratio.axhline(1, color="k", linewidth=0.6)
+    ratio.set_ylabel("a step's time, MeBP / MeZO")
     figure.suptitle(f"T = {options.tokens}, batch 1, rank 8, SGD" + (", 2 blocks of each" if options.quick else ""))
     report.save_picture(plt, figure, options.out / "step_table.png", about, "random weights")
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from .errors import UserError
 from .hub import resolve_model
 from .model.frozen import Model
@@ -22,16 +24,17 @@ from .model.pack import MODES, Packing
 from .model.spec import read_config
 from .options import Spec, build_parser, describe, option, suggest
 from .options import convert as checked_value
-from .repack import Repack, Report
+from .repack import Repack, Report, Say
 from .runtime.footprint import PeakMeter
 from .runtime.interrupt import Interrupt
 from .runtime.log import megabytes
 from .runtime.memory import settle
-from .shards import DTYPES, NewFolder, flush
+from .shards import NewFolder, flush
 from .weights import INDEX_NAME
 
 PROG = "python -m mebp_mlx.convert"
 DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _MADE_HERE = ("config.json", INDEX_NAME, "hf_quant_config.json")
 _TEXT_BYTES = 256 << 20  # what is larger is no tokenizer
@@ -50,11 +53,7 @@ class Options:
     )
     mode: str = option("affine", _GROUP, "affine, symmetric, or mxfp4", choices=MODES)
     dtype: str | None = option(
-        None,
-        _GROUP,
-        "of all that is not packed: float32, float16 or bfloat16",
-        choices=("float32", "float16", "bfloat16"),
-        shown_default="the source's",
+        None, _GROUP, f"of what is not packed: {', '.join(_DTYPES)}", choices=tuple(_DTYPES), shown_default="as it is"
     )
 
     def packing(self) -> Packing:
@@ -84,50 +83,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        print("interrupted; nothing is left behind", file=sys.stderr)
+        print("interrupted; nothing unfinished is left behind", file=sys.stderr)
         return INTERRUPTED
     return DONE
 
 
-def convert(options: Options, say: Any = lambda text: None) -> Report:
+def convert(options: Options, say: Say = lambda text: None) -> Report:
     """Converts `options.model` into the new folder `options.out`.
 
-    say: called with a line for each decoder block. Raises UserError before anything is written for all that can be
+    say: called with a line for each decoder block. Raises UserError, before anything is written for all that can be
     known then; whatever is raised, the folder appears whole or not at all.
     """
     began_s = time.perf_counter()
     packing = options.packing()
-    for flag, value in (("--model", options.model), ("--out", options.out)):
-        if not value:
-            raise UserError(f"{flag}: is required")
-    assert options.model and options.out
+    if not options.model or not options.out:
+        raise UserError(f"{'--out' if options.model else '--model'}: is required")
     out = NewFolder(options.out, "--out")
-    out.check()
+    with _errors_of_the_disk(out):
+        out.check()
     source = resolve_model(options.model)
     if out.path.is_relative_to(source.resolve()):
         raise UserError(f"{out.shown}: is inside the source {source}")
     settle()
     model = Model(source)
     try:
-        plan = Repack(model, packing, DTYPES[_SAFETENSORS[options.dtype]] if options.dtype else None)
+        repack = Repack(model, packing, _DTYPES[options.dtype] if options.dtype else None)
         texts = _text_files(source)
+        config = _new_config(read_config(source), packing, options.dtype)
         with _errors_of_the_disk(out):
             out.remove_leftovers()
             for folder in out.removed:
                 say(f"removed {folder}, which a killed conversion left behind")
-            out.check_space(plan.report.bytes_after + sum(path.stat().st_size for path in texts))
+            out.check_space(repack.report.bytes_after + sum(path.stat().st_size for path in texts))
             with out:
-                plan.write(out.partial, say)
-                _write_texts(source, out.partial, texts, plan, options)
+                weight_map = repack.write(out.partial, say)
+                for path in texts:
+                    with open(path, "rb") as old, open(out.partial / path.name, "xb") as new:
+                        shutil.copyfileobj(old, new)
+                        flush(new)
+                _write_json(out.partial / "config.json", config)
+                _write_json(out.partial / INDEX_NAME, _index(repack.report, weight_map))
                 Model(out.partial).weights.close()  # what is published can be opened
                 out.publish()
     finally:
         model.weights.close()
-    plan.report.seconds = time.perf_counter() - began_s
-    return plan.report
-
-
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    repack.report.seconds = time.perf_counter() - began_s
+    return repack.report
 
 
 @contextlib.contextmanager
@@ -154,24 +155,24 @@ def _text_files(source: Path) -> list[Path]:
     ]
 
 
-def _write_texts(source: Path, folder: Path, texts: Sequence[Path], plan: Repack, options: Options) -> None:
-    for path in texts:
-        with open(path, "rb") as old, open(folder / path.name, "xb") as new:
-            shutil.copyfileobj(old, new)
-            flush(new)
-    config = read_config(source)
-    for key in ("_name_or_path", "vision_config"):  # as mlx-lm does: the vision tower is not there
-        config.pop(key, None)
-    how = plan.packing.stored
+def _new_config(config: dict[str, Any], packing: Packing, dtype: str | None) -> dict[str, Any]:
+    """config.json as mlx-lm writes it: sorted, without the vision tower that is not there."""
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
+    how, text = packing.stored, config.get("text_config")
+    for part in (config, text):
+        for key in ("torch_dtype", "dtype"):
+            if dtype and isinstance(part, dict) and key in part:
+                part[key] = dtype
+    if isinstance(text, dict):
+        text.pop("quantization_config", None)  # of a source that was packed
     config["quantization"] = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
     config["quantization_config"] = config["quantization"]
-    for part in (config, config.get("text_config")):
-        for key in ("torch_dtype", "dtype"):
-            if options.dtype and isinstance(part, dict) and key in part:
-                part[key] = options.dtype
-    _write_json(folder / "config.json", dict(sorted(config.items())))
-    about = {"total_size": plan.report.bytes_after, "total_parameters": plan.report.n_parameters}
-    _write_json(folder / INDEX_NAME, {"metadata": about, "weight_map": dict(sorted(plan.weight_map.items()))})
+    return dict(sorted(config.items()))
+
+
+def _index(report: Report, weight_map: dict[str, str]) -> dict[str, Any]:
+    about = {"total_size": report.bytes_after, "total_parameters": report.n_parameters}
+    return {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -213,25 +214,25 @@ def _say(text: str) -> None:
 
 
 def _summary(options: Options, report: Report, peak_bytes: int) -> Iterator[str]:
-    packing, dtype = options.packing(), options.dtype or "the source's dtype"
+    packing, rest = options.packing(), options.dtype or "the source's dtype"
     bits = 8 * report.bytes_after / report.n_parameters
-    yield f"{options.model} -> {options.out}"
-    yield f"  format      {packing.mode}, {packing.bits} bits, groups of {packing.group_size}; the rest in {dtype}"
-    yield f"  packed      {report.n_packed} matrices{_some(report.unpacked, 'left unpacked')}"
-    yield (
-        f"  bytes       {report.bytes_before:,} -> {report.bytes_after:,} "
-        f"({report.bytes_after / max(report.bytes_before, 1):.1%}), {bits:.2f} bits a parameter"
-    )
     worst = max(report.errors, key=report.errors.__getitem__)
-    yield f"  error       {report.error:.2%} of the weights' RMS, worst matrix {report.errors[worst]:.2%} ({worst})"
+    yield f"{options.model} -> {options.out}"
+    yield f"  format    {packing.mode}, {packing.bits} bits in groups of {packing.group_size}; all else in {rest}"
+    yield f"  packed    {len(report.packed):,} matrices"
+    if report.copied:
+        yield f"  copied    {_some(report.copied)}: already packed in this way"
+    if report.unpacked:
+        yield f"  unpacked  {_some(report.unpacked)}: rows that groups of {packing.group_size} do not divide"
     if report.left_out:
-        yield f"  left out    tensors that the model does not use{_some(report.left_out, '')}"
-    yield f"  memory      peak footprint {megabytes(peak_bytes)}"
-    yield f"  time        {report.seconds:.1f} s"
+        yield f"  left out  {_some(report.left_out)}: the model does not use it"
+    yield f"  bytes     {report.bytes_before:,} -> {report.bytes_after:,}, {bits:.2f} bits a parameter"
+    yield f"  error     {report.error:.2%} of the weights' RMS; largest {report.errors[worst]:.2%}, {worst}"
+    yield f"  took      {report.seconds:.1f} s, peak footprint {megabytes(peak_bytes)}"
 
 
-def _some(names: Sequence[str], what: str) -> str:
-    return f"{'; ' if what else ': '}{len(names)} {what + ' ' if what else ''}such as {names[0]}" if names else ""
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names):,}, such as {names[0]}"
 
 
 if __name__ == "__main__":

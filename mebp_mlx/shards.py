@@ -49,7 +49,7 @@ class Entry:
 
 
 class Shard:
-    """One new safetensors file; its tensors are given in order of use, and written in any order, rows at a time.
+    """A new safetensors file as a context manager. Its tensors are named in order of use, and written rows at a time.
 
     The header is padded with spaces so that the data begins on a page. Tensors of whole pages come first, so each
     of them begins on a page, too; the others follow, larger items first, so each lies on a multiple of its item
@@ -70,7 +70,7 @@ class Shard:
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         self._begins = {name: 8 + len(text) + begin for name, begin in begins.items()}
         self._ends = dict(self._begins)  # up to where each tensor is written
-        self._file = open(path, "xb")  # noqa: SIM115  (closed by close)
+        self._file = open(path, "xb")  # noqa: SIM115  (closed by __exit__)
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(8 + len(text) + offset)
 
@@ -84,17 +84,18 @@ class Shard:
         self._ends[name] += data.size
         assert self._ends[name] <= self._begins[name] + entry.n_bytes, name
 
-    def close(self) -> None:
-        """Flushes the whole file to the disk. Every tensor must be complete."""
-        for name, entry in self._entries.items():
-            assert self._ends[name] == self._begins[name] + entry.n_bytes, name
-        flush(self._file)
-        self._file.close()
+    def __enter__(self) -> Shard:
+        return self
 
-    def abandon(self) -> None:
-        """Closes a file that is not complete."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Flushes the file to the disk, when nothing went wrong: every tensor must be complete then."""
+        with self._file:
+            if kind is None:
+                for name, entry in self._entries.items():
+                    assert self._ends[name] == self._begins[name] + entry.n_bytes, name
+                flush(self._file)
 
 
 def _place(entry: Entry) -> int:

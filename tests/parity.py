@@ -81,3 +81,10 @@ def largest_error(loss: Any, grads: dict[str, Any], expected_loss: float, expect
     errors = [relative_error(grads[name], expected[name], floor) for name in expected]
     errors.append(abs(float(loss) - expected_loss) / abs(expected_loss))
     return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def rms_error(grads: dict[str, Any], expected: dict[str, Any]) -> float:
+    """All gradients as one vector: the norm of its error over its norm. Steadier than the worst entry is."""
+    assert set(grads) == set(expected)
+    pairs = [(np.asarray(grads[n], np.float64), np.asarray(expected[n], np.float64)) for n in expected]
+    return float(np.sqrt(sum(((g - e) ** 2).sum() for g, e in pairs) / sum((e**2).sum() for _, e in pairs)))

@@ -20,11 +20,11 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.runtime import adopt, device
 from mebp_mlx.weights import MappedWeights
-from tests.parity import largest_error
+from tests.parity import largest_error, rms_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
-# Two 16-bit computations of the same gradients are as far from float64 as chance has it (see test_gradients.py).
-CHANCE = 3
+# Two 16-bit computations of the same gradients, held against float64: at most 6 % farther in 240 draws.
+CHANCE = 1.25
 FOUR_BIT = {"group_size": 32, "bits": 4}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 SMALL_PIECES = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=17)
@@ -74,9 +74,11 @@ def test_gradients_in_16_bits_are_as_exact_as_autograds(
     loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
     assert all(g.dtype == mx.float32 for g in grads.values())
     truth = _oracle(folder, mx.float64, lora, batch)
-    theirs = largest_error(*_oracle(folder, device.DTYPES[dtype], lora, batch), *truth)
-    ours = largest_error(loss.item(), grads, *truth)
-    assert ours <= CHANCE * theirs + 1e-2, f"seed {seed}: {ours} against {theirs}"
+    # MLX's quantized_matmul sums in 16 bits on the CPU, 20 times a matmul's error: autograd's products must do so too.
+    theirs = _step(make_engine("whole-graph", model, lora), batch)
+    assert abs(loss.item() - theirs[0]) <= 1e-2 * theirs[0], f"seed {seed}"
+    ours, allowed = rms_error(grads, truth[1]), CHANCE * rms_error(theirs[1], truth[1])
+    assert ours <= allowed, f"seed {seed}: {ours} against {allowed}"
 
 
 @pytest.mark.parametrize("quantization", [FOUR_BIT, {"group_size": 64, "bits": 8}, MXFP4], ids=["4", "8", "mxfp4"])

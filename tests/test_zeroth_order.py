@@ -121,9 +121,24 @@ def test_hizoo_follows_its_equations(tmp_path: Path, seed: int) -> None:
         H = {n: (1 - alpha) * h + alpha * bend * h * z[n] ** 2 for n, h in H.items()}
         _, found = _estimate(model, lora, batch, estimator, seed, step)
         for n in found:
-            np.testing.assert_allclose(np.asarray(estimator.state()[n]), H[n], rtol=2e-2, err_msg=f"seed {seed}")
+            np.testing.assert_allclose(
+                np.exp(np.asarray(estimator.state()[n])), H[n], rtol=2e-2, err_msg=f"seed {seed}"
+            )
             expected = slope * z[n] / np.sqrt(H[n])
             np.testing.assert_allclose(np.asarray(found[n]), expected, rtol=5e-2, atol=1e-3 * np.abs(expected).max())
+
+
+def test_hizoo_keeps_what_the_published_alpha_adds(tmp_path: Path, seed: int) -> None:
+    """A thousand steps of 1e-8 are seen: beside 1 in float32 each of them would be lost."""
+    _, lora, _ = _setup(tmp_path, seed, keys=["self_attn.v_proj"])
+    estimator = make_estimator("hizoo", lora, seed=seed, eps=1.0, alpha=1e-8)
+    name, value = next(iter(lora.parameters().items()))
+    for step in range(1000):
+        estimator.begin(step)
+        estimator.observe(np.array([0.0, 2.0, 2.0]))  # bend 2
+        estimator.gradient(name, value.shape)
+    mean = float(np.asarray(estimator.state()[name]).mean())
+    assert abs(mean - 1e-5) <= 3e-6, f"seed {seed}: {mean}"  # 1000 a (2 E z^2 - 1)
 
 
 @pytest.mark.parametrize("pro", [False, True])

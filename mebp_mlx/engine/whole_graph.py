@@ -23,7 +23,7 @@ from .backprop import Sink, TokenBatch
 
 
 class WholeGraphEngine:
-    """The engine `whole-graph`. Packed weights stay in memory, decompressed whenever the graph needs them.
+    """The engine `whole-graph`. Packed weights stay in memory; whether a product decompresses them is the model's.
 
     last_block_first: evaluate gradients from the last block to the first (the order that
     lets checkpointing free memory early); False evaluates them all at once.
@@ -89,7 +89,7 @@ class WholeGraphEngine:
         return mx.where(mx.array(mask), losses, 0).sum()
 
     def _linear(self, linear: Linear, x: mx.array) -> mx.array:
-        y = x @ self.model.rows(linear, 0, linear.out_dims).T
+        y = self.model.piece_of_rows(linear, 0, linear.out_dims).forward(x)
         bias = self.model.bias(linear, 0, linear.out_dims)
         return y if bias is None else y + bias
 

@@ -125,41 +125,42 @@ class Curvature(Estimator):
 
         H_new = (1 - a) H + a |l+ + l- - 2 l0| / (2 eps^2) H z z;  estimate = (l+ - l-) / (2 eps) z / sqrt(H_new)
 
-    One more array for each parameter. alpha = 0 is MeZO, and a forward pass.
+    One more array for each parameter. A step multiplies H, so log H is kept: what it adds, about the published
+    a = 1e-8, would be lost beside H in float32. alpha = 0 is MeZO, and a forward pass.
     """
 
     def __init__(self, seed: int, eps: float, alpha: float, parameters: Mapping[str, mx.array]):
         super().__init__(seed, eps)
         self.alpha, self.bend = alpha, 0.0
-        self.diagonal = {name: mx.ones(value.shape) for name, value in parameters.items()}
-        mx.eval(self.diagonal)
+        self.log_diagonal = {name: mx.zeros(value.shape) for name, value in parameters.items()}
+        mx.eval(self.log_diagonal)
 
     @property
     def probes(self) -> tuple[Probe, ...]:
         return Probe(0.0), Probe(self.eps), Probe(-self.eps)
 
     def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
-        return super().direction(index, name, shape) * mx.rsqrt(self.diagonal[name])
+        return super().direction(index, name, shape) * mx.exp(-0.5 * self.log_diagonal[name])
 
     def observe(self, losses: np.ndarray) -> None:
         super().observe(losses[1:])
         self.bend = abs(float(losses[1] + losses[2] - 2 * losses[0])) / (2 * self.eps**2)
 
     def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
-        z, before = super().direction(0, name, shape), self.diagonal[name]
-        after = (1 - self.alpha) * before + (self.alpha * self.bend) * before * z * z
+        z = super().direction(0, name, shape)
+        after = self.log_diagonal[name] + mx.log1p(self.alpha * (self.bend * z * z - 1))
         mx.eval(after)
-        self.diagonal[name] = after
-        return self.slope * (z * mx.rsqrt(after))
+        self.log_diagonal[name] = after
+        return self.slope * (z * mx.exp(-0.5 * after))
 
     def loss(self, losses: np.ndarray) -> float:
         return float(losses[0])
 
     def state(self) -> dict[str, mx.array]:
-        return dict(self.diagonal)
+        return dict(self.log_diagonal)
 
     def load(self, state: Mapping[str, mx.array]) -> None:
-        self.diagonal = dict(state)
+        self.log_diagonal = dict(state)
 
 
 class Normalized(Estimator):
