@@ -83,7 +83,7 @@ def loss_and_grads(
 
 def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None) -> mx.array:
     """The mean loss over labelled tokens, by a forward pass that keeps nothing. Arguments as in loss_and_grads."""
-    loss_sum, n_labels = forward_loss(model, plan or Plan(), lora, _checked(model, tokens, targets))
+    loss_sum, n_labels, _ = forward_loss(model, plan or Plan(), lora, _checked(model, tokens, targets))
     return mx.array(loss_sum / n_labels)
 
 

@@ -36,6 +36,7 @@ DATA_PATTERNS = tuple(f"{folder}{split}.jsonl" for folder in ("", "data/") for s
 ROW_KEYS = ("text", "prompt", "completion", "messages", "tools")
 SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DATASET = re.compile(rf"{_HUB_ID.pattern}(:[\w.-]+)?")  # with the part of it that load_dataset calls its name
 
 
 def cache_folder() -> Path:
@@ -69,7 +70,8 @@ def resolve_model(name: str) -> Path:
 def resolve_data(name: str) -> Path:
     """The folder that holds train.jsonl: `name` is "bundled", a local folder, or the hub id of a dataset.
 
-    A dataset without JSONL files is converted through the optional `datasets` library.
+    A dataset without JSONL files is converted through the optional `datasets` library, and so is one part of
+    a dataset ("Salesforce/wikitext:wikitext-2-raw-v1").
     Raises UserError naming --data.
     """
     if name == "bundled":
@@ -97,7 +99,7 @@ def _checked_model(folder: Path, name: str) -> Path:
 
 
 def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> str:
-    if not _HUB_ID.fullmatch(name):
+    if not (_DATASET if kind == "dataset" else _HUB_ID).fullmatch(name):
         raise UserError(f"{flag} {name}: no such folder, and not the name of a {kind} on the hub (org/name)")
     request = {
         "name": name,
@@ -123,7 +125,10 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
         raise UserError(
             f"the hub needs huggingface_hub: pip install huggingface_hub ({one_line(error)})"
         ) from error
-    name, kind, where = request["name"], request["kind"], f"{request['flag']} {request['name']}"
+    (name, _, part), kind = request["name"].partition(":"), request["kind"]
+    where = f"{request['flag']} {request['name']}"
+    if part:
+        return {"folder": str(_convert_dataset(name, where, where, Path(request["cache"]) / "datasets", part))}
     folder, problem = None, f"{where}: the dataset holds no train.jsonl"
     try:
         folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=request["patterns"]))
@@ -149,15 +154,18 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
     return {"folder": str(_convert_dataset(name, where, problem, Path(request["cache"]) / "datasets"))}
 
 
-def _convert_dataset(name: str, where: str, problem: str, cache: Path) -> Path:
-    """Write the splits of a dataset of any format as JSONL, streamed; the folder gets its name when done."""
+def _convert_dataset(name: str, where: str, problem: str, cache: Path, part: str = "") -> Path:
+    """Write the splits of a dataset of any format as JSONL, streamed; the folder gets its name when done.
+
+    part: of the dataset, "" for a dataset of one part. Rows of blank text are left out.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         remedy = "`pip install datasets` to have other formats converted, or give a folder with train.jsonl"
         raise UserError(f"{problem}: {remedy}") from error
     try:
-        splits = load_dataset(name)
+        splits = load_dataset(name, part) if part else load_dataset(name)
     except Exception as error:
         raise UserError(f"{where}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     chosen: dict[str, Any] = {}
@@ -173,7 +181,7 @@ def _convert_dataset(name: str, where: str, problem: str, cache: Path) -> Path:
     state = json.dumps(
         {split: getattr(rows, "_fingerprint", uuid.uuid4().hex) for split, rows in chosen.items()}
     )
-    folder = cache / f"{name.replace('/', '--')}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    folder = cache / f"{'--'.join((*name.split('/'), *part.split()))}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     if (folder / "train.jsonl").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -183,7 +191,7 @@ def _convert_dataset(name: str, where: str, problem: str, cache: Path) -> Path:
         for split, rows in chosen.items():
             with open(made / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 kept = (_without_nulls({key: row.get(key) for key in ROW_KEYS}) for row in rows)
-                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.writelines(json.dumps(row) + "\n" for row in kept if row.get("text", "text").strip())
         try:
             os.rename(made, folder)
         except OSError:

@@ -312,20 +312,22 @@ class Trainer:
             self.evaluate("valid", iteration, self.data.valid, self.config.val_batches)
 
     def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> None:
-        """Token-weighted mean loss over the first `limit` batches; nothing is reported when it is interrupted.
+        """Token-weighted means over the first `limit` batches; nothing is reported when it is interrupted.
 
         Raises NonFiniteLoss, too.
         """
-        started_s, loss_sum, n_labels = time.perf_counter(), 0.0, 0
+        started_s, loss_sum, n_labels, n_correct = time.perf_counter(), 0.0, 0, 0
         for batch in eval_batches(rows, self.config.batch_size, limit):
             if self.interrupt.requested:
                 return
-            batch_sum, batch_labels = self.engine.evaluate(batch)
-            if not math.isfinite(batch_sum):
-                raise self.not_finite(f"{kind} loss is {batch_sum}", iteration, batch)
-            loss_sum, n_labels = loss_sum + batch_sum, n_labels + batch_labels
+            found = self.engine.evaluate(batch)
+            if not math.isfinite(found.loss_sum):
+                raise self.not_finite(f"{kind} loss is {found.loss_sum}", iteration, batch)
+            loss_sum, n_labels = loss_sum + found.loss_sum, n_labels + found.n_labels
+            n_correct += found.n_correct
+        seconds, accuracy = time.perf_counter() - started_s, n_correct / n_labels
         self.log.evaluation(
-            kind, iteration, loss=loss_sum / n_labels, n_tokens=n_labels, seconds=time.perf_counter() - started_s
+            kind, iteration, loss=loss_sum / n_labels, accuracy=accuracy, n_tokens=n_labels, seconds=seconds
         )
 
 

@@ -204,7 +204,10 @@ class Split(list):
     column_names = list(COLUMNS)
     _fingerprint = "f"
 
-def load_dataset(name):
+def load_dataset(name, part=None):
+    if part is not None:
+        rows = [{"text": text} for text in (part, " ", "")]
+        return {"train": Split(rows)}
     if name == "org/broken":
         raise ValueError("Config name is missing.\\nPick one.")
     rows = [dict(zip(COLUMNS, values)) for values in VALUES]
@@ -237,6 +240,16 @@ def test_other_formats_are_converted_by_the_datasets_library(
     assert len((folder / "valid.jsonl").read_text().splitlines()) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["train.jsonl", "valid.jsonl"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_one_part_of_a_dataset(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As WikiText's; its blank lines are no rows."""
+    write_files(tmp_path / "fake", {"datasets.py": library(("text",), [])})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    folder = resolve_data("org/texts:part-2")
+    assert folder.name.startswith("org--texts--part-2-")
+    assert (folder / "train.jsonl").read_text() == '{"text": "part-2"}\n'
+    assert message(resolve_data, "org/texts:").startswith("--data org/texts:: no such folder")
 
 
 @pytest.mark.parametrize(

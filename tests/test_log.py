@@ -53,7 +53,7 @@ def test_events_are_on_disk_at_once(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_null(tmp_path: Path, loss: float) -> None:
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
         log.train(10, loss=loss, **REPORT)
-        log.evaluation("valid", 10, loss=loss, n_tokens=5, seconds=0.5)
+        log.evaluation("valid", 10, loss=loss, accuracy=0.25, n_tokens=5, seconds=0.5)
     assert [event["loss"] for event in events(tmp_path)] == [None, None]
 
 
@@ -139,7 +139,7 @@ def test_reports_go_to_a_service_as_numbers(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "wandb", service)
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO(), send=reporter("wandb", "mine", {"rank": 8})) as log:
         log.train(10, loss=2.5, **REPORT)
-        log.evaluation("valid", 10, loss=2.0, n_tokens=7, seconds=0.5)
+        log.evaluation("valid", 10, loss=2.0, accuracy=0.5, n_tokens=7, seconds=0.5)
         log.event("save", iter=10)
     assert [step for _, step in sent] == [10, 10]
     assert sent[0][0]["train/loss"] == 2.5 and sent[1][0]["valid/loss"] == 2.0

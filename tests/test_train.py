@@ -49,14 +49,16 @@ def test_adapters_give_the_same_loss_in_mlx_lm(home: Path, tmp_path: Path) -> No
     assert train.main(arguments(home, out, "--num-layers", "1", "--keys", "q_proj", "down_proj")) == 0
     model, tokenizer = mlx_lm.load(str(home / "model"), adapter_path=str(out))[:2]
     rows = [json.loads(line) for line in (home / "data" / "valid.jsonl").read_text().splitlines()]
-    ours, n_tokens = events(out, "valid")[-1]["loss"], 0
-    sum_of_theirs = 0.0
+    (ours, accuracy), n_tokens = (events(out, "valid")[-1][key] for key in ("loss", "accuracy")), 0
+    sum_of_theirs, n_correct = 0.0, 0
     for row in rows:
         n = len(tokenizer.encode(row["text"]))  # an end token is added, the first has no prediction
         tokens = mx.array([*tokenizer.encode(row["text"]), tokenizer.eos_token_id])[None]
         logits = model(tokens[:, :-1])[0]
         picked = mx.take_along_axis(logits - mx.logsumexp(logits, -1, keepdims=True), tokens[0, 1:, None], -1)
         sum_of_theirs, n_tokens = sum_of_theirs - picked.sum().item(), n_tokens + n
+        n_correct += (logits.argmax(-1) == tokens[0, 1:]).sum().item()
+    assert abs(accuracy * n_tokens - n_correct) <= 1  # two of the tokens may be as likely as each other
     assert abs(ours - sum_of_theirs / n_tokens) <= 1e-4 * ours
 
 
@@ -67,6 +69,7 @@ def test_validation_and_training_start_at_the_models_own_loss(home: Path, tmp_pa
         out = tmp_path / engine
         assert train.main(arguments(home, out, "--engine", engine, "--iters", "1", "--dropout", "0.5")) == 0
         first[engine] = [loss for _, iteration, loss in losses(out) if iteration == 0]
+        first[engine] += [event["accuracy"] for event in events(out, "valid")[:1]]
     assert first["mebp"] == pytest.approx(first["whole-graph"], rel=1e-5)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ..model.frozen import Model
 from ..model.lora import Lora
-from .backprop import BackpropEngine, Sink, TokenBatch
+from .backprop import BackpropEngine, Evaluation, Sink, TokenBatch
 from .plan import Plan
 from .whole_graph import WholeGraphEngine
 from .zeroth_order import Estimator, ZerothOrderEngine
@@ -20,7 +20,7 @@ class Engine(Protocol):
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float: ...
 
-    def evaluate(self, batch: TokenBatch) -> tuple[float, int]: ...
+    def evaluate(self, batch: TokenBatch) -> Evaluation: ...
 
     def close(self) -> None: ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,14 @@ from .plan import Plan
 from .readahead import ReadAhead
 
 Sink = Callable[[dict[str, mx.array]], None]
+
+
+class Evaluation(NamedTuple):
+    """Sum of the labelled tokens' losses, their number, and how many of them are the likeliest token."""
+
+    loss_sum: float
+    n_labels: int
+    n_correct: int
 
 
 class TokenBatch(Protocol):
@@ -99,8 +107,8 @@ class BackpropEngine:
             del gradients
         return loss
 
-    def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
-        """(sum of the labelled tokens' losses, their number): a forward pass, without dropout."""
+    def evaluate(self, batch: TokenBatch) -> Evaluation:
+        """A forward pass, without dropout."""
         return forward_loss(self.model, self.plan, self.lora, batch, ahead=self.ahead)
 
     def close(self) -> None:
@@ -125,8 +133,8 @@ def forward_loss(
     batch: TokenBatch,
     dropout_parts: tuple[int, ...] | None = None,
     ahead: ReadAhead | None = None,
-) -> tuple[float, int]:
-    """(sum of the labelled tokens' losses, their number) with nothing saved."""
+) -> Evaluation:
+    """A forward pass with nothing saved."""
     runner = BlockRunner(model, plan, adapter, dropout_parts=dropout_parts)
     x = embed_tiles(model, plan, batch.tokens)
     for layer in model.spec.layers:
@@ -134,4 +142,4 @@ def forward_loss(
             ahead.block(layer.index + 1)
         x = runner.forward(layer, x, save=False)
     result = head.run(model, plan, x, batch.targets, want_dx=False)
-    return result.loss_sum, result.n_labels
+    return Evaluation(result.loss_sum, result.n_labels, result.n_correct)

@@ -17,10 +17,13 @@ from .plan import Plan
 
 
 class HeadResult(NamedTuple):
-    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; dx: tiles of its gradient, or None."""
+    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those that no other token is more
+    likely than; dx: tiles of the loss's gradient, or None.
+    """
 
     loss_sum: float
     n_labels: int
+    n_correct: int
     dx: list[mx.array] | None
 
 
@@ -37,7 +40,7 @@ def run(
     labelled = [np.flatnonzero(t != -100) for t in tile_targets]
     y = np.concatenate([t[rows] for t, rows in zip(tile_targets, labelled, strict=True)])
     if len(y) == 0:
-        return HeadResult(0.0, 0, [mx.zeros_like(tile) for tile in x] if want_dx else None)
+        return HeadResult(0.0, 0, 0, [mx.zeros_like(tile) for tile in x] if want_dx else None)
     picked = [_pick(tile, rows) for tile, rows in zip(x, labelled, strict=True)]
     shapes = [tile.shape for tile in x]
     x.clear()
@@ -64,8 +67,9 @@ def run(
         mx.eval(state)
         del piece  # before the next one is brought in
     loss_sum = float(np.asarray(one_pass.losses(state).sum()))
+    n_correct = int(np.asarray((state.target_logit >= state.maximum).sum()))
     if not want_dx:
-        return HeadResult(loss_sum, len(y), None)
+        return HeadResult(loss_sum, len(y), n_correct, None)
     dh = one_pass.gradient(state, model.gather(spec.head, y))
     dh = (dh * weight).astype(joined.dtype)
     mx.eval(dh)
@@ -84,7 +88,7 @@ def run(
             d_part = mx.zeros((n_rows, spec.D), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
         dx.append(d_part.reshape(shape))
         mx.eval(dx[-1])
-    return HeadResult(loss_sum, len(y), dx)
+    return HeadResult(loss_sum, len(y), n_correct, dx)
 
 
 def _is_fused(model: Model) -> bool:

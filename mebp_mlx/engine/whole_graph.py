@@ -19,7 +19,7 @@ from ..model.decoder import INPUT, OUTPUT, block_stages
 from ..model.frozen import Model
 from ..model.lora import Lora, dropout_mask
 from ..model.spec import Layer, Linear
-from .backprop import Sink, TokenBatch
+from .backprop import Evaluation, Sink, TokenBatch
 
 
 class WholeGraphEngine:
@@ -59,15 +59,23 @@ class WholeGraphEngine:
                 sink(own)
         return loss_value
 
-    def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
-        """(sum of the labelled tokens' losses, their number), without dropout."""
-        total = self._loss_sum(self.lora.parameters(), batch, None)
-        return float(np.asarray(total)), int((batch.targets != -100).sum())
+    def evaluate(self, batch: TokenBatch) -> Evaluation:
+        """A forward pass, without dropout."""
+        logits = self._logits(self.lora.parameters(), batch, None)
+        mask, labels = batch.targets != -100, mx.array(batch.targets)
+        n_correct = (mx.where(mx.array(mask), mx.argmax(logits, axis=-1) == labels, False)).sum()
+        loss_sum = _masked_loss_sum(logits, batch.targets)
+        return Evaluation(float(np.asarray(loss_sum)), int(mask.sum()), int(np.asarray(n_correct)))
 
     def close(self) -> None:
         """Nothing is held."""
 
     def _loss_sum(
+        self, parameters: dict[str, mx.array], batch: TokenBatch, dropout_parts: tuple[int, ...] | None
+    ) -> mx.array:
+        return _masked_loss_sum(self._logits(parameters, batch, dropout_parts), batch.targets)
+
+    def _logits(
         self, parameters: dict[str, mx.array], batch: TokenBatch, dropout_parts: tuple[int, ...] | None
     ) -> mx.array:
         model = self.model
@@ -82,11 +90,7 @@ class WholeGraphEngine:
             x = (mx.checkpoint(block) if self.checkpoint else block)(x, own)
         h = mx.fast.rms_norm(x, model.norm(model.spec.final_norm), model.spec.norm_eps)
         logits = self._linear(model.spec.head, h)
-        if logits.dtype.size < 4:
-            logits = logits.astype(mx.float32)
-        mask = batch.targets != -100
-        losses = nn.losses.cross_entropy(logits, mx.array(np.where(mask, batch.targets, 0)))
-        return mx.where(mx.array(mask), losses, 0).sum()
+        return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
 
     def _linear(self, linear: Linear, x: mx.array) -> mx.array:
         y = self.model.piece_of_rows(linear, 0, linear.out_dims).forward(x)
@@ -127,3 +131,9 @@ class WholeGraphEngine:
             mask = dropout_mask(parts, B, (0, T), (0, width), self.lora.dropout, x.dtype)
             x = x * mask.reshape(x.shape)
         return y + (self.lora.scale * ((x @ a) @ own[f"{linear.name}.lora_b"])).astype(y.dtype)
+
+
+def _masked_loss_sum(logits: mx.array, targets: np.ndarray) -> mx.array:
+    mask = targets != -100
+    losses = nn.losses.cross_entropy(logits, mx.array(np.where(mask, targets, 0)))
+    return mx.where(mx.array(mask), losses, 0).sum()

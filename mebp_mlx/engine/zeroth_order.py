@@ -24,7 +24,7 @@ from ..errors import NonFiniteLoss
 from ..model.frozen import Model
 from ..model.lora import Lora, Pair, random_key
 from ..model.spec import Linear
-from .backprop import Sink, TokenBatch, forward_loss
+from .backprop import Evaluation, Sink, TokenBatch, forward_loss
 from .plan import Plan
 
 HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
@@ -241,7 +241,7 @@ class ZerothOrderEngine:
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
             adapter = Perturbed(self.lora, self.estimator, probe)
-            loss_sum, n_batch = forward_loss(self.model, self.plan, adapter, batch, dropout)
+            loss_sum, n_batch, _ = forward_loss(self.model, self.plan, adapter, batch, dropout)
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):
                 raise NonFiniteLoss(f"loss is {shares[number]}")
@@ -252,8 +252,8 @@ class ZerothOrderEngine:
             self._hand_over(sink)
         return self.estimator.loss(shares)
 
-    def evaluate(self, batch: TokenBatch) -> tuple[float, int]:
-        """(sum of the labelled tokens' losses, their number) at theta itself, without dropout."""
+    def evaluate(self, batch: TokenBatch) -> Evaluation:
+        """A forward pass at theta itself, without dropout."""
         return forward_loss(self.model, self.plan, self.lora, batch)
 
     def close(self) -> None:

@@ -125,12 +125,15 @@ class RunLog:
             f"footprint {megabytes(footprint_bytes)} now, {megabytes(peak_bytes)} peak"
         )
 
-    def evaluation(self, kind: str, iteration: int, *, loss: float, n_tokens: int, seconds: float) -> None:
-        """A validation or test: `kind` is "valid" or "test", loss the mean over n_tokens labelled tokens."""
-        self.event(kind, iter=iteration, loss=loss, n_tokens=n_tokens, seconds=seconds)
+    def evaluation(
+        self, kind: str, iteration: int, *, loss: float, accuracy: float, n_tokens: int, seconds: float
+    ) -> None:
+        """A validation or test: `kind` is "valid" or "test", loss and accuracy means over n_tokens labelled tokens."""
+        self.event(kind, iter=iteration, loss=loss, accuracy=accuracy, n_tokens=n_tokens, seconds=seconds)
         self.say(
             f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  {kind} loss {loss:.3f}  "
-            f"perplexity {math.exp(min(loss, 700)):,.4g}  ({n_tokens:,} tokens, {seconds:.1f} s)"
+            f"perplexity {math.exp(min(loss, 700)):,.4g}  accuracy {accuracy:.1%}  "
+            f"({n_tokens:,} tokens, {seconds:.1f} s)"
         )
 
 
