@@ -1,0 +1,289 @@
+"""Learning curves of methods on the same data, for bench.convergence and bench.zo_variants.
+
+A method's learning rate is the best of a small grid: every method gets the same number of trials, of as many forward
+passes each, and is scored by the loss on validation rows. Curves are drawn on test rows, with other seeds: a seed is
+that of LoRA's start, of the data's order and of the noise. A step of MeBP counts as two forward passes: its backward
+makes as many products with the weights as a forward pass does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mebp_mlx
+from bench import report
+from mebp_mlx.config import TrainConfig
+from mebp_mlx.data import DataSets, TokenRows, batches, eval_batches, prepare
+from mebp_mlx.engine import Engine, make_engine
+from mebp_mlx.engine.backprop import forward_loss
+from mebp_mlx.engine.choose import choose_plan
+from mebp_mlx.engine.job import job_for
+from mebp_mlx.engine.update import Updater
+from mebp_mlx.errors import NonFiniteLoss, UserError
+from mebp_mlx.hub import resolve_model
+from mebp_mlx.model.frozen import Model
+from mebp_mlx.optimizers import make_optimizer
+from mebp_mlx.planning import estimator_of, make_lora
+
+GRID_SEED = 1000  # of the trials: none of the curves has it
+
+
+@dataclass(frozen=True)
+class Method:
+    """An engine with its optimizer, the rates that are tried, and the forward passes of one step."""
+
+    label: str
+    engine: str
+    optimizer: str
+    rates: tuple[float, ...]
+    passes: int
+    color: str
+
+
+# Five rates a factor of about 3 apart each. eps is the trainer's default for all of them; the steps of Adam and of
+# FZOO do not grow with the gradient.
+METHODS = {
+    "mebp": Method("MeBP (exact), Adam", "mebp", "adam", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), 2, "C1"),
+    "mezo": Method("MeZO", "mezo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C0"),
+    "kzoo": Method("K-ZOO", "kzoo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C2"),
+    "hizoo": Method("HiZOO", "hizoo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 3, "C3"),
+    "fzoo": Method("FZOO", "fzoo", "sgd", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 9, "C4"),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, grid_passes: int) -> None:
+    """What both benches take."""
+    defaults = TrainConfig()
+    parser.add_argument("--model", default=defaults.model, help="folder, hub id, or `bundled`")
+    parser.add_argument(
+        "--data", default=defaults.data, help="folder, hub id (org/name or org/name:part), or `bundled`"
+    )
+    parser.add_argument("--mask-prompt", action="store_true", help="labels on the answer only")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-seq-length", type=int, default=256)
+    parser.add_argument("--eval-batches", type=int, default=15, help="of validation and test rows, -1 for all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument(
+        "--grid-passes", type=int, default=grid_passes, help="forward passes of each trial of a learning rate"
+    )
+
+
+class Task:
+    """Model and data, opened once."""
+
+    def __init__(self, options: argparse.Namespace):
+        path = resolve_model(options.model)
+        self.config = TrainConfig(
+            model=options.model,
+            data=options.data,
+            mask_prompt=options.mask_prompt,
+            batch_size=options.batch_size,
+            max_seq_length=options.max_seq_length,
+        )
+        self.data: DataSets = prepare(
+            data=options.data,
+            model_path=path,
+            mask_prompt=options.mask_prompt,
+            max_seq_length=options.max_seq_length,
+            overlong="truncate",
+        )
+        if self.data.valid is None:
+            raise UserError(f"--data {options.data}: has no valid.jsonl, on which learning rates are chosen")
+        self.valid: TokenRows = self.data.valid
+        self.test: TokenRows = self.data.test or self.data.valid
+        self.eval_batches = options.eval_batches
+        self.model: Model = mebp_mlx.open_model(path)
+
+    def run(
+        self, method: Method, rate: float, seed: int, n_steps: int, rows: TokenRows, marks: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Trains, and yields loss and accuracy on `rows` after each number of steps in `marks` (0: before any).
+
+        seconds: of training alone. A loss that is not finite ends the run with a loss of infinity.
+        """
+        config = self.config.replace(
+            engine=method.engine, optimizer=method.optimizer, learning_rate=rate, seed=seed, iters=max(1, n_steps)
+        )
+        lora = make_lora(config, self.model)
+        updater = Updater(make_optimizer(config, max(1, n_steps)), lora)
+        estimator = estimator_of(config, lora)
+        longest = int(self.data.train.lengths.max()) - 1
+        plan = choose_plan(job_for(self.model, lora, config.batch_size, longest, engine=config.engine))
+        engine: Engine = make_engine(config.engine, self.model, lora, plan=plan, seed=seed, estimator=estimator)
+        engine.reserve(config.batch_size, longest)
+        stream, seconds = batches(self.data.train, config.batch_size, seed), 0.0
+        passes = self.config.fzoo_samples + 1 if method.engine == "fzoo" else method.passes
+        try:
+            for step in range(n_steps + 1):
+                if step in marks:
+                    found = [forward_loss(self.model, plan, lora, b) for b in self._eval(rows)]
+                    n_labels = sum(each.n_labels for each in found)
+                    yield {
+                        "step": step,
+                        "passes": step * passes,
+                        "seconds": round(seconds, 3),
+                        "loss": round(sum(each.loss_sum for each in found) / n_labels, 5),
+                        "accuracy": round(sum(each.n_correct for each in found) / n_labels, 5),
+                    }
+                if step < n_steps:
+                    began_s, batch = time.perf_counter(), next(stream)
+                    updater.begin_step()
+                    engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=updater.sink)
+                    updater.end_step()
+                    seconds += time.perf_counter() - began_s
+        except NonFiniteLoss:
+            yield {"step": step, "passes": step * passes, "seconds": seconds, "loss": math.inf, "accuracy": 0.0}
+        finally:
+            engine.close()
+
+    def choose_rate(self, name: str, n_passes: int) -> list[dict[str, Any]]:
+        """One trial for each rate of a method's grid, of about n_passes forward passes; `best` marks the chosen one."""
+        method = METHODS[name]
+        n_steps = max(1, n_passes // method.passes)
+        trials: list[dict[str, Any]] = []
+        for rate in method.rates:
+            (end,) = self.run(method, rate, GRID_SEED, n_steps, self.valid, [n_steps])
+            trials.append({"method": name, "rate": rate, "steps": n_steps, "valid_loss": end["loss"]})
+            print(
+                f"grid       {method.label:20} rate {rate:<8g} {n_steps} steps  valid loss {end['loss']:.4f}",
+                flush=True,
+            )
+        best = min(trials, key=lambda trial: trial["valid_loss"])
+        for trial in trials:
+            trial["best"] = trial is best
+        if best["rate"] in (method.rates[0], method.rates[-1]):
+            print(f"grid       {method.label}: the best rate {best['rate']:g} is at the grid's edge", flush=True)
+        return trials
+
+    def curves(self, name: str, rate: float, n_steps: int, n_seeds: int) -> list[dict[str, Any]]:
+        """The points of `n_seeds` runs on the test rows."""
+        method, rows = METHODS[name], []
+        for seed in range(n_seeds):
+            for point in self.run(method, rate, seed, n_steps, self.test, marks_up_to(n_steps)):
+                rows.append({"method": name, "rate": rate, "seed": seed, **point})
+            print(
+                f"run        {method.label:20} seed {seed}  {point['step']} steps, {point['seconds']:.0f} s  "
+                f"test loss {point['loss']:.4f}  accuracy {point['accuracy']:.1%}",
+                flush=True,
+            )
+        return rows
+
+    def _eval(self, rows: TokenRows) -> Iterator[Any]:
+        return eval_batches(rows, self.config.batch_size, self.eval_batches)
+
+
+def marks_up_to(n_steps: int) -> list[int]:
+    """0, a few steps about a factor of 1.5 apart, and the last; 100 among them, where the paper's finding is read."""
+    marks, at = {0, n_steps, *([100] if n_steps >= 100 else [])}, 1.0
+    while at < n_steps:
+        marks.add(round(at))
+        at *= 1.5 if at < 50 else 1.25
+    return sorted(marks)
+
+
+def best_rate(trials: Sequence[dict[str, Any]], name: str) -> float:
+    """The chosen rate of a method."""
+    return next(float(trial["rate"]) for trial in trials if trial["method"] == name and trial["best"])
+
+
+def run_all(task: Task, n_steps: dict[str, int], options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """(trials of the rates, points of the curves) for every method in n_steps."""
+    trials: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for name, steps in n_steps.items():
+        trials += task.choose_rate(name, options.grid_passes)
+        rows += task.curves(name, best_rate(trials, name), steps, options.seeds)
+    return trials, rows
+
+
+def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """A line a method: start, early, at the end, and where it reaches what the first method has early: after 100 steps
+    or, in shorter runs, that method's last.
+    """
+    early = min(100, max(row["step"] for row in rows if row["method"] == names[0]))
+    first = at_step(rows, names[0], early)
+    heads = [
+        "method",
+        "rate",
+        "start",
+        f"{early} steps",
+        "end",
+        "steps",
+        "passes",
+        "s",
+        "accuracy",
+        f"passes to {first:.3f}",
+    ]
+    lines = []
+    for name in names:
+        own = [row for row in rows if row["method"] == name]
+        last = max(row["step"] for row in own)
+        end = [row for row in own if row["step"] == last]
+        median = {key: report.spread([row[key] for row in end])["median"] for key in ("loss", "accuracy", "seconds")}
+        reached = _passes_to(own, first)
+        lines.append(
+            [
+                METHODS[name].label,
+                f"{own[0]['rate']:g}",
+                at_step(rows, name, 0),
+                at_step(rows, name, early),
+                median["loss"],
+                last,
+                end[0]["passes"],
+                median["seconds"],
+                f"{median['accuracy']:.1%}",
+                f"{reached:,}" if reached is not None else "not reached",
+            ]
+        )
+    return report.table(heads, lines)
+
+
+def at_step(rows: Sequence[dict[str, Any]], name: str, step: int) -> float:
+    """The median loss of a method at the last mark up to `step`."""
+    own = [row for row in rows if row["method"] == name and row["step"] <= step]
+    last = max(row["step"] for row in own)
+    return report.spread([row["loss"] for row in own if row["step"] == last])["median"]
+
+
+def _passes_to(own: Sequence[dict[str, Any]], loss: float) -> int | None:
+    for step in sorted({row["step"] for row in own}):
+        here = [row for row in own if row["step"] == step]
+        if report.spread([row["loss"] for row in here])["median"] <= loss:
+            return int(here[0]["passes"])
+    return None
+
+
+def draw(plt: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, path: Path, about: Any) -> None:
+    """Loss and accuracy against steps, forward passes and seconds: medians over the seeds, bands from 20 to 80 %."""
+    figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", sharex="col")
+    columns = (("step", "steps"), ("passes", "forward passes (a step of MeBP: 2)"), ("seconds", "seconds of training"))
+    for across, (column, label) in enumerate(columns):
+        for down, (value, what) in enumerate((("loss", "test loss"), ("accuracy", "next-token accuracy"))):
+            axes = panels[down, across]
+            for name in names:
+                own = [row for row in rows if row["method"] == name]
+                steps = sorted({row["step"] for row in own})
+                grouped = [[row for row in own if row["step"] == step] for step in steps]
+                found = [report.spread([row[value] for row in group]) for group in grouped]
+                x = [report.spread([row[column] for row in group])["median"] for group in grouped]
+                axes.plot(x, [f["median"] for f in found], color=METHODS[name].color, label=METHODS[name].label)
+                low, high = ([f[end] for f in found] for end in ("p20", "p80"))
+                axes.fill_between(x, low, high, color=METHODS[name].color, alpha=0.25, linewidth=0)
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xlim(left=0)
+            if down:
+                axes.set_xlabel(label)
+            if not across:
+                axes.set_ylabel(what)
+    losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+    start = max(row["loss"] for row in rows if row["step"] == 0)
+    panels[0, 0].set_ylim(top=min(max(losses), 1.15 * start) + 0.1)  # a run that diverges would flatten the rest
+    panels[1, 0].legend(fontsize=7, loc="upper left")
+    figure.suptitle(title)
+    report.save_picture(plt, figure, path, about)
