@@ -25,6 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.zo_steps, options.seeds, options.grid_passes, options.eval_batches = 25, 50, 2, 12, 4
+        options.rates = 3
     try:
         run(options)
     except UserError as error:

@@ -68,6 +68,7 @@ def add_options(parser: argparse.ArgumentParser, grid_passes: int) -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-seq-length", type=int, default=256)
     parser.add_argument("--eval-batches", type=int, default=15, help="of validation and test rows, -1 for all")
+    parser.add_argument("--rates", type=int, default=5, help="how many learning rates are tried, about the middle one")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument(
         "--grid-passes", type=int, default=grid_passes, help="forward passes of each trial of a learning rate"
@@ -97,7 +98,7 @@ class Task:
             raise UserError(f"--data {options.data}: has no valid.jsonl, on which learning rates are chosen")
         self.valid: TokenRows = self.data.valid
         self.test: TokenRows = self.data.test or self.data.valid
-        self.eval_batches = options.eval_batches
+        self.eval_batches, self.n_rates = options.eval_batches, options.rates
         self.model: Model = mebp_mlx.open_model(path)
 
     def run(
@@ -147,7 +148,9 @@ class Task:
         method = METHODS[name]
         n_steps = max(1, n_passes // method.passes)
         trials: list[dict[str, Any]] = []
-        for rate in method.rates:
+        beside = max(0, (len(method.rates) - self.n_rates) // 2)
+        rates = method.rates[beside : len(method.rates) - beside]
+        for rate in rates:
             (end,) = self.run(method, rate, GRID_SEED, n_steps, self.valid, [n_steps])
             trials.append({"method": name, "rate": rate, "steps": n_steps, "valid_loss": end["loss"]})
             print(
@@ -157,7 +160,7 @@ class Task:
         best = min(trials, key=lambda trial: trial["valid_loss"])
         for trial in trials:
             trial["best"] = trial is best
-        if best["rate"] in (method.rates[0], method.rates[-1]):
+        if best["rate"] in (rates[0], rates[-1]):
             print(f"grid       {method.label}: the best rate {best['rate']:g} is at the grid's edge", flush=True)
         return trials
 

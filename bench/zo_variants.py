@@ -21,7 +21,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="of exact gradients")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.passes, options.seeds, options.grid_passes, options.eval_batches = 25, 72, 2, 18, 4
+        options.steps, options.passes, options.seeds, options.grid_passes, options.eval_batches = 25, 54, 2, 18, 4
+        options.rates = 3
     try:
         run(options)
     except UserError as error:

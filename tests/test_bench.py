@@ -1,0 +1,111 @@
+"""What the benches share: percentiles, tables and files; learning curves; contestants that train alike."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import learning, report, step_case
+from mebp_mlx.errors import NonFiniteLoss
+from tests.runs import tokenize_here, write_home
+from tests.tiny import CONFIGS, write_model
+
+
+def test_spread_is_numpys_percentiles(seed: int) -> None:
+    for n in (1, 2, 3, 10):
+        values = np.random.default_rng(seed).normal(size=n)
+        expected = np.percentile(values, [50, 20, 80])
+        assert np.allclose(list(report.spread(values.tolist(), 9).values()), expected, atol=1e-8), f"seed {seed}"
+
+
+def test_files_hold_the_rows_and_explain_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(out=tmp_path / "new", quick=True)
+    rows = [{"shape": "a", "step_s": {"median": 1.5, "p20": 1.0}}, {"shape": "b", "extra": 2}]
+    report.write("some", options, rows, paper={"x": 1})
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(
+        (tmp_path / "new" / "some.json").read_text()
+    )
+    found = json.loads((tmp_path / "new" / "some.json").read_text())
+    assert found["rows"] == rows and found["machine"]["mlx"] and found["options"]["quick"] and "commit" in found
+    with open(tmp_path / "new" / "some.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"shape": "a", "step_s.median": "1.5", "step_s.p20": "1.0", "extra": ""},
+            {"shape": "b", "step_s.median": "", "step_s.p20": "", "extra": "2"},
+        ]
+
+
+def test_tables_put_numbers_to_the_right() -> None:
+    assert report.table(["what", "n"], [["a", 1_000], ["long", None]]) == "what      n\na     1,000\nlong      -"
+
+
+def test_a_case_of_the_step_table(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
+    for engine in ("mebp", "fzoo"):
+        found = step_case.measure(folder, engine, n_tokens=12, n_steps=3, rank=2)
+        assert found["peak_mb"] >= found["before_mb"] > 1 and found["n_steps"] == 3
+        assert 0 < found["step_s"]["p20"] <= found["step_s"]["median"] <= found["step_s"]["p80"]
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> learning.Task:
+    home = write_home(tmp_path / "home")
+    tokenize_here(home, monkeypatch)
+    parser = argparse.ArgumentParser()
+    learning.add_options(parser, grid_passes=6)
+    arguments = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2", "--seeds", "2"]
+    return learning.Task(parser.parse_args([*arguments, "--max-seq-length", "32", "--eval-batches", "2"]))
+
+
+def test_learning_curves_begin_alike_and_count_their_passes(task: learning.Task) -> None:
+    """LoRA's B starts at zero: before the first step every method and seed has the frozen model's loss."""
+    rows = [row for name in learning.METHODS for row in task.curves(name, 1e-4, 2, 2)]
+    starts = {(row["loss"], row["accuracy"]) for row in rows if row["step"] == 0}
+    assert len(starts) == 1
+    for row in rows:
+        assert row["passes"] == row["step"] * learning.METHODS[row["method"]].passes
+        assert math.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1
+    ends = {name: {r["loss"] for r in rows if r["method"] == name and r["step"] == 2} for name in learning.METHODS}
+    assert all(len(losses) == 2 for losses in ends.values())  # another seed is another run
+    assert len(learning.summary(rows, list(learning.METHODS)).splitlines()) == 1 + len(learning.METHODS)
+
+
+def test_a_rate_is_the_best_of_its_trials(task: learning.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, math.inf, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(task, "run", lambda *args: iter([{"loss": next(losses), "step": args[3]}]))
+    trials = task.choose_rate("hizoo", 30)
+    assert [trial["steps"] for trial in trials] == [10] * 5  # of three passes each
+    assert learning.best_rate(trials, "hizoo") == learning.METHODS["hizoo"].rates[2]
+
+
+def test_a_run_that_diverges_is_a_curve_that_ends(task: learning.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> float:
+        raise NonFiniteLoss("loss is nan")
+
+    monkeypatch.setattr("mebp_mlx.engine.zeroth_order.ZerothOrderEngine.step", fails)
+    assert [row["loss"] for row in task.run(learning.METHODS["mezo"], 1.0, 0, 5, task.valid, [5])] == [math.inf]
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 99, 100, 1000])
+def test_marks_are_in_order_and_have_both_ends(n_steps: int) -> None:
+    marks = learning.marks_up_to(n_steps)
+    assert marks == sorted(set(marks)) and marks[0] == 0 and marks[-1] == n_steps
+    assert (100 in marks) == (n_steps >= 100) and len(marks) <= 30
+
+
+def test_all_contestants_train_alike(tmp_path: Path) -> None:
+    """The same rows, start, optimizer: the loss of the fourth step is everybody's, and mlx-lm's trainer is real."""
+    command = [sys.executable, "-m", "bench.versus", "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    assert rows[0]["case"] == "ours" and len(rows) == 5
+    losses = np.array([[row["first_loss"], row["last_loss"]] for row in rows])
+    assert not (np.ptp(losses, axis=0) > 2e-4).any(), losses
+    assert all(row["peak_mb"] > rows[0]["peak_mb"] for row in rows[1:])
