@@ -11,7 +11,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import mebp_mlx  # isort: skip
 import mlx.core as mx
 import numpy as np
 
+from bench.instruments import Clock, Wraps, evaluate
 from bench.synth import SHAPES, write_model
 from mebp_mlx.data import Batch
 from mebp_mlx.engine import attend, backprop, block, make_engine, mlp, projection
@@ -31,60 +31,13 @@ from mebp_mlx.optimizers import PlainSGD
 from mebp_mlx.weights import MappedWeights
 
 
-class Clock:
-    """Seconds by stage, each without the stages inside it; flops by stage for those with matrix products."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
-        self.flops: dict[str, float] = {}
-        self.shapes: dict[str, tuple[int, int, int]] = {}
-        self._inner: list[float] = []
-
-    def timed(self, name: str, run: Callable[[], Any]) -> Any:
-        self._inner.append(0.0)
-        began_s = time.perf_counter()
-        try:
-            value = run()
-            _evaluate(value)
-        finally:
-            passed_s = time.perf_counter() - began_s
-            own_s = passed_s - self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own_s
-            self.calls[name] = self.calls.get(name, 0) + 1
-            if self._inner:
-                self._inner[-1] += passed_s
-        return value
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Count `seconds` of one stage as another's."""
-        self.seconds[source] -= seconds
-        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
-
-    def outside(self, run: Callable[[], Any]) -> float:
-        """Seconds of something that belongs to no stage."""
-        began_s = time.perf_counter()
-        run()
-        passed_s = time.perf_counter() - began_s
-        if self._inner:
-            self._inner[-1] += passed_s
-        return passed_s
-
-
-def _evaluate(value: Any) -> None:
-    if isinstance(value, mx.array | tuple | list):
-        mx.eval([item for item in value if isinstance(item, mx.array)] if isinstance(value, tuple) else value)
-
-
-class Instruments:
-    """Puts the clock around the engine's functions; `remove` takes everything off again."""
+class Instruments(Wraps):
+    """The clock around every stage."""
 
     def __init__(self, clock: Clock):
-        self.clock = clock
-        self._undo: list[tuple[Any, str, Any]] = []
-        self.phase = "forward"
-        self._wrap(block._Work, "_forward", lambda work, stage, *_: self._stage(stage, "forward"))
-        self._wrap(block._Work, "_backward", lambda work, stage, *_: self._stage(stage, "backward"))
+        super().__init__(clock)
+        self.wrap(block._Work, "_forward", lambda work, stage, *_: self._stage(stage, "forward"))
+        self.wrap(block._Work, "_backward", lambda work, stage, *_: self._stage(stage, "backward"))
         self._product(projection.RowStream, "forward", "y = x W^T")
         self._product(projection.RowStream, "backward", "dx = g W")
         self._product(projection.ColumnStream, "forward", "y = x W^T")
@@ -94,52 +47,37 @@ class Instruments:
             (projection.ColumnStream, ("__init__", "take", "gradients")),
         ):
             for name in names:
-                self._wrap(owner, name, lambda *_: "LoRA: x A and gradients")
-        self._wrap(mlp.BlockwiseMlp, "forward", lambda *_: "mlp: activation, forward")
-        self._wrap(mlp.BlockwiseMlp, "backward", lambda *_: "mlp: activation, backward")
-        self._wrap(MappedWeights, "rows", lambda *_: "weights: read")
-        self._wrap(MappedWeights, "columns", lambda *_: "weights: read")
-        self._wrap(Model, "columns", lambda *_: "weights: decompress")
-        self._wrap(MappedWeights, "gather", lambda *_: "weights: read")
-        self._wrap(Model, "rows", lambda *_: "weights: decompress")
-        self._wrap(Model, "gather", lambda *_: "weights: decompress")
-        self._wrap(Model, "norm", lambda *_: "weights: norms")
-        self._wrap(Arena, "put", lambda *_: "arena: put")
-        self._wrap(Arena, "get", lambda *_: "arena: get")
-        self._wrap(attend.TileAttention, "__init__", lambda *_: "attention: split, rope")
-        self._wrap(attend.TileAttention, "forward", lambda *_: "attention: forward")
-        self._wrap(attend.TileAttention, "backward", lambda *_: "attention: backward")
-        self._wrap(attend.TileAttention, "finish", lambda *_: "attention: split, rope")
-        self._wrap(engine_head, "run", lambda *_: "head: products, norm and its backward")
-        self._wrap(engine_head, "online_softmax", lambda *_: "head: exp")
-        self._wrap(backprop, "embed_tiles", lambda *_: "embedding")
-        self._wrap(Updater, "sink", lambda *_: "update")
-
-    def remove(self) -> None:
-        for owner, name, original in reversed(self._undo):
-            setattr(owner, name, original)
+                self.wrap(owner, name, lambda *_: "LoRA: x A and gradients")
+        self.wrap(mlp.BlockwiseMlp, "forward", lambda *_: "mlp: activation, forward")
+        self.wrap(mlp.BlockwiseMlp, "backward", lambda *_: "mlp: activation, backward")
+        self.wrap(MappedWeights, "rows", lambda *_: "weights: read")
+        self.wrap(MappedWeights, "columns", lambda *_: "weights: read")
+        self.wrap(Model, "columns", lambda *_: "weights: decompress")
+        self.wrap(MappedWeights, "gather", lambda *_: "weights: read")
+        self.wrap(Model, "rows", lambda *_: "weights: decompress")
+        self.wrap(Model, "gather", lambda *_: "weights: decompress")
+        self.wrap(Model, "norm", lambda *_: "weights: norms")
+        self.wrap(Arena, "put", lambda *_: "arena: put")
+        self.wrap(Arena, "get", lambda *_: "arena: get")
+        self.wrap(attend.TileAttention, "__init__", lambda *_: "attention: split, rope")
+        self.wrap(attend.TileAttention, "forward", lambda *_: "attention: forward")
+        self.wrap(attend.TileAttention, "backward", lambda *_: "attention: backward")
+        self.wrap(attend.TileAttention, "finish", lambda *_: "attention: split, rope")
+        self.wrap(engine_head, "run", lambda *_: "head: products, norm and its backward")
+        self.wrap(engine_head, "online_softmax", lambda *_: "head: exp")
+        self.wrap(backprop, "embed_tiles", lambda *_: "embedding")
+        self.wrap(Updater, "sink", lambda *_: "update")
 
     def _stage(self, stage: Any, direction: str) -> str:
         if stage.linears:
             return "engine: a projection's surroundings"
         return f"{'norms' if 'norm' in stage.name else stage.name}: {direction}"
 
-    def _wrap(self, owner: Any, name: str, label: Callable[..., str]) -> None:
-        original = getattr(owner, name)
-        clock = self.clock
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            _evaluate(args)  # what the stage waits for belongs to the one that made it
-            return clock.timed(label(*args), lambda: original(*args, **kwargs))
-
-        self._undo.append((owner, name, original))
-        setattr(owner, name, wrapped)
-
     def _product(self, owner: Any, name: str, what: str) -> None:
         original, clock = getattr(owner, name), self.clock
 
         def wrapped(stream: Any, start: int, stop: int, *rest: Any) -> Any:
-            _evaluate(rest)
+            evaluate(rest)
             linear = stream.linear
             label = f"{linear.name.rsplit('.', 1)[-1]}: {what}"
             value = clock.timed(label, lambda: original(stream, start, stop, *rest))
@@ -152,8 +90,7 @@ class Instruments:
                 clock.shapes[label] = (n_rows, width, stop - start)
             return value
 
-        self._undo.append((owner, name, original))
-        setattr(owner, name, wrapped)
+        self.replace(owner, name, wrapped)
 
 
 def bare_gflops(shape: tuple[int, int, int], transposed: bool, repeats: int = 7) -> float:

@@ -9,14 +9,15 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import learning, report, step_case
+from bench import decompression, layers, learning, per_layer, report, step_case
 from mebp_mlx.errors import NonFiniteLoss
 from tests.runs import tokenize_here, write_home
-from tests.tiny import CONFIGS, write_model
+from tests.tiny import CONFIGS, packed_config, write_model
 
 
 def test_spread_is_numpys_percentiles(seed: int) -> None:
@@ -109,3 +110,46 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
     losses = np.array([[row["first_loss"], row["last_loss"]] for row in rows])
     assert not (np.ptp(losses, axis=0) > 2e-4).any(), losses
     assert all(row["peak_mb"] > rows[0]["peak_mb"] for row in rows[1:])
+
+
+@pytest.mark.parametrize("case", layers.CASES)
+def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) -> None:
+    folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
+    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2)
+    backward = [] if case == "mezo" else ["b2", "b1", "b0"]
+    names = [row["phase"] for row in found["phases"]]
+    assert names == ["emb", "f0", "f1", "f2", "head", *backward]
+    whole = sum(row["ms"]["median"] for row in found["phases"])
+    assert 0.5 * found["step_ms"]["median"] <= whole <= 1.3 * found["step_ms"]["median"]
+    for row in found["phases"]:
+        assert row["end_mb"] <= row["peak_mb"] <= found["peak_mb"] + 0.1
+        assert min(row["split_ms"].values()) >= 0 < row["split_ms"]["compute"]
+    saved = sum(row["split_ms"]["save"] for row in found["phases"])
+    assert (saved == 0) == (case == "mezo")  # without a backward nothing goes to the arena
+
+
+def test_the_page_of_phases_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_module(module: str, folder: Path, *how: object) -> dict[str, Any]:
+        return layers.measure(folder, str(how[how.index("--case") + 1]), 16, 1, 2)
+
+    monkeypatch.setattr(report, "run_module", run_module)
+    models = tmp_path / "models"
+    write_model(models / "qwen2.5-0.5b-2", CONFIGS["qwen2"] | {"num_hidden_layers": 2})
+    monkeypatch.setattr(sys, "argv", ["per_layer", "--quick", "--models", str(models), "--out", str(tmp_path / "out")])
+    per_layer.main()
+    page = (tmp_path / "out" / "per_layer.html").read_text()
+    assert "http" not in page and " src=" not in page and "/*DATA*/" not in page
+    data = json.loads(page.partition("const data = ")[2].partition(";\n")[0])
+    with open(tmp_path / "out" / "per_layer.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["phase"] for row in rows] == [row["phase"] for row in data["rows"]] and len(rows) == 6 + 6 + 4
+    assert {"ms.median", "ms.p20", "split_ms.decompress", "peak_mb", "arrays_mb"} <= rows[0].keys()
+
+
+def test_packed_and_decompressed_products_are_both_timed(tmp_path: Path) -> None:
+    quantization = {"group_size": 32, "bits": 4}
+    folder = write_model(tmp_path / "model", packed_config("qwen2"), quantization=quantization)
+    rows = decompression.compare(folder, [1, 5], repeats=2)
+    assert [row["matrix"] for row in rows[::2]] == ["q", "k", "v", "o", "gate", "up", "down", "head"]
+    for row in rows:
+        assert row["decompress_ms"]["median"] > 0 and row["packed_ms"]["median"] > 0
