@@ -19,7 +19,7 @@ from mebp_mlx.errors import UserError
 
 def main() -> int:
     parser = report.parser("convergence", __doc__)
-    learning.add_options(parser, grid_passes=400)
+    learning.add_options(parser, grid_passes=1000)
     parser.add_argument("--steps", type=int, default=200, help="of exact gradients")
     parser.add_argument("--zo-steps", type=int, default=1000, help="of MeZO")
     options = parser.parse_args()

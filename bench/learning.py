@@ -49,10 +49,10 @@ class Method:
 # Five rates a factor of about 3 apart each. eps is the trainer's default for all of them; the steps of Adam and of
 # FZOO do not grow with the gradient.
 METHODS = {
-    "mebp": Method("MeBP (exact), Adam", "mebp", "adam", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), 2, "C1"),
-    "mezo": Method("MeZO", "mezo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C0"),
-    "kzoo": Method("K-ZOO", "kzoo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C2"),
-    "hizoo": Method("HiZOO", "hizoo", "sgd", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 3, "C3"),
+    "mebp": Method("MeBP (exact), Adam", "mebp", "adam", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C1"),
+    "mezo": Method("MeZO", "mezo", "sgd", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), 2, "C0"),
+    "kzoo": Method("K-ZOO", "kzoo", "sgd", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), 2, "C2"),
+    "hizoo": Method("HiZOO", "hizoo", "sgd", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), 3, "C3"),
     "fzoo": Method("FZOO", "fzoo", "sgd", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 9, "C4"),
 }
 

@@ -16,7 +16,7 @@ from mebp_mlx.errors import UserError
 
 def main() -> int:
     parser = report.parser("zo_variants", __doc__)
-    learning.add_options(parser, grid_passes=240)
+    learning.add_options(parser, grid_passes=360)
     parser.add_argument("--passes", type=int, default=720, help="forward passes of every run but MeBP's")
     parser.add_argument("--steps", type=int, default=100, help="of exact gradients")
     options = parser.parse_args()
