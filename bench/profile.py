@@ -83,8 +83,9 @@ class Instruments(Wraps):
             value = clock.timed(label, lambda: original(stream, start, stop, *rest))
             by_rows = owner is projection.RowStream
             width = linear.in_dims if by_rows else linear.out_dims
-            known = stream.x if by_rows else (stream.y if stream.g is None else stream.g)
-            if known is not None:
+            known = (rest[0] if rest else stream.x) if by_rows else (stream.y if stream.g is None else stream.g)
+            made = not (rest and rest[-1] is False)  # a backward for the pair alone makes no product with W
+            if known is not None and made:
                 n_rows = known.shape[0]
                 clock.flops[label] = clock.flops.get(label, 0) + 2 * n_rows * (stop - start) * width
                 clock.shapes[label] = (n_rows, width, stop - start)

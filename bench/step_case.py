@@ -21,19 +21,30 @@ from mebp_mlx.data import Batch
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.choose import choose_plan
 from mebp_mlx.engine.job import job_for
+from mebp_mlx.engine.roofline import Rates, bound_s
 from mebp_mlx.engine.update import Updater
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.proxy import impose, on_phone
 from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.runtime.phone import DEVICES, Phone
 
 
-def measure(folder: Path, engine_name: str, n_tokens: int, n_steps: int, rank: int) -> dict[str, Any]:
-    """Peak footprint in bytes and seconds a step of `n_steps` steps after a first one; SGD, batch 1."""
+def measure(
+    folder: Path, engine_name: str, n_tokens: int, n_steps: int, rank: int, phone: Phone | None = None
+) -> dict[str, Any]:
+    """Peak footprint in bytes and seconds a step of `n_steps` steps after a first one; SGD, batch 1.
+
+    phone: whose app's memory is imposed, and for whose chip the least time of a step is counted.
+    """
     before_bytes = footprint_bytes()
     with PeakMeter() as meter:
         model = mebp_mlx.open_model(folder)
         lora = mebp_mlx.init_lora(model, rank=rank)
-        plan = choose_plan(job_for(model, lora, 1, n_tokens, engine=engine_name, base_bytes=before_bytes))
+        job = job_for(model, lora, 1, n_tokens, engine=engine_name, base_bytes=before_bytes)
+        if phone is not None:
+            impose(phone, phone.budget_bytes)
+        plan = choose_plan(job, None if phone is None else phone.budget_bytes)
         zeroth = engine_name in ZEROTH_ORDER
         estimator = make_estimator(engine_name, lora, seed=0, eps=1e-2) if zeroth else None
         engine = make_engine(engine_name, model, lora, plan=plan, estimator=estimator)
@@ -49,7 +60,13 @@ def measure(folder: Path, engine_name: str, n_tokens: int, n_steps: int, rank: i
             updater.end_step()
             seconds.append(time.perf_counter() - began_s)
         engine.close()
+    projected = {}
+    if phone is not None:
+        passes = 1 if estimator is None else len(estimator.probes)
+        least_s = bound_s(on_phone(job, plan, passes), Rates(phone.flops[2], phone.bandwidth))
+        projected = {"device": phone.name, "device_bound_s": round(least_s, 5)}
     return {
+        **projected,
         "engine": engine_name,
         "tokens": n_tokens,
         "n_lora_parameters": sum(int(value.size) for value in lora.parameters().values()),
@@ -68,8 +85,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory")
     options = parser.parse_args()
-    print(json.dumps(measure(options.model, options.engine, options.tokens, options.steps, options.rank)))
+    phone = DEVICES[options.device] if options.device else None
+    print(json.dumps(measure(options.model, options.engine, options.tokens, options.steps, options.rank, phone)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import report
 from bench.synth import write_model
+from mebp_mlx.runtime.phone import DEVICES
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10, help="steps in the medians, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
+    parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory; add its least time")
     options = parser.parse_args()
     layers = None
     if options.quick:
@@ -30,12 +32,19 @@ def main() -> None:
             folder = (options.models or Path(scratch)) / (shape if layers is None else f"{shape}-{layers}")
             if not (folder / "config.json").exists():
                 write_model(shape, folder, layers=layers)
-            how = ("--tokens", options.tokens, "--steps", options.steps)
+            how = ["--tokens", options.tokens, "--steps", options.steps]
+            how += ["--device", options.device] if options.device else []
             for engine in ("mezo", "mebp"):
                 found = report.run_module("bench.step_case", folder, "--engine", engine, *how)
                 rows.append({"shape": shape, "layers": layers or "all", **found})
                 print(f"{shape} {engine}: {found['peak_mb']} MB, {found['step_s']['median']} s", flush=True)
     print(report.table(HEADS, [_line(rows, shape) for shape in options.shapes]))
+    if options.device:
+        print("\n".join(f"assumed    {text}" for text in DEVICES[options.device].assumptions))
+        heads = ["shape", "engine", f"least s on {DEVICES[options.device].chip}", "the paper s"]
+        paper = [report.PAPER.get(row["shape"], {}).get(f"{row['engine']}_s") for row in rows]
+        lines = [[r["shape"], r["engine"], r["device_bound_s"], s] for r, s in zip(rows, paper, strict=True)]
+        print(report.table(heads, lines))
     about = report.context(options)
     plt = report.pyplot() if options.out else None
     if plt is not None:

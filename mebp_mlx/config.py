@@ -15,6 +15,7 @@ from typing import Any
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.spec import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
+from mebp_mlx.runtime.phone import DEVICES, Phone
 
 PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())
@@ -73,6 +74,8 @@ class TrainConfig:
                                        metavar="SIZE", size=True, above=0, may_change=True, shown_default="none")
     arena_budget: int = option(2_000_000_000, METHOD, "for saved activations on disk; less: more is recomputed",
                                metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
+    device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
+                                choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
@@ -142,6 +145,17 @@ class TrainConfig:
     def optimizer_name(self) -> str:
         """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
+
+    @property
+    def phone(self) -> Phone | None:
+        """What --device names."""
+        return None if self.device is None else DEVICES[self.device]
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The footprint to stay within: --memory-budget, else what --device gives an app, else no limit."""
+        phone_bytes = None if self.phone is None else self.phone.budget_bytes
+        return phone_bytes if self.memory_budget is None else self.memory_budget
 
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -11,7 +11,7 @@ import mebp_mlx
 from .config import ZEROTH_ORDER, TrainConfig
 from .data import has_tokenizer
 from .engine.choose import choose_plan
-from .engine.job import job_for
+from .engine.job import Job, job_for
 from .engine.parking import parked_bytes
 from .engine.plan import Plan
 from .engine.predict import Prediction, predict
@@ -21,6 +21,7 @@ from .errors import UserError
 from .model.frozen import Model
 from .model.lora import Lora
 from .optimizers import make_optimizer, state_bytes
+from .proxy import project
 from .runtime.footprint import footprint_bytes
 from .summary import print_plan
 
@@ -36,11 +37,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with its prediction; budget_bytes: --memory-budget, if given."""
+    """A plan with its prediction; budget_bytes: if there is one; forward_passes: of a zeroth-order step."""
 
+    job: Job
     plan: Plan
     predicted: Prediction
     budget_bytes: int | None
+    forward_passes: int = 1
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
@@ -87,8 +90,9 @@ def make_plan(
     naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
-        if config.memory_budget is not None or config.dry_run:
-            raise UserError("--memory-budget, --dry-run: not available with --engine whole-graph, which has no plan")
+        if config.budget_bytes is not None or config.dry_run:
+            flags = "--memory-budget, --device, --dry-run"
+            raise UserError(f"{flags}: not available with --engine whole-graph, which has no plan")
         return None
     parks = parks_state(config)
     state: dict[str, Any] = updater.optimizer.state
@@ -106,10 +110,13 @@ def make_plan(
         base_bytes=base_bytes,
         n_eval_tokens=sizes.longest_evaluated,
     )
-    plan = choose_plan(job, config.memory_budget, config.arena_budget)
+    plan = choose_plan(job, config.budget_bytes, config.arena_budget)
     predicted = predict(job, plan)
     print_plan(job, plan, predicted, table=config.dry_run)
-    return Planned(plan, predicted, config.memory_budget)
+    passes = 1 if estimator is None else len(estimator.probes)
+    if config.phone is not None and config.dry_run:
+        print("\n".join(project(config.phone, job, plan, passes)))
+    return Planned(job, plan, predicted, config.budget_bytes, passes)
 
 
 def parks_state(config: TrainConfig) -> bool:

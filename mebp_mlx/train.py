@@ -29,11 +29,13 @@ from .hub import resolve_model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
 from .planning import Sizes, estimator_of, make_lora, make_plan, parks_state, plan_without_data
+from .proxy import host_rates, impose, project
 from .runtime import run_state
 from .runtime.device import dtype_name
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
 from .runtime.log import RunLog, megabytes, reporter
+from .runtime.phone import THROTTLED, thermal_state
 from .runtime.platform import machine
 from .runtime.run_state import Checkpoint
 from .summary import BudgetWatch, notices, plan_record, print_data, show_sample, summarize
@@ -98,6 +100,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
 
     # Model, trainable parameters, optimizer, engine.
     model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
+    if config.phone is not None:
+        print(impose(config.phone, config.budget_bytes or 0))
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     estimator = estimator_of(config, lora)
@@ -186,6 +190,11 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         interrupt.deferred = False
         watch.look(n_iters)
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
+        if config.phone is not None and planned is not None:
+            for text in project(
+                config.phone, planned.job, planned.plan, planned.forward_passes, trainer.step_s, host_rates()
+            ):
+                log.say(text)
     show_sample(config, model_path, folder)
     return DONE
 
@@ -208,6 +217,8 @@ class Trainer:
     interrupt: Interrupt
     watch: BudgetWatch
     seconds: float = 0.0
+    step_s: float | None = None  # of the last report
+    hot: bool = False  # a warm machine was told of
 
     def train(self, step: int, n_updates: int) -> int:
         """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.
@@ -277,15 +288,21 @@ class Trainer:
         """What the updates since the last report came to."""
         rate = self.optimizer.learning_rate.item() if uses_learning_rate(self.optimizer) else None
         self.watch.look(iteration)
+        thermal = None if self.config.phone is None else thermal_state()
+        if thermal in THROTTLED and not self.hot:
+            self.hot = True
+            self.log.notice(f"thermal state {thermal}: the system slows this machine down", iter=iteration)
+        self.step_s = window.seconds / window.n_updates
         self.log.train(
             iteration,
             loss=window.loss_sum / window.n_labels,
             learning_rate=rate,
             n_tokens=window.n_labels,
             tokens_per_s=window.n_labels / window.seconds,
-            step_s=window.seconds / window.n_updates,
+            step_s=self.step_s,
             footprint_bytes=footprint_bytes(),
             peak_bytes=self.meter.peak_bytes,
+            thermal=thermal,
         )
 
     def save(self, step: int, numbered: bool) -> None:

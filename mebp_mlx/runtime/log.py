@@ -105,8 +105,11 @@ class RunLog:
         step_s: float,
         footprint_bytes: int,
         peak_bytes: int,
+        thermal: str | None = None,
     ) -> None:
-        """A report: mean loss and speed since the last one. step_s: seconds for each optimizer step."""
+        """A report: mean loss and speed since the last one. step_s: seconds for each optimizer step; thermal: the
+        machine's state, where it is known.
+        """
         self.event(
             "train",
             iter=iteration,
@@ -117,6 +120,7 @@ class RunLog:
             step_s=step_s,
             footprint_bytes=footprint_bytes,
             peak_bytes=peak_bytes,
+            **({} if thermal is None else {"thermal": thermal}),
         )
         rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
         self.say(

@@ -1,0 +1,64 @@
+"""`--device`: this machine as proxy for a phone. Its app's memory is imposed; its speed is projected, not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from .engine.job import Job
+from .engine.plan import Plan
+from .engine.roofline import Rates, Work, bound_s, count
+from .runtime.child import ChildFailure, run_child
+from .runtime.log import megabytes
+from .runtime.phone import Phone, thermal_state
+
+
+def impose(phone: Phone, budget_bytes: int) -> str:
+    """Limits MLX's cache to the phone's; the line that says what holds. The wired limit stays as it is: none."""
+    before_bytes = mx.set_cache_limit(phone.cache_bytes)
+    cache_bytes = min(before_bytes, phone.cache_bytes)
+    mx.set_cache_limit(cache_bytes)
+    state = thermal_state()
+    warm = "" if state is None else f", thermal state {state}"
+    return (
+        f"device     as {phone.chip}: budget {megabytes(budget_bytes)}, cache at most {megabytes(cache_bytes)}, "
+        f"no wired memory{warm}"
+    )
+
+
+def host_rates() -> Rates | None:
+    """This machine's, measured now in a process of its own; None if that fails."""
+    try:
+        found = run_child(["mebp_mlx.runtime.rates"], {}, offline=True, timeout_s=60)
+    except (ChildFailure, TimeoutError):
+        return None
+    return Rates(found["flops"], found["memory_bytes"])
+
+
+def on_phone(job: Job, plan: Plan, passes: int) -> dict[str, Work]:
+    """A step's work as the phone's GPU would have it: 16 bits, packed weights."""
+    return count(dataclasses.replace(job, packed=True, item_bytes=2), plan, passes)
+
+
+def project(
+    phone: Phone, job: Job, plan: Plan, passes: int, step_s: float | None = None, host: Rates | None = None
+) -> Iterator[str]:
+    """Lines: a step's counts and its least time on the phone, and a measured time scaled by the two rooflines."""
+    there, rates = on_phone(job, plan, passes), Rates(phone.flops[2], phone.bandwidth)
+    total, least_s = sum(there.values(), Work()), bound_s(there, rates)
+    yield (
+        f"projected  {phone.chip}: a step of {job.B} x {job.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
+        f"{total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
+    )
+    if step_s is not None and host is not None:
+        ratio = least_s / bound_s(count(job, plan, passes), host)
+        rates_here = f"{host.flops / 1e9:,.0f} GFLOP/s and {host.memory_bytes / 1e9:.1f} GB/s, measured"
+        yield (
+            f"  {step_s:.3g} s a step here ({rates_here}): {step_s * ratio:.3g} s there, if the phone were used "
+            "as well as this machine was"
+        )
+    for text in phone.assumptions:
+        yield f"  assumed: {text}"
+    yield "  not measured on a phone; how far the paper's own steps are from the least: bench.projection"
