@@ -83,7 +83,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "warmup": 3, "lr_decay": "cosine", "max_grad_norm": 1.5, "grad_accumulation_steps": 4, "iters": 12,
         "steps_per_eval": 6, "val_batches": -1, "test": True, "test_batches": 8, "adapter_path": "p", "resume": True,
         "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "report_to": "wandb", "project_name": "mine",
-        "memory_budget": 500_000_000, "arena_budget": 1_000_000, "dry_run": True,
+        "memory_budget": 500_000_000, "arena_budget": 1_000_000, "dry_run": True, "device": "a17-pro",
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
