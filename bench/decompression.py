@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from bench import report
 from bench.layers import SPLITS
-from bench.synth import write_model
+from bench.synth import SHAPES, write_model
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.model.spec import Linear
 
@@ -29,11 +29,11 @@ HEAD_ROWS = 8192
 
 def main() -> None:
     parser = report.parser("decompression", __doc__)
-    parser.add_argument("--shapes", nargs="+", default=["qwen2.5-0.5b", "gemma3-1b"], help="as in bench.synth")
-    parser.add_argument("--layers", type=int, default=3, help="blocks of each; heads are whole")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256], help="rows of x in the products")
-    parser.add_argument("--steps", type=int, default=3, help="repeats, after a first one")
+    parser.add_argument("--shapes", nargs="+", default=["qwen2.5-0.5b", "gemma3-1b"], choices=list(SHAPES))
+    parser.add_argument("--layers", type=report.positive, default=3, help="blocks of each; heads are whole")
+    parser.add_argument("--tokens", type=report.positive, default=256)
+    parser.add_argument("--batches", type=report.positive, nargs="+", default=[1, 32, 256], help="rows of x")
+    parser.add_argument("--steps", type=report.positive, default=3, help="repeats, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
     options = parser.parse_args()
     if options.quick:

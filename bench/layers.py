@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from bench.instruments import Clock, Wraps, evaluate
-from bench.report import spread
+from bench.report import positive, spread
 from mebp_mlx.config import ZEROTH_ORDER
 from mebp_mlx.data import Batch
 from mebp_mlx.engine import backprop, make_engine
@@ -177,9 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.layers", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--case", default="mebp", choices=list(CASES))
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--tokens", type=positive, default=256)
+    parser.add_argument("--steps", type=positive, default=3)
+    parser.add_argument("--rank", type=positive, default=8)
     options = parser.parse_args()
     print(json.dumps(measure(options.model, options.case, options.tokens, options.steps, options.rank)))
 

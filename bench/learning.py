@@ -65,13 +65,13 @@ def add_options(parser: argparse.ArgumentParser, grid_passes: int) -> None:
         "--data", default=defaults.data, help="folder, hub id (org/name or org/name:part), or `bundled`"
     )
     parser.add_argument("--mask-prompt", action="store_true", help="labels on the answer only")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-seq-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=report.positive, default=4)
+    parser.add_argument("--max-seq-length", type=report.positive, default=256)
     parser.add_argument("--eval-batches", type=int, default=15, help="of validation and test rows, -1 for all")
-    parser.add_argument("--rates", type=int, default=5, help="how many learning rates are tried, about the middle one")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--rates", type=report.positive, default=5, help="learning rates tried, about the middle one")
+    parser.add_argument("--seeds", type=report.positive, default=3, help="runs of each method")
     parser.add_argument(
-        "--grid-passes", type=int, default=grid_passes, help="forward passes of each trial of a learning rate"
+        "--grid-passes", type=report.positive, default=grid_passes, help="forward passes of each trial of a rate"
     )
 
 
@@ -188,6 +188,22 @@ def marks_up_to(n_steps: int) -> list[int]:
         marks.add(round(at))
         at *= 1.5 if at < 50 else 1.25
     return sorted(marks)
+
+
+def command(name: str, options: argparse.Namespace, n_steps: dict[str, int]) -> None:
+    """Grids and curves of the methods in n_steps; table, files and picture."""
+    try:
+        trials, rows = run_all(Task(options), n_steps, options)
+    except UserError as error:
+        report.refuse(error)
+    names = list(n_steps)
+    print(summary(rows, names))
+    about = report.context(options)
+    plt = report.pyplot() if options.out else None
+    if plt is not None:
+        title = f"{options.model} model, {options.data} data, {options.batch_size} rows a step, {options.seeds} seeds"
+        draw(plt, rows, names, title, options.out / f"{name}.png", about)
+    report.write(name, options, rows, grid=trials)
 
 
 def best_rate(trials: Sequence[dict[str, Any]], name: str) -> float:

@@ -33,9 +33,11 @@ def main() -> int:
     parser = report.parser("projection", __doc__)
     parser.add_argument("--device", default="a17-pro", choices=list(DEVICES))
     parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(report.PAPER))
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=report.positive, default=256)
     parser.add_argument("--measured", type=Path, help="folder of this machine's step_table.json, per_layer.json")
     options = parser.parse_args()
+    if options.measured is not None and not (options.measured / "step_table.json").is_file():
+        parser.error(f"argument --measured: {options.measured} holds no step_table.json (bench.step_table --out)")
     phone = DEVICES[options.device]
     jobs = {shape: _jobs(shape, options.tokens) for shape in dict.fromkeys([CALIBRATED_BY[0], *options.shapes])}
     rates = Rates(phone.flops[2], phone.bandwidth)
@@ -152,11 +154,9 @@ def _scaled(folder: Path, jobs: dict[str, Any], phone: Phone, rates: Rates) -> l
             }
         )
 
-    table = folder / "step_table.json"
-    if table.exists():
-        for row in json.loads(table.read_text())["rows"]:
-            if row["shape"] in jobs and row["engine"] in ENGINES and row["layers"] == "all":
-                add(row["shape"], row["engine"], None, row["step_s"]["median"], row["tokens"])
+    for row in json.loads((folder / "step_table.json").read_text())["rows"]:
+        if row["shape"] in jobs and row["engine"] in ENGINES and row["layers"] == "all":
+            add(row["shape"], row["engine"], None, row["step_s"]["median"], row["tokens"])
     phases = folder / "per_layer.json"
     if phases.exists():
         found = json.loads(phases.read_text())

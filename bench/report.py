@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,14 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG (default: nothing is written)")
     found.add_argument("--quick", action="store_true", help="small sizes: minutes on 2 cores")
     return found
+
+
+def positive(text: str) -> int:
+    """argparse's type of a number of steps, tokens, rounds, seeds."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
@@ -152,8 +160,20 @@ def save_picture(plt: Any, figure: Any, path: Path, about: dict[str, Any], note:
 
 
 def run_module(module: str, *arguments: object) -> dict[str, Any]:
-    """Runs `python -m module` in a process of its own; the JSON object on its last line. Its stderr is passed on."""
+    """Runs `python -m module` in a process of its own; the JSON object on its last line. Its stderr is passed on.
+
+    Ends this process with the same exit code if it fails: it has said why.
+    """
     command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        print(f"error: python -m {module} failed with exit code {run.returncode}", file=sys.stderr)
+        raise SystemExit(abs(run.returncode))
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
+
+
+def refuse(error: Exception) -> NoReturn:
+    """What a user can get wrong: one line, exit code 2."""
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    raise SystemExit(2)

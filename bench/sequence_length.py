@@ -17,8 +17,8 @@ from bench.synth import SHAPES, write_model
 def main() -> None:
     parser = report.parser("sequence_length", __doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--steps", type=int, default=1, help="steps in the medians, after a first one")
+    parser.add_argument("--tokens", type=report.positive, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--steps", type=report.positive, default=1, help="steps in the medians, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random model in this folder (default: a temporary one)")
     options = parser.parse_args()
     layers = None

@@ -15,7 +15,7 @@ from typing import Any
 import mebp_mlx  # isort: skip  (before mlx: it loads the BLAS)
 import numpy as np
 
-from bench.report import spread
+from bench.report import positive, spread
 from mebp_mlx.config import ZEROTH_ORDER
 from mebp_mlx.data import Batch
 from mebp_mlx.engine import make_engine
@@ -82,9 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.step_case", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--engine", default="mebp", choices=["mebp", *ZEROTH_ORDER])
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--tokens", type=positive, default=256)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory")
     options = parser.parse_args()
     phone = DEVICES[options.device] if options.device else None

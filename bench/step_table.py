@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.synth import write_model
+from bench.synth import SHAPES, write_model
 from mebp_mlx.runtime.phone import DEVICES
 
 
 def main() -> None:
     parser = report.parser("step_table", __doc__)
-    parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), help="as in bench.synth")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=10, help="steps in the medians, after a first one")
+    parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--tokens", type=report.positive, default=256)
+    parser.add_argument("--steps", type=report.positive, default=10, help="steps in the medians, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
     parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory; add its least time")
     options = parser.parse_args()

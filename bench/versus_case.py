@@ -21,13 +21,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from bench.report import spread
+from bench.report import positive, refuse, spread
 from mebp_mlx.data import Batch, has_tokenizer, prepare
 from mebp_mlx.engine import Engine, make_engine
 from mebp_mlx.engine.choose import choose_plan
 from mebp_mlx.engine.job import job_for
 from mebp_mlx.engine.update import Updater
 from mebp_mlx.engine.whole_graph import WholeGraphEngine
+from mebp_mlx.errors import UserError
 from mebp_mlx.hub import resolve_model
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.model.lora import Lora
@@ -165,12 +166,15 @@ def main() -> None:
     parser.add_argument("model", help="folder, hub id, or `bundled`")
     parser.add_argument("--case", required=True, choices=list(CASES))
     parser.add_argument("--data", default="bundled")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--batch-size", type=positive, default=4)
+    parser.add_argument("--tokens", type=positive, default=128)
     options = parser.parse_args()
-    path = resolve_model(options.model)
-    found = measure(options.case, path, options.data, options.steps, options.batch_size, options.tokens)
+    try:
+        path = resolve_model(options.model)
+        found = measure(options.case, path, options.data, options.steps, options.batch_size, options.tokens)
+    except UserError as error:
+        refuse(error)
     print(json.dumps(found))
 
 
