@@ -15,7 +15,7 @@ from bench import learning, report
 
 def main() -> None:
     parser = report.parser("convergence", __doc__)
-    learning.add_options(parser, grid_passes=1000)
+    learning.add_options(parser, grid_passes=2000)
     parser.add_argument("--steps", type=report.positive, default=200, help="of exact gradients")
     parser.add_argument("--zo-steps", type=report.positive, default=1000, help="of MeZO")
     options = parser.parse_args()
