@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -88,8 +89,15 @@ def context(options: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and options."""
     from mebp_mlx.runtime.platform import machine
 
-    shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    shown = {name: _without_folder(value) for name, value in vars(options).items()}
     return {"machine": machine(), "commit": _commit(), "options": shown}
+
+
+def _without_folder(value: Any) -> Any:
+    """The last part of a path: where a user's folders are is nobody's business."""
+    if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value)):
+        return Path(value).name
+    return value
 
 
 def _commit() -> str | None:

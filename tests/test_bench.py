@@ -35,7 +35,8 @@ def test_files_hold_the_rows_and_explain_themselves(tmp_path: Path, capsys: pyte
         (tmp_path / "new" / "some.json").read_text()
     )
     found = json.loads((tmp_path / "new" / "some.json").read_text())
-    assert found["rows"] == rows and found["machine"]["mlx"] and found["options"]["quick"] and "commit" in found
+    assert found["rows"] == rows and found["machine"]["mlx"] and "commit" in found
+    assert found["options"] == {"out": "new", "quick": True}
     with open(tmp_path / "new" / "some.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [
             {"shape": "a", "step_s.median": "1.5", "step_s.p20": "1.0", "extra": ""},
