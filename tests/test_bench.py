@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import decompression, layers, learning, per_layer, report, step_case
+from bench import all as everything
+from bench import decompression, layers, learning, per_layer, projection, report, step_case
+from mebp_mlx.engine.roofline import Rates, bound_s
 from mebp_mlx.errors import NonFiniteLoss
+from mebp_mlx.runtime.phone import DEVICES
 from tests.runs import tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, write_model
 
@@ -154,3 +157,31 @@ def test_packed_and_decompressed_products_are_both_timed(tmp_path: Path) -> None
     assert [row["matrix"] for row in rows[::2]] == ["q", "k", "v", "o", "gate", "up", "down", "head"]
     for row in rows:
         assert row["decompress_ms"]["median"] > 0 and row["packed_ms"]["median"] > 0
+
+
+def test_all_goes_on_after_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "NAMES", {"not_there": "no such bench", "projection": "the iPhone proxy"})
+    monkeypatch.setattr(sys, "argv", ["all", "--quick", "--out", str(tmp_path)])
+    assert everything.main() == 1
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert [row["works"] for row in found["rows"]] == [False, True]
+    assert "failed (1)" in printed and "A17 Pro" in printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json", "all.json"}
+
+
+def test_the_projection_misses_the_paper_by_what_the_readme_says() -> None:
+    """And is right where it is calibrated: the table of the README comes from here."""
+    jobs = {shape: projection._jobs(shape, 256) for shape in report.PAPER}
+    phone = DEVICES["a17-pro"]
+    rates = Rates(phone.flops[2], phone.bandwidth)
+    shape, engine = projection.CALIBRATED_BY
+    efficiency = bound_s(projection._counted(jobs[shape], engine, "the paper's"), rates) / 2.68
+    rows = [projection._row(s, e, jobs[s], rates, efficiency) for s in jobs for e in projection.ENGINES]
+    errors = {(row["shape"], row["engine"]): row["error"] for row in rows}
+    assert abs(errors.pop((shape, engine))) < 1e-3 and 0.04 < efficiency < 0.05
+    assert 0.2 < np.mean(np.abs(list(errors.values()))) < 0.3 and max(errors.values()) == errors["qwen2.5-3b", "mezo"]
+    for row in rows:  # what is saved is not made again
+        assert row["ours_s"] == pytest.approx(row["paper_policy_s"]) or row["ours_s"] < row["paper_policy_s"]
