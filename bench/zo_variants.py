@@ -12,7 +12,7 @@ from mebp_mlx.config import ZEROTH_ORDER
 
 def main() -> None:
     parser = report.parser("zo_variants", __doc__)
-    learning.add_options(parser, grid_passes=360)
+    learning.add_options(parser, grid_passes=720)
     parser.add_argument("--passes", type=report.positive, default=720, help="forward passes of every run but MeBP's")
     parser.add_argument("--steps", type=report.positive, default=100, help="of exact gradients")
     options = parser.parse_args()

@@ -236,7 +236,8 @@ def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
     class Meter:
         peak_bytes = 90 * MB
 
-    planned = Planned(Plan(), Prediction({"head": 80 * MB}), 100 * MB)
+    job: Any = None  # it looks at the numbers alone
+    planned = Planned(job, Plan(), Prediction({"head": 80 * MB}), 100 * MB)
     with RunLog(tmp_path, n_iters=10) as log:
         watch = BudgetWatch(planned, Meter(), log)  # type: ignore[arg-type]
         watch.look(1)
