@@ -31,14 +31,15 @@ from tests.parity import unpack_layers
 OUR_CACHE_BYTES = 0  # runtime/memory.py
 
 
-def mlx_lm_model(folder: Path, lora: Any) -> Any:
-    """mlx-lm's model with its LoRA layers and our LoRA's values, every weight in float32 and in memory."""
+def mlx_lm_model(folder: Path, lora: Any, *, unpacked: bool = True) -> Any:
+    """mlx-lm's model with its LoRA layers and our LoRA's values, float32 and in memory; unpacked: its weights, too."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
     model, _ = load_model(folder)
     model.set_dtype(mx.float32)
-    unpack_layers(model)
+    if unpacked:
+        unpack_layers(model)
     model.freeze()
     config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
     linear_to_lora_layers(model, len(model.layers), config)

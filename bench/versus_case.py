@@ -21,6 +21,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from bench.in_memory import mlx_lm_model
 from bench.report import positive, refuse, spread
 from mebp_mlx.data import Batch, has_tokenizer, prepare
 from mebp_mlx.engine import Engine, make_engine
@@ -79,20 +80,8 @@ def with_mlx_lm(path: Path, lora: Lora, rows: np.ndarray, batch_size: int, in_me
     """mlx-lm's own trainer."""
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs, train
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
 
-    from tests.parity import unpack_layers
-
-    model, _ = load_model(path)
-    model.set_dtype(mx.float32)
-    if in_memory:
-        unpack_layers(model)
-    model.freeze()
-    config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
-    linear_to_lora_layers(model, len(model.layers), config)
-    model.load_weights(list(lora.parameters().items()), strict=False)
-    mx.eval(model.parameters())
+    model = mlx_lm_model(path, lora, unpacked=in_memory)
     found: Timed = []
 
     class Record(TrainingCallback):
