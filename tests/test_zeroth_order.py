@@ -248,3 +248,24 @@ def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
     _, lora, _ = _setup(tmp_path, 0)
     with pytest.raises(ValueError, match="unknown zeroth-order engine 'spsa'"):
         make_estimator("spsa", lora, seed=0, eps=1e-2)
+
+
+def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: int) -> None:
+    """Old values go as the new ones come, block by block."""
+    model = mebp_mlx.open_model(write_model(tmp_path / "wide", CONFIGS["qwen2"] | {"num_hidden_layers": 6}, seed=seed))
+    lora = mebp_mlx.init_lora(model, rank=512)
+    lora_bytes = sum(value.nbytes for value in lora.parameters().values())
+    updater = Updater(PlainSGD(learning_rate=1e-4), lora)
+    engine = ZerothOrderEngine(model, lora, make_estimator("mezo", lora, seed=seed, eps=1e-2), seed=seed)
+    batch = _Batch(*random_batch(seed, 1, 5, model.spec.V))
+    active: list[int] = []
+
+    def sink(gradients: dict[str, mx.array]) -> None:
+        updater.sink(gradients)
+        active.append(mx.get_active_memory())
+
+    for step in range(2):
+        updater.begin_step()
+        engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=sink)
+        updater.end_step()
+    assert max(active) - mx.get_active_memory() <= 0.5 * lora_bytes, f"seed {seed}"

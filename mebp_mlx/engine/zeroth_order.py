@@ -261,10 +261,11 @@ class ZerothOrderEngine:
 
     def _hand_over(self, sink: Sink) -> None:
         self.estimator.observe(self._losses)
-        parameters = self.lora.parameters()
+        # Shapes alone: the arrays' names would keep every old value until the last new one is there.
+        shapes = {name: value.shape for name, value in self.lora.parameters().items()}
         for layer in reversed(self.model.spec.layers):
-            names = [name for name in parameters if name.startswith(f"{layer.prefix}.")]
-            estimate = {name: self.estimator.gradient(name, parameters[name].shape) for name in names}
+            names = [name for name in shapes if name.startswith(f"{layer.prefix}.")]
+            estimate = {name: self.estimator.gradient(name, shapes[name]) for name in names}
             mx.eval(estimate)
             if estimate:
                 sink(estimate)
