@@ -119,7 +119,6 @@ class Task:
         engine: Engine = make_engine(config.engine, self.model, lora, plan=plan, seed=seed, estimator=estimator)
         engine.reserve(config.batch_size, longest)
         stream, seconds = batches(self.data.train, config.batch_size, seed), 0.0
-        passes = self.config.fzoo_samples + 1 if method.engine == "fzoo" else method.passes
         try:
             for step in range(n_steps + 1):
                 if step in marks:
@@ -127,7 +126,7 @@ class Task:
                     n_labels = sum(each.n_labels for each in found)
                     yield {
                         "step": step,
-                        "passes": step * passes,
+                        "passes": step * method.passes,
                         "seconds": round(seconds, 3),
                         "loss": round(sum(each.loss_sum for each in found) / n_labels, 5),
                         "accuracy": round(sum(each.n_correct for each in found) / n_labels, 5),
@@ -139,7 +138,7 @@ class Task:
                     updater.end_step()
                     seconds += time.perf_counter() - began_s
         except NonFiniteLoss:
-            yield {"step": step, "passes": step * passes, "seconds": seconds, "loss": math.inf, "accuracy": 0.0}
+            yield {"step": step, "passes": step * method.passes, "seconds": seconds, "loss": math.inf, "accuracy": 0.0}
         finally:
             engine.close()
 

@@ -49,7 +49,7 @@ def project(
     there, rates = on_phone(job, plan, passes), Rates(phone.flops[2], phone.bandwidth)
     total, least_s = sum(there.values(), Work()), bound_s(there, rates)
     yield (
-        f"projected  {phone.chip}: a step of {job.B} x {job.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
+        f"projected  {phone.chip}: a micro-batch of {job.B} x {job.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
         f"{total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
     )
     if step_s is not None and host is not None:
