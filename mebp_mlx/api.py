@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .engine.backprop import BackpropEngine, forward_loss
-from .engine.plan import Plan
+from .engine.backprop import BackpropEngine
+from .engine.base import Pass
 from .errors import UserError
 from .kernels.trust import mode as kernel_mode
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
+from .ops.plan import Plan
 from .runtime import device, memory
 
 WEIGHTS = ("auto", "packed", "decompressed")
@@ -83,7 +84,7 @@ def loss_and_grads(
 
 def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None) -> mx.array:
     """The mean loss over labelled tokens, by a forward pass that keeps nothing. Arguments as in loss_and_grads."""
-    loss_sum, n_labels, _ = forward_loss(model, plan or Plan(), lora, _checked(model, tokens, targets))
+    loss_sum, n_labels, _ = Pass(model, plan or Plan(), lora).loss(_checked(model, tokens, targets))
     return mx.array(loss_sum / n_labels)
 
 

@@ -153,6 +153,9 @@ class MappedWeights:
             raise IndexError(f"{name}: columns {start}..{stop} of {list(info.shape)}")
         return _to_mlx(self.view(name)[:, start:stop], info)
 
+    def in_place(self, name: str) -> mx.array | None:
+        return None
+
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
         """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
 

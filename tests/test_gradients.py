@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
-from mebp_mlx.model.decoder import block_stages
+from mebp_mlx.ops.barrier import GRAINS
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.families import block_class
+from mebp_mlx.model import unpack
 from mebp_mlx.model.spec import PROJECTIONS
 from tests.parity import largest_error, mlx_lm_loss_and_grads
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
@@ -218,7 +221,7 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, 2, 90, model.spec.V)
-    names = ["x", *(name for stage in block_stages(model.spec) for name in (stage.output, *stage.inner))]
+    names = sorted(block_class(model.spec).names)
     rng = np.random.default_rng(seed)
     policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
@@ -230,6 +233,49 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
         reference = reference or found
         for key, value in reference.items():
             assert np.array_equal(found[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
+
+
+@pytest.mark.parametrize("numpy_too", [True, False], ids=["numpy", "plain"])
+@pytest.mark.parametrize("name, how", [("qwen3", {}), ("gemma3_text", {"quantization": {"group_size": 32, "bits": 4}})])
+def test_gradients_are_bit_equal_for_every_grain_and_store(
+    tmp_path: Path, name: str, how: dict, numpy_too: bool, seed: int
+) -> None:
+    config = packed_config(name) | {"intermediate_size": 1088}
+    model = _model(tmp_path, config, seed=seed, **how)
+    lora = mebp_mlx.init_lora(model, rank=3, dropout=0.2)
+    randomize_lora(lora, seed)
+    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
+    n_labels = int((batch.targets != -100).sum())
+    some_bytes, reference = 150_000, None
+    for grain in GRAINS:
+        for saved, kept_bytes in ((SAVE_PRODUCTS, None), (SAVE_PRODUCTS, 0), (SAVE_PRODUCTS, some_bytes), (SAVE_INPUTS, 0)):
+            plan = Plan(grain, saved, kept_bytes=kept_bytes, weight_block_bytes=1, token_block=64, query_block=17)
+            engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
+            with contextlib.nullcontext() if numpy_too else unpack.off():
+                loss = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update)
+                mx.eval(grads)
+            assert (engine.store.written_bytes > 0) == (kept_bytes is not None)
+            engine.close()
+            found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+            reference = reference or found
+            for key, value in reference.items():
+                assert np.array_equal(found[key], value), f"{key} differs with {grain}, {kept_bytes}, seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-sliding", "gemma3_text"])
+@pytest.mark.parametrize("keys", [None, ["mlp.up_proj"], ["self_attn.q_proj", "self_attn.o_proj"]])
+def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3, keys=keys)
+    randomize_lora(lora, seed)
+    batch = _Batch(*random_batch(seed, 2, 90, model.spec.V))
+    for grain in ("op", "block"):
+        plan = Plan(grain, checkpoint=True, token_block=64, query_block=17)
+        engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
+        n_labels = int((batch.targets != -100).sum())
+        loss = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update)
+        engine.close()
+        _assert_as_exact(model, lora, batch, loss, grads, seed, dropout_seed=5)
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])

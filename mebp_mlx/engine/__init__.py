@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from ..model.frozen import Model
 from ..model.lora import Lora
-from .backprop import BackpropEngine, Evaluation, Sink, TokenBatch
-from .plan import Plan
+from ..ops.plan import Plan
+from .backprop import BackpropEngine
+from .base import Engine
 from .whole_graph import WholeGraphEngine
 from .zeroth_order import Estimator, ZerothOrderEngine
-
-
-class Engine(Protocol):
-    """What the trainer asks of an engine."""
-
-    def reserve(self, batch_size: int, n_tokens: int) -> None: ...
-
-    def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float: ...
-
-    def evaluate(self, batch: TokenBatch) -> Evaluation: ...
-
-    def close(self) -> None: ...
 
 
 def make_engine(

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..runtime.pages import write_back
-from .plan import page_ceil
+from ..ops.plan import page_ceil
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -69,10 +69,8 @@ class Arena:
             return mx.array(raw.view(np.float32).reshape(shape))
         return mx.array(raw).view(dtype).reshape(shape)
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the file that entries occupy now."""
-        return self._used
+    def __contains__(self, key: object) -> bool:
+        return key in self._slots
 
     def close(self) -> None:
         """Give the file back; the arena is of no use afterwards."""

@@ -1,48 +1,28 @@
-"""MeBP: exact LoRA gradients, block by block, with activations in a mapped file.
+"""MeBP: exact LoRA gradients, block by block.
 
-The forward pass keeps one block's values at a time; what the backward pass needs goes to
-the arena. The backward pass visits the blocks in reverse and hands over each block's
-gradients as soon as they are complete, before the next block is touched.
+The forward pass keeps what the plan says of each block (store.py). The backward pass visits the blocks in reverse,
+and a block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import NonFiniteLoss
+from ..families.base import Adapter, BlockRun
+from ..model import unpack
 from ..model.frozen import Model
-from ..model.lora import Lora
-from . import head
-from .arena import Arena
-from .block import Adapter, BlockRunner, trained_projections
-from .plan import Plan
+from ..model.lora import Lora, Pair
+from ..model.spec import Layer, Linear
+from ..ops.barrier import Barrier
+from ..ops.cross_entropy import cross_entropy
+from ..ops.plan import SAVE_INPUTS, Plan, page_ceil
+from .base import Evaluation, Pass, Sink, TokenBatch
 from .readahead import ReadAhead
-
-Sink = Callable[[dict[str, mx.array]], None]
-
-
-class Evaluation(NamedTuple):
-    """Sum of the labelled tokens' losses, their number, and how many of them are the likeliest token."""
-
-    loss_sum: float
-    n_labels: int
-    n_correct: int
-
-
-class TokenBatch(Protocol):
-    """What an engine reads of a batch: tokens and targets int32 [B, T], target -100 = no label."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-
-    @property
-    def targets(self) -> np.ndarray: ...
+from .store import Store
 
 
 class BackpropEngine:
@@ -60,22 +40,17 @@ class BackpropEngine:
     ):
         self.model, self.lora, self.seed, self.dropout = model, lora, seed, dropout
         self.plan = plan or Plan()
-        self.arena_dir = arena_dir
-        self.arena: Arena | None = None
+        self.barrier = Barrier(self.plan.grain)
+        self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
         self.ahead = ReadAhead(model)
-        # Blocks below the lowest trained one get no gradient: nothing of theirs is saved or visited.
-        trained = (layer.index for layer in model.spec.layers if trained_projections(lora, layer))
+        # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
+        trained = (layer.index for layer in model.spec.layers if trains(lora, layer))
         self.first_trained = next(trained, model.spec.L)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
-        """Make room in the arena for batches of [batch_size, n_tokens]; UserError when the disk has none."""
-        spec = self.model.spec
-        n_layers = spec.L - self.first_trained
-        needed = self.plan.arena_bytes(spec, batch_size, n_tokens, n_layers, self.model.dtype.size)
-        if self.arena is None or self.arena.capacity_bytes < needed:
-            if self.arena is not None:
-                self.arena.close()
-            self.arena = Arena(needed, self.arena_dir)
+        """Make room for what batches of [batch_size, n_tokens] keep; UserError when the disk has none."""
+        n_bytes = kept_bytes(self.model, self.plan, self.lora, self.first_trained, batch_size, n_tokens)
+        self.store.reserve((self.model.spec.L - self.first_trained) * n_bytes)
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """The batch's share of the step's loss, its gradients handed to `sink` block by block, last block first.
@@ -84,62 +59,146 @@ class BackpropEngine:
         that shares and gradients add up to the token-weighted mean. Raises NonFiniteLoss
         before anything is handed over.
         """
+        self.store.clear()
         self.reserve(*batch.tokens.shape)
-        assert self.arena is not None
-        self.arena.clear()
+        weight = 1 / max(n_labels, 1)
+        # In float16 a token's share of a mean would be below the type's range: the sum is differentiated instead.
+        loss_scale = 1.0 if self.model.dtype != mx.float16 else float(max(n_labels, 1))
         dropout_parts = (self.seed, step, micro) if self.dropout else None
-        runner = BlockRunner(self.model, self.plan, self.lora, self.arena, dropout_parts)
-        x = embed_tiles(self.model, self.plan, batch.tokens)
+        work = Pass(self.model, self.plan, self.lora, self.barrier, dropout_parts, self.ahead)
+        names = kept_names(self.plan, work)
+        x = work.embed(batch.tokens)
         for layer in self.model.spec.layers:
-            self.ahead.block(layer.index + 1)
-            x = runner.forward(layer, x, save=layer.index >= self.first_trained)
-        result = head.run(self.model, self.plan, x, batch.targets, want_dx=True, weight=1 / max(n_labels, 1))
-        loss = result.loss_sum / max(n_labels, 1)
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"loss is {loss}")
-        dx = result.dx
+            keeps = layer.index >= self.first_trained
+            x = work.forward(layer, x, *((self.store, names) if keeps else ()))
+            self.store.write_behind()
+        result = cross_entropy(
+            self.model, self.plan, self.barrier, x, batch.targets, need_dx=True, weight=weight * loss_scale
+        )
+        self.store.write_behind()
+        if not math.isfinite(result.loss_sum):
+            raise NonFiniteLoss(f"loss is {result.loss_sum * weight}")
+        loss, dx = result.loss_sum * weight, result.dx or []
         del result
         for layer in reversed(self.model.spec.layers[self.first_trained :]):
-            assert dx is not None
-            self.ahead.block(layer.index - 1)
-            dx, gradients = runner.backward(layer, dx, want_dx=layer.index > self.first_trained)
-            sink(gradients)
-            del gradients
+            dx = self.backward(work, layer, dx, need_dx=layer.index > self.first_trained, sink=sink, scale=loss_scale)
+        self.barrier.finish()
         return loss
+
+    def backward(
+        self, work: Pass, layer: Layer, dy: list[mx.array], need_dx: bool, sink: Sink, scale: float = 1.0
+    ) -> list[mx.array]:
+        """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none; the block's gradients / scale go to `sink`."""
+        self.ahead.block(layer.index - 1)
+        backward = _checkpointed if self.plan.checkpoint else _by_equations
+        run = work.run(layer, self.store, kept_names(self.plan, work))
+        dx = backward(work, run, dy, need_dx)
+        self.store.forget(layer.index)
+        gradients = run.gradients if scale == 1 else {n: g * (1 / scale) for n, g in run.gradients.items()}
+        run.gradients = {}
+        self.barrier.tile(*dx[:1], *(sink(gradients) or gradients.values()))
+        self.barrier.block()
+        return dx
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """A forward pass, without dropout."""
-        return forward_loss(self.model, self.plan, self.lora, batch, ahead=self.ahead)
+        return Pass(self.model, self.plan, self.lora, self.barrier, ahead=self.ahead).loss(batch)
 
     def close(self) -> None:
-        """Give the arena's file back, and the thread."""
+        """Give the file back, and the thread."""
         self.ahead.close()
-        if self.arena is not None:
-            self.arena.close()
-            self.arena = None
+        self.store.close()
 
 
-def embed_tiles(model: Model, plan: Plan, tokens: np.ndarray) -> list[mx.array]:
-    """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
-    tiles = [model.embed(tokens[:, start:stop]) for start, stop in plan.tiles(tokens.shape[1])]
-    mx.eval(tiles)
-    return tiles
+def _by_equations(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
+    """The block's own backward, tile by tile from the last to the first."""
+    position, dx = 0, []
+    for number, tile in enumerate(dy):
+        run.blocks.append(work.block(run, number, position))
+        position += tile.shape[1]
+    while dy:
+        dx.append(run.blocks[-1].backward(dy.pop(), need_dx))
+        run.blocks.pop()
+        if dy:  # the first tile is submitted with the block's update
+            work.barrier.tile(*dx[-1:] if need_dx else [], *run.gradients.values(), *run.attention.sums())
+    return dx[::-1] if need_dx else []
 
 
-def forward_loss(
-    model: Model,
-    plan: Plan,
-    adapter: Adapter,
-    batch: TokenBatch,
-    dropout_parts: tuple[int, ...] | None = None,
-    ahead: ReadAhead | None = None,
-) -> Evaluation:
-    """A forward pass with nothing saved."""
-    runner = BlockRunner(model, plan, adapter, dropout_parts=dropout_parts)
-    x = embed_tiles(model, plan, batch.tokens)
-    for layer in model.spec.layers:
-        if ahead is not None:
-            ahead.block(layer.index + 1)
-        x = runner.forward(layer, x, save=False)
-    result = head.run(model, plan, x, batch.targets, want_dx=False)
-    return Evaluation(result.loss_sum, result.n_labels, result.n_correct)
+def _checkpointed(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
+    """The same by mx.checkpoint and MLX's own backward, from the block's inputs alone."""
+    starts = [0]
+    for tile in dy:
+        starts.append(starts[-1] + tile.shape[1])
+    inputs: list[mx.array] = []
+    for number in range(len(dy)):
+        x = run.kept and run.kept.get(run.layer.index, "x", number)
+        assert x is not None
+        inputs.append(x)
+    pairs = {linear.linear.name: linear.pair for linear in run.linear.values() if linear.pair is not None}
+    names = [f"{name}.lora_{side}" for name in pairs for side in "ab"]
+    plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
+
+    def block(*arrays: mx.array) -> list[mx.array]:
+        plain.adapter = Given(work.adapter, dict(zip(names, arrays[len(dy) :], strict=True)))
+        return plain.forward(run.layer, list(arrays[: len(dy)]))
+
+    # Trainables go in as arguments: a captured one would get a silent zero gradient.
+    trainables = [array for pair in pairs.values() for array in pair]
+    with unpack.off():
+        _, found = mx.vjp(mx.checkpoint(block), [*inputs, *trainables], dy)
+        run.gradients.update(zip(names, found[len(dy) :], strict=True))
+        dx = found[: len(dy)] if need_dx else []
+        work.barrier.value(*dx, *run.gradients.values())
+    dy.clear()
+    return dx
+
+
+class Given:
+    """An adapter whose parameters are these arrays, by name."""
+
+    def __init__(self, adapter: Adapter, parameters: dict[str, mx.array]):
+        self.scale, self.dropout = adapter.scale, adapter.dropout
+        self.parameters = parameters
+
+    def trains(self, linear: Linear) -> bool:
+        return f"{linear.name}.lora_a" in self.parameters
+
+    def pair(self, linear: Linear) -> Pair | None:
+        a = self.parameters.get(f"{linear.name}.lora_a")
+        return None if a is None else Pair(a, self.parameters[f"{linear.name}.lora_b"])
+
+
+def trains(adapter: Adapter, layer: Layer) -> bool:
+    """Whether a block has a pair."""
+    return any(adapter.trains(linear) for linear in layer.linears.values())
+
+
+def kept_names(plan: Plan, work: Pass) -> frozenset[str]:
+    """The values that a plan keeps: those that the backward of this family reads, a block's input among them."""
+    return ((SAVE_INPUTS if plan.checkpoint else plan.saved) - work.block.not_read) | {"x"}
+
+
+def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> int:
+    """What a block keeps of a batch [B, T], in whole pages: counted on its forward graph, which is not evaluated."""
+    if index >= model.spec.L:
+        return 0
+    counter = _Counter()
+    with unpack.off():
+        work = Pass(model.unread(), plan, adapter, Barrier(None))
+        x = [mx.zeros((B, stop - start, model.spec.D), model.dtype) for start, stop in plan.tiles(T)]
+        work.forward(model.spec.layers[index], x, counter, kept_names(plan, work))
+    return counter.n_bytes
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.n_bytes = 0
+
+    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+        self.n_bytes += page_ceil(value.nbytes)
+        return True
+
+    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
+        return None
+
+    take = get

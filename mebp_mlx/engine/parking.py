@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .arena import Arena
-from .plan import page_ceil
+from ..ops.plan import page_ceil
 
 
 class ParkedState:

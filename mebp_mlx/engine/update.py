@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..model.lora import Lora
 from .parking import ParkedState, parked_bytes
@@ -21,7 +22,8 @@ class Updater:
     applied by end_step. The optimizer's state is one flat dict under the parameters' names.
 
     max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
-    micro-batch a step; park: keep the state in a mapped file in arena_dir (engine/parking.py).
+    micro-batch a step; park: keep the state in a mapped file in arena_dir (engine/parking.py);
+    is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class Updater:
         max_grad_norm: float | None = None,
         gather: bool = False,
         park: bool = False,
+        is_lazy: bool = False,
         arena_dir: str | Path | None = None,
     ):
         self.optimizer, self.lora = optimizer, lora
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.is_lazy = max_grad_norm, is_lazy and not park
         self.gather = gather or max_grad_norm is not None
         self._gathered: dict[str, mx.array] = {}
         self._step: mx.array = optimizer.step
@@ -61,15 +64,14 @@ class Updater:
         self._gathered.clear()
         self._step = self.optimizer.step
 
-    def sink(self, gradients: dict[str, mx.array]) -> None:
-        """Take one block's gradients (float32, by parameter name) of one micro-batch."""
+    def sink(self, gradients: dict[str, mx.array]) -> list[mx.array]:
+        """Take one block's gradients (float32, by parameter name) of one micro-batch; what of it is to be evaluated."""
         if not self.gather:
-            self._apply(gradients)
-            return
+            return self._apply(gradients)
         for name, gradient in gradients.items():
             known = self._gathered.get(name)
             self._gathered[name] = gradient if known is None else known + gradient
-        mx.eval([self._gathered[name] for name in gradients])
+        return [self._gathered[name] for name in gradients]
 
     def end_step(self) -> float | None:
         """Apply what was gathered. Returns the gradients' L2 norm before clipping, or None without clipping."""
@@ -84,8 +86,14 @@ class Updater:
             self._gathered = {}
         return norm
 
-    def _apply(self, gradients: dict[str, mx.array]) -> None:
-        parameters = self.lora.parameters()
+    def _apply(self, gradients: dict[str, mx.array]) -> list[mx.array]:
+        parameters, state = self.lora.parameters(), self.optimizer.state
+        if self.is_lazy:
+            state["step"] = self._step
+            updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
+            self.lora.update(updated)
+            states = [array for name in gradients for _, array in tree_flatten(state[name])]
+            return [*updated.values(), *states, state["step"]]
         # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
         for name, gradient in gradients.items():
             # Every call would count as a step (bias correction, schedules); all of a step are one.
@@ -98,3 +106,4 @@ class Updater:
             mx.eval(updated, state[name], state["step"])
             if self._parked is not None:
                 self._parked.put(name, state)
+        return []

@@ -1,25 +1,27 @@
 """The baseline and the oracle: MLX's own autograd over the whole model, with mx.checkpoint per block.
 
-Shares the stages' functions with the streaming engine, and none of its backward code, its
-schedule, its one-pass head or its blocks.
+Shares the blocks' equations with the streaming engine, and none of its backward code, its one-pass head, its tiles or
+its blocks of weights.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..errors import NonFiniteLoss
-from ..model.attention import attention
-from ..model.decoder import INPUT, OUTPUT, block_stages
+from ..model import unpack
 from ..model.frozen import Model
-from ..model.lora import Lora, dropout_mask
+from ..model.lora import Lora
 from ..model.spec import Layer, Linear
-from .backprop import Evaluation, Sink, TokenBatch
+from ..ops.barrier import Barrier
+from ..ops.cross_entropy import NO_LABEL
+from ..ops.plan import Plan
+from .backprop import Given
+from .base import Evaluation, Pass, Sink, TokenBatch
 
 
 class WholeGraphEngine:
@@ -34,7 +36,6 @@ class WholeGraphEngine:
     ):
         self.model, self.lora, self.seed = model, lora, seed
         self.checkpoint, self.last_block_first = checkpoint, last_block_first
-        self.stages = block_stages(model.spec)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Nothing to make room for: the graph lives in memory."""
@@ -44,9 +45,11 @@ class WholeGraphEngine:
         parameters = self.lora.parameters()
 
         def loss_fn(parameters: dict[str, mx.array]) -> mx.array:
-            return self._loss_sum(parameters, batch, (self.seed, step, micro)) / max(n_labels, 1)
+            logits = self._logits(parameters, batch, (self.seed, step, micro))
+            return _masked_loss_sum(logits, batch.targets) / max(n_labels, 1)
 
-        loss, gradients = mx.value_and_grad(loss_fn)(parameters)
+        with unpack.off():
+            loss, gradients = mx.value_and_grad(loss_fn)(parameters)
         loss_value = float(np.asarray(loss))
         if not math.isfinite(loss_value):
             raise NonFiniteLoss(f"loss is {loss_value}")
@@ -56,13 +59,14 @@ class WholeGraphEngine:
             own = {name: g for name, g in gradients.items() if name.startswith(f"{layer.prefix}.")}
             mx.eval(own)
             if own:
-                sink(own)
+                mx.eval(sink(own) or [])
         return loss_value
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """A forward pass, without dropout."""
-        logits = self._logits(self.lora.parameters(), batch, None)
-        mask, labels = batch.targets != -100, mx.array(batch.targets)
+        with unpack.off():
+            logits = self._logits(self.lora.parameters(), batch, None)
+        mask, labels = batch.targets != NO_LABEL, mx.array(batch.targets)
         n_correct = (mx.where(mx.array(mask), mx.argmax(logits, axis=-1) == labels, False)).sum()
         loss_sum = _masked_loss_sum(logits, batch.targets)
         return Evaluation(float(np.asarray(loss_sum)), int(mask.sum()), int(np.asarray(n_correct)))
@@ -70,21 +74,18 @@ class WholeGraphEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _loss_sum(
-        self, parameters: dict[str, mx.array], batch: TokenBatch, dropout_parts: tuple[int, ...] | None
-    ) -> mx.array:
-        return _masked_loss_sum(self._logits(parameters, batch, dropout_parts), batch.targets)
-
     def _logits(
         self, parameters: dict[str, mx.array], batch: TokenBatch, dropout_parts: tuple[int, ...] | None
     ) -> mx.array:
-        model = self.model
+        model, T = self.model, batch.tokens.shape[1]
+        plan = Plan(weight_block_bytes=None, token_block=T + 64, query_block=T)
         x = model.embed(batch.tokens)
         for layer in model.spec.layers:
             own = {name: p for name, p in parameters.items() if name.startswith(f"{layer.prefix}.")}
 
             def block(x: mx.array, own: dict[str, mx.array], layer: Layer = layer) -> mx.array:
-                return self._block(layer, x, own, dropout_parts)
+                work = Pass(model, plan, Given(self.lora, own), Barrier(None), dropout_parts)
+                return work.forward(layer, [x])[0]
 
             # Trainables go in as arguments: a captured one would get a silent zero gradient.
             x = (mx.checkpoint(block) if self.checkpoint else block)(x, own)
@@ -93,47 +94,10 @@ class WholeGraphEngine:
         return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
 
     def _linear(self, linear: Linear, x: mx.array) -> mx.array:
-        y = self.model.piece_of_rows(linear, 0, linear.out_dims).forward(x)
-        bias = self.model.bias(linear, 0, linear.out_dims)
-        return y if bias is None else y + bias
-
-    def _block(
-        self, layer: Layer, x: mx.array, own: dict[str, mx.array], dropout_parts: tuple[int, ...] | None
-    ) -> mx.array:
-        norms = self.model.norms(layer)
-        values: dict[str, Any] = {INPUT: x}
-        for stage in self.stages:
-            inputs = [values[name] for name in stage.inputs]
-            if stage.kind == "projection":
-                y = self._projection(layer.linears[stage.name], inputs[0], own, dropout_parts)
-            elif stage.kind == "mlp":
-                assert stage.run is not None
-                g, u = (self._projection(layer.linears[n], inputs[0], own, dropout_parts) for n in ("gate", "up"))
-                y = self._projection(layer.linears["down"], stage.run(g, u), own, dropout_parts)
-            elif stage.kind == "attention":
-                y = attention(self.model.spec, layer, norms, *inputs)
-            else:
-                assert stage.run is not None
-                y = stage.run(norms, *inputs)
-            values[stage.output] = y
-        return values[OUTPUT]
-
-    def _projection(
-        self, linear: Linear, x: mx.array, own: dict[str, mx.array], dropout_parts: tuple[int, ...] | None
-    ) -> mx.array:
-        y = self._linear(linear, x)
-        a = own.get(f"{linear.name}.lora_a")
-        if a is None:
-            return y
-        if self.lora.dropout > 0 and dropout_parts is not None:
-            parts: tuple[int | str, ...] = (*dropout_parts, linear.name)
-            B, T, width = x.shape
-            mask = dropout_mask(parts, B, (0, T), (0, width), self.lora.dropout, x.dtype)
-            x = x * mask.reshape(x.shape)
-        return y + (self.lora.scale * ((x @ a) @ own[f"{linear.name}.lora_b"])).astype(y.dtype)
+        return self.model.piece_of_rows(linear, 0, linear.out_dims).forward(x)
 
 
 def _masked_loss_sum(logits: mx.array, targets: np.ndarray) -> mx.array:
-    mask = targets != -100
+    mask = targets != NO_LABEL
     losses = nn.losses.cross_entropy(logits, mx.array(np.where(mask, targets, 0)))
     return mx.where(mx.array(mask), losses, 0).sum()

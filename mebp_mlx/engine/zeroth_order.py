@@ -24,8 +24,9 @@ from ..errors import NonFiniteLoss
 from ..model.frozen import Model
 from ..model.lora import Lora, Pair, random_key
 from ..model.spec import Linear
-from .backprop import Evaluation, Sink, TokenBatch, forward_loss
-from .plan import Plan
+from ..ops.barrier import Barrier
+from ..ops.plan import Plan
+from .base import Evaluation, Pass, Sink, TokenBatch
 
 HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
 
@@ -223,6 +224,7 @@ class ZerothOrderEngine:
     def __init__(self, model: Model, lora: Lora, estimator: Estimator, *, plan: Plan | None = None, seed: int = 0):
         self.model, self.lora, self.estimator, self.seed = model, lora, estimator, seed
         self.plan = plan or Plan()
+        self.barrier = Barrier(self.plan.grain)
         self._losses = np.zeros(0)  # the step's so far, one a probe
         self._n_seen, self._done = 0, False
 
@@ -241,7 +243,7 @@ class ZerothOrderEngine:
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
             adapter = Perturbed(self.lora, self.estimator, probe)
-            loss_sum, n_batch, _ = forward_loss(self.model, self.plan, adapter, batch, dropout)
+            loss_sum, n_batch, _ = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch)
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):
                 raise NonFiniteLoss(f"loss is {shares[number]}")
@@ -254,7 +256,7 @@ class ZerothOrderEngine:
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """A forward pass at theta itself, without dropout."""
-        return forward_loss(self.model, self.plan, self.lora, batch)
+        return Pass(self.model, self.plan, self.lora, self.barrier).loss(batch)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -266,9 +268,11 @@ class ZerothOrderEngine:
         for layer in reversed(self.model.spec.layers):
             names = [name for name in shapes if name.startswith(f"{layer.prefix}.")]
             estimate = {name: self.estimator.gradient(name, shapes[name]) for name in names}
-            mx.eval(estimate)
+            self.barrier.value(*estimate.values())
             if estimate:
-                sink(estimate)
+                self.barrier.tile(*(sink(estimate) or []))
+                self.barrier.block()
+        self.barrier.finish()
 
 
 def make_estimator(

@@ -6,12 +6,13 @@ piece lives exactly as long as its caller holds it.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..weights import MappedWeights
+from ..weights import _DTYPES, MappedWeights
 from . import unpack
 from .piece import Decompressed, Packed, Piece, can_stay_packed
 from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
@@ -53,6 +54,23 @@ class Model:
     def stays_packed(self, linear: Linear) -> bool:
         """Whether products with this matrix are made without decompressing it."""
         return self.packed and can_stay_packed(linear.quantization)
+
+    def copied_bytes(self, linear: Linear, n_items: int) -> float:
+        """Memory that n_items of the matrix take where products are made with them; 0: the mapped pages themselves."""
+        packing = linear.quantization
+        if not self.stays_packed(linear):
+            stored = None if packing is not None else self.weights.in_place(f"{linear.name}.weight")
+            return 0 if stored is not None and stored.dtype == self.dtype else n_items * self.dtype.size
+        assert packing is not None
+        if all(self.weights.in_place(name) is not None for name in _tensors_of(linear)):
+            return 0
+        return n_items * (packing.bits / 8 + 2 * self.dtype.size / packing.group_size)
+
+    def unread(self) -> Model:
+        """The same model with nothing behind it: for graphs that are built and never evaluated."""
+        model = copy.copy(self)
+        model.weights = UnreadWeights(self.weights)  # type: ignore[assignment]
+        return model
 
     def _packed(self, linear: Linear, parts: list[mx.array]) -> Packed:
         packing = linear.quantization
@@ -131,6 +149,30 @@ class Model:
             # Gemma was trained with the factor rounded to bfloat16.
             x = x * mx.array(self.spec.embed_scale, mx.bfloat16).astype(x.dtype)
         return x
+
+
+class UnreadWeights:
+    """Tensors of a checkpoint by shape and dtype alone, as arrays that nobody evaluates."""
+
+    def __init__(self, weights: MappedWeights):
+        self.weights = weights
+
+    def in_place(self, name: str) -> mx.array | None:
+        return self.weights.in_place(name)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
+        shape = self.weights.info(name).shape
+        stop = shape[0] if stop is None else stop
+        return mx.zeros((stop - start, *shape[1:]), self._dtype(name))
+
+    def columns(self, name: str, start: int, stop: int) -> mx.array:
+        return mx.zeros((self.weights.info(name).shape[0], stop - start), self._dtype(name))
+
+    def gather(self, name: str, ids: np.ndarray) -> mx.array:
+        return mx.zeros((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
+
+    def _dtype(self, name: str) -> mx.Dtype:
+        return _DTYPES[self.weights.info(name).dtype][1]
 
 
 def _norm_names(spec: ModelSpec) -> list[str]:

@@ -6,7 +6,8 @@ words are spread into bytes, and bytes converted, in pieces that stay in a core'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +17,23 @@ BITS = (4, 8)  # what a byte holds evenly and models use
 _PIECE_BYTES = 256 << 10  # of the result
 
 
+_is_off = False
+
+
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU, so that an array's memory may be written by numpy."""
-    return mx.default_device().type == mx.cpu
+    """Whether numpy may work on arrays' memory: MLX computes on the CPU, and nobody traces a graph."""
+    return not _is_off and mx.default_device().type == mx.cpu
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """MLX operations alone, for a graph that is differentiated or counted: numpy would evaluate it."""
+    global _is_off
+    before, _is_off = _is_off, True
+    try:
+        yield
+    finally:
+        _is_off = before
 
 
 def buffer_of(array: mx.array) -> np.ndarray:

@@ -18,6 +18,11 @@ def on_metal() -> bool:
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU."""
+    return mx.default_device().type == mx.gpu
+
+
 def compute_dtype(name: str, family: str) -> mx.Dtype:
     """--dtype as an MLX type; "auto": bfloat16 on Metal (float16 where the GPU lacks it), else float32.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..kernels import online_softmax as plain_online_softmax
 from ..model.head import Step
 from ..model.unpack import buffer_of, empty, in_pieces, on_cpu
 
@@ -21,18 +20,15 @@ Backward = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 _PIECE_ITEMS = 32 << 10
 
 
-def usable(*arrays: mx.array) -> bool:
-    """Whether these arrays can be worked on here."""
+def serves(*arrays: mx.array) -> bool:
+    """Whether these arrays are worked on here."""
     return on_cpu() and all(array.dtype == mx.float32 for array in arrays)
 
 
 def online_softmax(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
 ) -> Step:
-    """As the kernel of that name, p in z's own memory where it can be; z must belong to the caller alone."""
-    if not usable(z):
-        found: Step = plain_online_softmax(z, maximum, total, target_logit, targets, first)
-        return found
+    """As the kernel of that name, p in z's own memory; z must belong to the caller alone."""
     mx.eval(z, maximum)
     values, before, column = buffer_of(z), buffer_of(maximum), np.asarray(targets) - first
     (highest, highest_out), (sums, sums_out), (picked, picked_out) = (empty(len(values)) for _ in range(3))
@@ -53,31 +49,26 @@ def online_softmax(
     return Step(z, highest, total * shrink + sums, picked, shrink)
 
 
-def gate_forward(activation: Callable[[mx.array, mx.array], mx.array], g: mx.array, u: mx.array) -> mx.array:
-    """activation(g, u) in g's own memory where it can be; g must belong to the caller alone."""
+def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.array:
+    """act(g) * u, in g's own memory if that is the caller's alone."""
     mx.eval(g, u)
-    if not usable(g, u) or activation.__name__ not in _GATES:
-        return activation(g, u)
-    forward, _ = _GATES[activation.__name__]
+    if not in_place:
+        (m, out), source = empty(*g.shape), buffer_of(g)
+        out[:] = source
+        g = m
     flat = [buffer_of(array).reshape(-1) for array in (g, u)]
     with np.errstate(all="ignore"):
-        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: forward(*(values[part] for values in flat)))
+        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: run(*(values[part] for values in flat)))
     return g
 
 
-def gate_backward(
-    activation: Callable[[mx.array, mx.array], mx.array], g: mx.array, u: mx.array, cotangent: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(activation(g, u), dg, du); may use the memory of (cotangent, g, u), which must be the caller's alone."""
-    mx.eval(g, u, cotangent)
-    if not usable(g, u, cotangent) or activation.__name__ not in _GATES:
-        (m,), (dg, du) = mx.vjp(activation, [g, u], [cotangent])
-        return m, dg, du
-    _, backward = _GATES[activation.__name__]
-    flat = [buffer_of(array).reshape(-1) for array in (g, u, cotangent)]
+def gate_backward(run: Backward, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(act(g) * u, dg, du) in the memory of (dm, g, u), which must be the caller's alone."""
+    mx.eval(g, u, dm)
+    flat = [buffer_of(array).reshape(-1) for array in (g, u, dm)]
     with np.errstate(all="ignore"):
-        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: backward(*(values[part] for values in flat)))
-    return cotangent, g, u
+        in_pieces(g.size, 1, _PIECE_ITEMS, lambda part: run(*(values[part] for values in flat)))
+    return dm, g, u
 
 
 def softmax(scores: mx.array, hidden: np.ndarray | None) -> mx.array:
@@ -133,13 +124,15 @@ def _sigmoid(g: np.ndarray) -> np.ndarray:
     return np.reciprocal(s, out=s)
 
 
-def _silu(g: np.ndarray, u: np.ndarray) -> None:
+def silu(g: np.ndarray, u: np.ndarray) -> None:
+    """g becomes silu(g) u."""
     s = _sigmoid(g)
     g *= s
     g *= u
 
 
-def _silu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+def silu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+    """(g, u, dm) become (dg, du, m)."""
     s = _sigmoid(g)
     act = g * s
     slope = s + act * (1 - s)
@@ -151,22 +144,24 @@ def _silu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
     g[:] = slope
 
 
-def _gelu_tanh(g: np.ndarray, square: np.ndarray) -> np.ndarray:
+def _tanh_of_gelu(g: np.ndarray, square: np.ndarray) -> np.ndarray:
     inner = _GELU * g * (1 + _CUBIC * square)
     return np.tanh(inner, out=inner)
 
 
-def _gelu(g: np.ndarray, u: np.ndarray) -> None:
-    t = _gelu_tanh(g, g * g)
+def gelu_tanh(g: np.ndarray, u: np.ndarray) -> None:
+    """g becomes gelu(g) u, with gelu's tanh approximation."""
+    t = _tanh_of_gelu(g, g * g)
     t += 1
     g *= t
     g *= u
     g *= 0.5
 
 
-def _gelu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+def gelu_tanh_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
+    """(g, u, dm) become (dg, du, m)."""
     square = g * g
-    t = _gelu_tanh(g, square)
+    t = _tanh_of_gelu(g, square)
     half = 0.5 * (1 + t)
     slope = half + (0.5 * _GELU) * g * (1 - t * t) * (1 + 3 * _CUBIC * square)
     slope *= u
@@ -179,7 +174,3 @@ def _gelu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
 
 
 _GELU, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
-_GATES: dict[str, tuple[Forward, Backward]] = {
-    "silu_gate": (_silu, _silu_backward),
-    "gelu_gate": (_gelu, _gelu_backward),
-}

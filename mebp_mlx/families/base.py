@@ -1,0 +1,265 @@
+"""A decoder block on one tile of the sequence, as named equations; and what the tiles of a block share.
+
+A family's block is a subclass of Block: its values, and beside them its backward. What was kept stands in its
+equation's place, what was not is computed again by being asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import mlx.core as mx
+
+from ..model.frozen import Model
+from ..model.lora import Pair, dropout_mask
+from ..model.spec import Layer, Linear
+from ..ops.attention import Attention, Heads
+from ..ops.barrier import Barrier
+from ..ops.gated_mlp import Gate, GatedMlp
+from ..ops.lora_linear import LoraLinear
+from ..ops.plan import Plan
+
+
+class Adapter(Protocol):
+    """What a block needs to know of the trainable parameters; Lora is one, a perturbed Lora another."""
+
+    scale: float
+    dropout: float
+
+    def pair(self, linear: Linear) -> Pair | None: ...
+
+    def trains(self, linear: Linear) -> bool: ...
+
+
+class Kept(Protocol):
+    """Values kept between a block's forward and its backward, by name and tile."""
+
+    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+        """Keep a value; whether its array stays in use."""
+
+    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
+        """A kept value, or None."""
+
+    def take(self, layer: int, name: str, tile: int) -> mx.array | None:
+        """The same, given away: nobody else has the array."""
+
+
+class value:  # noqa: N801  (reads as a keyword)
+    """An equation `value(lambda block, input, ...: result)` of a block; its parameters name its inputs.
+
+    Computed when first asked for. In a forward pass an input is given up when its last reader has read it.
+    """
+
+    def __init__(self, equation: Callable[..., mx.array]):
+        self.equation = equation
+        code = equation.__code__
+        self.inputs = code.co_varnames[1 : code.co_argcount]
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, block: Any, owner: type | None = None) -> Any:
+        if block is None:
+            return self
+        found = block.recall(self.name)
+        if found is None:
+            found = self.equation(block, *[getattr(block, name) for name in self.inputs])
+            block.was_read(self.inputs)
+            block.run.barrier.value(found)
+            block.keep(self.name, found)
+        block.__dict__[self.name] = found  # from now on the attribute itself
+        return found
+
+
+class BlockRun:
+    """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
+
+    adapter: the trainable pairs; kept: where values are kept, None: nowhere; names: of the values to keep;
+    dropout_parts: what dropout's random keys are made of besides projection and position (None: no dropout), so that
+    recomputation draws the same mask.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layer: Layer,
+        adapter: Adapter,
+        plan: Plan,
+        barrier: Barrier,
+        gate: Gate,
+        kept: Kept | None = None,
+        names: frozenset[str] = frozenset(),
+        dropout_parts: tuple[int, ...] | None = None,
+    ):
+        self.layer, self.adapter, self.barrier = layer, adapter, barrier
+        self.kept, self.names = kept, names
+        self.dropout_parts = dropout_parts if adapter.dropout > 0 else None
+        self.norm_eps = model.spec.norm_eps
+        self.norms = model.norms(layer)
+        self.gradients: dict[str, mx.array] = {}  # of the pairs by parameter name, float32
+        self.linear = {
+            short: LoraLinear(
+                model, linear, adapter.pair(linear), adapter.scale, plan, barrier, self._mask, self.gradients
+            )
+            for short, linear in layer.linears.items()
+        }
+        self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
+        self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], gate)
+        spec = model.spec
+        heads = Heads(
+            spec.head_dim,
+            spec.attention_scale,
+            layer.window,
+            layer.rope,
+            spec.norm_eps,
+            self.norms.get("q_norm"),
+            self.norms.get("k_norm"),
+        )
+        self.attention = Attention(heads, plan.query_block, barrier)
+        self.blocks: list[Block] = []  # of a backward pass, a tile each
+
+    def look_back(self) -> None:
+        """Bring the keys and values of all tiles back, for a backward pass; once."""
+        if self.attention.keys is None:
+            for block in self.blocks:
+                self.attention.append(block.k, block.v, block.position)
+                block.drop("v", "h", "x")
+
+    def _mask(self, linear: Linear, x: mx.array, position: int, start: int, stop: int) -> mx.array | None:
+        """Dropout's factor [B, tile, stop - start] on columns of a linear's input; x [B, tile, ...] gives the rows."""
+        if self.dropout_parts is None or not self.adapter.trains(linear):
+            return None
+        B, T = x.shape[:2]
+        parts: tuple[int | str, ...] = (*self.dropout_parts, linear.name)
+        mask = dropout_mask(parts, B, (position, position + T), (start, stop), self.adapter.dropout, x.dtype)
+        return mask.reshape(B, T, -1)
+
+
+class Block:
+    """The values of a block on one tile.
+
+    run: what its tiles share; number, position: of the tile, and of its first row; x: the block's input [B, tile, D],
+    None in a backward pass, which finds it among what was kept.
+    """
+
+    gate: ClassVar[Gate]
+    not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # by the backward: of no use when kept
+    names: ClassVar[frozenset[str]]  # of its values, those inside the MLP among them
+    readers: ClassVar[Counter[str]]
+
+    x = value(lambda b: b.without_input())  # given to a forward pass, kept for a backward pass
+
+    def __init_subclass__(cls) -> None:
+        values = [getattr(cls, name) for name in dir(cls) if isinstance(getattr(cls, name, None), value)]
+        cls.names = frozenset(equation.name for equation in values) | {"g", "u"}
+        cls.readers = Counter(name for equation in values for name in equation.inputs)
+
+    def __init__(self, run: BlockRun, number: int, position: int, x: mx.array | None = None):
+        self.run, self.number, self.position = run, number, position
+        self.unread = None if x is None else Counter(self.readers)  # in a forward pass
+        if x is not None:
+            self.x = x
+            self.keep("x", x)
+
+    def recall(self, name: str) -> mx.array | None:
+        """A kept value, in a backward pass."""
+        if self.unread is not None or self.run.kept is None:
+            return None
+        return self.run.kept.get(self.run.layer.index, name, self.number)
+
+    def keep(self, name: str, found: mx.array) -> bool:
+        """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
+        run = self.run
+        if self.unread is None or run.kept is None or name.partition(".")[0] not in run.names:
+            return False
+        return run.kept.put(run.layer.index, name, self.number, found)
+
+    def was_read(self, names: tuple[str, ...]) -> None:
+        """Give up values that nobody reads any more."""
+        if self.unread is None:
+            return
+        self.unread.subtract(names)
+        self.drop(*(name for name in names if not self.unread[name]))
+
+    def without_input(self) -> mx.array:
+        raise AssertionError(f"block {self.run.layer.index} kept no input")
+
+    def drop(self, *names: str) -> None:
+        """Give up values; asked for again, they are computed again."""
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    # The vocabulary of equations
+
+    def evaluated(self, x: mx.array) -> mx.array:
+        """x, a value of its own where the plan evaluates values."""
+        self.run.barrier.value(x)
+        return x
+
+    def linear(self, short: str, x: mx.array) -> mx.array:
+        """A projection's output."""
+        return self.run.linear[short](x, self.position)
+
+    def linear_backward(self, short: str, source: str, g: mx.array, need_dx: bool = True) -> mx.array | None:
+        """dL/d(source), or None, from g = dL/dy of a projection of that value; its pair's gradients are added up."""
+        x = getattr(self, source) if short in self.run.trained else None
+        return self.run.linear[short].backward(x, g, self.position, need_dx)
+
+    def norm(self, name: str, x: mx.array) -> mx.array:
+        """x / rms(x) * weight."""
+        return mx.fast.rms_norm(x, self.run.norms[name], self.run.norm_eps)
+
+    def norm_backward(self, name: str, x: mx.array, g: mx.array) -> mx.array:
+        """dL/dx of that norm."""
+        return self.evaluated(mx.vjp(lambda x: self.norm(name, x), [x], [g])[1][0])
+
+    def attend(self, q: mx.array) -> mx.array:
+        """Attention of a tile's queries; its keys and values join those of the tiles before it."""
+        if self.unread is not None:
+            self.run.attention.append(self.k, self.v, self.position)
+            self.drop("k", "v")
+        else:
+            self.run.look_back()
+        return self.run.attention(q, self.position)
+
+    def attend_backward(self, da: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(dq, dk, dv) of a tile's projections; later tiles must have been visited."""
+        self.run.look_back()
+        dq = self.run.attention.backward(self.q, da, self.position)
+        self.drop("q")
+        dk, dv = self.run.attention.cotangents(self.k, self.position)
+        self.drop("k")
+        return dq, dk, dv
+
+    def qkv_backward(self, da: mx.array, need_dx: bool) -> mx.array | None:
+        """dL/dh, or None, from da: through attention and the three projections of h."""
+        cotangents = dict(zip("qkv", self.attend_backward(da), strict=True))
+        dh: mx.array | None = None
+        for short in "qkv":
+            part = self.linear_backward(short, "h", cotangents.pop(short), need_dx)
+            dh = part if dh is None or part is None else self.evaluated(dh + part)
+        self.drop("h")
+        return dh
+
+    def mlp(self, x: mx.array) -> mx.array:
+        """The gated MLP's output."""
+        return self.run.mlp(x, self.position, self.keep)
+
+    def mlp_backward(self, x: mx.array, dy: mx.array, need_dx: bool) -> mx.array | None:
+        """dL/dx of the gated MLP, or None."""
+        run = self.run
+
+        def kept(name: str) -> mx.array | None:
+            return None if run.kept is None else run.kept.take(run.layer.index, name, self.number)
+
+        return run.mlp.backward(x, dy, self.position, need_dx, kept)
+
+    def trains(self, *shorts: str) -> bool:
+        """Whether one of these projections has a pair."""
+        return not self.run.trained.isdisjoint(shorts)
+
+    def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
+        """dL/dx from dy = dL/dy, or None; the pairs' gradients on the way. Tiles come from the last to the first."""
+        raise NotImplementedError

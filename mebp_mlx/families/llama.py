@@ -1,0 +1,46 @@
+"""The decoder block of llama, mistral, qwen2 and qwen3: they differ in biases and in q/k norms alone.
+
+    x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..ops.gated_mlp import SILU
+from .base import Block, value
+
+
+class LlamaBlock(Block):
+    gate = SILU
+    not_read = frozenset({"d", "y"})
+
+    h = value(lambda b, x: b.norm("input_layernorm", x))
+    q = value(lambda b, h: b.linear("q", h))
+    k = value(lambda b, h: b.linear("k", h))
+    v = value(lambda b, h: b.linear("v", h))
+    a = value(lambda b, q: b.attend(q))
+    o = value(lambda b, a: b.linear("o", a))
+    x1 = value(lambda b, x, o: x + o)
+    h2 = value(lambda b, x1: b.norm("post_attention_layernorm", x1))
+    d = value(lambda b, h2: b.mlp(h2))
+    y = value(lambda b, x1, d: x1 + d)
+
+    def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
+        below_mlp = need_dx or self.trains("q", "k", "v", "o")
+        dh2 = self.mlp_backward(self.h2, dy, below_mlp)
+        self.drop("h2")
+        if dh2 is None:
+            return None
+        dx1 = self.evaluated(dy + self.norm_backward("post_attention_layernorm", self.x1, dh2))
+        self.drop("x1", "o")
+        del dh2, dy
+        da = self.linear_backward("o", "a", dx1, need_dx or self.trains("q", "k", "v"))
+        self.drop("a")
+        if da is None:
+            return None
+        dh = self.qkv_backward(da, need_dx)
+        del da
+        if dh is None:
+            return None
+        return self.evaluated(dx1 + self.norm_backward("input_layernorm", self.x, dh))

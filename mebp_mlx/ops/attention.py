@@ -1,0 +1,194 @@
+"""Attention of one block over the tiles of a sequence, with its rotary embedding and its q/k norms.
+
+    Q = rope(norm(q)), K = rope(norm(k));  P = softmax(scale Q K^T + mask),  A = P V
+    dV = P^T dA,  dP = dA V^T,  dS = scale P (dP - sum(P dP)),  dQ = dS K,  dK = dS^T Q
+
+A tile's queries, in small blocks, meet only the keys that the mask lets in: exact, about half the work of the full
+square, and no [H, T, T] array in either direction. Heads that share a key head are rows of one product. Rows are
+padded on the right, so causality alone keeps padding out of every labelled position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from . import cpu
+from .barrier import Barrier
+
+Rotate = Callable[[mx.array, int], mx.array]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a layer's attention is: see the equations. window: a query sees that many keys, None: all before it."""
+
+    head_dim: int
+    scale: float
+    window: int | None
+    rope: Rotate  # (x [B, heads, T, head_dim], position of its first row) -> rotated
+    norm_eps: float
+    q_norm: mx.array | None = None  # weights [head_dim]
+    k_norm: mx.array | None = None
+
+    def queries(self, q: mx.array, position: int) -> mx.array:
+        """A projection's q [B, T, H * head_dim] -> Q [B, H, T, head_dim]."""
+        return self._rotated(q, self.q_norm, position)
+
+    def keys(self, k: mx.array, position: int) -> mx.array:
+        """k [B, T, K * head_dim] -> K [B, K, T, head_dim]."""
+        return self._rotated(k, self.k_norm, position)
+
+    def split(self, x: mx.array) -> mx.array:
+        """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Which keys [low, high) the queries [start, stop) may see: causal, and within the window."""
+        return (0 if self.window is None else max(0, start - self.window + 1)), stop
+
+    def _rotated(self, x: mx.array, norm: mx.array | None, position: int) -> mx.array:
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
+        if norm is not None:
+            x = mx.fast.rms_norm(x, norm, self.norm_eps)
+        return self.rope(x.transpose(0, 2, 1, 3), position)
+
+
+class Attention:
+    """Keys and values of the tiles so far, and what the loss's gradient has given them."""
+
+    def __init__(self, heads: Heads, query_block: int, barrier: Barrier):
+        self.heads, self.query_block, self.barrier = heads, query_block, barrier
+        self.keys: mx.array | None = None  # [B, K, positions so far, head_dim], rotated
+        self.values: mx.array | None = None
+        self.d_keys: mx.array | None = None  # float32 sums
+        self.d_values: mx.array | None = None
+
+    def append(self, k: mx.array, v: mx.array, position: int) -> None:
+        """The keys and values of the next tile, projections' outputs [B, tile, K * head_dim]."""
+        keys, values = self.heads.keys(k, position), self.heads.split(v)
+        if self.keys is not None and self.values is not None:
+            keys, values = mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
+        self.barrier.value(keys, values)
+
+    def __call__(self, q: mx.array, position: int) -> mx.array:
+        """A tile's q [B, tile, H * head_dim] from a position on -> A [B, tile, H * head_dim]."""
+        pieces = []
+        for start, stop, low, high in self._blocks(q.shape[1], position):
+            keys, values = self._seen(low, high)
+            queries = self.heads.queries(q[:, start - position : stop - position], start)
+            pieces.append(forward(self.heads, queries, keys, values, start, low))
+            self.barrier.piece(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+
+    def backward(self, q: mx.array, da: mx.array, position: int) -> mx.array:
+        """dq of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
+        assert self.keys is not None
+        if self.d_keys is None:
+            self.d_keys, self.d_values = mx.zeros(self.keys.shape), mx.zeros(self.keys.shape)
+        pieces = []
+        for start, stop, low, high in self._blocks(q.shape[1], position):
+            keys, values = self._seen(low, high)
+            part = q[:, start - position : stop - position]
+            queries = self.heads.queries(part, start)
+            d_queries, dk, dv = backward(
+                self.heads, queries, keys, values, start, low, da[:, start - position : stop - position]
+            )
+            del queries, keys, values
+            pieces.append(mx.vjp(lambda q, at=start: self.heads.queries(q, at), [part], [d_queries])[1][0])
+            self.d_keys[:, :, low:high] += dk
+            self.d_values[:, :, low:high] += dv
+            self.barrier.piece(pieces[-1], self.d_keys, self.d_values)
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+
+    def cotangents(self, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        """(dk, dv) [B, tile, K * head_dim] of a tile's projections, after the backward of it and all later tiles."""
+        assert self.d_keys is not None and self.d_values is not None
+        stop, dtype = position + k.shape[1], k.dtype
+        d_keys, d_values = (d[:, :, position:stop].astype(dtype) for d in (self.d_keys, self.d_values))
+        (dk,) = mx.vjp(lambda k: self.heads.keys(k, position), [k], [d_keys])[1]
+        dv = d_values.transpose(0, 2, 1, 3).reshape(k.shape)
+        self.barrier.value(dk, dv)
+        return dk, dv
+
+    def sums(self) -> list[mx.array]:
+        """What later tiles' graphs add to."""
+        return [] if self.d_keys is None or self.d_values is None else [self.d_keys, self.d_values]
+
+    def _seen(self, low: int, high: int) -> tuple[mx.array, mx.array]:
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, low:high], self.values[:, :, low:high]
+
+    def _blocks(self, T: int, position: int) -> list[tuple[int, int, int, int]]:
+        """(first query, end, first key, end) of each block of queries."""
+        ranges = [(s, min(s + self.query_block, position + T)) for s in range(position, position + T, self.query_block)]
+        return [(start, stop, *self.heads.key_range(start, stop)) for start, stop in ranges]
+
+
+def forward(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
+    """A [B, Tq, H * head_dim] of the queries from position `start` on, on the keys from `low` on.
+
+    q [B, H, Tq, head_dim]; k, v [B, K, Tk, head_dim], ending with the last query's own key.
+    """
+    if not cpu.serves(q, k, v):
+        return _merged(_plain(heads, q, k, v, start, low), q.shape)
+    p = _probabilities(heads, _grouped(q, k), k, q.shape[2], start, low)
+    return _merged(p @ v, q.shape)
+
+
+def backward(
+    heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int, da: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(dq, dk, dv) in the shapes of q, k, v from da [B, Tq, H * head_dim]."""
+    B, H, Tq, width = q.shape
+    d_out = da.reshape(B, Tq, H, width).transpose(0, 2, 1, 3)
+    if not cpu.serves(q, k, v, da):
+        dq, dk, dv = mx.vjp(lambda q, k, v: _plain(heads, q, k, v, start, low), [q, k, v], [d_out])[1]
+        return dq, dk, dv
+    rows, d_out = _grouped(q, k), _grouped(d_out, k)
+    p = _probabilities(heads, rows, k, Tq, start, low)
+    dv, dp = p.swapaxes(-1, -2) @ d_out, d_out @ v.swapaxes(-1, -2)
+    mx.eval(dv, dp)  # numpy works on dp in place
+    del d_out
+    ds = cpu.softmax_backward(p, dp, heads.scale)
+    del p, dp
+    dq, dk = (ds @ k).reshape(q.shape), ds.swapaxes(-1, -2) @ rows
+    return dq, dk, dv
+
+
+def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
+    """MLX's own attention: [B, H, Tq, head_dim]."""
+    mask: mx.array | str = "causal"  # aligned at the end: query i sees the keys up to its own
+    if heads.window is not None and start + q.shape[2] > heads.window:
+        mask = _visible(heads, q.shape[2], k.shape[2], start, low)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=heads.scale, mask=mask)
+
+
+def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) -> mx.array:
+    """Which keys from `low` on each query from `start` on sees, bool [n_queries, n_keys]."""
+    i, j = mx.arange(start, start + n_queries)[:, None], mx.arange(low, low + n_keys)[None]
+    return j <= i if heads.window is None else (j <= i) & (j > i - heads.window)
+
+
+def _grouped(q: mx.array, k: mx.array) -> mx.array:
+    """[B, H, Tq, head_dim] as [B, K, H / K * Tq, head_dim]."""
+    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+
+
+def _probabilities(heads: Heads, rows: mx.array, k: mx.array, n_queries: int, start: int, low: int) -> mx.array:
+    """P [B, K, H / K * Tq, Tk] of grouped queries."""
+    scores = (rows * heads.scale) @ k.swapaxes(-1, -2)
+    B, K, n_rows, n_keys = scores.shape
+    by_head = scores.reshape(B, K * (n_rows // n_queries), n_queries, n_keys)
+    hidden = ~np.asarray(_visible(heads, n_queries, n_keys, start, low))
+    return cpu.softmax(by_head, hidden if hidden.any() else None).reshape(scores.shape)
+
+
+def _merged(out: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Heads, grouped or not, back as [B, Tq, H * head_dim]."""
+    B, H, Tq, width = shape
+    return out.reshape(B, H, Tq, width).transpose(0, 2, 1, 3).reshape(B, Tq, H * width)

@@ -1,0 +1,134 @@
+"""The final norm, the output matrix and the loss over the labelled rows, a chunk of the vocabulary at a time.
+
+One pass (model/head.py has its algebra): two products a chunk, no [N, V] array. A chunk's graph is submitted, and the
+chunk before it waited for, so that two chunks' logits exist at most.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..kernels import linear_softmax, uses_metal
+from ..kernels import online_softmax as softmax_kernel
+from ..model import head as one_pass
+from ..model.frozen import Model
+from ..model.piece import Packed
+from . import cpu
+from .barrier import Barrier
+from .plan import Plan
+
+NO_LABEL = -100
+
+
+class HeadResult(NamedTuple):
+    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those that no other token is more
+    likely than; dx: tiles of the loss's gradient, or None.
+    """
+
+    loss_sum: float
+    n_labels: int
+    n_correct: int
+    dx: list[mx.array] | None
+
+
+def cross_entropy(
+    model: Model,
+    plan: Plan,
+    barrier: Barrier,
+    x: list[mx.array],
+    targets: np.ndarray,
+    need_dx: bool,
+    weight: float = 1.0,
+    max_chunks: int | None = None,
+) -> HeadResult:
+    """x: tiles [B, tile, D] of the last block's output, emptied; targets int32 [B, T], NO_LABEL where there is none.
+
+    dx is multiplied by `weight`. Rows without a label are left out of the products. max_chunks: stop early (a probe
+    of memory; the loss is that of a part of the vocabulary).
+    """
+    spec = model.spec
+    starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
+    tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in pairwise(starts)]
+    labelled = [np.flatnonzero(t != NO_LABEL) for t in tile_targets]
+    y = np.concatenate([t[rows] for t, rows in zip(tile_targets, labelled, strict=True)])
+    if len(y) == 0:
+        return HeadResult(0.0, 0, 0, [mx.zeros_like(tile) for tile in x] if need_dx else None)
+    picked = [_pick(tile, rows) for tile, rows in zip(x, labelled, strict=True)]
+    shapes = [tile.shape for tile in x]
+    x.clear()
+    norm = model.norm(spec.final_norm)
+    h = [mx.fast.rms_norm(part, norm, spec.norm_eps) for part in picked]
+    joined = h[0] if len(h) == 1 else mx.concatenate(h)
+    del h
+    barrier.value(joined, *picked)
+    state = _scan(model, plan, barrier, joined, mx.array(y), need_dx, max_chunks)
+    losses = one_pass.losses(state).sum()
+    n_correct = (state.target_logit >= state.maximum).sum()
+    barrier.wait(losses, n_correct)
+    loss_sum, correct = float(np.asarray(losses)), int(np.asarray(n_correct))
+    if not need_dx:
+        return HeadResult(loss_sum, len(y), correct, None)
+    dh = (one_pass.gradient(state, model.gather(spec.head, y)) * weight).astype(joined.dtype)
+    barrier.value(dh)
+    del state, joined
+    dx, first = [], 0
+    for shape, rows in zip(shapes, labelled, strict=True):
+        cotangent = dh[first : first + len(rows)]
+        first += len(rows)
+        part = picked.pop(0)
+        if len(rows) == 0:
+            dx.append(mx.zeros(shape, dh.dtype))
+            continue
+        (d_part,) = mx.vjp(lambda v: mx.fast.rms_norm(v, norm, spec.norm_eps), [part], [cotangent])[1]
+        n_rows = shape[0] * shape[1]
+        if len(rows) < n_rows:
+            d_part = mx.zeros((n_rows, spec.D), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
+        dx.append(d_part.reshape(shape))
+        barrier.value(dx[-1])
+    return HeadResult(loss_sum, len(y), correct, dx)
+
+
+def _scan(
+    model: Model, plan: Plan, barrier: Barrier, h: mx.array, labels: mx.array, need_dx: bool, max_chunks: int | None
+) -> one_pass.Running:
+    """The state after the vocabulary's chunks."""
+    spec = model.spec
+    state = one_pass.start(h.shape[0], spec.D, need_dx)
+    chunk = plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
+    fused = not need_dx and _is_fused(model)
+    for number, first in enumerate(range(0, spec.V, chunk)):
+        if number == max_chunks:
+            break
+        piece = model.piece_of_rows(spec.head, first, min(first + chunk, spec.V))
+        if fused:
+            assert isinstance(piece, Packed)
+            state = linear_softmax(state, h, *piece.parts, labels, first, piece.packing.group_size)
+        else:
+            z = piece.forward(h)
+            barrier.piece(z)
+            softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
+            step = softmax(z, *state.softmax, labels, first)
+            del z
+            state = one_pass.update(state, step, piece.backward(step.p) if need_dx else None)
+            del step
+        barrier.tile(*(part for part in state if part is not None))
+        del piece  # before the next one is brought in
+    return state
+
+
+def _is_fused(model: Model) -> bool:
+    """Whether the loss alone is taken by one kernel, without logits."""
+    packing = model.spec.head.quantization
+    if packing is None or not model.stays_packed(model.spec.head) or (packing.mode, packing.bits) != ("affine", 4):
+        return False
+    return bool(uses_metal("linear_cross_entropy", model.dtype, packing.group_size))
+
+
+def _pick(tile: mx.array, rows: np.ndarray) -> mx.array:
+    """The given rows of a tile [B, tile, D] as [n, D]."""
+    flat = tile.reshape(-1, tile.shape[-1])
+    return flat if len(rows) == flat.shape[0] else flat[mx.array(rows.astype(np.uint32))]

@@ -1,0 +1,111 @@
+"""The gated MLP: d = (act(x Wg^T) * (x Wu^T)) Wd^T, each W with its LoRA pair.
+
+Where W comes in blocks, so does the inner width F: no [tile, F] array exists then, in either direction. What a block
+gives to the output, to dx and to the gradients is summed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import cpu
+from .lora_linear import Backward, Input, LoraLinear
+
+
+@dataclass(frozen=True)
+class Gate:
+    """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py), forward and backward."""
+
+    plain: Callable[[mx.array, mx.array], mx.array]
+    on_cpu: cpu.Forward
+    on_cpu_backward: cpu.Backward
+
+    def __call__(self, g: mx.array, u: mx.array, in_place: bool = False) -> mx.array:
+        """m in the shape of g, u; in_place: g's memory belongs to the caller alone and may be used for it."""
+        if not cpu.serves(g, u):
+            return self.plain(g, u)
+        return cpu.gate_forward(self.on_cpu, g, u, in_place)
+
+    def backward(self, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(m, dg, du) from dm = dL/dm; the memory of all three arguments may be used for them."""
+        if not cpu.serves(g, u, dm):
+            (m,), (dg, du) = mx.vjp(self.plain, [g, u], [dm])
+            return m, dg, du
+        return cpu.gate_backward(self.on_cpu_backward, g, u, dm)
+
+
+def _silu(g: mx.array, u: mx.array) -> mx.array:
+    return g * mx.sigmoid(g) * u
+
+
+def _gelu_tanh(g: mx.array, u: mx.array) -> mx.array:
+    return 0.5 * g * (1 + mx.tanh(0.7978845608028654 * (g + 0.044715 * g**3))) * u
+
+
+SILU = Gate(_silu, cpu.silu, cpu.silu_backward)
+GELU_TANH = Gate(_gelu_tanh, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
+
+
+class GatedMlp:
+    """gate, up, down: the three projections. Values g and u of a block of F are kept as "g.0", "u.0", "g.1" ..."""
+
+    def __init__(self, gate: LoraLinear, up: LoraLinear, down: LoraLinear, act: Gate):
+        self.gate, self.up, self.down, self.act, self.barrier = gate, up, down, act, down.barrier
+        F, D = down.linear.in_dims, down.linear.out_dims
+        self.blocks = down.plan.column_blocks(F, down.model.copied_bytes(down.linear, D))
+
+    def __call__(self, x: mx.array, position: int, keep: Callable[[str, mx.array], bool]) -> mx.array:
+        """x [B, tile, D] from a position on -> d [B, tile, D]; keep(name, value): whether a value stays in memory."""
+        gate_low, up_low = self.gate.low_rank(x, position), self.up.low_rank(x, position)
+        down = Input(self.down, position)
+        for block, (start, stop) in enumerate(self.blocks):
+            g = self.gate.rows(x, gate_low, start, stop)
+            self.barrier.piece(g)
+            is_kept = keep(f"g.{block}", g)
+            u = self.up.rows(x, up_low, start, stop)
+            self.barrier.piece(u)
+            keep(f"u.{block}", u)
+            m = self.act(g, u, in_place=not is_kept)
+            del g, u
+            self.barrier.piece(m)
+            down.add(start, stop, m)
+            del m
+        return down.output()
+
+    def backward(
+        self,
+        x: mx.array,
+        dy: mx.array,
+        position: int,
+        need_dx: bool,
+        kept: Callable[[str], mx.array | None],
+    ) -> mx.array | None:
+        """dL/dx from dy = dL/dd [B, tile, D], or None; kept(name): a kept value, given away, or None."""
+        inner = need_dx or self.gate.pair is not None or self.up.pair is not None
+        down = Input(self.down, position, dy)
+        gate, up = (Backward(linear, x, position, need_dx) for linear in (self.gate, self.up))
+        for block, (start, stop) in enumerate(self.blocks):
+            g, u = kept(f"g.{block}"), kept(f"u.{block}")
+            g = self.gate.rows(x, gate.low, start, stop) if g is None else g
+            u = self.up.rows(x, up.low, start, stop) if u is None else u
+            self.barrier.piece(g, u)
+            if not inner:
+                down.take(start, stop, self.act(g, u, in_place=True))
+                continue
+            dm = down.cotangent(start, stop)
+            self.barrier.piece(dm)
+            m, dg, du = self.act.backward(g, u, dm)
+            del g, u, dm
+            self.barrier.piece(m, dg, du)
+            down.take(start, stop, m)
+            del m
+            gate.take(start, stop, dg)
+            del dg
+            up.take(start, stop, du)
+            del du
+        down.finish()
+        d_gate, d_up = gate.finish(), up.finish()
+        return None if d_gate is None or d_up is None else d_gate + d_up

@@ -1,0 +1,236 @@
+"""A frozen matrix with its LoRA pair: the one projection of the house.
+
+    y = x W^T + b + s (dropout(x) A) B
+    dB = s (xA)^T g,  dA = s x^T (g B^T),  dx = g W + s (g B^T) A^T      (x after dropout in the LoRA terms)
+
+xA is never kept: it is r columns, and recomputing it is cheaper than its place. W may come in blocks of rows, which are
+columns of y, or of columns, which are columns of x (`Input`). Sums over blocks and over tiles are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..model.frozen import Model
+from ..model.lora import Pair
+from ..model.spec import Linear
+from .barrier import Barrier
+from .plan import Plan
+
+Mask = Callable[[Linear, mx.array, int, int, int], "mx.array | None"]
+Range = tuple[int, int]
+
+
+class LoraLinear:
+    """One projection of a block, on one tile of the sequence after another.
+
+    mask(linear, x, position, start, stop): dropout's factor on columns [start, stop) of rows that begin at a
+    position, or None; gradients: where those of the pair are summed up, float32, by parameter name.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        linear: Linear,
+        pair: Pair | None,
+        scale: float,
+        plan: Plan,
+        barrier: Barrier,
+        mask: Mask,
+        gradients: dict[str, mx.array],
+    ):
+        self.model, self.linear, self.pair, self.scale = model, linear, pair, scale
+        self.plan, self.barrier, self.mask, self.gradients = plan, barrier, mask, gradients
+
+    def __call__(self, x: mx.array, position: int) -> mx.array:
+        """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
+        low = self.low_rank(x, position)
+        pieces = []
+        for start, stop in self.row_blocks:
+            pieces.append(self.rows(x, low, start, stop))
+            self.barrier.piece(pieces[-1])
+        return _join(pieces)
+
+    def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
+        """dL/dx from g = dL/dy [B, tile, out], or None; the pair's gradients are added up. x: only with a pair."""
+        backward = Backward(self, x, position, need_dx)
+        for start, stop in self.row_blocks:
+            backward.take(start, stop, g[..., start:stop])
+        return backward.finish()
+
+    @property
+    def row_blocks(self) -> list[Range]:
+        """The ranges of W's rows that are brought in at a time."""
+        return self.plan.row_blocks(self.linear.out_dims, self.model.copied_bytes(self.linear, self.linear.in_dims))
+
+    def low_rank(self, x: mx.array, position: int) -> mx.array | None:
+        """s (dropout(x) A) [B, tile, r], or None without a pair."""
+        if self.pair is None:
+            return None
+        low = self.scale * (self._dropped(x, position) @ self.pair.a)
+        self.barrier.piece(low)
+        return low
+
+    def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
+        """Columns [start, stop) of y."""
+        y = self.model.piece_of_rows(self.linear, start, stop).forward(x)
+        bias = self.model.bias(self.linear, start, stop)
+        if bias is not None:
+            y = y + bias
+        if low is not None and self.pair is not None:
+            b = self.pair.b if stop - start == self.linear.out_dims else self.pair.b[:, start:stop]
+            y = y + (low @ b).astype(y.dtype)
+        return y
+
+    def add(self, side: str, gradient: mx.array) -> None:
+        """Sum up a gradient of the pair; side: "a" or "b"."""
+        name = f"{self.linear.name}.lora_{side}"
+        known = self.gradients.get(name)
+        self.gradients[name] = gradient if known is None else known + gradient
+        self.barrier.piece(self.gradients[name])
+
+    def _dropped(self, x: mx.array, position: int) -> mx.array:
+        mask = self.mask(self.linear, x, position, 0, self.linear.in_dims)
+        return x if mask is None else x * mask
+
+
+class Backward:
+    """A projection's backward, from the columns of g in order."""
+
+    def __init__(self, linear: LoraLinear, x: mx.array | None, position: int, need_dx: bool):
+        self.linear, self.x, self.position, self.need_dx = linear, x, position, need_dx
+        self.low = None if x is None else linear.low_rank(x, position)
+        self.dx: mx.array | None = None
+        self.g_b: mx.array | None = None  # g B^T [B, tile, r]
+        self.db: list[mx.array] = []
+
+    def take(self, start: int, stop: int, g: mx.array) -> None:
+        """g = dL/dy [B, tile, stop - start] of those columns."""
+        linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
+        whole = stop - start == linear.linear.out_dims
+        if self.need_dx:
+            part = linear.model.piece_of_rows(linear.linear, start, stop).backward(g)
+            self.dx = part if whole else _added(self.dx, part)
+            barrier.piece(self.dx)
+        if pair is not None and self.low is not None:
+            g = g.astype(mx.float32)
+            b = pair.b if whole else pair.b[:, start:stop]
+            self.g_b = _added(self.g_b, g @ b.T)
+            self.db.append(_flat(self.low).T @ _flat(g))
+            barrier.piece(self.g_b, self.db[-1])
+
+    def finish(self) -> mx.array | None:
+        """dx in the compute dtype, after the last column."""
+        linear, pair, dtype = self.linear, self.linear.pair, self.linear.model.dtype
+        if pair is None or self.g_b is None or self.x is None:
+            return None if self.dx is None else self.dx.astype(dtype)
+        g_b = linear.scale * self.g_b
+        dropped = linear._dropped(self.x, self.position)
+        linear.add("a", _flat(dropped).astype(mx.float32).T @ _flat(g_b))
+        linear.add("b", _join(self.db))
+        if self.dx is None:
+            return None
+        added = g_b @ pair.a.T
+        mask = linear.mask(linear.linear, self.x, self.position, 0, linear.linear.in_dims)
+        self.dx = (self.dx + (added if mask is None else added * mask)).astype(dtype)
+        linear.barrier.piece(self.dx)
+        return self.dx
+
+
+class Input:
+    """A projection whose input x comes in ranges of columns, in order: the same equations, with y summed up.
+
+    g: dL/dy [B, tile, out] for a backward pass, None for a forward pass.
+    """
+
+    def __init__(self, linear: LoraLinear, position: int, g: mx.array | None = None):
+        self.linear, self.position, self.g = linear, position, g
+        self.y: mx.array | None = None
+        self.x_a: mx.array | None = None  # dropout(x) A [B, tile, r]
+        self.da: list[mx.array] = []
+        self.g_b: mx.array | None = None
+        if g is not None and linear.pair is not None:
+            self.g_b = linear.scale * (g.astype(mx.float32) @ linear.pair.b.T)
+            linear.barrier.piece(self.g_b)
+
+    def add(self, start: int, stop: int, x: mx.array) -> None:
+        """The part of y that these columns of x give."""
+        part = self._block(start, stop).forward(x)
+        self.y = part if self._whole(start, stop) else _added(self.y, part)
+        self._add_x_a(start, stop, x)
+        self.linear.barrier.piece(self.y)
+
+    def output(self) -> mx.array:
+        """y [B, tile, out], after the last columns."""
+        linear = self.linear
+        assert self.y is not None
+        bias = linear.model.bias(linear.linear, 0, linear.linear.out_dims)
+        y = self.y if bias is None else self.y + bias
+        if linear.pair is not None and self.x_a is not None:
+            y = y + ((linear.scale * self.x_a) @ linear.pair.b).astype(y.dtype)
+        return y.astype(linear.model.dtype)
+
+    def cotangent(self, start: int, stop: int) -> mx.array:
+        """Columns [start, stop) of dL/dx."""
+        linear, g = self.linear, self.g
+        assert g is not None
+        dx = self._block(start, stop).backward(g)
+        if linear.pair is not None and self.g_b is not None:
+            a = linear.pair.a if self._whole(start, stop) else linear.pair.a[start:stop]
+            added = self.g_b @ a.T
+            mask = linear.mask(linear.linear, g, self.position, start, stop)
+            dx = dx + (added if mask is None else added * mask).astype(dx.dtype)
+        return dx
+
+    def take(self, start: int, stop: int, x: mx.array) -> None:
+        """What these columns of x give to the pair's gradients."""
+        if self.g_b is None:
+            return
+        dropped = self._add_x_a(start, stop, x)
+        self.da.append(_flat(dropped).astype(mx.float32).T @ _flat(self.g_b))
+        self.linear.barrier.piece(self.da[-1])
+
+    def finish(self) -> None:
+        """Sum up the pair's gradients, after the last columns."""
+        if self.g is None or self.x_a is None or not self.da:
+            return
+        x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)
+        self.linear.add("a", _join(self.da, axis=0))
+        self.linear.add("b", x_a.T @ _flat(self.g).astype(mx.float32))
+
+    def _add_x_a(self, start: int, stop: int, x: mx.array) -> mx.array:
+        linear, pair = self.linear, self.linear.pair
+        if pair is None:
+            return x
+        mask = linear.mask(linear.linear, x, self.position, start, stop)
+        dropped = x if mask is None else x * mask
+        part = dropped @ (pair.a if self._whole(start, stop) else pair.a[start:stop])
+        self.x_a = part if self.x_a is None else self.x_a + part
+        linear.barrier.piece(self.x_a)
+        return dropped
+
+    def _whole(self, start: int, stop: int) -> bool:
+        return stop - start == self.linear.linear.in_dims
+
+    def _block(self, start: int, stop: int) -> object:
+        linear = self.linear
+        if self._whole(start, stop):
+            return linear.model.piece_of_rows(linear.linear, 0, linear.linear.out_dims)
+        return linear.model.piece_of_columns(linear.linear, start, stop)
+
+
+def _added(total: mx.array | None, part: mx.array) -> mx.array:
+    """A sum over blocks, in float32: in 16 bits every block would round it once more."""
+    part = part.astype(mx.float32)
+    return part if total is None else total + part
+
+
+def _join(pieces: list[mx.array], axis: int = -1) -> mx.array:
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
+
+
+def _flat(x: mx.array) -> mx.array:
+    """[B, tile, width] as [B * tile, width]."""
+    return x.reshape(-1, x.shape[-1])

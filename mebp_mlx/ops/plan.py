@@ -1,0 +1,73 @@
+"""How a step is cut: which values are kept, how large a piece of work is, and how much of it is one graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
+from ..runtime.device import on_gpu
+
+# Every projection's output: the backward repeats no product with a weight, only norms, rope, attention and activation.
+SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
+# Attention's too, which saves one of its two recomputations.
+SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
+# The paper's policy: block inputs only, everything inside a block is recomputed.
+SAVE_INPUTS = frozenset({"x"})
+
+PAGE_BYTES = 16 << 10  # Apple silicon's page; a multiple of Linux's
+_LEAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is cut.
+
+    grain: how much is one graph (ops/barrier.py), "block" on a GPU, "op" on the CPU; saved: names of values that the
+    forward pass keeps for the backward pass; checkpoint: blocks are recomputed by mx.checkpoint and MLX's own
+    backward instead, `saved` is their inputs; kept_bytes: of kept values in memory, those beyond it go to a file
+    (None: all in memory); weight_block_bytes: of a frozen matrix in memory at a time where its pages cannot be used
+    in place (None: whole matrices); head_block_bytes, logits_block_bytes: the same for the vocabulary's matrix and
+    its logits; token_block: positions of the sequence at a time; query_block: queries of attention at a time.
+    """
+
+    grain: str = field(default_factory=lambda: "block" if on_gpu() else "op")
+    saved: frozenset[str] = SAVE_PRODUCTS
+    checkpoint: bool = False
+    kept_bytes: int | None = None
+    weight_block_bytes: int | None = field(default_factory=lambda: None if on_gpu() else 4 << 20)
+    head_block_bytes: int | None = field(default_factory=lambda: None if on_gpu() else 8 << 20)
+    logits_block_bytes: int = 8 << 20
+    token_block: int = 512
+    query_block: int = 256
+
+    def row_blocks(self, n_rows: int, row_bytes: float) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of a matrix's rows that are brought in at a time, at least 32 rows each."""
+        return _ranges(n_rows, self.weight_block_bytes, row_bytes, _LEAST_ROWS)
+
+    def column_blocks(self, n_columns: int, column_bytes: float) -> list[tuple[int, int]]:
+        """The same for columns, in multiples of the columns whose dropout is drawn together."""
+        return _ranges(n_columns, self.weight_block_bytes, column_bytes, DROPOUT_COLUMNS)
+
+    def vocabulary_chunk(self, n_rows: int, row_bytes: float, logit_bytes: int) -> int:
+        """Rows of the head's matrix at a time for n_rows labelled positions, at least 32."""
+        chunk = self.logits_block_bytes // (logit_bytes * n_rows)
+        if self.head_block_bytes is not None and row_bytes:
+            chunk = min(chunk, int(self.head_block_bytes // row_bytes))
+        return max(_LEAST_ROWS, chunk // _LEAST_ROWS * _LEAST_ROWS)
+
+    def tiles(self, T: int) -> list[tuple[int, int]]:
+        """The ranges of positions [start, stop) that are worked on at a time."""
+        step = max(DROPOUT_RUN, self.token_block // DROPOUT_RUN * DROPOUT_RUN)
+        return [(start, min(start + step, T)) for start in range(0, T, step)]
+
+
+def _ranges(n: int, limit_bytes: int | None, item_bytes: float, least: int) -> list[tuple[int, int]]:
+    step = n
+    if limit_bytes is not None and item_bytes:
+        step = max(least, int(limit_bytes // item_bytes) // least * least)
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def page_ceil(n_bytes: int) -> int:
+    """n_bytes rounded up to whole pages."""
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
