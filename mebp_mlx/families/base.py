@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import mlx.core as mx
 
 from ..model.frozen import Model
-from ..model.lora import Pair, dropout_mask
+from ..model.lora import Dropout, Pair
 from ..model.spec import Layer, Linear
 from ..ops.attention import Attention, Heads
 from ..ops.barrier import Barrier
@@ -93,15 +93,15 @@ class BlockRun:
         names: frozenset[str] = frozenset(),
         dropout_parts: tuple[int, ...] | None = None,
     ):
-        self.layer, self.adapter, self.barrier = layer, adapter, barrier
+        self.layer, self.barrier = layer, barrier
         self.kept, self.names = kept, names
-        self.dropout_parts = dropout_parts if adapter.dropout > 0 else None
+        dropout = None if dropout_parts is None or not adapter.dropout else Dropout(adapter.dropout, dropout_parts)
         self.norm_eps = model.spec.norm_eps
         self.norms = model.norms(layer)
         self.gradients: dict[str, mx.array] = {}  # of the pairs by parameter name, float32
         self.linear = {
             short: LoraLinear(
-                model, linear, adapter.pair(linear), adapter.scale, plan, barrier, self._mask, self.gradients
+                model, linear, adapter.pair(linear), adapter.scale, plan, barrier, dropout, self.gradients
             )
             for short, linear in layer.linears.items()
         }
@@ -126,15 +126,6 @@ class BlockRun:
             for block in self.blocks:
                 self.attention.append(block.k, block.v, block.position)
                 block.drop("v", "h", "x")
-
-    def _mask(self, linear: Linear, x: mx.array, position: int, start: int, stop: int) -> mx.array | None:
-        """Dropout's factor [B, tile, stop - start] on columns of a linear's input; x [B, tile, ...] gives the rows."""
-        if self.dropout_parts is None or not self.adapter.trains(linear):
-            return None
-        B, T = x.shape[:2]
-        parts: tuple[int | str, ...] = (*self.dropout_parts, linear.name)
-        mask = dropout_mask(parts, B, (position, position + T), (start, stop), self.adapter.dropout, x.dtype)
-        return mask.reshape(B, T, -1)
 
 
 class Block:
@@ -247,9 +238,10 @@ class Block:
         """The gated MLP's output."""
         return self.run.mlp(x, self.position, self.keep)
 
-    def mlp_backward(self, x: mx.array, dy: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dx of the gated MLP, or None."""
-        run = self.run
+    def mlp_backward(self, source: str, dy: mx.array, need_dx: bool) -> mx.array | None:
+        """dL/d(source) of the gated MLP of that value, or None."""
+        run, x = self.run, getattr(self, source)
+        self.drop(*self.names)  # the MLP holds the most; what this value was made of can be had again
 
         def kept(name: str) -> mx.array | None:
             return None if run.kept is None else run.kept.take(run.layer.index, name, self.number)

@@ -29,12 +29,11 @@ class Gemma3Block(Block):
         below_mlp = need_dx or self.trains("q", "k", "v", "o")
         dd = self.norm_backward("post_feedforward_layernorm", self.d, dy)
         self.drop("d")
-        dh2 = self.mlp_backward(self.h2, dd, below_mlp)
-        self.drop("h2")
+        dh2 = self.mlp_backward("h2", dd, below_mlp)
         if dh2 is None:
             return None
         dx1 = self.evaluated(dy + self.norm_backward("pre_feedforward_layernorm", self.x1, dh2))
-        self.drop("x1")
+        self.drop("x", "x1")
         del dd, dh2, dy
         do = self.norm_backward("post_attention_layernorm", self.o, dx1)
         self.drop("o")

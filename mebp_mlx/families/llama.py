@@ -28,12 +28,11 @@ class LlamaBlock(Block):
 
     def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
         below_mlp = need_dx or self.trains("q", "k", "v", "o")
-        dh2 = self.mlp_backward(self.h2, dy, below_mlp)
-        self.drop("h2")
+        dh2 = self.mlp_backward("h2", dy, below_mlp)
         if dh2 is None:
             return None
         dx1 = self.evaluated(dy + self.norm_backward("post_attention_layernorm", self.x1, dh2))
-        self.drop("x1", "o")
+        self.drop("x", "x1", "o")
         del dh2, dy
         da = self.linear_backward("o", "a", dx1, need_dx or self.trains("q", "k", "v"))
         self.drop("a")

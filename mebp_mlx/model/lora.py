@@ -119,28 +119,32 @@ def random_key(*parts: int | str) -> mx.array:
     return mx.random.key(int.from_bytes(digest.digest(), "little"))
 
 
-def dropout_mask(
-    parts: tuple[int | str, ...],
-    B: int,
-    positions: tuple[int, int],
-    columns: tuple[int, int],
-    rate: float,
-    dtype: mx.Dtype,
-) -> mx.array:
-    """Inverted dropout's factor, 1 / (1 - rate) or 0, for ranges of positions and columns: [B * positions, columns].
+class Dropout:
+    """Inverted dropout, its masks drawn again whenever they are asked for.
 
-    Drawn in cells of DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
-    not depend on how the work is cut into ranges; a range must begin with a cell.
+    rate in (0, 1); parts: what the random keys are made of besides projection, position and column.
     """
-    assert positions[0] % DROPOUT_RUN == 0 and columns[0] % DROPOUT_COLUMNS == 0
-    runs = []
-    for first in range(*positions, DROPOUT_RUN):
-        n_positions = min(DROPOUT_RUN, positions[1] - first)
-        cells = []
-        for column in range(*columns, DROPOUT_COLUMNS):
-            key = random_key("dropout", *parts, first, column)
-            drawn = mx.random.bernoulli(1 - rate, (B, DROPOUT_RUN, DROPOUT_COLUMNS), key)
-            cells.append(drawn[:, :n_positions, : columns[1] - column])
-        runs.append(mx.concatenate(cells, axis=2))
-    mask = mx.concatenate(runs, axis=1)
-    return mask.reshape(-1, mask.shape[-1]).astype(dtype) * (1 / (1 - rate))
+
+    def __init__(self, rate: float, parts: tuple[int, ...]):
+        self.rate, self.parts = rate, parts
+
+    def mask(
+        self, name: str, shape: tuple[int, ...], position: int, columns: tuple[int, int], dtype: mx.Dtype
+    ) -> mx.array:
+        """The factor, 1 / (1 - rate) or 0, on columns of a projection's input: [B, T, columns]; shape: (B, T).
+
+        Drawn in cells of DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
+        not depend on how the work is cut into ranges; a range must begin with a cell.
+        """
+        (B, T), (start, stop) = shape, columns
+        assert position % DROPOUT_RUN == 0 and start % DROPOUT_COLUMNS == 0
+        runs = []
+        for first in range(position, position + T, DROPOUT_RUN):
+            n_positions = min(DROPOUT_RUN, position + T - first)
+            cells = []
+            for column in range(start, stop, DROPOUT_COLUMNS):
+                key = random_key("dropout", *self.parts, name, first, column)
+                drawn = mx.random.bernoulli(1 - self.rate, (B, DROPOUT_RUN, DROPOUT_COLUMNS), key)
+                cells.append(drawn[:, :n_positions, : stop - column])
+            runs.append(mx.concatenate(cells, axis=2))
+        return mx.concatenate(runs, axis=1).astype(dtype) * (1 / (1 - self.rate))

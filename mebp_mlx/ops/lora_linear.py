@@ -9,25 +9,22 @@ columns of y, or of columns, which are columns of x (`Input`). Sums over blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from ..model.frozen import Model
-from ..model.lora import Pair
+from ..model.lora import Dropout, Pair
 from ..model.spec import Linear
 from .barrier import Barrier
 from .plan import Plan
 
-Mask = Callable[[Linear, mx.array, int, int, int], "mx.array | None"]
 Range = tuple[int, int]
 
 
 class LoraLinear:
     """One projection of a block, on one tile of the sequence after another.
 
-    mask(linear, x, position, start, stop): dropout's factor on columns [start, stop) of rows that begin at a
-    position, or None; gradients: where those of the pair are summed up, float32, by parameter name.
+    dropout: on the input of the pair, or None; gradients: where those of the pair are summed up, float32, by
+    parameter name.
     """
 
     def __init__(
@@ -38,11 +35,11 @@ class LoraLinear:
         scale: float,
         plan: Plan,
         barrier: Barrier,
-        mask: Mask,
+        dropout: Dropout | None,
         gradients: dict[str, mx.array],
     ):
         self.model, self.linear, self.pair, self.scale = model, linear, pair, scale
-        self.plan, self.barrier, self.mask, self.gradients = plan, barrier, mask, gradients
+        self.plan, self.barrier, self.dropout, self.gradients = plan, barrier, dropout, gradients
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -69,7 +66,7 @@ class LoraLinear:
         """s (dropout(x) A) [B, tile, r], or None without a pair."""
         if self.pair is None:
             return None
-        low = self.scale * (self._dropped(x, position) @ self.pair.a)
+        low = self.scale * (self.dropped(x, x, position) @ self.pair.a)
         self.barrier.piece(low)
         return low
 
@@ -91,9 +88,15 @@ class LoraLinear:
         self.gradients[name] = gradient if known is None else known + gradient
         self.barrier.piece(self.gradients[name])
 
-    def _dropped(self, x: mx.array, position: int) -> mx.array:
-        mask = self.mask(self.linear, x, position, 0, self.linear.in_dims)
-        return x if mask is None else x * mask
+    def dropped(self, x: mx.array, rows: mx.array, position: int, start: int = 0, stop: int | None = None) -> mx.array:
+        """Columns [start, stop) of the pair's input, or of its cotangent, after dropout.
+
+        rows [B, tile, ...]: what the mask is drawn for begins at a position.
+        """
+        if self.dropout is None:
+            return x
+        stop = self.linear.in_dims if stop is None else stop
+        return x * self.dropout.mask(self.linear.name, rows.shape[:2], position, (start, stop), rows.dtype)
 
 
 class Backward:
@@ -127,14 +130,12 @@ class Backward:
         if pair is None or self.g_b is None or self.x is None:
             return None if self.dx is None else self.dx.astype(dtype)
         g_b = linear.scale * self.g_b
-        dropped = linear._dropped(self.x, self.position)
+        dropped = linear.dropped(self.x, self.x, self.position)
         linear.add("a", _flat(dropped).astype(mx.float32).T @ _flat(g_b))
         linear.add("b", _join(self.db))
         if self.dx is None:
             return None
-        added = g_b @ pair.a.T
-        mask = linear.mask(linear.linear, self.x, self.position, 0, linear.linear.in_dims)
-        self.dx = (self.dx + (added if mask is None else added * mask)).astype(dtype)
+        self.dx = (self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)).astype(dtype)
         linear.barrier.piece(self.dx)
         return self.dx
 
@@ -179,9 +180,7 @@ class Input:
         dx = self._block(start, stop).backward(g)
         if linear.pair is not None and self.g_b is not None:
             a = linear.pair.a if self._whole(start, stop) else linear.pair.a[start:stop]
-            added = self.g_b @ a.T
-            mask = linear.mask(linear.linear, g, self.position, start, stop)
-            dx = dx + (added if mask is None else added * mask).astype(dx.dtype)
+            dx = dx + linear.dropped(self.g_b @ a.T, g, self.position, start, stop).astype(dx.dtype)
         return dx
 
     def take(self, start: int, stop: int, x: mx.array) -> None:
@@ -204,8 +203,7 @@ class Input:
         linear, pair = self.linear, self.linear.pair
         if pair is None:
             return x
-        mask = linear.mask(linear.linear, x, self.position, start, stop)
-        dropped = x if mask is None else x * mask
+        dropped = linear.dropped(x, x, self.position, start, stop)
         part = dropped @ (pair.a if self._whole(start, stop) else pair.a[start:stop])
         self.x_a = part if self.x_a is None else self.x_a + part
         linear.barrier.piece(self.x_a)
