@@ -27,7 +27,8 @@ class Plan:
     backward instead, `saved` is their inputs; kept_bytes: of kept values in memory, those beyond it go to a file
     (None: all in memory); weight_block_bytes: of a frozen matrix in memory at a time where its pages cannot be used
     in place (None: whole matrices); head_block_bytes, logits_block_bytes: the same for the vocabulary's matrix and
-    its logits; token_block: positions of the sequence at a time; query_block: queries of attention at a time.
+    its logits; token_block: positions of the sequence at a time; query_block: queries of attention at a time;
+    offload_state: the optimizer's state is in a file.
     """
 
     grain: str = field(default_factory=lambda: "block" if on_gpu() else "op")
@@ -39,6 +40,7 @@ class Plan:
     logits_block_bytes: int = 8 << 20
     token_block: int = 512
     query_block: int = 256
+    offload_state: bool = False
 
     def row_blocks(self, n_rows: int, row_bytes: float) -> list[tuple[int, int]]:
         """Ranges [start, stop) of a matrix's rows that are brought in at a time, at least 32 rows each."""

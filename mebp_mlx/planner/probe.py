@@ -1,0 +1,141 @@
+"""Measures what a plan takes: some blocks of a model forward and backward, and the head's first chunks.
+
+The blocks run as training runs them, on the batch's real shape; nothing about them is described here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
+from ..engine.base import Pass
+from ..model.lora import Lora
+from ..model.spec import Layer
+from ..ops.cross_entropy import NO_LABEL, cross_entropy
+from ..ops.plan import Plan
+from ..runtime.footprint import PeakMeter
+from .workload import Workload
+
+_CHUNKS = 3  # of the head: from the second on the state before is held beside the new one
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured. phases: the process's peak footprint in bytes by phase, with at most one block's values
+    kept; arrays_bytes: MLX's own peak; kept_bytes: what one block keeps.
+    """
+
+    phases: dict[str, int]
+    arrays_bytes: int
+    kept_bytes: int
+
+
+def probe(workload: Workload, plan: Plan) -> Probe:
+    """Runs a block of each kind (several where blocks overlap) under `plan`, with its kept values in the file where
+    the plan has one, and in memory otherwise. Parameters and optimizer state stay as they are.
+    """
+    model, lora = workload.model, workload.lora
+    per_block = 0
+    if workload.is_exact:
+        per_block = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
+    engine = BackpropEngine(model, lora, plan=plan, seed=0)
+    mx.reset_peak_memory()
+    try:
+        with PeakMeter() as meter:
+            for run in _passes(workload, plan, engine, meter, per_block):
+                run()
+    finally:
+        engine.close()
+    return Probe(dict(meter.phases), mx.get_peak_memory(), per_block)
+
+
+def _passes(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, per_block: int) -> Iterator:
+    """What is run, with the phase of the meter that it belongs to."""
+    B, T = workload.B, workload.T
+    if workload.is_exact:
+        for layers in _kinds(workload, engine.barrier.is_lazy):
+            yield lambda layers=layers: _exact(workload, plan, engine, meter, layers, per_block)
+    if not workload.is_exact:
+        yield lambda: _forward(workload, plan, engine, meter, B, T)
+    if workload.T_eval > T:
+        yield lambda: _forward(workload, plan, engine, meter, B, workload.T_eval)
+
+
+def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
+    """Trained layers of each kind: the first one, or as many as are under way together and one more."""
+    kinds: dict[object, list[Layer]] = {}
+    for layer in workload.model.spec.layers[workload.first_trained :]:
+        trained = frozenset(short for short, linear in layer.linears.items() if workload.lora.trains(linear))
+        kinds.setdefault((layer.window, trained), []).append(layer)
+    return [layers[: 3 if is_lazy else 1] for layers in kinds.values()]
+
+
+def _exact(
+    workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, layers: list[Layer], per_block: int
+) -> None:
+    model, B, T = workload.model, workload.B, workload.T
+    engine.store.clear()
+    engine.store.reserve(len(layers) * per_block)
+    dropout = (0, 0, 0) if workload.lora.dropout else None
+    work = Pass(model, plan, workload.lora, engine.barrier, dropout)
+    names = kept_names(plan, work)
+    tokens = np.zeros((B, T), np.int32)
+    with meter.phase("forward"):
+        x = work.embed(tokens)
+        for layer in layers:
+            x = work.forward(layer, x, engine.store, names)
+            engine.store.write_behind()
+    with meter.phase("head"):
+        dx = cross_entropy(model, plan, engine.barrier, x, tokens, need_dx=True, max_chunks=_CHUNKS).dx
+        engine.barrier.wait(*(dx or []))
+        engine.store.write_behind()
+    assert dx is not None
+    names_of = {layer.index: f"{layer.prefix}." for layer in layers}
+    with meter.phase("backward"):
+        for layer in reversed(layers):
+            updater = _scratch(workload, plan, names_of[layer.index])
+
+            def sink(gradients: dict[str, mx.array]) -> list[mx.array] | None:
+                if updater is None:
+                    return None
+                with meter.phase("update"):
+                    return updater.sink(gradients)
+
+            dx = engine.backward(work, layer, dx, need_dx=layer.index > 0, sink=sink)
+        mx.synchronize()
+    engine.barrier.finish()
+    engine.store.clear()
+
+
+def _scratch(workload: Workload, plan: Plan, prefix: str):  # type: ignore[no-untyped-def]
+    """An updater of one block's parameters, whose results nobody keeps."""
+    if workload.make_updater is None:
+        return None
+    lora = workload.lora
+    own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
+    part = Lora(
+        own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
+    )
+    updater = workload.make_updater(part, plan)
+    updater.begin_step()
+    return updater
+
+
+def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, B: int, T: int) -> None:
+    work = Pass(workload.model, plan, workload.adapter, engine.barrier)
+    tokens = np.zeros((B, T), np.int32)
+    if workload.estimator is not None:
+        workload.estimator.begin(0)
+    with meter.phase("forward"):
+        x = work.embed(tokens)
+        for layers in _kinds(workload, engine.barrier.is_lazy):
+            for layer in layers:
+                x = work.forward(layer, x)
+    with meter.phase("head"):
+        cross_entropy(workload.model, plan, engine.barrier, x, tokens, need_dx=False, max_chunks=_CHUNKS)
+    engine.barrier.finish()

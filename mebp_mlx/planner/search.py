@@ -1,0 +1,171 @@
+"""Finds a plan by measuring: from the smallest candidate up, while the budget allows the next one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from ..engine.backprop import kept_bytes
+from ..errors import BudgetError
+from ..model.lora import DROPOUT_RUN
+from ..ops.plan import SAVE_PRODUCTS, Plan
+from ..runtime.device import on_gpu
+from ..runtime.footprint import footprint_bytes
+from .probe import Probe, probe
+from .workload import Workload
+
+ARENA_BUDGET_BYTES = 2_000_000_000
+MARGIN = 0.05  # of a prediction, kept to spare: how much a run's peak was above its probe's (bench.plan_check)
+_SCORES_BYTES = 16 << 20  # of attention at a time: more is not faster
+_STEP_BYTES = 100_000  # budgets in messages are rounded up to this
+_KIB, _MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """phases: peak footprint in bytes by phase; kept_bytes: of a micro-batch's kept values, in memory and in the
+    file; arena_bytes: the files' size, the optimizer's state in it; written_bytes: to the file in each micro-batch.
+    """
+
+    phases: dict[str, int]
+    kept_bytes: int = 0
+    arena_bytes: int = 0
+    written_bytes: int = 0
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phases[self.peak_phase]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its prediction; budget_bytes: if there is one."""
+
+    workload: Workload
+    plan: Plan
+    predicted: Prediction
+    budget_bytes: int | None
+
+
+def ladder(workload: Workload) -> list[Plan]:
+    """Candidates from the smallest to the fastest. Kept values and optimizer state are in files throughout."""
+    steps: list[dict] = [
+        dict(grain="op", token_block=64, query_block=16, logits_block_bytes=512 * _KIB, weight_block_bytes=512 * _KIB),
+        dict(grain="op", token_block=128, query_block=64, logits_block_bytes=1 * _MIB, weight_block_bytes=1 * _MIB),
+        dict(grain="op", token_block=256, query_block=128, logits_block_bytes=4 * _MIB, weight_block_bytes=2 * _MIB),
+        dict(grain="op", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, weight_block_bytes=4 * _MIB),
+    ]
+    if on_gpu():
+        whole = dict(weight_block_bytes=None, head_block_bytes=None)
+        steps[2:] = [
+            dict(grain="tile", token_block=128, query_block=128, logits_block_bytes=2 * _MIB, **whole),
+            dict(grain="tile", token_block=256, query_block=256, logits_block_bytes=8 * _MIB, **whole),
+            dict(grain="block", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, **whole),
+        ]
+    plans = []
+    for step in steps:
+        step.setdefault("head_block_bytes", step["logits_block_bytes"])
+        step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
+        scores = 4 * workload.B * workload.model.spec.H * workload.T
+        step["query_block"] = max(16, min(step["query_block"], _SCORES_BYTES // scores // 16 * 16))
+        plans.append(Plan(kept_bytes=0, offload_state=True, **step))
+    return plans
+
+
+def choose(
+    workload: Workload,
+    budget_bytes: int | None = None,
+    *,
+    smallest: bool = False,
+    arena_budget_bytes: int | None = ARENA_BUDGET_BYTES,
+) -> Planned:
+    """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
+
+    smallest: the one with the least footprint. Raises BudgetError, naming the smallest workable budget, when none fits.
+    """
+    plans = [dataclasses.replace(plan, **_saved(workload, plan, arena_budget_bytes)) for plan in ladder(workload)]
+    start_bytes = footprint_bytes()
+    if budget_bytes is None and not smallest:
+        plans = plans[-1:]
+    found, taken = probe(workload, plans[0]), plans[0]
+    least = _spared(predict(workload, taken, found).peak_bytes)
+    if budget_bytes is not None and least > budget_bytes:
+        raise BudgetError(
+            f"--memory-budget: {budget_bytes / 1e6:.1f} MB is too little for this model, batch size and longest "
+            f"row; the smallest workable budget is {math.ceil(least / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
+        )
+    for plan in [] if smallest or budget_bytes is None else plans[1:]:
+        # A candidate's pieces are at most twice as large as those of the one before, or so much is to spare.
+        peak = predict(workload, taken, found).peak_bytes
+        if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
+            break
+        larger = probe(workload, plan)
+        if _spared(predict(workload, plan, larger).peak_bytes) > budget_bytes:
+            break
+        found, taken = larger, plan
+    if not smallest:
+        taken = _in_memory(workload, taken, found, budget_bytes)
+    return Planned(workload, taken, predict(workload, taken, found), budget_bytes)
+
+
+def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
+    """What a run under `plan` will take, from what a probe of it took: what more blocks keep is added."""
+    n_blocks = workload.model.spec.L - workload.first_trained
+    kept = n_blocks * found.kept_bytes
+    in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
+    gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
+    more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
+    if not workload.is_exact:
+        more, in_memory = {}, 0
+    state = 0 if plan.offload_state else workload.state_bytes
+    phases = {name: n_bytes + state + more.get(name, 0) for name, n_bytes in found.phases.items()}
+    in_file = kept - in_memory
+    return Prediction(phases, kept, in_file + (workload.state_bytes if plan.offload_state else 0), in_file)
+
+
+def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int | None) -> Plan:
+    """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
+    if budget_bytes is None:
+        return dataclasses.replace(plan, kept_bytes=None, offload_state=False)
+    room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, found).peak_bytes
+    offload_state = workload.state_bytes > room
+    room -= 0 if offload_state else workload.state_bytes
+    n_blocks = workload.model.spec.L - workload.first_trained
+    everything = found.kept_bytes * n_blocks <= room
+    return dataclasses.replace(plan, kept_bytes=None if everything else max(0, room), offload_state=offload_state)
+
+
+def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> dict[str, frozenset[str]]:
+    """Every product's output, less those that are cheapest to compute again per byte until the file fits."""
+    saved = SAVE_PRODUCTS
+    if not workload.is_exact or arena_budget_bytes is None:
+        return {"saved": saved}
+    spec = workload.model.spec
+    # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
+    # twice as many as a query has keys.
+    cost = {"q": spec.D, "k": spec.D, "v": spec.D, "g": spec.D, "u": spec.D}
+    cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
+    order, n_blocks = sorted(cost, key=lambda name: cost[name]), spec.L - workload.first_trained
+    while True:
+        smaller = dataclasses.replace(plan, saved=saved)
+        per_block = kept_bytes(
+            workload.model, smaller, workload.lora, workload.first_trained, workload.B, workload.T
+        )
+        needed = n_blocks * per_block + workload.state_bytes
+        if needed <= arena_budget_bytes:
+            return {"saved": saved}
+        if not order:
+            raise BudgetError(
+                f"--arena-budget: {arena_budget_bytes / 1e6:.1f} MB does not hold the blocks' inputs; the smallest "
+                f"workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
+            )
+        saved -= {order.pop(0)}
+
+
+def _spared(n_bytes: float) -> int:
+    return math.ceil(n_bytes * (1 + MARGIN))

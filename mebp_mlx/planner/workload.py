@@ -1,0 +1,62 @@
+"""What a plan is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..engine.backprop import trains
+from ..engine.update import Updater
+from ..engine.zeroth_order import Estimator, Perturbed
+from ..families.base import Adapter
+from ..model.frozen import Model
+from ..model.lora import Lora
+from ..ops.plan import Plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and what is trained of it on which batches.
+
+    B, T: rows of a batch and positions of its longest row; T_eval: of the longest row that is only evaluated;
+    make_updater(lora, plan): as training makes it, for a Lora of its own (None: gradients are collected);
+    state_bytes: of the optimizer's state; gathers: whether a step gathers gradients (clipping, several
+    micro-batches); estimator: of a zeroth-order engine, None for exact gradients.
+    """
+
+    model: Model
+    lora: Lora
+    B: int
+    T: int
+    T_eval: int = 0
+    make_updater: Callable[[Lora, Plan], Updater] | None = None
+    state_bytes: int = 0
+    gathers: bool = False
+    estimator: Estimator | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.estimator is None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The trainable pairs as a forward pass sees them."""
+        if self.estimator is None:
+            return self.lora
+        return Perturbed(self.lora, self.estimator, self.estimator.probes[-1])
+
+    @property
+    def forward_passes(self) -> int:
+        """Of one micro-batch."""
+        return 1 if self.estimator is None else len(self.estimator.probes)
+
+    @property
+    def lora_bytes(self) -> int:
+        return sum(value.nbytes for value in self.lora.parameters().values())
+
+    @property
+    def first_trained(self) -> int:
+        """The lowest layer with a pair; their number without any."""
+        layers = self.model.spec.layers
+        return next((layer.index for layer in layers if trains(self.lora, layer)), len(layers))
