@@ -8,9 +8,9 @@ from typing import Any
 
 import mebp_mlx
 
-from .config import ZEROTH_ORDER, TrainConfig
+from .config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from .data import has_tokenizer
-from .engine.choose import choose_plan
+from .engine.choose import _ever_smaller, choose_plan
 from .engine.job import Job, job_for
 from .engine.parking import parked_bytes
 from .engine.plan import Plan
@@ -90,7 +90,7 @@ def make_plan(
     naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
-        if config.budget_bytes is not None or config.dry_run:
+        if config.memory_budget not in (None, UNLIMITED) or config.phone is not None or config.dry_run:
             flags = "--memory-budget, --device, --dry-run"
             raise UserError(f"{flags}: not available with --engine whole-graph, which has no plan")
         return None
@@ -111,6 +111,8 @@ def make_plan(
         n_eval_tokens=sizes.longest_evaluated,
     )
     plan = choose_plan(job, config.budget_bytes, config.arena_budget)
+    if config.smallest:
+        plan = min(_ever_smaller(job, plan), key=lambda found: found[1])[0]
     predicted = predict(job, plan)
     print_plan(job, plan, predicted, table=config.dry_run)
     passes = 1 if estimator is None else len(estimator.probes)

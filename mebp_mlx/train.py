@@ -101,7 +101,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     # Model, trainable parameters, optimizer, engine.
     model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     if config.phone is not None:
-        print(impose(config.phone, config.budget_bytes or 0))
+        print(impose(config.phone, config.budget_bytes))
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     estimator = estimator_of(config, lora)

@@ -49,6 +49,11 @@ def load_blas() -> Blas:
     return _blas
 
 
+def memory_bytes() -> int:
+    """The machine's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine() -> dict[str, Any]:
     """What a measurement has to name: machine, processor, cores, memory, system, versions, BLAS."""
     from importlib import metadata
@@ -64,7 +69,7 @@ def machine() -> dict[str, Any]:
         "machine": system.machine,
         "chip": _chip(),
         "cores": _usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "os": f"{system.sysname} {system.release}",
         "python": ".".join(map(str, sys.version_info[:3])),
         "mlx": version("mlx"),
