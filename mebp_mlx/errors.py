@@ -8,7 +8,9 @@ class UserError(ValueError):
 
 
 class BudgetError(UserError):
-    """A memory budget that no plan can meet (exit 3). The message names the smallest workable budget."""
+    """A memory budget that no plan can meet, or that was passed (exit 3). The message names one that would do, or
+    what was measured.
+    """
 
 
 class NonFiniteLoss(RuntimeError):

@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
-    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss."""
+    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss.
+
+    BudgetError also when the measured footprint passes the budget (--over-budget stop): all is saved then.
+    """
     folder = Path(config.adapter_path)
     about = machine()
     print(f"backend    MLX {about['mlx']} on {mx.default_device().type.name}, BLAS {about['blas']}", flush=True)
@@ -174,7 +177,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         for text in notices(config, data, optimizer, n_iters):
             log.notice(text)
 
-        watch = BudgetWatch(planned, meter, log)
+        watch = BudgetWatch(planned, meter, log, stop=config.over_budget == "stop")
         trainer = Trainer(
             config, folder, data, origin, lora, optimizer, updater, estimator, engine, log, meter, interrupt, watch
         )
@@ -188,7 +191,11 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             log.say(f"interrupted: iteration {step * accumulate} is saved in {folder}; --resume continues")
             return INTERRUPTED
         interrupt.deferred = False
-        watch.look(n_iters)
+        if watch.look(step * accumulate):
+            how = "with a larger budget or --over-budget warn"
+            rest = f"--resume {how} continues" if step < n_updates else f"a run {how} would not end so"
+            done = f"iteration {step * accumulate} of {n_iters} is saved in {folder}"
+            raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
         if config.phone is not None and planned is not None:
             for text in project(
@@ -223,7 +230,7 @@ class Trainer:
     def train(self, step: int, n_updates: int) -> int:
         """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.
 
-        Ends early, with everything saved, when an interrupt is requested.
+        Ends early, with everything saved, when an interrupt is requested or the budget is passed.
         """
         config, accumulate = self.config, self.config.grad_accumulation_steps
         began_s, window, stopped = time.perf_counter(), _Window(), self.interrupt
@@ -231,7 +238,7 @@ class Trainer:
         saved_step = -1
         if step == 0:
             self.validate(0)
-        while step < n_updates and not stopped.requested:
+        while step < n_updates and not stopped.requested and not self.watch.look(step * accumulate):
             started_s = time.perf_counter()
             micro_batches = [next(stream) for _ in range(accumulate)]
             loss = self.update(step, micro_batches)
@@ -287,7 +294,6 @@ class Trainer:
     def report(self, iteration: int, window: _Window) -> None:
         """What the updates since the last report came to."""
         rate = self.optimizer.learning_rate.item() if uses_learning_rate(self.optimizer) else None
-        self.watch.look(iteration)
         thermal = None if self.config.phone is None else thermal_state()
         if thermal in THROTTLED and not self.hot:
             self.hot = True

@@ -274,14 +274,20 @@ def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
     job: Any = None  # it looks at the numbers alone
     planned = Planned(job, Plan(), Prediction({"head": 80 * MB}), 100 * MB)
     with RunLog(tmp_path, n_iters=10) as log:
-        watch = BudgetWatch(planned, Meter(), log)  # type: ignore[arg-type]
-        watch.look(1)
+        watch = BudgetWatch(planned, Meter(), log, stop=False)  # type: ignore[arg-type]
+        stops = BudgetWatch(planned, Meter(), log, stop=True)  # type: ignore[arg-type]
+        assert not watch.look(1) and not stops.look(1)
         Meter.peak_bytes = 120 * MB
-        watch.look(2)
-        watch.look(3)
-        BudgetWatch(None, Meter(), log).look(4)  # type: ignore[arg-type]
+        assert not watch.look(2) and not watch.look(3)
+        assert not BudgetWatch(None, Meter(), log, stop=True).look(4)  # type: ignore[arg-type]
+        n_bytes = (tmp_path / "log.jsonl").stat().st_size
+        assert stops.look(5) and stops.look(6)
+        assert (tmp_path / "log.jsonl").stat().st_size <= 2 * n_bytes
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(e["iter"], e["budget_bytes"], e["peak_bytes"]) for e in events] == [(2, 100 * MB, 120 * MB)]
+    assert [(e["iter"], e["budget_bytes"], e["peak_bytes"]) for e in events] == [
+        (2, 100 * MB, 120 * MB),
+        (5, 100 * MB, 120 * MB),
+    ]
     assert "120" in events[0]["text"] and "broken" in events[0]["text"]
 
 
