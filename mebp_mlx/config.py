@@ -85,7 +85,8 @@ class TrainConfig:
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
-    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept", at_least=1)
+    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
+                       at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)

@@ -68,7 +68,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": system.machine,
         "chip": _chip(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "memory_bytes": memory_bytes(),
         "os": f"{system.sysname} {system.release}",
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -79,7 +79,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
