@@ -24,7 +24,7 @@ from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_p
 from .engine import Engine, make_engine
 from .engine.update import Updater
 from .engine.zeroth_order import Estimator
-from .errors import BudgetError, NonFiniteLoss, UserError
+from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
 from .hub import resolve_model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = TrainConfig.from_args(argv)
         if config.resume:
             config = TrainConfig.from_args(argv, saved=run_state.saved_options(Path(config.adapter_path)))
-        with Interrupt() as interrupt, PeakMeter() as meter:
+        with memory_errors_told(), Interrupt() as interrupt, PeakMeter() as meter:
             return run(config, interrupt, meter)
     except (UserError, NonFiniteLoss) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
