@@ -26,6 +26,7 @@ from .engine.update import Updater
 from .engine.zeroth_order import Estimator
 from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
 from .hub import resolve_model
+from .model.frozen import Model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
 from .planning import Sizes, estimator_of, make_lora, make_plan, parks_state, plan_without_data
@@ -34,6 +35,7 @@ from .runtime import run_state
 from .runtime.device import dtype_name
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
+from .runtime.last_line import LastLine
 from .runtime.log import RunLog, megabytes, reporter
 from .runtime.phone import THROTTLED, thermal_state
 from .runtime.platform import machine
@@ -148,7 +150,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     # The folder belongs to this run from here on.
     run_state.make_folder(folder)
     send = reporter(config.report_to, config.project_name or folder.resolve().name, config.to_dict())
-    with RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
+    last_line = LastLine(folder / run_state.CHECKPOINT, model.weights.file_bytes)
+    with last_line, RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
         run_state.write_json(
             folder / run_state.RUN,
             {
@@ -179,7 +182,20 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
 
         watch = BudgetWatch(planned, meter, log, stop=config.over_budget == "stop")
         trainer = Trainer(
-            config, folder, data, origin, lora, optimizer, updater, estimator, engine, log, meter, interrupt, watch
+            config,
+            folder,
+            data,
+            origin,
+            model,
+            lora,
+            optimizer,
+            updater,
+            estimator,
+            engine,
+            log,
+            meter,
+            interrupt,
+            watch,
         )
         interrupt.deferred = True
         try:
@@ -214,6 +230,7 @@ class Trainer:
     folder: Path
     data: DataSets
     origin: dict[str, str]
+    model: Model
     lora: Lora
     optimizer: Any
     updater: Updater
@@ -276,12 +293,22 @@ class Trainer:
         for micro, batch in enumerate(micro_batches):
             if micro and self.interrupt.requested:
                 return None
+            self.check_files()
             try:
                 loss += self.engine.step(batch, step=step, micro=micro, n_labels=n_labels, sink=self.updater.sink)
             except NonFiniteLoss as error:
                 raise self.not_finite(str(error), step * len(micro_batches) + micro + 1, batch) from None
         self.updater.end_step()
         return loss
+
+    def check_files(self) -> None:
+        """Raises UserError when a weight file was cut short, before a pass reads beyond its end."""
+        try:
+            self.model.weights.check_sizes()
+        except UserError as error:
+            saved = (self.folder / run_state.CHECKPOINT).exists()
+            last = f"what is saved in {self.folder} is the last good state" if saved else "nothing is saved yet"
+            raise UserError(f"{error}; {last}") from None
 
     def not_finite(self, what: str, iteration: int, batch: Batch) -> NonFiniteLoss:
         """The error that ends the run, after an entry in the log."""
@@ -313,6 +340,7 @@ class Trainer:
 
     def save(self, step: int, numbered: bool) -> None:
         """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
+        self.check_files()  # or what a pass read as zeros would be kept
         iteration = step * self.config.grad_accumulation_steps
         started_s = time.perf_counter()
         run_state.save_checkpoint(
@@ -343,6 +371,7 @@ class Trainer:
         for batch in eval_batches(rows, self.config.batch_size, limit):
             if self.interrupt.requested:
                 return
+            self.check_files()
             found = self.engine.evaluate(batch)
             if not math.isfinite(found.loss_sum):
                 raise self.not_finite(f"{kind} loss is {found.loss_sum}", iteration, batch)
