@@ -415,13 +415,19 @@ def count_updates(config: TrainConfig, rows: TokenRows) -> int:
 
 
 def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
-    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options."""
+    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options.
+
+    One parameter is read at a time, and the optimizer's state not yet: all of it at once would be above the plan.
+    """
     optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
     state = {} if estimator is None else estimator.state()
-    run_state.restore(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
-    lora.update(checkpoint.lora)
+    run_state.check_arrays(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
+    for name, value in checkpoint.lora.items():
+        mx.eval(value)
+        lora.update({name: value})
     optimizer.state = checkpoint.optimizer
     if estimator is not None:
+        mx.eval(checkpoint.engine)
         estimator.load(checkpoint.engine)
 
 

@@ -13,9 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mebp_mlx
 from mebp_mlx import train
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.optimizers import make_optimizer
 from mebp_mlx.runtime import log as run_log
+from mebp_mlx.runtime import run_state
 from mebp_mlx.runtime.footprint import PeakMeter
 from tests.runs import (
     FILES,
@@ -130,6 +133,27 @@ def test_a_passed_budget_may_be_told_and_gone_on_with(
         assert train.main(arguments(home, tmp_path / "last")) == 3
     assert "iteration 6 of 6 is saved" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "last").iterdir()} == FILES
+
+
+def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
+    """Or a resumed run would pass a budget that the run itself kept: the optimizer's state is two copies of LoRA."""
+    model = mebp_mlx.open_model(home / "model")
+    config = train.TrainConfig(rank=2000)
+    lora, optimizer = mebp_mlx.init_lora(model, rank=2000), make_optimizer(config, 9)
+    optimizer.init(lora.parameters())
+    mx.eval(optimizer.state)
+    saved = run_state.Checkpoint(lora.parameters(), optimizer.state, 0, config.to_dict(), {})
+    run_state.save_checkpoint(tmp_path, saved)
+    fresh, again = mebp_mlx.init_lora(model, rank=2000, seed=1), make_optimizer(config, 9)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    train.restore(run_state.load_checkpoint(tmp_path), fresh, again, None)
+    largest = max(value.nbytes for value in fresh.parameters().values())
+    assert mx.get_peak_memory() - before <= 3 * largest, (mx.get_peak_memory() - before, largest)
+    for name, value in lora.parameters().items():
+        assert (fresh.parameters()[name] == value).all().item(), name
+    assert again.state.keys() == optimizer.state.keys()
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
