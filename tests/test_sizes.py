@@ -89,6 +89,13 @@ def test_a_rank_without_room_ends_at_once_with_exit_3(tmp_path: Path, rank: str,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_python_interface_refuses_what_the_machine_cannot_hold(tmp_path: Path) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
+    for rank in (10**9, 10**12):
+        with pytest.raises(mebp_mlx.UserError, match=f"rank {rank}: LoRA takes .* the machine's memory is"):
+            mebp_mlx.init_lora(model, rank=rank)
+
+
 def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
     """The optimizer's state with an engine that does not park it, all gradients where they are gathered."""
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))

@@ -27,17 +27,18 @@ class LoraSizes:
 
 
 def lora_sizes(
-    spec: ModelSpec, keys: Iterable[str], num_layers: int, rank: int, optimizer: optim.Optimizer
+    spec: ModelSpec, keys: Iterable[str], num_layers: int, rank: int, optimizer: optim.Optimizer | None = None
 ) -> LoraSizes:
     """What LoRA pairs of `rank` on the projections `keys` of the last `num_layers` blocks (-1: all) will take.
 
-    optimizer: with or without a state of its own, which is not looked at. rank: below 2^31, MLX's longest axis.
+    optimizer: with or without a state of its own, which is not looked at; None: there is no state. With one, rank must
+    be below 2^31, MLX's longest axis.
     """
     blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]
     chosen = frozenset(keys)
     per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank))) for layer in blocks]
     shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank)]
-    state = {shape: _state_bytes(optimizer, shape) for shape in set(shapes)}
+    state = {shape: 0 if optimizer is None else _state_bytes(optimizer, shape) for shape in set(shapes)}
     return LoraSizes(sum(per_block), max(per_block), sum(state[shape] for shape in shapes))
 
 
