@@ -16,8 +16,11 @@ from .kernels.trust import mode as kernel_mode
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
+from .model.spec import PROJECTIONS
 from .ops.plan import Plan
+from .planner.sizes import lora_sizes
 from .runtime import device, memory
+from .runtime.platform import memory_bytes
 
 WEIGHTS = ("auto", "packed", "decompressed")
 
@@ -57,8 +60,15 @@ def init_lora(
 ) -> Lora:
     """Fresh LoRA parameters on `keys` (default: the seven projections) of the last `num_layers` blocks (-1: all).
 
-    A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key.
+    A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key, and for parameters that
+    are more than the machine's memory: MLX's CPU backend would end the process.
     """
+    keys = tuple(PROJECTIONS.values()) if keys is None else tuple(keys)
+    n_bytes = lora_sizes(model.spec, keys, num_layers, rank).parameters
+    if n_bytes > (most := memory_bytes()):
+        raise UserError(
+            f"rank {rank}: LoRA takes {n_bytes / 1e6:,.1f} MB, the machine's memory is {most / 1e6:,.1f} MB"
+        )
     return _init_lora(model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed)
 
 

@@ -16,12 +16,15 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.model.spec import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
 from mebp_mlx.runtime.phone import DEVICES, Phone
+from mebp_mlx.runtime.platform import memory_bytes
 
 PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
+SMALLEST, UNLIMITED = "min", "none"  # in place of --memory-budget's size
+DEFAULT_BUDGET_BYTES, SHARE_OF_MEMORY = 1_000_000_000, 0.25
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -70,8 +73,11 @@ class TrainConfig:
                           choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for the file of saved activations (disk, not memory)",
                                    metavar="PATH", may_change=True, shown_default="temporary")
-    memory_budget: int | None = option(None, METHOD, "footprint to stay within: 500MB, 1GB (exit 3 if impossible)",
-                                       metavar="SIZE", size=True, above=0, may_change=True, shown_default="none")
+    memory_budget: int | str | None = option(
+        None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
+        words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
+    over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
+                              choices=("stop", "warn"), may_change=True)
     arena_budget: int = option(2_000_000_000, METHOD, "for saved activations on disk; less: more is recomputed",
                                metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
     device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
@@ -79,7 +85,8 @@ class TrainConfig:
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
-    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept", at_least=1)
+    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
+                       at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
@@ -153,9 +160,21 @@ class TrainConfig:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The footprint to stay within: --memory-budget, else what --device gives an app, else no limit."""
-        phone_bytes = None if self.phone is None else self.phone.budget_bytes
-        return phone_bytes if self.memory_budget is None else self.memory_budget
+        """The footprint to stay within: --memory-budget, else what --device gives an app, else 1 GB or a quarter of
+        the machine's memory, whichever is less. None without a size: for `none`, and for `min` (see `smallest`).
+        """
+        if isinstance(self.memory_budget, int):
+            return self.memory_budget
+        if self.memory_budget in (SMALLEST, UNLIMITED):
+            return None
+        if self.phone is not None:
+            return self.phone.budget_bytes
+        return min(DEFAULT_BUDGET_BYTES, int(SHARE_OF_MEMORY * memory_bytes()))
+
+    @property
+    def smallest(self) -> bool:
+        """Whether the smallest footprint is asked for, however slow (--memory-budget min)."""
+        return self.memory_budget == SMALLEST
 
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -211,7 +230,8 @@ def _from_flags(argv: Sequence[str] | None) -> dict[str, Any]:
         "Fine-tune a language model with exact LoRA gradients in little memory.",
         "Without options it trains the bundled model on the bundled text. YAML files have the same names with _,\n"
         "and mlx-lm's lora_parameters, lr_schedule and optimizer_config. Memory is the process footprint.\n"
-        "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met, 130 interrupted and saved",
+        "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed (saved),\n"
+        "130 interrupted and saved",
     )
     mlx_lm = parser.add_argument_group()
     mlx_lm.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
@@ -252,6 +272,8 @@ def _from_yaml(path: str) -> dict[str, Any]:
         if name in given:
             raise UserError(f"{where}: stands twice, here and at the top level")
         if raw is not None:
+            if specs[name].option.size and type(raw) in (int, float):
+                raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
             given[name] = _checked(specs[name], raw, where)
 
     for key, raw in file.values.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import UserError
+from .errors import UserError, memory_errors_told
 from .hub import resolve_model
 from .model.frozen import Model
 from .model.pack import MODES, Packing
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
     try:
         options = _from_flags(argv)
-        with Interrupt(), PeakMeter() as meter:
+        with memory_errors_told(), Interrupt(), PeakMeter() as meter:
             report = convert(options, say=_say)
             for line in _summary(options, report, meter.peak_bytes):
                 _say(line)

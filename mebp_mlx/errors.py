@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+
+# MLX's allocators and Metal's command buffers; the system's refusal to start a thread.
+_NO_MEMORY = re.compile(
+    r"\[(\w+::)?malloc|unable to allocate|bad_alloc|insufficient memory|can't start new thread"
+    r"|resource temporarily unavailable",
+    re.IGNORECASE,
+)
+
 
 class UserError(ValueError):
     """What a user can get wrong (exit 2). The message is one line that names the flag, file and line."""
 
 
 class BudgetError(UserError):
-    """A memory budget that no plan can meet (exit 3). The message names the smallest workable budget."""
+    """A memory budget that no plan can meet, or that was passed (exit 3). The message names one that would do, or
+    what was measured.
+    """
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; raised before any parameter of that step is touched."""
+
+
+@contextlib.contextmanager
+def memory_errors_told() -> Iterator[None]:
+    """Turns every error that says that memory could not be had into a BudgetError of one line.
+
+    Python and numpy raise MemoryError, MLX RuntimeError, the system's calls OSError (ENOMEM).
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        no_memory = error.errno == errno.ENOMEM if isinstance(error, OSError) else _NO_MEMORY.search(str(error))
+        if not (no_memory or isinstance(error, MemoryError)):
+            raise
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise BudgetError(f"out of memory: {text}; whatever was saved before is whole") from None

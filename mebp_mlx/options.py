@@ -32,7 +32,8 @@ class Option:
     above: float | None = None
     below: float | None = None
     or_minus_one: bool = False
-    size: bool = False  # bytes: 500MB, 1.5GB, or a plain number
+    size: bool = False  # bytes: text with a unit, 500MB or 1.5GB, or a whole number
+    words: tuple[str, ...] = ()  # texts that stand for themselves, beside what the type allows
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     yaml_only: bool = False
@@ -88,7 +89,9 @@ def convert(spec: Spec, raw: Any) -> Any:
         if spec.optional:
             return None
         raise ValueError("needs a value")
-    value: Any = _size(raw) if spec.option.size else _typed(spec.kind, raw)
+    if isinstance(raw, str) and raw.lower() in spec.option.words:
+        return raw.lower()
+    value: Any = _size(raw, spec.option.words) if spec.option.size else _typed(spec.kind, raw)
     if spec.kind == tuple[str, ...]:
         value = tuple(spec.option.aliases.get(name, name) for name in value)
     _check_limits(spec.option, value)
@@ -124,16 +127,23 @@ def _typed(kind: Any, raw: Any) -> Any:
     return names
 
 
-def _size(raw: Any) -> int:
-    """Bytes of `500MB`, `1.5GB`, `2e9`; 1 MB = 10^6 bytes, 1 MiB = 2^20."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmg]?)(i?)b?\s*", str(raw).lower())
+def _size(raw: Any, words: tuple[str, ...] = ()) -> int:
+    """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. A whole number that is no text counts bytes."""
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmg])(i?)b?|b)?", str(raw).lower().strip())
     try:
         if match is None or isinstance(raw, bool):
             raise ValueError
-        unit = (1024 if match[3] else 1000) ** " kmg".index(match[2] or " ")
-        return int(float(match[1]) * unit)
+        number = float(match[1])
+        n_bytes = int(number * (1024 if match[3] else 1000) ** " kmg".index(match[2] or " "))
     except (ValueError, OverflowError):
-        raise ValueError(f"expected a size such as 500MB or 1.5GB, got {raw!r}") from None
+        known = " or ".join(("a size such as 500MB", "1.5GB", *words))
+        raise ValueError(f"expected {known}, got {raw!r}") from None
+    if match[0] == match[1]:
+        meant = f"{number:g}MB" if number < 1e6 else f"{number / 1e6:.10g}MB"
+        raise ValueError(f"{match[0]} has no unit; did you mean {meant}?")
+    return n_bytes
 
 
 def _number(kind: type, raw: Any) -> int | float:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mebp_mlx
 
-from .config import ZEROTH_ORDER, TrainConfig
+from .config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from .data import has_tokenizer
-from .engine.choose import choose_plan
+from .engine.choose import _ever_smaller, choose_plan
 from .engine.job import Job, job_for
 from .engine.parking import parked_bytes
 from .engine.plan import Plan
 from .engine.predict import Prediction, predict
 from .engine.update import Updater
 from .engine.zeroth_order import Estimator, make_estimator
-from .errors import UserError
+from .errors import BudgetError, UserError
 from .model.frozen import Model
 from .model.lora import Lora
 from .optimizers import make_optimizer, state_bytes
+from .planner.sizes import lora_sizes
 from .proxy import project
 from .runtime.footprint import footprint_bytes
+from .runtime.limits import process_limit
+from .runtime.platform import memory_bytes
 from .summary import print_plan
 
 
@@ -47,7 +51,8 @@ class Planned:
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
-    """Fresh trainable parameters as the options say."""
+    """Fresh trainable parameters as the options say. BudgetError, before they are made, when there is no room."""
+    check_lora(config, model)
     return mebp_mlx.init_lora(
         model,
         rank=config.rank,
@@ -57,6 +62,32 @@ def make_lora(config: TrainConfig, model: Model) -> Lora:
         num_layers=config.num_layers,
         seed=config.seed,
     )
+
+
+def check_lora(config: TrainConfig, model: Model) -> None:
+    """Refuses LoRA parameters that alone, with what a step holds beside them, pass the budget or the machine.
+
+    Sizes only, nothing is allocated. Raises BudgetError.
+    """
+    optimizer = make_optimizer(config, 1)
+    sizes = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, optimizer)
+    gathers = config.grad_accumulation_steps > 1 or config.max_grad_norm is not None or config.engine == "whole-graph"
+    gradients = sizes.parameters if gathers else sizes.block_gradients
+    state = sizes.state + (sizes.parameters if config.engine == "hizoo" else 0)
+    parks = parks_state(config)
+    needed = footprint_bytes() + sizes.parameters + gradients + (0 if parks else state)
+    room = {f"the machine's memory is {memory_bytes() / 1e6:,.1f} MB": memory_bytes()}
+    if (limit := process_limit()) is not None:
+        room[str(limit)] = limit.footprint_bytes
+    if config.budget_bytes is not None:
+        room[f"--memory-budget is {config.budget_bytes / 1e6:,.1f} MB"] = config.budget_bytes
+    what, least = min(room.items(), key=lambda entry: entry[1])
+    if needed > least:
+        raise BudgetError(
+            f"--rank {config.rank}: LoRA takes {sizes.parameters / 1e6:,.1f} MB, gradients {gradients / 1e6:,.1f} MB, "
+            f"optimizer state {state / 1e6:,.1f} MB{' on disk' if parks else ''}; {what}, the smallest workable budget "
+            f"is above {math.ceil(needed / 1e6)}MB"
+        )
 
 
 def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
@@ -90,7 +121,7 @@ def make_plan(
     naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
-        if config.budget_bytes is not None or config.dry_run:
+        if config.memory_budget not in (None, UNLIMITED) or config.phone is not None or config.dry_run:
             flags = "--memory-budget, --device, --dry-run"
             raise UserError(f"{flags}: not available with --engine whole-graph, which has no plan")
         return None
@@ -110,7 +141,17 @@ def make_plan(
         base_bytes=base_bytes,
         n_eval_tokens=sizes.longest_evaluated,
     )
-    plan = choose_plan(job, config.budget_bytes, config.arena_budget)
+    budget_bytes, limit = config.budget_bytes, process_limit()
+    if limit is not None and (budget_bytes is None or limit.footprint_bytes < budget_bytes):
+        budget_bytes = limit.footprint_bytes
+    else:
+        limit = None
+    try:
+        plan = choose_plan(job, budget_bytes, config.arena_budget)
+    except BudgetError as error:
+        raise BudgetError(f"{error}; {limit}" if limit is not None else str(error)) from None
+    if config.smallest:
+        plan = min(_ever_smaller(job, plan), key=lambda found: found[1])[0]
     predicted = predict(job, plan)
     print_plan(job, plan, predicted, table=config.dry_run)
     passes = 1 if estimator is None else len(estimator.probes)

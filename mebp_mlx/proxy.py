@@ -15,17 +15,18 @@ from .runtime.log import megabytes
 from .runtime.phone import Phone, thermal_state
 
 
-def impose(phone: Phone, budget_bytes: int) -> str:
-    """Limits MLX's cache to the phone's; the line that says what holds. The wired limit stays as it is: none."""
+def impose(phone: Phone, budget_bytes: int | None) -> str:
+    """Limits MLX's cache to the phone's; the line that says what holds. The wired limit stays as it is: none.
+
+    budget_bytes: None where the options name no size.
+    """
     before_bytes = mx.set_cache_limit(phone.cache_bytes)
     cache_bytes = min(before_bytes, phone.cache_bytes)
     mx.set_cache_limit(cache_bytes)
     state = thermal_state()
     warm = "" if state is None else f", thermal state {state}"
-    return (
-        f"device     as {phone.chip}: budget {megabytes(budget_bytes)}, cache at most {megabytes(cache_bytes)}, "
-        f"no wired memory{warm}"
-    )
+    budget = "no budget in bytes" if budget_bytes is None else f"budget {megabytes(budget_bytes)}"
+    return f"device     as {phone.chip}: {budget}, cache at most {megabytes(cache_bytes)}, no wired memory{warm}"
 
 
 def host_rates() -> Rates | None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mebp_mlx.errors import UserError
+from mebp_mlx.errors import UserError, memory_errors_told
 from mebp_mlx.hub import resolve_model
 from mebp_mlx.runtime.child import ChildFailure, answer, one_line, run_child
 
@@ -44,9 +44,7 @@ def sample(
         raise UserError(f"sampling from {model_path} failed: {one_line(error)}") from error
 
 
-def generate(
-    model_path: Path, adapter_path: Path | None, prompt: str, max_tokens: int
-) -> dict[str, str | None]:
+def generate(model_path: Path, adapter_path: Path | None, prompt: str, max_tokens: int) -> dict[str, str | None]:
     """Both texts, in this process: loads the model, continues the prompt, adds the adapters, continues again.
 
     A tokenizer with a chat template gets the prompt as a user's message, any other as plain text.
@@ -69,9 +67,7 @@ def generate(
     try:
         model, tokenizer = mlx_lm.load(str(model_path))[:2]
         if tokenizer.has_chat_template:
-            tokens = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True
-            )
+            tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         else:
             tokens = tokenizer.encode(prompt)
     except Exception as error:  # whatever a broken model, tokenizer or template makes its library raise
@@ -98,7 +94,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help='print {"before": text, "after": text}')
     given = parser.parse_args(argv)
     try:
-        texts = generate(resolve_model(given.model), given.adapter_path, given.prompt, given.max_tokens)
+        with memory_errors_told():
+            texts = generate(resolve_model(given.model), given.adapter_path, given.prompt, given.max_tokens)
     except UserError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2

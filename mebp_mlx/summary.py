@@ -101,27 +101,30 @@ def plan_record(plan: Plan, predicted: Prediction) -> dict[str, Any]:
 
 
 class BudgetWatch:
-    """Says once, aloud and in the log, that the measured peak has passed --memory-budget."""
+    """Sees that the measured peak has passed the budget: once in the log, and then aloud or as the end of the run.
 
-    def __init__(self, planned: Planned | None, meter: PeakMeter, log: RunLog):
-        self.planned, self.meter, self.log = planned, meter, log
-        self._told = False
+    stop: whether the run has to end then (--over-budget stop). passed: what happened in a sentence, None before.
+    """
 
-    def look(self, iteration: int) -> None:
-        """Compares the process's peak so far with the budget, if there is one."""
-        if self._told or self.planned is None or self.planned.budget_bytes is None:
-            return
-        budget, peak, predicted = self.planned.budget_bytes, self.meter.peak_bytes, self.planned.predicted.peak_bytes
-        if peak > budget:
-            self._told = True
-            self.log.notice(
-                f"--memory-budget of {megabytes(budget)} is broken: the footprint reached {megabytes(peak)}, "
-                f"{megabytes(predicted)} was predicted",
-                iter=iteration,
-                budget_bytes=budget,
-                peak_bytes=peak,
-                predicted_peak_bytes=predicted,
-            )
+    def __init__(self, planned: Planned | None, meter: PeakMeter, log: RunLog, stop: bool):
+        self.planned, self.meter, self.log, self.stop = planned, meter, log, stop
+        self.passed: str | None = None
+
+    def look(self, iteration: int) -> bool:
+        """Compares the process's peak so far with the budget, if there is one. True: the run has to end."""
+        if self.passed is None and self.planned is not None and self.planned.budget_bytes is not None:
+            budget, peak = self.planned.budget_bytes, self.meter.peak_bytes
+            predicted = self.planned.predicted.peak_bytes
+            if peak > budget:
+                self.passed = (
+                    f"the budget of {budget / 1e6:.1f} MB is broken: the footprint reached {peak / 1e6:.1f} MB, "
+                    f"{predicted / 1e6:.1f} MB was predicted"
+                )
+                numbers = {"budget_bytes": budget, "peak_bytes": peak, "predicted_peak_bytes": predicted}
+                self.log.event("notice", text=self.passed, iter=iteration, **numbers)
+                if not self.stop:
+                    self.log.say(f"note: {self.passed}")
+        return self.stop and self.passed is not None
 
 
 def summarize(

@@ -24,8 +24,9 @@ from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_p
 from .engine import Engine, make_engine
 from .engine.update import Updater
 from .engine.zeroth_order import Estimator
-from .errors import BudgetError, NonFiniteLoss, UserError
+from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
 from .hub import resolve_model
+from .model.frozen import Model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
 from .planning import Sizes, estimator_of, make_lora, make_plan, parks_state, plan_without_data
@@ -34,6 +35,7 @@ from .runtime import run_state
 from .runtime.device import dtype_name
 from .runtime.footprint import PeakMeter, footprint_bytes
 from .runtime.interrupt import Interrupt
+from .runtime.last_line import LastLine
 from .runtime.log import RunLog, megabytes, reporter
 from .runtime.phone import THROTTLED, thermal_state
 from .runtime.platform import machine
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = TrainConfig.from_args(argv)
         if config.resume:
             config = TrainConfig.from_args(argv, saved=run_state.saved_options(Path(config.adapter_path)))
-        with Interrupt() as interrupt, PeakMeter() as meter:
+        with memory_errors_told(), Interrupt() as interrupt, PeakMeter() as meter:
             return run(config, interrupt, meter)
     except (UserError, NonFiniteLoss) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -60,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
-    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss."""
+    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss.
+
+    BudgetError also when the measured footprint passes the budget (--over-budget stop): all is saved then.
+    """
     folder = Path(config.adapter_path)
     about = machine()
     print(f"backend    MLX {about['mlx']} on {mx.default_device().type.name}, BLAS {about['blas']}", flush=True)
@@ -101,7 +106,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     # Model, trainable parameters, optimizer, engine.
     model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     if config.phone is not None:
-        print(impose(config.phone, config.budget_bytes or 0))
+        print(impose(config.phone, config.budget_bytes))
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     estimator = estimator_of(config, lora)
@@ -145,7 +150,8 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     # The folder belongs to this run from here on.
     run_state.make_folder(folder)
     send = reporter(config.report_to, config.project_name or folder.resolve().name, config.to_dict())
-    with RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
+    last_line = LastLine(folder / run_state.CHECKPOINT, model.weights.file_bytes)
+    with last_line, RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
         run_state.write_json(
             folder / run_state.RUN,
             {
@@ -174,9 +180,22 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         for text in notices(config, data, optimizer, n_iters):
             log.notice(text)
 
-        watch = BudgetWatch(planned, meter, log)
+        watch = BudgetWatch(planned, meter, log, stop=config.over_budget == "stop")
         trainer = Trainer(
-            config, folder, data, origin, lora, optimizer, updater, estimator, engine, log, meter, interrupt, watch
+            config,
+            folder,
+            data,
+            origin,
+            model,
+            lora,
+            optimizer,
+            updater,
+            estimator,
+            engine,
+            log,
+            meter,
+            interrupt,
+            watch,
         )
         interrupt.deferred = True
         try:
@@ -188,7 +207,11 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             log.say(f"interrupted: iteration {step * accumulate} is saved in {folder}; --resume continues")
             return INTERRUPTED
         interrupt.deferred = False
-        watch.look(n_iters)
+        if watch.look(step * accumulate):
+            how = "with a larger budget or --over-budget warn"
+            rest = f"--resume {how} continues" if step < n_updates else f"a run {how} would not end so"
+            done = f"iteration {step * accumulate} of {n_iters} is saved in {folder}"
+            raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
         if config.phone is not None and planned is not None:
             for text in project(
@@ -207,6 +230,7 @@ class Trainer:
     folder: Path
     data: DataSets
     origin: dict[str, str]
+    model: Model
     lora: Lora
     optimizer: Any
     updater: Updater
@@ -223,7 +247,7 @@ class Trainer:
     def train(self, step: int, n_updates: int) -> int:
         """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.
 
-        Ends early, with everything saved, when an interrupt is requested.
+        Ends early, with everything saved, when an interrupt is requested or the budget is passed.
         """
         config, accumulate = self.config, self.config.grad_accumulation_steps
         began_s, window, stopped = time.perf_counter(), _Window(), self.interrupt
@@ -231,7 +255,7 @@ class Trainer:
         saved_step = -1
         if step == 0:
             self.validate(0)
-        while step < n_updates and not stopped.requested:
+        while step < n_updates and not stopped.requested and not self.watch.look(step * accumulate):
             started_s = time.perf_counter()
             micro_batches = [next(stream) for _ in range(accumulate)]
             loss = self.update(step, micro_batches)
@@ -269,12 +293,22 @@ class Trainer:
         for micro, batch in enumerate(micro_batches):
             if micro and self.interrupt.requested:
                 return None
+            self.check_files()
             try:
                 loss += self.engine.step(batch, step=step, micro=micro, n_labels=n_labels, sink=self.updater.sink)
             except NonFiniteLoss as error:
                 raise self.not_finite(str(error), step * len(micro_batches) + micro + 1, batch) from None
         self.updater.end_step()
         return loss
+
+    def check_files(self) -> None:
+        """Raises UserError when a weight file was cut short, before a pass reads beyond its end."""
+        try:
+            self.model.weights.check_sizes()
+        except UserError as error:
+            saved = (self.folder / run_state.CHECKPOINT).exists()
+            last = f"what is saved in {self.folder} is the last good state" if saved else "nothing is saved yet"
+            raise UserError(f"{error}; {last}") from None
 
     def not_finite(self, what: str, iteration: int, batch: Batch) -> NonFiniteLoss:
         """The error that ends the run, after an entry in the log."""
@@ -287,7 +321,6 @@ class Trainer:
     def report(self, iteration: int, window: _Window) -> None:
         """What the updates since the last report came to."""
         rate = self.optimizer.learning_rate.item() if uses_learning_rate(self.optimizer) else None
-        self.watch.look(iteration)
         thermal = None if self.config.phone is None else thermal_state()
         if thermal in THROTTLED and not self.hot:
             self.hot = True
@@ -307,6 +340,7 @@ class Trainer:
 
     def save(self, step: int, numbered: bool) -> None:
         """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
+        self.check_files()  # or what a pass read as zeros would be kept
         iteration = step * self.config.grad_accumulation_steps
         started_s = time.perf_counter()
         run_state.save_checkpoint(
@@ -337,6 +371,7 @@ class Trainer:
         for batch in eval_batches(rows, self.config.batch_size, limit):
             if self.interrupt.requested:
                 return
+            self.check_files()
             found = self.engine.evaluate(batch)
             if not math.isfinite(found.loss_sum):
                 raise self.not_finite(f"{kind} loss is {found.loss_sum}", iteration, batch)
@@ -380,13 +415,19 @@ def count_updates(config: TrainConfig, rows: TokenRows) -> int:
 
 
 def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
-    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options."""
+    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options.
+
+    One parameter is read at a time, and the optimizer's state not yet: all of it at once would be above the plan.
+    """
     optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
     state = {} if estimator is None else estimator.state()
-    run_state.restore(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
-    lora.update(checkpoint.lora)
+    run_state.check_arrays(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
+    for name, value in checkpoint.lora.items():
+        mx.eval(value)
+        lora.update({name: value})
     optimizer.state = checkpoint.optimizer
     if estimator is not None:
+        mx.eval(checkpoint.engine)
         estimator.load(checkpoint.engine)
 
 

@@ -190,6 +190,17 @@ class MappedWeights:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self._maps[info.file].madvise(mmap.MADV_WILLNEED, page_start, first + n_bytes - page_start)
 
+    @property
+    def file_bytes(self) -> dict[Path, int]:
+        """The size of each mapped file when it was opened."""
+        return {file: len(mapped) for file, mapped in self._maps.items()}
+
+    def check_sizes(self) -> None:
+        """UserError for a file shorter than it was. A page beyond its end is SIGBUS, one across it has zeros."""
+        for file, mapped in self._maps.items():
+            if (n_bytes := mapped.size()) < len(mapped):
+                raise UserError(f"{file}: was {len(mapped)} bytes, is {n_bytes} bytes: cut short while it was in use")
+
     def close(self) -> None:
         """Gives the maps back. Views that are still held keep their own map alive."""
         maps, self._maps = self._maps, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import train
+from mebp_mlx import convert, sample, train
 from mebp_mlx.errors import BudgetError
 from tests.runs import arguments, events, refused
 from tests.texts import write_rows
@@ -107,6 +108,57 @@ def test_a_budget_that_cannot_be_met_is_exit_3(
     assert train.main(arguments(home, tmp_path / "out")) == 3
     assert capsys.readouterr().err == "error: --memory-budget: 10 MB is too small; 104 MB would do\n"
     assert not (tmp_path / "out").exists()
+
+
+NO_MEMORY = [
+    MemoryError(),
+    MemoryError("Unable to allocate 763. MiB for an array"),
+    RuntimeError("[malloc] Unable to allocate 800000000 bytes."),
+    RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed"),
+    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+    RuntimeError("can't start new thread"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}"[:40])
+def test_memory_that_cannot_be_had_is_one_line(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "make_engine", fail)
+    monkeypatch.setattr(convert, "convert", fail)
+    monkeypatch.setattr(sample, "generate", fail)
+    texts = []
+    for run, code in (
+        (lambda: train.main(arguments(home, tmp_path / "out")), 3),
+        (lambda: convert.main(["--model", "bundled", "--out", str(tmp_path / "converted")]), 2),
+        (lambda: sample.main(["--model", "bundled", "--prompt", "x"]), 2),
+    ):
+        capsys.readouterr()
+        assert run() == code
+        (line,) = capsys.readouterr().err.splitlines()
+        texts.append(line)
+    for text in texts:
+        assert f"out of memory: {error}" in text or "out of memory: MemoryError" in text, text
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_errors_keep_their_traceback(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("a bug"), OSError(errno.EIO, "Input/output error")):
+
+        def fail(*_: Any, error: BaseException = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(train, "make_engine", fail)
+        with pytest.raises(type(error)):
+            train.main(arguments(home, tmp_path / "out"))
 
 
 def test_a_row_without_labels_is_counted_and_all_rows_so_is_an_error(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mebp_mlx import config as config_module
 from mebp_mlx.config import PROJECTIONS, TrainConfig
 from mebp_mlx.errors import UserError
 from mebp_mlx.optimizers import CLASSES, learning_rate, make_optimizer
@@ -83,7 +84,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "warmup": 3, "lr_decay": "cosine", "max_grad_norm": 1.5, "grad_accumulation_steps": 4, "iters": 12,
         "steps_per_eval": 6, "val_batches": -1, "test": True, "test_batches": 8, "adapter_path": "p", "resume": True,
         "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "report_to": "wandb", "project_name": "mine",
-        "memory_budget": 500_000_000, "arena_budget": 1_000_000, "dry_run": True, "device": "a17-pro",
+        "memory_budget": "500MB", "over_budget": "warn", "arena_budget": "1MB", "dry_run": True, "device": "a17-pro",
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -96,6 +97,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         argv += [flag] if value is True else [flag, *(value if isinstance(value, list) else [str(value)])]
     by_flags = TrainConfig.from_args(argv).to_dict()
     by_yaml = TrainConfig.from_args(["-c", write(tmp_path, json.dumps(other, indent=1))]).to_dict()
+    other |= {"memory_budget": 500_000_000, "arena_budget": 1_000_000}
     for name, value in other.items():
         assert by_yaml[name] == value, name
         assert by_flags[name] == value or name == "optimizer_config", name
@@ -270,6 +272,38 @@ def test_projections_are_those_of_the_models() -> None:
     from mebp_mlx.model import spec
 
     assert tuple(spec.PROJECTIONS.values()) == PROJECTIONS
+
+
+# Budgets
+
+
+def test_a_budget_is_a_size_or_a_word() -> None:
+    for text, budget_bytes, smallest in (("200MB", 200_000_000, False), ("min", None, True), ("NONE", None, False)):
+        config = TrainConfig.from_args(["--memory-budget", text])
+        assert (config.budget_bytes, config.smallest) == (budget_bytes, smallest), text
+        assert TrainConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert TrainConfig(memory_budget=123).budget_bytes == 123
+
+
+def test_the_default_budget_is_1_gb_or_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory_gb, budget_gb in ((64, 1), (4, 1), (2, 0.5)):
+        monkeypatch.setattr(config_module, "memory_bytes", lambda n=memory_gb: n * 10**9)
+        assert TrainConfig().budget_bytes == budget_gb * 10**9
+        assert TrainConfig(device="a17-pro").budget_bytes == 10**9
+        assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None
+    assert not TrainConfig().smallest
+
+
+@pytest.mark.parametrize("key", ["memory_budget", "arena_budget"])
+@pytest.mark.parametrize(("raw", "meant"), [("300", "300MB"), ("1.5", "1.5MB"), ("2000000000", "2000MB")])
+def test_a_size_without_a_unit_is_refused_with_a_hint(tmp_path: Path, key: str, raw: str, meant: str) -> None:
+    path = write(tmp_path, f"seed: 1\n{key}: {raw}\n")
+    flag = "--" + key.replace("_", "-")
+    reason = f"{raw} has no unit; did you mean {meant}?"
+    assert refusal(flag, raw) == f"{flag}: {reason}"
+    assert refusal("-c", path) == f"{path}:2: {key}: {reason}"
+    saved = TrainConfig.from_args([], saved={**TrainConfig().to_dict(), key: 300})  # bytes, as a run saves them
+    assert getattr(saved, key) == 300
 
 
 def test_help_is_one_line_for_each_option() -> None:

@@ -17,14 +17,18 @@ import mebp_mlx
 from bench.plan_check import Case
 from bench.synth import write_model as write_shape
 from mebp_mlx import train
+from mebp_mlx.config import TrainConfig
 from mebp_mlx.engine import ledger
 from mebp_mlx.engine.choose import MARGIN, choose_plan
 from mebp_mlx.engine.job import Job, job_for
 from mebp_mlx.engine.plan import SAVE_INPUTS, Plan
 from mebp_mlx.engine.predict import Prediction, predict
+from mebp_mlx.engine.update import Updater
 from mebp_mlx.errors import BudgetError
 from mebp_mlx.model.decoder import block_stages, value_width
-from mebp_mlx.planning import Planned
+from mebp_mlx.optimizers import make_optimizer
+from mebp_mlx.planning import Planned, make_plan
+from mebp_mlx.planning import Sizes as LongestRows
 from mebp_mlx.runtime.log import RunLog
 from mebp_mlx.summary import BudgetWatch
 from tests.runs import arguments, child, tokenize_here, write_home
@@ -220,6 +224,37 @@ def test_dry_run_and_budgets_through_the_command(
     assert train.main(arguments(home, tmp_path / "w", "--engine", "whole-graph", "--dry-run")) == 2
 
 
+def test_the_smallest_footprint_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = write_home(tmp_path)
+    tokenize_here(home, monkeypatch)
+    peaks = {}
+    for budget in ("none", "min"):
+        out = tmp_path / budget
+        assert train.main(arguments(home, out, "--memory-budget", budget, "--iters", "1")) == 0
+        peaks[budget] = json.loads((out / "run.json").read_text())["plan"]["predicted_peak_bytes"]
+        assert "budget" not in capsys.readouterr().out.splitlines()[-1]
+    assert peaks["min"] <= peaks["none"]
+    model = mebp_mlx.open_model(home / "model")
+    job = job_for(model, mebp_mlx.init_lora(model), 2, 300)
+    with pytest.raises(BudgetError) as refused:
+        choose_plan(job, 1)
+    least = _named_budget(refused.value)
+    planned = plan_of(TrainConfig(memory_budget="min"), model, 300)
+    assert planned is not None and planned.budget_bytes is None
+    assert planned.predicted.peak_bytes * (1 + MARGIN) <= least + MB // 10
+    roomy = plan_of(TrainConfig(memory_budget="none"), model, 300)
+    assert roomy is not None and planned.predicted.peak_bytes < roomy.predicted.peak_bytes
+
+
+def plan_of(config: TrainConfig, model: Any, T: int) -> Planned | None:
+    """What make_plan finds for two rows of T tokens."""
+    lora = mebp_mlx.init_lora(model)
+    updater = Updater(make_optimizer(config, 1), lora)
+    return make_plan(config, model, lora, updater, LongestRows(2, T), 0, None)
+
+
 def test_a_dry_run_needs_no_tokenizer(
     real_shapes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,25 +274,32 @@ def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
     job: Any = None  # it looks at the numbers alone
     planned = Planned(job, Plan(), Prediction({"head": 80 * MB}), 100 * MB)
     with RunLog(tmp_path, n_iters=10) as log:
-        watch = BudgetWatch(planned, Meter(), log)  # type: ignore[arg-type]
-        watch.look(1)
+        watch = BudgetWatch(planned, Meter(), log, stop=False)  # type: ignore[arg-type]
+        stops = BudgetWatch(planned, Meter(), log, stop=True)  # type: ignore[arg-type]
+        assert not watch.look(1) and not stops.look(1)
         Meter.peak_bytes = 120 * MB
-        watch.look(2)
-        watch.look(3)
-        BudgetWatch(None, Meter(), log).look(4)  # type: ignore[arg-type]
+        assert not watch.look(2) and not watch.look(3)
+        assert not BudgetWatch(None, Meter(), log, stop=True).look(4)  # type: ignore[arg-type]
+        n_bytes = (tmp_path / "log.jsonl").stat().st_size
+        assert stops.look(5) and stops.look(6)
+        assert (tmp_path / "log.jsonl").stat().st_size <= 2 * n_bytes
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(e["iter"], e["budget_bytes"], e["peak_bytes"]) for e in events] == [(2, 100 * MB, 120 * MB)]
+    assert [(e["iter"], e["budget_bytes"], e["peak_bytes"]) for e in events] == [
+        (2, 100 * MB, 120 * MB),
+        (5, 100 * MB, 120 * MB),
+    ]
     assert "120" in events[0]["text"] and "broken" in events[0]["text"]
 
 
 @pytest.mark.parametrize(
-    ("text", "n_bytes"), [("500MB", 500 * MB), ("1.5GB", 1500 * MB), ("1GB", 1000 * MB), ("123456", 123456)]
+    ("text", "n_bytes"),
+    [("500MB", 500 * MB), ("1.5GB", 1500 * MB), ("1GB", 1000 * MB), ("1 KiB", 1024), ("123456B", 123456)],
 )
 def test_sizes(text: str, n_bytes: int) -> None:
     assert train.TrainConfig.from_args(["--memory-budget", text]).memory_budget == n_bytes
 
 
-@pytest.mark.parametrize("text", ["much", "-1GB", "1TBX", "", "0"])
+@pytest.mark.parametrize("text", ["much", "-1GB", "1TBX", "", "0", "0MB", "nano", "500", "1.2.3MB", "MB"])
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(mebp_mlx.UserError, match="--memory-budget"):
         train.TrainConfig.from_args([f"--memory-budget={text}"])

@@ -117,7 +117,9 @@ def test_training_as_a_phone(
 def test_a_budget_of_ones_own_wins() -> None:
     assert TrainConfig(device="a17-pro").budget_bytes == PHONE.budget_bytes
     assert TrainConfig(device="a17-pro", memory_budget="200MB").budget_bytes == 200_000_000
-    assert TrainConfig().budget_bytes is None
+    assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None
+    for budget_bytes, text in ((200_000_000, "budget 200 MB"), (None, "no budget in bytes")):
+        assert text in proxy.impose(PHONE, budget_bytes)
 
 
 class _Objc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mebp_mlx
 from mebp_mlx import train
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.optimizers import make_optimizer
+from mebp_mlx.runtime import log as run_log
+from mebp_mlx.runtime import run_state
+from mebp_mlx.runtime.footprint import PeakMeter
 from tests.runs import (
     FILES,
     arguments,
@@ -73,6 +79,81 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert np.array(ours[name]).tobytes() == np.array(theirs[name]).tobytes(), name
+
+
+def pass_the_budget_at(patch: pytest.MonkeyPatch, iteration: int) -> None:
+    """From the end of the given iteration on the measured peak is far above any budget."""
+    passed = False
+    advance = run_log.RunLog.advance
+
+    def advance_and_pass(self: run_log.RunLog, now: int) -> None:
+        nonlocal passed
+        advance(self, now)
+        passed = passed or now >= iteration
+
+    patch.setattr(run_log.RunLog, "advance", advance_and_pass)
+    patch.setattr(PeakMeter, "peak_bytes", property(lambda self: 10**12 if passed else 10**6))
+
+
+@pytest.mark.parametrize("engine", ["mebp", "mezo"])
+def test_a_passed_budget_saves_stops_with_3_and_is_resumed_exactly(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--engine", engine, "--memory-budget", "4GB", "--steps-per-report", "4"]
+    assert train.main(arguments(home, whole, *more)) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        pass_the_budget_at(patch, 3)
+        assert train.main(arguments(home, parts, *more)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    predicted = json.loads((parts / "run.json").read_text())["plan"]["predicted_peak_bytes"]
+    for part in ("--memory-budget", "4000.0 MB", "1000000.0 MB", f"{predicted / 1e6:.1f} MB was predicted"):
+        assert part in line, part
+    assert "--over-budget warn" in line and "iteration 3 of 6 is saved" in line and str(parts) in line
+    assert [e["iter"] for e in events(parts, "notice")] == [3] and [e["iter"] for e in events(parts, "save")] == [3]
+    assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
+    for name in ("adapters.safetensors", "checkpoint.safetensors"):
+        ours, theirs = (mx.load(str(folder / name)) for folder in (parts, whole))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert np.array(ours[key]).tobytes() == np.array(theirs[key]).tobytes(), key
+
+
+def test_a_passed_budget_may_be_told_and_gone_on_with(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        pass_the_budget_at(patch, 3)
+        assert train.main(arguments(home, tmp_path / "warned", "--over-budget", "warn")) == 0
+        assert capsys.readouterr().out.count("is broken: the footprint reached 1000000.0 MB") == 1
+        assert train.main(arguments(home, tmp_path / "free", "--memory-budget", "none")) == 0
+    with monkeypatch.context() as patch:
+        pass_the_budget_at(patch, 6)  # in the last iteration: nothing is left to be stopped, and it is still told
+        assert train.main(arguments(home, tmp_path / "last")) == 3
+    assert "iteration 6 of 6 is saved" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "last").iterdir()} == FILES
+
+
+def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
+    """Or a resumed run would pass a budget that the run itself kept: the optimizer's state is two copies of LoRA."""
+    model = mebp_mlx.open_model(home / "model")
+    config = train.TrainConfig(rank=2000)
+    lora, optimizer = mebp_mlx.init_lora(model, rank=2000), make_optimizer(config, 9)
+    optimizer.init(lora.parameters())
+    mx.eval(optimizer.state)
+    saved = run_state.Checkpoint(lora.parameters(), optimizer.state, 0, config.to_dict(), {})
+    run_state.save_checkpoint(tmp_path, saved)
+    fresh, again = mebp_mlx.init_lora(model, rank=2000, seed=1), make_optimizer(config, 9)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    train.restore(run_state.load_checkpoint(tmp_path), fresh, again, None)
+    largest = max(value.nbytes for value in fresh.parameters().values())
+    assert mx.get_peak_memory() - before <= 3 * largest, (mx.get_peak_memory() - before, largest)
+    for name, value in lora.parameters().items():
+        assert (fresh.parameters()[name] == value).all().item(), name
+    assert again.state.keys() == optimizer.state.keys()
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:

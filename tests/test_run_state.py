@@ -69,7 +69,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: s
 
     fresh = make_optimizer(TrainConfig(optimizer=name, warmup=1, lr_decay="cosine"), 10)
     fresh.init(parameters(seed))
-    run_state.restore(again, fresh_run(parameters(seed), fresh.state))
+    run_state.check_arrays(again, fresh_run(parameters(seed), fresh.state))
     fresh.state = again.optimizer
     gradients = parameters(seed + 99)
     expected, found = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
@@ -229,17 +229,17 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
     state = run_state.load_checkpoint(tmp_path)
     optimizer = make_optimizer(TrainConfig(), 10)
     optimizer.init(parameters(0))
-    run_state.restore(state, fresh_run(parameters(0), optimizer.state))
+    run_state.check_arrays(state, fresh_run(parameters(0), optimizer.state))
     wider = {**parameters(0), NAMES[1]: mx.zeros((4, 7))}
     with pytest.raises(UserError, match=r"has shape \(3, 7\), not \(4, 7\)"):
-        run_state.restore(state, fresh_run(wider, optimizer.state))
+        run_state.check_arrays(state, fresh_run(wider, optimizer.state))
     with pytest.raises(UserError, match="is not of this run"):
         fewer = {name: value for name, value in parameters(0).items() if name != NAMES[0]}
-        run_state.restore(state, fresh_run(fewer, optimizer.state))
+        run_state.check_arrays(state, fresh_run(fewer, optimizer.state))
     with pytest.raises(UserError, match="missing"):
-        run_state.restore(state, fresh_run({**parameters(0), "extra": mx.zeros(2)}, optimizer.state))
+        run_state.check_arrays(state, fresh_run({**parameters(0), "extra": mx.zeros(2)}, optimizer.state))
     with pytest.raises(UserError, match="engine/sums is missing"):
-        run_state.restore(state, fresh_run(parameters(0), optimizer.state, sums=mx.zeros(3)))
+        run_state.check_arrays(state, fresh_run(parameters(0), optimizer.state, sums=mx.zeros(3)))
 
 
 FIXED = {

@@ -1,0 +1,1 @@
+"""What a run needs of memory, known before anything of it is allocated."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, memory_errors_told
 
 
 class ChildFailure(RuntimeError):
@@ -145,7 +145,8 @@ def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any
     status = 0
     try:
         request = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read())
-        send(work(request, lambda state: send({"progress": state})))
+        with memory_errors_told():
+            send(work(request, lambda state: send({"progress": state})))
     except UserError as error:
         send({"error": str(error)})
         status = 2

@@ -49,6 +49,11 @@ def load_blas() -> Blas:
     return _blas
 
 
+def memory_bytes() -> int:
+    """The machine's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine() -> dict[str, Any]:
     """What a measurement has to name: machine, processor, cores, memory, system, versions, BLAS."""
     from importlib import metadata
@@ -63,8 +68,8 @@ def machine() -> dict[str, Any]:
     return {
         "machine": system.machine,
         "chip": _chip(),
-        "cores": _usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
         "os": f"{system.sysname} {system.release}",
         "python": ".".join(map(str, sys.version_info[:3])),
         "mlx": version("mlx"),
@@ -74,7 +79,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -242,8 +242,8 @@ def _shown(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def restore(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
-    """Reads the checkpoint's arrays. Raises UserError when names or shapes are not those of this run.
+def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
+    """Raises UserError when the checkpoint's names or shapes are not those of this run; reads nothing.
 
     fresh: the state of a new run with the same options.
     """
@@ -254,7 +254,6 @@ def restore(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
         if found[name].shape != wanted[name].shape:
             shapes = f"shape {found[name].shape}, not {wanted[name].shape}"
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
-    mx.eval(found)
 
 
 # Fingerprints

@@ -1,0 +1,59 @@
+"""Bytes of what is trained, from shapes alone: nothing here is allocated, however large it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from ..model.spec import PROJECTIONS, Layer, ModelSpec
+
+ITEM_BYTES = 4  # LoRA parameters and their gradients are float32 always
+
+
+@dataclass(frozen=True)
+class LoraSizes:
+    """Bytes. parameters: of all LoRA pairs, and so of all their gradients; block_gradients: of the block that has
+    the most; state: of the optimizer's arrays.
+    """
+
+    parameters: int
+    block_gradients: int
+    state: int
+
+
+def lora_sizes(
+    spec: ModelSpec, keys: Iterable[str], num_layers: int, rank: int, optimizer: optim.Optimizer | None = None
+) -> LoraSizes:
+    """What LoRA pairs of `rank` on the projections `keys` of the last `num_layers` blocks (-1: all) will take.
+
+    optimizer: with or without a state of its own, which is not looked at; None: there is no state. With one, rank must
+    be below 2^31, MLX's longest axis.
+    """
+    blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]
+    chosen = frozenset(keys)
+    per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank))) for layer in blocks]
+    shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank)]
+    state = {shape: 0 if optimizer is None else _state_bytes(optimizer, shape) for shape in set(shapes)}
+    return LoraSizes(sum(per_block), max(per_block), sum(state[shape] for shape in shapes))
+
+
+def _shapes(layer: Layer, keys: frozenset[str], rank: int) -> Iterator[tuple[int, int]]:
+    """The shapes of a block's A [in, r] and B [r, out]."""
+    for short, key in PROJECTIONS.items():
+        if key in keys:
+            linear = layer.linears[short]
+            yield linear.in_dims, rank
+            yield rank, linear.out_dims
+
+
+def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, int]) -> int:
+    """Of one parameter's state, as the optimizer itself starts it: MLX arrays take no memory until evaluated."""
+    entry: dict[str, mx.array] = {}
+    optimizer.init_single(mx.zeros(shape), entry)
+    arrays: dict[str, mx.array] = tree_flatten(entry, destination={})  # type: ignore[assignment]
+    return sum(int(array.nbytes) for array in arrays.values())

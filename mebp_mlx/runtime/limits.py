@@ -1,0 +1,66 @@
+"""The limits that the system puts on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), as a footprint.
+
+Where memory cannot be had, MLX's CPU backend does not raise: malloc gives NULL and the process dies with SIGSEGV. So a
+limit counts as a memory budget, before anything is asked for.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .footprint import footprint_bytes
+from .platform import usable_cores
+
+# Threads that are still to come (the BLAS's, MLX's) reserve their stacks, and a heap of glibc's each in address space.
+_MORE_THREADS = 2
+_STACK_BYTES, _HEAP_BYTES = 8 << 20, 128 << 20
+_LIMITS = (("ulimit -d", "RLIMIT_DATA", "VmData", 0), ("ulimit -v", "RLIMIT_AS", "VmSize", _HEAP_BYTES))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """name: how a shell sets it; limit_bytes: of reserved memory; footprint_bytes: what the footprint can reach."""
+
+    name: str
+    limit_bytes: int
+    footprint_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"the limit of this process (`{self.name}`, {self.limit_bytes / 1e6:.1f} MB) leaves a footprint of "
+            f"{self.footprint_bytes / 1e6:.1f} MB"
+        )
+
+
+def process_limit() -> Limit | None:
+    """The tightest limit on this process's memory, seen from what it has reserved now; None without one.
+
+    Linux only. Reserved memory is more than the footprint; the rest of it is taken to stay as it is now, but for the
+    threads that are still to be started. Of address space (`ulimit -v`) mapped files take a part too: those that are
+    mapped now are counted, the file of saved activations is not.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    found = []
+    for name, kind, field, per_thread in _LIMITS:
+        limit_bytes = resource.getrlimit(getattr(resource, kind))[0]
+        if limit_bytes != resource.RLIM_INFINITY:
+            to_come = (usable_cores() + _MORE_THREADS) * (_stack_bytes() + per_thread)
+            room = max(0, limit_bytes - _reserved_bytes(field) - to_come)
+            found.append(Limit(name, limit_bytes, footprint_bytes() + room))
+    return min(found, key=lambda limit: limit.footprint_bytes, default=None)
+
+
+def _stack_bytes() -> int:
+    found = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return _STACK_BYTES if found == resource.RLIM_INFINITY else found
+
+
+def _reserved_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,166 @@
+"""What LoRA and an optimizer take is known before they are allocated, and what has no room is never asked for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mebp_mlx
+from mebp_mlx import planning, train
+from mebp_mlx.config import OPTIMIZERS, PROJECTIONS, TrainConfig
+from mebp_mlx.engine.update import Updater
+from mebp_mlx.errors import BudgetError
+from mebp_mlx.optimizers import make_optimizer, state_bytes
+from mebp_mlx.planner.sizes import lora_sizes
+from mebp_mlx.runtime import limits
+from mebp_mlx.runtime.footprint import footprint_bytes
+from tests.runs import arguments, child
+from tests.tiny import CONFIGS, write_model
+
+MB = 1_000_000
+MOMENTUM: dict[str, Any] = {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": 0.9}}}
+OF_OPTIMIZERS = {**{name: {"optimizer": name} for name in OPTIMIZERS}, "sgd with momentum": MOMENTUM}
+
+
+@pytest.mark.parametrize("options", OF_OPTIMIZERS.values(), ids=OF_OPTIMIZERS.keys())
+@pytest.mark.parametrize(("keys", "num_layers"), [(PROJECTIONS, -1), (PROJECTIONS[1:5], 2)])
+def test_sizes_are_those_of_what_is_then_made(
+    tmp_path: Path, options: dict[str, Any], keys: tuple[str, ...], num_layers: int
+) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["gemma3_text"]))
+    config = TrainConfig(keys=keys, num_layers=num_layers, rank=5, **options)
+    optimizer = make_optimizer(config, 9)
+    found = lora_sizes(model.spec, config.keys, num_layers, config.rank, optimizer)
+    assert not optimizer._initialized
+    lora = planning.make_lora(config, model)
+    parameters = lora.parameters()
+    assert found.parameters == sum(value.nbytes for value in parameters.values())
+    of_blocks = [
+        sum(value.nbytes for name, value in parameters.items() if name.startswith(f"{layer.prefix}."))
+        for layer in model.spec.layers
+    ]
+    assert found.block_gradients == max(of_blocks)
+    updater = Updater(optimizer, lora)
+    of_the_run = sum(optimizer.state[name].nbytes for name in ("step", "learning_rate") if name in optimizer.state)
+    assert found.state == state_bytes(updater.optimizer) - of_the_run
+
+
+def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: Path) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
+    mx.synchronize()
+    before, rank = footprint_bytes(), 2**31 - 1
+    mx.reset_peak_memory()
+    for name in OPTIMIZERS:
+        found = lora_sizes(model.spec, PROJECTIONS, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
+        assert found.parameters > 1e13 and found.state >= 0, name
+    assert mx.get_peak_memory() <= MB and footprint_bytes() - before <= 5 * MB
+
+
+@pytest.mark.parametrize(
+    ("rank", "more", "what"),
+    [
+        ("20000", ["--memory-budget", "200MB"], "--memory-budget is 200.0 MB"),
+        ("20000", ["--dry-run"], "--memory-budget is"),
+        ("1000000000", [], "--memory-budget is"),
+        ("1000000000", ["--memory-budget", "none"], "the machine's memory is"),
+        ("1000000000", ["--memory-budget", "min", "--engine", "mezo"], "the machine's memory is"),
+        ("1000000000", ["--memory-budget", "none", "--engine", "whole-graph"], "the machine's memory is"),
+    ],
+)
+def test_a_rank_without_room_ends_at_once_with_exit_3(tmp_path: Path, rank: str, more: list[str], what: str) -> None:
+    """On the bundled model, whose LoRA of rank 20,000 takes 1.8 GB. A child shows what the process reached."""
+    script = (
+        "import sys; from mebp_mlx import train; from mebp_mlx.runtime.footprint import PeakMeter\n"
+        "with PeakMeter() as meter: code = train.main(sys.argv[1:])\n"
+        "print(code, meter.peak_bytes)"
+    )
+    process = child("-c", script, "--rank", rank, "--adapter-path", str(tmp_path / "out"), *more)
+    out, err = process.communicate(timeout=120)
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: --rank {rank}: LoRA takes ") and re.search(what, line), line
+    assert "smallest workable budget is above" in line
+    code, peak_bytes = map(int, out.splitlines()[-1].split())
+    assert code == 3 and peak_bytes <= 60 * MB, out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_python_interface_refuses_what_the_machine_cannot_hold(tmp_path: Path) -> None:
+    model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
+    for rank in (10**9, 10**12):
+        with pytest.raises(mebp_mlx.UserError, match=f"rank {rank}: LoRA takes .* the machine's memory is"):
+            mebp_mlx.init_lora(model, rank=rank)
+
+
+def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
+    """The optimizer's state with an engine that does not park it, all gradients where they are gathered."""
+    model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
+
+    def named_mb(**options: Any) -> int:
+        with pytest.raises(BudgetError) as refused:
+            planning.make_lora(TrainConfig(rank=30_000, memory_budget=10 * MB, **options), model)
+        found = re.search(r"smallest workable budget is above (\d+)MB", str(refused.value))
+        assert found is not None, refused.value
+        return int(found[1])
+
+    optimizer = make_optimizer(TrainConfig(), 1)
+    sizes = lora_sizes(model.spec, PROJECTIONS, -1, 30_000, optimizer)
+    base = named_mb(optimizer="sgd")
+    assert abs(named_mb(optimizer="adam") - base) <= 3  # parked in a file
+    more_mb = (sizes.parameters - sizes.block_gradients) / MB
+    assert abs(named_mb(max_grad_norm=1.0) - base - more_mb) <= 3
+    assert abs(named_mb(grad_accumulation_steps=2) - base - more_mb) <= 3
+    assert abs(named_mb(engine="mezo", optimizer="adam") - base - sizes.state / MB) <= 3
+    assert abs(named_mb(engine="hizoo") - base - sizes.parameters / MB) <= 3
+
+
+# Limits of the system
+
+
+def test_no_limit_and_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    infinite = limits.resource.RLIM_INFINITY
+    given = {limits.resource.RLIMIT_DATA: infinite, limits.resource.RLIMIT_AS: infinite}
+    monkeypatch.setattr(limits.sys, "platform", "linux")
+    monkeypatch.setattr(limits, "_reserved_bytes", {"VmData": 100 * MB, "VmSize": 900 * MB}.__getitem__)
+    monkeypatch.setattr(limits, "footprint_bytes", lambda: 30 * MB)
+    monkeypatch.setattr(limits, "usable_cores", lambda: 2)
+    monkeypatch.setattr(
+        limits.resource, "getrlimit", lambda kind: (given.get(kind, 10 * MB), infinite)
+    )  # stacks of 10 MB
+    assert limits.process_limit() is None
+    given[limits.resource.RLIMIT_DATA] = 340 * MB
+    found = limits.process_limit()
+    assert found is not None and found.footprint_bytes == 30 * MB + 340 * MB - 100 * MB - 4 * 10 * MB
+    assert "ulimit -d" in str(found) and "340.0 MB" in str(found) and "230.0 MB" in str(found)
+    given[limits.resource.RLIMIT_AS] = 1000 * MB
+    found = limits.process_limit()
+    assert found is not None and found.name == "ulimit -v" and found.footprint_bytes == 30 * MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
+@pytest.mark.usefixtures("tokens_made_here")
+def test_below_every_limit_a_run_is_refused_in_one_line_or_done(home: Path, tmp_path: Path) -> None:
+    assert train.main(arguments(home, tmp_path / "first", "--iters", "1")) == 0  # the tokens are made
+    script = (
+        "import resource, sys; from mebp_mlx import train; from mebp_mlx.runtime.limits import _reserved_bytes\n"
+        "limit = _reserved_bytes('VmData') + int(float(sys.argv[1]) * 1e6)\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
+        "sys.exit(train.main(sys.argv[2:]))"
+    )
+    codes = []
+    for more_mb in (5, 20, 40, 70, 120, 400):
+        out = tmp_path / str(more_mb)
+        process = child("-c", script, str(more_mb), *arguments(home, out, "--iters", "1", "--memory-budget", "none"))
+        printed, err = process.communicate(timeout=120)
+        codes.append(process.returncode)
+        assert process.returncode in (0, 3), (more_mb, printed, err)
+        if process.returncode == 3:
+            (line,) = err.splitlines()
+            named = "ulimit -d" in line and "smallest workable budget" in line
+            assert named or "out of memory: can't start new thread" in line, line
+            assert not out.exists()
+    assert codes[0] == 3 and codes[-1] == 0 and codes == sorted(codes, reverse=True), codes
