@@ -163,7 +163,7 @@ def look_at_files() -> Iterator[Finding]:
         path = Path(scratch) / "pages"
         path.write_bytes(bytes(2 * adopt.PAGE_BYTES))
         with open(path, "rb") as file:
-            taken = adopt.adopt(adopt.open_map(file.fileno(), True), 100, 1000) is not None
+            taken = adopt.adopt(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 100, 1000) is not None
     if taken or not device.on_metal():
         detail = "adopted in place" if taken else "MLX copies on this backend"
         yield Finding("files", "mapped weights", OK if taken else NOT_HERE, detail, {"adopted": taken})

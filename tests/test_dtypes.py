@@ -1,4 +1,4 @@
-"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights, adopted pages."""
+"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from mebp_mlx.engine.block import BlockRunner, _Work
 from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.runtime import adopt, device
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.runtime import device
 from tests.parity import largest_error, rms_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
@@ -147,55 +146,6 @@ def test_a_float32_lora_promotes_nothing(
     assert kinds == {"_forward", "_backward", "put", "forward", "backward"}
     assert {label for label, dtype in seen if dtype != mx.bfloat16} == set()
     assert all(g.dtype == mx.float32 for g in grads.values())
-
-
-def _emulated_adoption(calls: list[tuple[int, int]]) -> Any:
-    def from_dlpack(pages: np.ndarray, *, copy: bool) -> mx.array:
-        """As documented for Metal, but for the copy: whole pages, writable memory."""
-        address, n_bytes = pages.ctypes.data, pages.nbytes
-        if copy is not False or n_bytes % adopt.PAGE_BYTES or not pages.flags.writeable:
-            raise ValueError("cannot adopt")
-        calls.append((address, n_bytes))
-        return mx.array(pages)
-
-    return from_dlpack
-
-
-def test_adopted_rows_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    tensors = {
-        "a": mx.array(rng.standard_normal((300, 70)), mx.float32),
-        "b": mx.array(rng.standard_normal((41, 1000)), mx.float32).astype(mx.bfloat16),
-        "c": mx.array(rng.integers(0, 2**32, (97, 33), dtype=np.uint32)),
-        "d": mx.array(rng.integers(0, 255, (3,), dtype=np.uint8)),
-    }
-    path = tmp_path / "model.safetensors"
-    mx.save_safetensors(str(path), tensors)
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(mx, "from_dlpack", _emulated_adoption(calls))
-    adopted, copied = MappedWeights(path, adopt=True), MappedWeights(path)
-    for name, value in tensors.items():
-        n_rows = value.shape[0]
-        for start, stop in ((0, n_rows), (1, n_rows), (n_rows // 2, n_rows // 2 + 1), (2, 2)):
-            found = adopted.rows(name, start, stop)
-            assert found.dtype == value.dtype and found.shape == value[start:stop].shape
-            assert mx.array_equal(found, value[start:stop]).item(), (name, start, stop, seed)
-            assert mx.array_equal(copied.rows(name, start, stop), value[start:stop]).item()
-    assert calls, "nothing was adopted"
-    first = calls[0][0]
-    assert all((address - first) % adopt.PAGE_BYTES == 0 for address, _ in calls)
-    del found
-    adopted.close()
-
-
-def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
-    """MLX's CPU backend refuses to adopt; nobody notices but the memory."""
-    path = tmp_path / "model.safetensors"
-    value = mx.array(np.random.default_rng(seed).standard_normal((500, 100)), mx.float32)
-    mx.save_safetensors(str(path), {"w": value})
-    weights = MappedWeights(path, adopt=True)
-    assert adopt.adopt(next(iter(weights._maps.values())), 0, adopt.PAGE_BYTES) is None
-    assert mx.array_equal(weights.rows("w", 10, 400), value[10:400]).item()
 
 
 @pytest.mark.parametrize("metal, bfloat16", [(False, True), (True, True), (True, False)])
