@@ -89,15 +89,9 @@ def look_at_device() -> Iterator[Finding]:
     yield Finding("device", "MLX", OK, f"{about['mlx']} on {mx.default_device().type.name}: {name}", dict(info))
     if not device.on_metal():
         yield Finding("device", "Metal", NOT_HERE, "not on this machine: kernels are not used", {})
-    dtypes = {family: device.dtype_name(device.compute_dtype("auto", family)) for family in ("qwen2", "gemma3")}
+    dtype = "the checkpoint's own dtype" if device.on_gpu() else "float32"
     weights = "packed" if device.keeps_packed("auto") else "decompressed"
-    yield Finding(
-        "device",
-        "defaults",
-        OK,
-        f"computes in {dtypes['qwen2']} (gemma: {dtypes['gemma3']}), weights {weights}",
-        dtypes,
-    )
+    yield Finding("device", "defaults", OK, f"computes in {dtype}, weights {weights}", {})
 
 
 def look_at_memory() -> Iterator[Finding]:

@@ -55,9 +55,14 @@ class TensorInfo:
     offset: int
 
     @property
+    def mlx_dtype(self) -> mx.Dtype:
+        """The dtype of an MLX array of it."""
+        return _DTYPES[self.dtype][1]
+
+    @property
     def not_adoptable(self) -> str | None:
         """Why MLX cannot take the mapped bytes themselves where it adopts pages (Metal); None if it can."""
-        item_bytes = _DTYPES[self.dtype][1].size
+        item_bytes = self.mlx_dtype.size
         if not self.n_bytes:
             return "empty"
         if self.offset % item_bytes:  # kernels want items on multiples of their size
@@ -174,8 +179,7 @@ class MappedWeights:
             return None
         if name not in self._adopted:
             found = adopt(self._map(info), info.offset, info.n_bytes)
-            dtype = _DTYPES[info.dtype][1]
-            self._adopted[name] = None if found is None else found.view(dtype).reshape(info.shape)
+            self._adopted[name] = None if found is None else found.view(info.mlx_dtype).reshape(info.shape)
         return self._adopted[name]
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
@@ -225,7 +229,7 @@ class MappedWeights:
 
 
 def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
-    dtype = _DTYPES[info.dtype][1]
+    dtype = info.mlx_dtype
     if not values.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
         return mx.array(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
     array = mx.array(values)

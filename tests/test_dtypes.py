@@ -148,17 +148,40 @@ def test_a_float32_lora_promotes_nothing(
     assert all(g.dtype == mx.float32 for g in grads.values())
 
 
-@pytest.mark.parametrize("metal, bfloat16", [(False, True), (True, True), (True, False)])
-def test_defaults_follow_the_device(monkeypatch: pytest.MonkeyPatch, metal: bool, bfloat16: bool) -> None:
-    monkeypatch.setattr(device, "on_metal", lambda: metal)
-    monkeypatch.setattr(device, "_has_bfloat16", lambda: bfloat16)
-    qwen = mx.float32 if not metal else mx.bfloat16 if bfloat16 else mx.float16
-    assert device.compute_dtype("auto", "qwen2") == qwen
-    assert device.compute_dtype("auto", "gemma3") == (mx.bfloat16 if metal else mx.float32)
-    assert device.keeps_packed("auto") == metal
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("own", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_defaults_follow_the_device_and_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, own: mx.Dtype
+) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    assert device.compute_dtype("auto", "qwen2", own) == (own if gpu else mx.float32)
+    gemma = mx.bfloat16 if own == mx.float16 else own
+    assert device.compute_dtype("auto", "gemma3", own) == (gemma if gpu else mx.float32)
+    assert device.compute_dtype("auto", "qwen2") == (mx.bfloat16 if gpu else mx.float32)
+    assert device.compute_dtype("bfloat16", "qwen2", own) == mx.bfloat16
+    assert device.keeps_packed("auto") == gpu
     assert device.keeps_packed("packed") and not device.keeps_packed("decompressed")
     with pytest.raises(UserError, match="--dtype: gemma3_text cannot be computed in float16"):
         device.compute_dtype("float16", "gemma3_text")
+
+
+def test_a_gpu_that_is_not_metal_adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert device.on_gpu() and not device.on_metal()
+
+
+@pytest.mark.parametrize("quantization", [None, FOUR_BIT, MXFP4], ids=["16 bits", "4 bits", "mxfp4"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("own", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_the_checkpoints_own_dtype_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, own: mx.Dtype, quantization: dict[str, Any] | None
+) -> None:
+    folder = write_model(tmp_path / "model", packed_config(name), quantization=quantization, dtype=own)
+    assert mebp_mlx.open_model(folder).dtype == mx.float32
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    model = mebp_mlx.open_model(folder)
+    assert model.dtype == (mx.bfloat16 if own == mx.float16 and name == "gemma3" else own) and model.packed
 
 
 @pytest.mark.parametrize("how", [{"dtype": "half"}, {"weights": "zipped"}])
