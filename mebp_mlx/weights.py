@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -181,6 +182,17 @@ class MappedWeights:
             found = adopt(self._map(info), info.offset, info.n_bytes)
             self._adopted[name] = None if found is None else found.view(info.mlx_dtype).reshape(info.shape)
         return self._adopted[name]
+
+    def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
+        """These tensors by why they are copied, not adopted; None: adopted, or would be where MLX adopts pages."""
+        found: dict[str | None, list[TensorInfo]] = {}
+        for name in names:
+            info = self.info(name)
+            why = info.not_adoptable
+            if self.adopt and why is None and self.in_place(name) is None:
+                why = "refused by MLX"
+            found.setdefault(why, []).append(info)
+        return found
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
         """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
