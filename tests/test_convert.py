@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -236,10 +238,21 @@ def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
     command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(512))  # a full pipe: the conversion waits with its first line
+    os.set_blocking(writing, True)
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    while not list(tmp_path.glob(".out.*/*-00001-of-00027.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    while os.read(reading, 1 << 16):
+        pass
+    os.close(reading)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "interrupted; nothing unfinished is left behind\n"
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
