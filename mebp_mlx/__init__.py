@@ -11,10 +11,11 @@ Importing the package loads a fast BLAS on Linux, which must happen before
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import BudgetError, NonFiniteLoss, UserError
-from .runtime.platform import load_blas
+from .runtime.platform import NO_BACKEND, backend_missing, load_blas
 
 if TYPE_CHECKING:
     from .api import init_lora, loss, loss_and_grads, open_model
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 # A wrong $MEBP_BLAS is told where it can be answered: train asks for the BLAS again.
 with contextlib.suppress(UserError):
     load_blas()
+if backend_missing():
+    if sys.argv[:1] == ["-m"]:  # python -m mebp_mlx.train: one line in the place of a traceback
+        print(f"error: {NO_BACKEND}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ImportError(NO_BACKEND)
 
 __version__: str = "0.1.0"
 __all__ = [

@@ -67,7 +67,7 @@ class TrainConfig:
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
     hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
     fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
-    dtype: str = option("auto", METHOD, "of the computation; auto: bfloat16 on Metal, float32 on the CPU",
+    dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.convert`: a checkpoint of any supported kind -> 4 or 8 bits, streamed.
+"""`python -m mebp_mlx.convert`: a checkpoint of any supported kind -> 4 or 8 bits, or as it is but aligned; streamed.
 
 Only a few rows of one matrix are in memory at any time. One file holds one decoder block, page-aligned.
 """
@@ -39,6 +39,7 @@ _TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _MADE_HERE = ("config.json", INDEX_NAME, "hf_quant_config.json")
 _TEXT_BYTES = 256 << 20  # what is larger is no tokenizer
 _GROUP = "conversion"
+KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,36 @@ class Options:
 
     model: str | None = option(None, _GROUP, "source: a folder, a hub id, or bundled", metavar="SRC")
     out: str | None = option(None, _GROUP, "new or empty folder for the result", metavar="DIR")
-    bits: int = option(4, _GROUP, "bits of a packed weight: 4 or 8")
+    bits: int | None = option(None, _GROUP, "bits of a packed weight: 4 or 8", metavar="N", shown_default="4")
     group_size: int | None = option(
         None, _GROUP, "weights that share a scale: 32, 64 or 128", metavar="N", shown_default="64, mxfp4: 32"
     )
-    mode: str = option("affine", _GROUP, "affine, symmetric, or mxfp4", choices=MODES)
+    mode: str = option(
+        "affine", _GROUP, "affine, symmetric, mxfp4, or keep: the same bits, aligned", choices=(*MODES, KEEP)
+    )
     dtype: str | None = option(
         None, _GROUP, f"of what is not packed: {', '.join(_DTYPES)}", choices=tuple(_DTYPES), shown_default="as it is"
     )
 
-    def packing(self) -> Packing:
-        """The format to convert to. UserError for one that does not exist."""
+    def packing(self) -> Packing | None:
+        """The format to convert to, None to keep every bit. UserError for one that does not exist."""
+        if self.mode == KEEP:
+            for flag, value in (("--bits", self.bits), ("--group-size", self.group_size), ("--dtype", self.dtype)):
+                if value is not None:
+                    raise UserError(f"{flag} {value}: --mode keep changes no bit")
+            return None
         mxfp4 = self.mode == "mxfp4"
         group_size = (32 if mxfp4 else 64) if self.group_size is None else self.group_size
-        if self.bits not in (4, 8):
-            raise UserError(f"--bits {self.bits}: is not one of 4, 8")
+        bits = 4 if self.bits is None else self.bits
+        if bits not in (4, 8):
+            raise UserError(f"--bits {bits}: is not one of 4, 8")
         if group_size not in (32, 64, 128):
             raise UserError(f"--group-size {group_size}: is not one of 32, 64, 128")
-        if mxfp4 and self.bits != 4:
-            raise UserError(f"--bits {self.bits}: mxfp4 has 4")
+        if mxfp4 and bits != 4:
+            raise UserError(f"--bits {bits}: mxfp4 has 4")
         if mxfp4 and group_size != 32:
             raise UserError(f"--group-size {group_size}: mxfp4 has groups of 32")
-        return Packing(self.bits, group_size, self.mode)
+        return Packing(bits, group_size, self.mode)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,9 +164,11 @@ def _text_files(source: Path) -> list[Path]:
     ]
 
 
-def _new_config(config: dict[str, Any], packing: Packing, dtype: str | None) -> dict[str, Any]:
+def _new_config(config: dict[str, Any], packing: Packing | None, dtype: str | None) -> dict[str, Any]:
     """config.json as mlx-lm writes it: sorted, without the vision tower that is not there."""
-    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
+    config = {key: value for key, value in sorted(config.items()) if key not in ("_name_or_path", "vision_config")}
+    if packing is None:
+        return config
     how, text = packing.stored, config.get("text_config")
     for part in (config, text):
         for key in ("torch_dtype", "dtype"):
@@ -188,10 +199,12 @@ def _from_flags(argv: Sequence[str] | None) -> Options:
     parser = build_parser(
         Options,
         PROG,
-        "Convert a checkpoint to 4 or 8 bits, a few rows at a time, into one page-aligned file per decoder block.",
+        "Convert a checkpoint to 4 or 8 bits, or keep its bits, a few rows at a time, into one page-aligned file per\n"
+        "decoder block.",
         "affine is mlx-lm's own quantization, bit by bit; symmetric has no offset (INT4) and is stored so that any\n"
         "reader of affine weights loads it; mxfp4 has 4-bit floats in groups of 32. A packed source is decompressed\n"
-        "on the way. DIR appears when it is complete. exit codes: 0 done, 2 wrong option or input, 130 interrupted",
+        "on the way. keep changes no bit, and places tensors where Metal can use the mapped file itself. DIR appears\n"
+        "when it is complete. exit codes: 0 done, 2 wrong option or input, 130 interrupted",
     )
     found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(Options)
@@ -216,18 +229,22 @@ def _say(text: str) -> None:
 def _summary(options: Options, report: Report, peak_bytes: int) -> Iterator[str]:
     packing, rest = options.packing(), options.dtype or "the source's dtype"
     bits = 8 * report.bytes_after / report.n_parameters
-    worst = max(report.errors, key=report.errors.__getitem__)
     yield f"{options.model} -> {options.out}"
-    yield f"  format    {packing.mode}, {packing.bits} bits in groups of {packing.group_size}; all else in {rest}"
-    yield f"  packed    {len(report.packed):,} matrices"
-    if report.copied:
-        yield f"  copied    {_some(report.copied)}: already packed in this way"
-    if report.unpacked:
-        yield f"  unpacked  {_some(report.unpacked)}: rows that groups of {packing.group_size} do not divide"
+    if packing is None:
+        yield "  format    as it was, every tensor aligned"
+    else:
+        yield f"  format    {packing.mode}, {packing.bits} bits in groups of {packing.group_size}; all else in {rest}"
+        yield f"  packed    {len(report.packed):,} matrices"
+        if report.copied:
+            yield f"  copied    {_some(report.copied)}: already packed in this way"
+        if report.unpacked:
+            yield f"  unpacked  {_some(report.unpacked)}: rows that groups of {packing.group_size} do not divide"
     if report.left_out:
         yield f"  left out  {_some(report.left_out)}: the model does not use it"
     yield f"  bytes     {report.bytes_before:,} -> {report.bytes_after:,}, {bits:.2f} bits a parameter"
-    yield f"  error     {report.error:.2%} of the weights' RMS; largest {report.errors[worst]:.2%}, {worst}"
+    if packing is not None:
+        worst = max(report.errors, key=report.errors.__getitem__)
+        yield f"  error     {report.error:.2%} of the weights' RMS; largest {report.errors[worst]:.2%}, {worst}"
     yield f"  took      {report.seconds:.1f} s, peak footprint {megabytes(peak_bytes)}"
 
 

@@ -1,7 +1,8 @@
 """`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
 
 One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
-FAIL. --json prints the same as one JSON object.
+FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py): both in
+the place of the general check.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import json
 import mmap
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from . import probes
+from .api import open_model
 from .engine.arena import choose_folder, filesystem_of
 from .errors import UserError
+from .hub import resolve_model
 from .kernels import KERNELS, trust
 from .runtime import adopt, device, memory
 from .runtime.footprint import PeakMeter, footprint_bytes
@@ -54,20 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
+    parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")
     options = parser.parse_args(argv)
+    general = (look_at_device, look_at_memory, look_at_blas, look_at_meter, look_at_files, look_at_kernels)
+    examinations = [] if options.model or options.probe else [examine() for examine in general]
+    examinations += [look_at_model(options.model)] if options.model else []
+    examinations += [look_at_probes()] if options.probe else []
+    found: list[Finding] = []
     try:
         trust.mode()
         load_blas()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    memory.settle()
-    found: list[Finding] = []
-    for examine in (look_at_device, look_at_memory, look_at_blas, look_at_meter, look_at_files, look_at_kernels):
-        for finding in examine():
+        memory.settle()
+        for finding in chain.from_iterable(examinations):
             found.append(finding)
             if not options.json:
                 print_row(finding, found)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     failed = any(finding.state == FAIL for finding in found)
     if options.json:
         print(json.dumps({"ok": not failed, "machine": machine(), "findings": [asdict(finding) for finding in found]}))
@@ -89,15 +98,9 @@ def look_at_device() -> Iterator[Finding]:
     yield Finding("device", "MLX", OK, f"{about['mlx']} on {mx.default_device().type.name}: {name}", dict(info))
     if not device.on_metal():
         yield Finding("device", "Metal", NOT_HERE, "not on this machine: kernels are not used", {})
-    dtypes = {family: device.dtype_name(device.compute_dtype("auto", family)) for family in ("qwen2", "gemma3")}
+    dtype = "the checkpoint's own dtype" if device.on_gpu() else "float32"
     weights = "packed" if device.keeps_packed("auto") else "decompressed"
-    yield Finding(
-        "device",
-        "defaults",
-        OK,
-        f"computes in {dtypes['qwen2']} (gemma: {dtypes['gemma3']}), weights {weights}",
-        dtypes,
-    )
+    yield Finding("device", "defaults", OK, f"computes in {dtype}, weights {weights}", {})
 
 
 def look_at_memory() -> Iterator[Finding]:
@@ -115,7 +118,7 @@ def look_at_blas() -> Iterator[Finding]:
     blas = load_blas()
     x, w = mx.random.normal((256, 896)), mx.random.normal((4864, 896))
     mx.eval(x, w)
-    seconds = _median_s(lambda: x @ w.T)
+    seconds = probes.median_s(lambda: x @ w.T, REPEATS)
     gflops = 2 * 256 * 896 * 4864 / seconds / 1e9
     slow = gflops < SLOW_BLAS_GFLOPS
     detail = f"{blas}: {gflops:,.0f} GFLOP/s in float32" + (f"; {blas.note}" if slow else "")
@@ -163,12 +166,42 @@ def look_at_files() -> Iterator[Finding]:
         path = Path(scratch) / "pages"
         path.write_bytes(bytes(2 * adopt.PAGE_BYTES))
         with open(path, "rb") as file:
-            taken = adopt.adopt(adopt.open_map(file.fileno(), True), 100, 1000) is not None
+            taken = adopt.adopt(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 100, 1000) is not None
     if taken or not device.on_metal():
         detail = "adopted in place" if taken else "MLX copies on this backend"
         yield Finding("files", "mapped weights", OK if taken else NOT_HERE, detail, {"adopted": taken})
     else:
         yield Finding("files", "mapped weights", NOTE, "MLX would not adopt them: they are copied", {"adopted": False})
+
+
+def look_at_model(name: str) -> Iterator[Finding]:
+    """What of a checkpoint's tensors MLX uses in their mapped pages, and what is copied at every pass, and why."""
+    model = open_model(resolve_model(name))
+    spec = model.spec
+    about = f"{spec.family}, {spec.L} layers; computed in {device.dtype_name(model.dtype)}, "
+    about += "weights packed" if model.packed else "weights decompressed"
+    yield Finding("model", Path(name).name, OK, about, {"path": str(model.path)})
+    if not device.on_metal():
+        yield Finding("model", "Metal", NOT_HERE, "not on this machine, all is copied; what follows is for Metal", {})
+    placed = model.weights.placement(spec.tensors)
+    for why, infos in sorted(placed.items(), key=lambda item: item[0] or ""):
+        n_bytes = sum(info.n_bytes for info in infos)
+        detail = f"{len(infos):,} tensors, {n_bytes:,} bytes"
+        if why and why.endswith("aligned"):
+            detail += "; python -m mebp_mlx.convert --mode keep aligns them"
+        state = NOT_HERE if not device.on_metal() else NOTE if why else OK
+        figures = {"tensors": len(infos), "bytes": n_bytes, "why": why, "names": [info.name for info in infos]}
+        yield Finding("model", f"copied at every pass: {why}" if why else "adopted in place", state, detail, figures)
+    model.weights.close()
+
+
+def look_at_probes() -> Iterator[Finding]:
+    """Measurements whose results on a Mac are awaited."""
+    for found in probes.measure():
+        here = device.on_metal()
+        state = FAIL if not found.good else OK if here else NOT_HERE
+        detail = found.detail + ("" if here else "; not on Metal here")
+        yield Finding("probe", found.what, state, detail, found.figures)
 
 
 def look_at_kernels() -> Iterator[Finding]:
@@ -192,21 +225,11 @@ def _kernel(kernel: trust.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
         return Finding("kernels", what, FAIL, problem, {"problem": problem})
     arguments = kernel.sample(dtype, group_size, **KERNEL_SIZES)
     mx.eval([a for a in arguments if isinstance(a, mx.array)])
-    metal_ms = 1e3 * _median_s(lambda: kernel.metal(*arguments))
-    reference_ms = 1e3 * _median_s(lambda: kernel.reference(*arguments))
+    metal_ms = 1e3 * probes.median_s(lambda: kernel.metal(*arguments), REPEATS)
+    reference_ms = 1e3 * probes.median_s(lambda: kernel.reference(*arguments), REPEATS)
     figures = {"metal_ms": round(metal_ms, 3), "reference_ms": round(reference_ms, 3)}
     detail = f"agrees with its reference; {metal_ms:.2f} ms, reference {reference_ms:.2f} ms"
     return Finding("kernels", what, OK, detail, figures)
-
-
-def _median_s(compute: Callable[[], Any]) -> float:
-    mx.eval(compute())
-    times = []
-    for _ in range(REPEATS):
-        began_s = time.perf_counter()
-        mx.eval(compute())
-        times.append(time.perf_counter() - began_s)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .model.spec import Layer, Linear, ModelSpec
 from .runtime.footprint import footprint_bytes
 from .runtime.log import megabytes
 from .shards import DTYPES, NAMES, Entry, Shard
+from .weights import TensorInfo
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
@@ -36,7 +37,7 @@ class Report:
     bytes_after: int
     n_parameters: int
     packed: list[str]  # matrices
-    copied: list[str]  # those of them that were packed in this way before
+    copied: list[str]  # matrices whose bytes stay: all of them, or those that were packed in this way before
     unpacked: list[str]  # matrices whose rows the group size does not divide
     left_out: list[str]  # tensors of the source that the model does not use
     errors: dict[str, float] = field(default_factory=dict)  # of each packed matrix
@@ -51,7 +52,6 @@ class _Matrix:
     linear: Linear
     dtype: mx.Dtype
     packing: Packing | None
-    copied: bool  # its packed parts are used as they are
 
     def entries(self) -> Iterator[Entry]:
         name, n_rows, n_in = self.linear.name, self.linear.out_dims, self.linear.in_dims
@@ -68,7 +68,17 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Vector:
-    """A norm or a bias, copied."""
+    """A norm or a bias, in the new dtype."""
+
+    entry: Entry
+
+    def entries(self) -> Iterator[Entry]:
+        yield self.entry
+
+
+@dataclass(frozen=True)
+class _Same:
+    """A tensor whose bytes stay as they are."""
 
     entry: Entry
 
@@ -79,33 +89,38 @@ class _Vector:
 class Repack:
     """The new files: the embedding's, one for each decoder block, and the final norm's (with the head).
 
-    packing: of the matrices; dtype: of all that is not packed, None: each tensor's own. Raises UserError for a
-    tensor of another kind than floats, and when the group size fits no matrix.
+    packing: of the matrices, None: every tensor keeps its bytes; dtype: of all that is not packed, None: each
+    tensor's own. Raises UserError for a tensor of another kind than floats, and when the group size fits no matrix.
     """
 
-    def __init__(self, model: Model, packing: Packing, dtype: mx.Dtype | None) -> None:
+    def __init__(self, model: Model, packing: Packing | None, dtype: mx.Dtype | None) -> None:
         self._model, self._packing, self._dtype = model, packing, dtype
-        self._used: dict[str, int] = {}  # bytes, by name in the source
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
         blocks += [_in_order_of_use(spec, layer) for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
+        linears = [item for block in blocks for item in block if isinstance(item, Linear)]
         matrices = [item for block in self._blocks for item in block if isinstance(item, _Matrix)]
-        if not any(matrix.packing for matrix in matrices):
-            widths = ", ".join(str(n) for n in sorted({matrix.linear.in_dims for matrix in matrices}))
+        packed = [matrix.linear.name for matrix in matrices if matrix.packing]
+        copied = [linear.name for linear in linears if self._stays(linear)]
+        if packing is not None and not packed and not copied:
+            widths = ", ".join(str(n) for n in sorted({linear.in_dims for linear in linears}))
             raise UserError(f"--group-size {packing.group_size}: divides no matrix's rows, which are {widths} long")
         entries = [entry for block in self._blocks for item in block for entry in item.entries()]
-        vectors = [item.entry for block in self._blocks for item in block if isinstance(item, _Vector)]
+        parts = {f"{linear.name}.{part}" for linear in linears for part in _parts(linear)}
+        vectors = [model.weights.info(name) for name in spec.tensors if name not in parts]
+        used = set(spec.tensors)
         self.report = Report(
-            bytes_before=sum(self._used.values()),
+            bytes_before=sum(model.weights.info(name).n_bytes for name in used),
             bytes_after=sum(entry.n_bytes for entry in entries),
-            n_parameters=sum(math.prod(entry.shape) for entry in vectors)
-            + sum(matrix.linear.out_dims * matrix.linear.in_dims for matrix in matrices),
-            packed=[matrix.linear.name for matrix in matrices if matrix.packing],
-            copied=[matrix.linear.name for matrix in matrices if matrix.copied],
+            n_parameters=sum(math.prod(vector.shape) for vector in vectors)
+            + sum(linear.out_dims * linear.in_dims for linear in linears),
+            packed=packed + (copied if packing is not None else []),
+            copied=copied,
             unpacked=[matrix.linear.name for matrix in matrices if not matrix.packing],
-            left_out=[name for name in model.weights.names if name not in self._used],
+            left_out=[name for name in model.weights.names if name not in used],
+            errors=dict.fromkeys(copied, 0.0),
         )
 
     def write(self, folder: Path, say: Say) -> dict[str, str]:
@@ -124,8 +139,8 @@ class Repack:
                     if isinstance(item, _Vector):
                         name, dtype = item.entry.name, DTYPES[item.entry.dtype]
                         shard.append(name, self._cast(name, self._model.weights.rows(name), dtype))
-                    elif item.copied:
-                        self._copy(shard, item)
+                    elif isinstance(item, _Same):
+                        self._copy(shard, item.entry)
                     else:
                         sums += self._write_matrix(shard, item)
             what = f"block {number - 1}/{self._model.spec.L}"
@@ -135,29 +150,34 @@ class Repack:
         self.report.error = _relative(sums)
         return placed
 
-    def _new(self, item: Linear | str) -> Iterator[_Matrix | _Vector]:
+    def _new(self, item: Linear | str) -> Iterator[_Matrix | _Vector | _Same]:
         if isinstance(item, str):
-            yield _Vector(Entry(item, NAMES[self._dtype_of(item)], self._use(item)))
+            info = self._model.weights.info(item)
+            dtype = self._dtype_of(item)
+            yield _Same(_entry(info)) if self._packing is None else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
-        was, packing = item.quantization, self._packing if self._packing.fits(item.in_dims) else None
-        parts = [f"{item.name}.{part}" for part in _parts(item)]
-        for part in parts:
-            self._use(part)
-        if was is not None and was.mode == "mxfp4":  # has no dtype of its own
-            own = self._dtype_of(self._model.spec.final_norm)
+        if self._stays(item):
+            yield from (_Same(_entry(self._model.weights.info(f"{item.name}.{part}"))) for part in _parts(item))
         else:
-            own = self._dtype_of(parts[-1])
-        same = packing is not None and packing.mode != "symmetric" and packing.stored == was
-        if same and packing is not None and packing.mode == "affine":
-            same = NAMES[own] == self._model.weights.info(parts[-1]).dtype
-        yield _Matrix(item, own, packing, same)
+            packing = self._packing
+            yield _Matrix(item, self._own(item), packing if packing and packing.fits(item.in_dims) else None)
         if item.bias:
             yield from self._new(f"{item.name}.bias")
 
-    def _use(self, name: str) -> tuple[int, ...]:
-        info = self._model.weights.info(name)
-        self._used[name] = info.n_bytes
-        return info.shape
+    def _stays(self, linear: Linear) -> bool:
+        """Whether a matrix keeps its bytes: all do, or it is packed in the new way already."""
+        packing = self._packing
+        if packing is None:
+            return True
+        if not packing.fits(linear.in_dims) or packing.mode == "symmetric" or packing.stored != linear.quantization:
+            return False
+        scales = self._model.weights.info(f"{linear.name}.{_parts(linear)[-1]}").dtype
+        return packing.mode == "mxfp4" or NAMES[self._own(linear)] == scales
+
+    def _own(self, linear: Linear) -> mx.Dtype:
+        """The dtype of a matrix's numbers: mxfp4 has none of its own."""
+        mxfp4 = linear.quantization is not None and linear.quantization.mode == "mxfp4"
+        return self._dtype_of(self._model.spec.final_norm if mxfp4 else f"{linear.name}.{_parts(linear)[-1]}")
 
     def _dtype_of(self, name: str) -> mx.Dtype:
         info = self._model.weights.info(name)
@@ -165,17 +185,14 @@ class Repack:
             raise UserError(f"{info.file}: tensor {name} has dtype {info.dtype}, not one of {', '.join(_FLOATS)}")
         return self._dtype or DTYPES[info.dtype]
 
-    def _copy(self, shard: Shard, matrix: _Matrix) -> None:
-        for start, stop in _row_blocks(matrix.linear):
-            for part in _parts(matrix.linear):
-                name = f"{matrix.linear.name}.{part}"
-                shard.append(name, self._model.weights.rows(name, start, stop))
-        self.report.errors[matrix.linear.name] = 0.0
+    def _copy(self, shard: Shard, entry: Entry) -> None:
+        for start, stop in _row_blocks(entry.shape):
+            shard.append(entry.name, self._model.weights.rows(entry.name, start, stop))
 
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
         linear, sums = matrix.linear, np.zeros(2)
-        for start, stop in _row_blocks(linear):
+        for start, stop in _row_blocks((linear.out_dims, linear.in_dims)):
             exact = self._model.rows(linear, start, stop)
             rows = self._cast(f"{linear.name}.weight", exact, matrix.dtype)
             if matrix.packing is None:
@@ -198,6 +215,12 @@ class Repack:
             why = f"values that are too large for {NAMES[dtype]}" if too_large else "values that are not finite"
             raise UserError(f"{self._model.weights.info(name).file}: tensor {name} holds {why}")
         return cast
+
+
+def _entry(info: TensorInfo) -> Entry:
+    if info.dtype not in DTYPES:
+        raise UserError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, not one of {', '.join(DTYPES)}")
+    return Entry(info.name, info.dtype, info.shape)
 
 
 def _parts(linear: Linear) -> tuple[str, ...]:
@@ -224,10 +247,10 @@ def _in_order_of_use(spec: ModelSpec, layer: Layer) -> list[Linear | str]:
     ]
 
 
-def _row_blocks(linear: Linear) -> Iterator[tuple[int, int]]:
-    step = max(1, _ROW_BLOCK_ITEMS // linear.in_dims)
-    for start in range(0, linear.out_dims, step):
-        yield start, min(start + step, linear.out_dims)
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    step = max(1, _ROW_BLOCK_ITEMS // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def _sum_of_squares(values: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from .engine.job import Job
 from .engine.plan import Plan
 from .engine.predict import Prediction
 from .errors import UserError
+from .model.frozen import Model
 from .optimizers import uses_learning_rate
 from .runtime.footprint import PeakMeter
 from .runtime.log import RunLog, first_event, megabytes
@@ -20,6 +21,8 @@ from .sample import sample
 
 if TYPE_CHECKING:
     from .planning import Planned
+
+WORTH_ALIGNING_BYTES = 16 << 20
 
 
 def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -> list[str]:
@@ -41,6 +44,21 @@ def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -
             f"{n_rows:,} training rows: the chat template rewrites the prompt, their labels may begin early or late"
         )
     return found
+
+
+def alignment_notices(model: Model, model_name: str) -> list[str]:
+    """What copies a conversion would save, where mapped pages are adopted and the checkpoint does not allow it."""
+    if not model.weights.adopt:
+        return []
+    placed = model.weights.placement(model.spec.tensors)
+    copied = [info for why, infos in placed.items() if why and why.endswith("aligned") for info in infos]
+    n_bytes = sum(info.n_bytes for info in copied)
+    if n_bytes < WORTH_ALIGNING_BYTES:
+        return []
+    return [
+        f"{megabytes(n_bytes)} of weights are copied at every pass: {len(copied):,} tensors are not aligned; "
+        f"python -m mebp_mlx.convert --mode keep --model {model_name} --out DIR saves that and changes no bit"
+    ]
 
 
 def print_data(data: DataSets, overlong: str) -> None:

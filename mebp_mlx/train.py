@@ -40,7 +40,7 @@ from .runtime.log import RunLog, megabytes, reporter
 from .runtime.phone import THROTTLED, thermal_state
 from .runtime.platform import machine
 from .runtime.run_state import Checkpoint
-from .summary import BudgetWatch, notices, plan_record, print_data, show_sample, summarize
+from .summary import BudgetWatch, alignment_notices, notices, plan_record, print_data, show_sample, summarize
 
 DONE, WRONG_INPUT, NO_BUDGET, INTERRUPTED = 0, 2, 3, 130
 
@@ -177,7 +177,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         )
         if step:
             log.say(f"resuming after iteration {step * accumulate} of {n_iters}")
-        for text in notices(config, data, optimizer, n_iters):
+        for text in [*notices(config, data, optimizer, n_iters), *alignment_notices(model, config.model)]:
             log.notice(text)
 
         watch = BudgetWatch(planned, meter, log, stop=config.over_budget == "stop")

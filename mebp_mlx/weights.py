@@ -1,7 +1,8 @@
 """Safetensors as named views over memory-mapped files.
 
-Opening reads the headers alone. Bytes enter anonymous memory only through `rows` and `gather`, which copy the
-asked rows into MLX; the mapped pages stay clean file pages that the system can drop at any time.
+Opening reads the headers alone. Bytes enter anonymous memory only through `rows`, `columns` and `gather`, which copy
+what is asked for into MLX; the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
+and read-only: macOS would make private, writable ones the process's own memory as their pages are read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import UserError
-from .runtime.adopt import adopt, open_map
+from .runtime.adopt import adopt
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -53,13 +55,28 @@ class TensorInfo:
     file: Path
     offset: int
 
+    @property
+    def mlx_dtype(self) -> mx.Dtype:
+        """The dtype of an MLX array of it."""
+        return _DTYPES[self.dtype][1]
+
+    @property
+    def not_adoptable(self) -> str | None:
+        """Why MLX cannot take the mapped bytes themselves where it adopts pages (Metal); None if it can."""
+        item_bytes = self.mlx_dtype.size
+        if not self.n_bytes:
+            return "empty"
+        if self.offset % item_bytes:  # kernels want items on multiples of their size
+            return f"not {item_bytes}-byte aligned"
+        return None
+
 
 class MappedWeights:
     """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
 
     `names` is in file order: shard by shard, by offset. Every inconsistency of headers and index raises
-    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: whole
-    rows come as views of the mapped pages where MLX can take them (runtime/adopt.py), as copies elsewhere.
+    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: rows and
+    columns come as views of the mapped pages where MLX can take them (runtime/adopt.py), as copies elsewhere.
     """
 
     names: tuple[str, ...]
@@ -70,9 +87,10 @@ class MappedWeights:
         files, placed = _shards(path)
         self._infos: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._adopted: dict[str, mx.array | None] = {}
         try:
             for file in files:
-                self._maps[file], infos = _open_shard(file, adopt)
+                self._maps[file], infos = _open_shard(file)
                 for info in infos:
                     if info.name in self._infos:
                         other = self._infos[info.name].file.name
@@ -109,11 +127,14 @@ class MappedWeights:
         dtype = _DTYPES[info.dtype][0]
         if info.n_bytes == 0:
             return np.zeros(info.shape, dtype)
-        if not self._maps:
-            raise ValueError("these weights are closed")
         # frombuffer, unlike the ndarray constructor, keeps the map open for as long as the view lives
         count = info.n_bytes // dtype.itemsize
-        return np.frombuffer(self._maps[info.file], dtype, count, info.offset).reshape(info.shape)
+        return np.frombuffer(self._map(info), dtype, count, info.offset).reshape(info.shape)
+
+    def _map(self, info: TensorInfo) -> mmap.mmap:
+        if not self._maps:
+            raise ValueError("these weights are closed")
+        return self._maps[info.file]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         """Rows start..stop of axis 0 (all of them by default) as an MLX array of the tensor's own dtype.
@@ -122,39 +143,56 @@ class MappedWeights:
         within the tensor.
         """
         info = self.info(name)
-        view = self.view(name)
         if info.shape:
             stop = info.shape[0] if stop is None else stop
             if not 0 <= start <= stop <= info.shape[0]:
                 raise IndexError(f"{name}: rows {start}..{stop} of {info.shape[0]}")
-            if self.adopt and info.n_bytes:
-                in_place = self._adopted(info, start, stop)
-                if in_place is not None:
-                    return in_place
-            view = view[start:stop]
         elif start != 0 or stop is not None:
             raise IndexError(f"{name}: a 0-d tensor has no rows")
-        return _to_mlx(view, info)
-
-    def _adopted(self, info: TensorInfo, start: int, stop: int) -> mx.array | None:
-        """Rows of a tensor without a copy, or None. Kernels want items on multiples of their size."""
-        dtype = _DTYPES[info.dtype][1]
-        row_bytes = info.n_bytes // info.shape[0]
-        offset, n_bytes = info.offset + start * row_bytes, (stop - start) * row_bytes
-        if offset % dtype.size or not n_bytes:
-            return None
-        found = adopt(self._maps[info.file], offset, n_bytes)
-        return None if found is None else found.view(dtype).reshape(stop - start, *info.shape[1:])
+        whole = self.in_place(name)
+        if whole is not None:
+            return whole[start:stop] if info.shape else whole
+        view = self.view(name)
+        return _to_mlx(view[start:stop] if info.shape else view, info)
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
-        """Columns start..stop of axis 1 of a matrix as an MLX array. IndexError if the range is not within it."""
+        """Columns start..stop of axis 1 of a matrix as an MLX array, strided where its pages are adopted.
+
+        Nothing else is copied. IndexError if the range is not within the matrix.
+        """
         info = self.info(name)
         if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
             raise IndexError(f"{name}: columns {start}..{stop} of {list(info.shape)}")
-        return _to_mlx(self.view(name)[:, start:stop], info)
+        whole = self.in_place(name)
+        if whole is not None:
+            return whole[:, start:stop]
+        # contiguous first: MLX copies all that lies between a strided view's first byte and its last
+        return _to_mlx(np.ascontiguousarray(self.view(name)[:, start:stop]), info)
 
     def in_place(self, name: str) -> mx.array | None:
-        return None
+        """The whole tensor over its mapped pages, nothing copied; None where it can only be copied.
+
+        Adopted at the first call and kept until `close`. MLX gives an array's memory to a result (astype, 1 + w)
+        when nothing else refers to it; with this reference there is always something else, also for a slice.
+        """
+        info = self.info(name)
+        if not self.adopt or info.not_adoptable:
+            return None
+        if name not in self._adopted:
+            found = adopt(self._map(info), info.offset, info.n_bytes)
+            self._adopted[name] = None if found is None else found.view(info.mlx_dtype).reshape(info.shape)
+        return self._adopted[name]
+
+    def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
+        """These tensors by why they are copied, not adopted; None: adopted, or would be where MLX adopts pages."""
+        found: dict[str | None, list[TensorInfo]] = {}
+        for name in names:
+            info = self.info(name)
+            why = info.not_adoptable
+            if self.adopt and why is None and self.in_place(name) is None:
+                why = "refused by MLX"
+            found.setdefault(why, []).append(info)
+        return found
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
         """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
@@ -202,7 +240,11 @@ class MappedWeights:
                 raise UserError(f"{file}: was {len(mapped)} bytes, is {n_bytes} bytes: cut short while it was in use")
 
     def close(self) -> None:
-        """Gives the maps back. Views that are still held keep their own map alive."""
+        """Gives the maps back. Views and adopted arrays that are still held keep their own map alive.
+
+        From then on nothing protects such an adopted array from being overwritten: drop them first.
+        """
+        self._adopted.clear()
         maps, self._maps = self._maps, {}
         for mapped in maps.values():
             with contextlib.suppress(BufferError):  # a view is alive; the map goes with it
@@ -210,7 +252,7 @@ class MappedWeights:
 
 
 def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
-    dtype = _DTYPES[info.dtype][1]
+    dtype = info.mlx_dtype
     if not values.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
         return mx.array(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
     array = mx.array(values)
@@ -251,7 +293,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shard(file: Path, adopt: bool) -> tuple[mmap.mmap, list[TensorInfo]]:
+def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
     """Maps one file and checks its header wholly."""
     try:
         with open(file, "rb") as handle:
@@ -263,7 +305,7 @@ def _open_shard(file: Path, adopt: bool) -> tuple[mmap.mmap, list[TensorInfo]]:
                 claim = f"its header claims {header_bytes} bytes in a file of {file_bytes}"
                 raise UserError(f"{file}: {claim}: truncated or not safetensors")
             header = handle.read(header_bytes)
-            mapped = open_map(handle.fileno(), adopt)
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({_one_line(error)})") from None
     try:

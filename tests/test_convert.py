@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +122,52 @@ def test_what_is_in_the_format_already_is_copied(
     assert abs(losses[1] / losses[0] - 1) <= 2e-2, f"seed {seed}"
 
 
+SOURCES: dict[str, tuple[mx.Dtype, dict[str, Any] | None]] = {
+    "4 bits": (mx.float16, {"group_size": 32, "bits": 4}),
+    "8 bits": (mx.bfloat16, {"group_size": 32, "bits": 8}),
+    "5 bits": (mx.bfloat16, {"group_size": 32, "bits": 5}),
+    "mixed": (mx.float32, {"group_size": 32, "bits": 4, "model.layers.1.mlp.up_proj": {"group_size": 32, "bits": 8}}),
+    "mxfp4": (mx.bfloat16, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+    "float16": (mx.float16, None),
+    "bfloat16": (mx.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3"])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: int) -> None:
+    from mlx_lm.utils import load_model
+
+    dtype, quantization = SOURCES[kind]
+    config = packed_config(name)
+    if kind == "mixed" and name == "gemma3":
+        quantization = {f"language_model.{key}" if "." in key else key: v for key, v in (quantization or {}).items()}
+    folder = write_model(tmp_path / "source", config, seed=seed, quantization=quantization, dtype=dtype)
+    file = folder / "model.safetensors"
+    mx.save_safetensors(str(file), {**mx.load(str(file)), "vision_tower.patch.weight": mx.zeros((3, 3))})
+    assert run(folder, tmp_path / "out", "--mode", "keep") == 0
+    before, after = MappedWeights(folder), MappedWeights(tmp_path / "out")
+    assert set(after.names) == set(before.names) - {"vision_tower.patch.weight"}
+    for tensor in after.names:
+        old, new = before.info(tensor), after.info(tensor)
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        assert after.view(tensor).tobytes() == before.view(tensor).tobytes(), (tensor, seed)
+        assert new.not_adoptable is None, tensor
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == len(Model(folder).spec.layers) + 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (folder / "config.json").read_text()
+    )
+    load_model(tmp_path / "out", strict=True)
+
+
+def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(source, tmp_path / "out", "--mode", "keep") == 0
+    text = capsys.readouterr().out
+    assert "format    as it was, every tensor aligned" in text and "error" not in text and "packed" not in text
+    before, after = text.partition("  bytes     ")[2].split(",  ")[0].split(" -> ")
+    assert before == after.partition(", ")[0]
+
+
 def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     config = packed_config("gemma3")
@@ -190,10 +238,21 @@ def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
     command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(512))  # a full pipe: the conversion waits with its first line
+    os.set_blocking(writing, True)
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    while not list(tmp_path.glob(".out.*/*-00001-of-00027.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    while os.read(reading, 1 << 16):
+        pass
+    os.close(reading)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "interrupted; nothing unfinished is left behind\n"
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
@@ -227,6 +286,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--bits", "8"], "--bits 8: mxfp4 has 4"),
         (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--group-size", "64"], "mxfp4 has groups of 32"),
         (["--model", "{source}", "--out", "{new}", "--mode", "int4"], "--mode: "),
+        (["--model", "{source}", "--out", "{new}", "--mode", "keep", "--bits", "4"], "--bits 4: --mode keep changes"),
+        (
+            ["--model", "{source}", "--out", "{new}", "--mode", "keep", "--group-size", "64"],
+            "--group-size 64: --mode k",
+        ),
+        (
+            ["--model", "{source}", "--out", "{new}", "--mode", "keep", "--dtype", "float32"],
+            "--dtype float32: --mode k",
+        ),
         (["--model", "{source}", "--out", "{new}", "--group", "32"], "--group: no such option"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights, adopted pages."""
+"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from mebp_mlx.engine.block import BlockRunner, _Work
 from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.runtime import adopt, device
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.runtime import device
 from tests.parity import largest_error, rms_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
@@ -149,66 +148,40 @@ def test_a_float32_lora_promotes_nothing(
     assert all(g.dtype == mx.float32 for g in grads.values())
 
 
-def _emulated_adoption(calls: list[tuple[int, int]]) -> Any:
-    def from_dlpack(pages: np.ndarray, *, copy: bool) -> mx.array:
-        """As documented for Metal, but for the copy: whole pages, writable memory."""
-        address, n_bytes = pages.ctypes.data, pages.nbytes
-        if copy is not False or n_bytes % adopt.PAGE_BYTES or not pages.flags.writeable:
-            raise ValueError("cannot adopt")
-        calls.append((address, n_bytes))
-        return mx.array(pages)
-
-    return from_dlpack
-
-
-def test_adopted_rows_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    tensors = {
-        "a": mx.array(rng.standard_normal((300, 70)), mx.float32),
-        "b": mx.array(rng.standard_normal((41, 1000)), mx.float32).astype(mx.bfloat16),
-        "c": mx.array(rng.integers(0, 2**32, (97, 33), dtype=np.uint32)),
-        "d": mx.array(rng.integers(0, 255, (3,), dtype=np.uint8)),
-    }
-    path = tmp_path / "model.safetensors"
-    mx.save_safetensors(str(path), tensors)
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(mx, "from_dlpack", _emulated_adoption(calls))
-    adopted, copied = MappedWeights(path, adopt=True), MappedWeights(path)
-    for name, value in tensors.items():
-        n_rows = value.shape[0]
-        for start, stop in ((0, n_rows), (1, n_rows), (n_rows // 2, n_rows // 2 + 1), (2, 2)):
-            found = adopted.rows(name, start, stop)
-            assert found.dtype == value.dtype and found.shape == value[start:stop].shape
-            assert mx.array_equal(found, value[start:stop]).item(), (name, start, stop, seed)
-            assert mx.array_equal(copied.rows(name, start, stop), value[start:stop]).item()
-    assert calls, "nothing was adopted"
-    first = calls[0][0]
-    assert all((address - first) % adopt.PAGE_BYTES == 0 for address, _ in calls)
-    del found
-    adopted.close()
-
-
-def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
-    """MLX's CPU backend refuses to adopt; nobody notices but the memory."""
-    path = tmp_path / "model.safetensors"
-    value = mx.array(np.random.default_rng(seed).standard_normal((500, 100)), mx.float32)
-    mx.save_safetensors(str(path), {"w": value})
-    weights = MappedWeights(path, adopt=True)
-    assert adopt.adopt(next(iter(weights._maps.values())), 0, adopt.PAGE_BYTES) is None
-    assert mx.array_equal(weights.rows("w", 10, 400), value[10:400]).item()
-
-
-@pytest.mark.parametrize("metal, bfloat16", [(False, True), (True, True), (True, False)])
-def test_defaults_follow_the_device(monkeypatch: pytest.MonkeyPatch, metal: bool, bfloat16: bool) -> None:
-    monkeypatch.setattr(device, "on_metal", lambda: metal)
-    monkeypatch.setattr(device, "_has_bfloat16", lambda: bfloat16)
-    qwen = mx.float32 if not metal else mx.bfloat16 if bfloat16 else mx.float16
-    assert device.compute_dtype("auto", "qwen2") == qwen
-    assert device.compute_dtype("auto", "gemma3") == (mx.bfloat16 if metal else mx.float32)
-    assert device.keeps_packed("auto") == metal
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("own", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_defaults_follow_the_device_and_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, own: mx.Dtype
+) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    assert device.compute_dtype("auto", "qwen2", own) == (own if gpu else mx.float32)
+    gemma = mx.bfloat16 if own == mx.float16 else own
+    assert device.compute_dtype("auto", "gemma3", own) == (gemma if gpu else mx.float32)
+    assert device.compute_dtype("auto", "qwen2") == (mx.bfloat16 if gpu else mx.float32)
+    assert device.compute_dtype("bfloat16", "qwen2", own) == mx.bfloat16
+    assert device.keeps_packed("auto") == gpu
     assert device.keeps_packed("packed") and not device.keeps_packed("decompressed")
     with pytest.raises(UserError, match="--dtype: gemma3_text cannot be computed in float16"):
         device.compute_dtype("float16", "gemma3_text")
+
+
+def test_a_gpu_that_is_not_metal_adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert device.on_gpu() and not device.on_metal()
+
+
+@pytest.mark.parametrize("quantization", [None, FOUR_BIT, MXFP4], ids=["16 bits", "4 bits", "mxfp4"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("own", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_the_checkpoints_own_dtype_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, own: mx.Dtype, quantization: dict[str, Any] | None
+) -> None:
+    folder = write_model(tmp_path / "model", packed_config(name), quantization=quantization, dtype=own)
+    assert mebp_mlx.open_model(folder).dtype == mx.float32
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    model = mebp_mlx.open_model(folder)
+    assert model.dtype == (mx.bfloat16 if own == mx.float16 and name == "gemma3" else own) and model.packed
 
 
 @pytest.mark.parametrize("how", [{"dtype": "half"}, {"weights": "zipped"}])

@@ -23,7 +23,11 @@ def child(code: str, *arguments: str, **environment: str) -> subprocess.Complete
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MEBP_BLAS", "MKL_", "KMP_"))}
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code, *arguments],
-        env=kept | environment, capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
 
 
@@ -153,10 +157,60 @@ def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_thre
 def test_the_machine_is_described_in_json() -> None:
     described = json.loads(json.dumps(machine()))
     assert set(described) == {
-        "machine", "chip", "cores", "memory_bytes", "os", "python", "mlx", "mlx_lm", "numpy", "blas",
+        "machine",
+        "chip",
+        "cores",
+        "memory_bytes",
+        "os",
+        "python",
+        "mlx",
+        "mlx_lm",
+        "numpy",
+        "blas",
     }
     assert described["mlx"] == importlib.metadata.version("mlx")
     assert described["python"] == ".".join(map(str, sys.version_info[:3]))
     assert 1 <= described["cores"] <= (os.cpu_count() or 1)
     assert described["memory_bytes"] > 100_000_000
     assert described["blas"].startswith(load_blas().name)
+
+
+@linux
+@pytest.mark.parametrize("how", ["-m", "import"])
+def test_mlx_without_a_backend_is_told_in_one_line(tmp_path: Path, how: str) -> None:
+    (tmp_path / "mlx").mkdir()  # in the place of the real one, and as empty as PyPI's on Linux
+    (tmp_path / "mlx" / "__init__.py").touch()
+    command = ["-m", "mebp_mlx.train"] if how == "-m" else ["-c", "import mebp_mlx"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert 'pip install "mebp_mlx[cpu]"' in lines[-1] and "mebp_mlx[cuda]" in lines[-1]
+    assert (done.returncode, len(lines)) == (2, 1) if how == "-m" else done.returncode == 1
+
+
+@linux
+def test_no_blas_is_missed_where_mlx_computes_on_cuda(tmp_path: Path) -> None:
+    (tmp_path / "mlx" / "lib").mkdir(parents=True)
+    (tmp_path / "mlx_cuda_13-0.32.4.dist-info").mkdir()
+    script = UNDECIDED.replace(
+        "platform._blas = None", "platform._blas = None\nplatform._mlx_folders = lambda: [FOLDER]"
+    )
+    name, note, warned = answer(
+        f"from pathlib import Path\nFOLDER = Path({str(tmp_path / 'mlx')!r})\n{script}", MEBP_BLAS="off"
+    )
+    assert name == "reference" and "GPU" in note and warned == []
+
+
+def test_extras_bring_one_backend_each() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any(line.startswith("mlx[") for line in project["dependencies"])
+    backends = {
+        extra: [line for line in lines if line.startswith("mlx[")]
+        for extra, lines in project["optional-dependencies"].items()
+    }
+    backends = {extra: lines for extra, lines in backends.items() if lines}
+    assert backends == {
+        "cpu": ["mlx[cpu]>=0.32; sys_platform == 'linux'"],
+        "cuda": ["mlx[cuda13]>=0.32; sys_platform == 'linux'"],
+    }

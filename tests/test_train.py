@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import train
+from mebp_mlx import convert, summary, train
+from mebp_mlx.runtime import device
+from mebp_mlx.weights import MappedWeights
+from tests import adoption
 from tests.runs import FILES, arguments, child, events, losses
 from tests.texts import write_rows
 
@@ -146,3 +150,22 @@ def test_the_training_process_imports_no_tokenizer_library(home: Path, tmp_path:
     printed, errors = process.communicate(timeout=120)
     assert printed.splitlines()[-1] == "0 []", printed + errors
     assert "--- before" in printed and "--- after" in printed, printed + errors
+
+
+def test_a_checkpoint_that_cannot_be_adopted_is_told_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pages are adopted, which MLX's CPU backend refuses; what is aligned is not spoken of."""
+    monkeypatch.setattr(device, "on_metal", lambda: True)
+    monkeypatch.setattr(summary, "WORTH_ALIGNING_BYTES", 1)
+    shutil.copytree(home / "model", tmp_path / "odd")
+    adoption.place(tmp_path / "odd" / "model.safetensors", 1)
+    assert convert.main(["--mode", "keep", "--model", str(tmp_path / "odd"), "--out", str(tmp_path / "even")]) == 0
+    told = {}
+    for model in ("odd", "even"):
+        assert train.main(arguments(home, tmp_path / f"{model} run", "--model", str(tmp_path / model))) == 0
+        told[model] = [e["text"] for e in events(tmp_path / f"{model} run", "notice") if "aligned" in e["text"]]
+    n_tensors = len(MappedWeights(tmp_path / "odd"))
+    assert told["even"] == [] and len(told["odd"]) == 1
+    assert f"{n_tensors} tensors are not aligned" in told["odd"][0] and "--mode keep" in told["odd"][0]
+    assert losses(tmp_path / "odd run") == losses(tmp_path / "even run")

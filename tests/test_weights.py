@@ -23,8 +23,18 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.weights import INDEX_NAME, MappedWeights
 
 DTYPES = {
-    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8, "I8": mx.int8,
-    "I32": mx.int32, "U16": mx.uint16, "I16": mx.int16, "U64": mx.uint64, "I64": mx.int64, "BOOL": mx.bool_,
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "I32": mx.int32,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+    "BOOL": mx.bool_,
 }
 
 
@@ -365,10 +375,13 @@ def test_a_mutated_file_is_refused_or_read_as_the_format_says(tmp_path: Path, se
     chance = random.Random(seed)
     path = tmp_path / "weights.safetensors"
     rng = np.random.default_rng(seed)
-    mx.save_safetensors(str(path), {
-        f"{name}.{i}": random_tensor(rng, DTYPES[name], tuple(rng.integers(0, 4, rng.integers(0, 4)).tolist()))
-        for i, name in enumerate(chance.sample(sorted(DTYPES), 4))
-    })
+    mx.save_safetensors(
+        str(path),
+        {
+            f"{name}.{i}": random_tensor(rng, DTYPES[name], tuple(rng.integers(0, 4, rng.integers(0, 4)).tolist()))
+            for i, name in enumerate(chance.sample(sorted(DTYPES), 4))
+        },
+    )
     broken = mutated(path.read_bytes(), chance)
     path.write_bytes(broken)
     try:
@@ -396,3 +409,39 @@ def test_a_mutated_file_is_refused_or_read_as_the_format_says(tmp_path: Path, se
     }
     for name, tensor in expected.items():
         assert weights.view(name).tobytes() == bytes(tensor["data"])
+
+
+def test_columns_copy_only_themselves(tmp_path: Path) -> None:
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(raw_file({"x": {"dtype": "U32", "shape": [4000, 5000], "data_offsets": [0, 80_000_000]}}))
+        file.write(bytes(80_000_000))
+    code = """
+import sys, mebp_mlx, mlx.core as mx
+from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.weights import MappedWeights
+weights = MappedWeights(sys.argv[1])
+mx.eval(mx.zeros(3) + 1)
+start = footprint_bytes()
+with PeakMeter() as meter:
+    columns = weights.columns("x", 100, 200)
+    mx.eval(columns)
+print(meter.peak_bytes - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 1_600_000 <= int(done.stdout) <= 6_000_000
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_columns_are_the_files_and_stay_inside_it(tmp_path: Path, shift: int) -> None:
+    tensors = {name: random_tensor(np.random.default_rng(3), dtype, (6, 5)) for name, dtype in DTYPES.items()}
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors)
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    (tmp_path / "b.safetensors").write_bytes(raw_file(raw[8 : 8 + n] + b" " * shift, raw[8 + n :]))
+    weights = MappedWeights(tmp_path / "b.safetensors")
+    for name, expected in tensors.items():
+        for start, stop in ((0, 5), (1, 4), (2, 2), (4, 5)):
+            assert same(weights.columns(name, start, stop), expected[:, start:stop]), (name, start, stop)
+        for start, stop in ((-1, 2), (0, 6), (3, 2)):
+            with pytest.raises(IndexError, match=name):
+                weights.columns(name, start, stop)

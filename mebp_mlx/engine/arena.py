@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..runtime.pages import write_back
 from ..ops.plan import page_ceil
+from ..runtime.files import reserve
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -57,7 +56,6 @@ class Arena:
             self._used = end
         raw = np.asarray(value.reshape(-1).view(mx.uint8))
         np.frombuffer(self._map, np.uint8, value.nbytes, offset)[:] = raw
-        write_back(self._map, offset, value.nbytes)
 
     def get(self, layer: int, name: str, tile: int) -> mx.array:
         """A copy of an entry in MLX."""
@@ -118,13 +116,7 @@ def _create(folder: Path, n_bytes: int) -> mmap.mmap:
         raise UserError(f"--arena-dir: cannot create a file in {folder}: {error.strerror}") from None
     try:
         os.unlink(name)
-        if hasattr(os, "posix_fallocate") and sys.platform != "darwin":
-            os.posix_fallocate(fd, 0, n_bytes)
-        else:
-            free_bytes = os.fstatvfs(fd).f_bavail * os.fstatvfs(fd).f_frsize
-            if free_bytes < n_bytes:
-                raise OSError(errno.ENOSPC, "disk full")
-            os.ftruncate(fd, n_bytes)
+        reserve(fd, n_bytes)
         return mmap.mmap(fd, n_bytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..weights import _DTYPES, MappedWeights
+from ..weights import MappedWeights
 from . import unpack
 from .piece import Decompressed, Packed, Piece, can_stay_packed
 from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
@@ -172,7 +172,7 @@ class UnreadWeights:
         return mx.zeros((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
 
     def _dtype(self, name: str) -> mx.Dtype:
-        return _DTYPES[self.weights.info(name).dtype][1]
+        return self.weights.info(name).mlx_dtype
 
 
 def _norm_names(spec: ModelSpec) -> list[str]:

@@ -124,6 +124,7 @@ class ModelSpec:
     embedding: Linear
     head: Linear
     final_norm: str
+    tensors: tuple[str, ...] = ()  # every one that the model reads
 
     @property
     def tied(self) -> bool:
@@ -194,6 +195,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
             tensors.vector(f"{layer_prefix}.self_attn.{norm}.weight", head_dim)
     final_norm = f"{prefix}model.norm.weight"
     tensors.vector(final_norm, D)
+    head = embedding if tied else tensors.linear(head_name, V, D)
     scale = reader.number("query_pre_attn_scalar") if family.gemma else head_dim
     return ModelSpec(
         family=family_name,
@@ -211,8 +213,9 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
         gemma=family.gemma,
         layers=tuple(layers),
         embedding=embedding,
-        head=embedding if tied else tensors.linear(head_name, V, D),
+        head=head,
         final_norm=final_norm,
+        tensors=tuple(tensors.read),
     )
 
 
@@ -285,6 +288,7 @@ class _Tensors:
     def __init__(self, weights: MappedWeights, config: dict, where: str):
         self.weights, self.where = weights, where
         self.quantized = config.get("quantization") or config.get("quantization_config")
+        self.read: list[str] = []
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.weights:
@@ -296,6 +300,7 @@ class _Tensors:
         if shape != want:
             file = self.weights.info(name).file.name
             raise UserError(f"{file}: {name} has shape {list(shape)}, but {self.where} asks for {list(want)}")
+        self.read.append(name)
 
     def vector(self, name: str, size: int) -> None:
         self._expect(name, (size,))

@@ -7,6 +7,7 @@ elsewhere, on the CPU backend always. Whoever asks here copies then.
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,25 +15,25 @@ import numpy as np
 PAGE_BYTES = 16 << 10  # Apple silicon's page
 
 
-def open_map(fileno: int, adopt: bool) -> mmap.mmap:
-    """A file, mapped to be read. To be adopted it is mapped copy-on-write: numpy exports only writable memory to MLX,
-    and pages that nobody writes to stay clean file pages all the same.
-    """
-    return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY if adopt else mmap.ACCESS_READ)
-
-
 def adopt(mapped: mmap.mmap, offset: int, n_bytes: int) -> mx.array | None:
-    """Bytes [offset, offset + n_bytes) of a map as uint8 [n_bytes] in place, or None where MLX cannot.
+    """Bytes [offset, offset + n_bytes) of a read-only map as uint8 [n_bytes] in place, or None where MLX cannot.
 
-    The whole pages around them are adopted; a range that ends in a file's last, incomplete page cannot be.
+    The whole pages around them are adopted. They must not be written: MLX gives an array's memory to a result once
+    nothing else refers to it, so whoever adopts keeps the array for as long as anything is read from it.
     """
     start = offset // PAGE_BYTES * PAGE_BYTES
-    stop = -(-(offset + n_bytes) // PAGE_BYTES) * PAGE_BYTES
-    if stop > len(mapped):
+    stop = _whole(offset + n_bytes, PAGE_BYTES)
+    if stop > _whole(len(mapped), mmap.PAGESIZE):  # the system maps a file's last page whole, and nothing behind it
         return None
-    pages = np.frombuffer(mapped, np.uint8, stop - start, start)
+    inside = np.frombuffer(mapped, np.uint8)[start:]
+    pages: Any = np.lib.stride_tricks.as_strided(inside, (stop - start,))  # Python's map ends with the file
     try:
-        adopted: mx.array = mx.from_dlpack(pages, copy=False)
+        view: Any = memoryview(pages)  # numpy's own export of read-only arrays differs by version
+        adopted: mx.array = mx.from_dlpack(view, copy=False)
     except (ValueError, TypeError, RuntimeError, BufferError):
         return None
     return adopted[offset - start : offset - start + n_bytes]
+
+
+def _whole(n_bytes: int, page_bytes: int) -> int:
+    return -(-n_bytes // page_bytes) * page_bytes

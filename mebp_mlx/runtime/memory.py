@@ -8,18 +8,18 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from .device import on_metal
+from .device import on_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _TRIM_BYTES, _MMAP_BYTES = 64 << 20, 32 << 20
-# On Metal a fresh buffer costs a call to the system, and there is no C heap under it: room for one block's values.
+# On a GPU a fresh buffer costs a call to the system, and there is no C heap under it: room for one block's values.
 # The wired limit stays as it is. (Not measured on a Mac.)
-_METAL_CACHE_BYTES = 32 << 20
+_GPU_CACHE_BYTES = 32 << 20
 
 
 @lru_cache(maxsize=1)
 def settle() -> None:
-    """Once per process: MLX keeps no freed buffers (on Metal a few), and the C heap (glibc) keeps them for the next.
+    """Once per process: MLX keeps no freed buffers (on a GPU a few), and the C heap (glibc) keeps them for the next.
 
     A step asks for the same sizes again and again, so the heap fits without growing, and its pages
     need not be mapped anew; MLX's own cache would hold 32 MB more. Measured on the Qwen2.5-0.5B shape,
@@ -31,7 +31,7 @@ def settle() -> None:
         0            256 KiB, own                             97          5.8          3,000,000
         0            32 MiB, 64 MiB                          110          0.4                  9
     """
-    mx.set_cache_limit(_METAL_CACHE_BYTES if on_metal() else 0)
+    mx.set_cache_limit(_GPU_CACHE_BYTES if on_gpu() else 0)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:  # musl has none
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import importlib.util
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..errors import UserError
 
+NO_BACKEND = """MLX has no backend here: pip install "mebp_mlx[cpu]", or "mebp_mlx[cuda]" for an NVIDIA GPU"""
 REMEDY = 'pip install "mebp_mlx[cpu]" (x86-64) or apt install libopenblas0'
 _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas-pthread.so.0", "libopenblas.so")
 
@@ -52,6 +54,17 @@ def load_blas() -> Blas:
 def memory_bytes() -> int:
     """The machine's physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def backend_missing() -> bool:
+    """Whether MLX cannot be imported for want of a backend: on Linux its own wheel holds none."""
+    if not sys.platform.startswith("linux") or _has_library():
+        return False
+    try:  # somebody's own build may be one library
+        import mlx.core  # noqa: F401
+    except ImportError:
+        return True
+    return False
 
 
 def machine() -> dict[str, Any]:
@@ -130,11 +143,24 @@ def _load() -> Blas:
                 return Blas(name, path, "loaded before MLX in place of its built-in BLAS")
             if os.path.isabs(path):  # it exists, so the reason is worth telling
                 problems.append(f"{path}: {problem}")
+    if any(glob.glob(str(folder.parent / "mlx_cuda*")) for folder in _mlx_folders()):
+        return Blas("reference", None, "none is needed: MLX computes on the GPU")
+    if not _has_library():
+        return Blas("reference", None, NO_BACKEND)
     note = f"no fast BLAS found, matrix products will be 20-50 times slower; remedy: {REMEDY}"
     if problems:
         note += "; tried " + "; ".join(problems)
     warnings.warn(note, RuntimeWarning, stacklevel=2)
     return Blas("reference", None, note)
+
+
+def _mlx_folders() -> list[Path]:
+    found = importlib.util.find_spec("mlx")  # imports nothing
+    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+
+
+def _has_library() -> bool:
+    return any((folder / "lib" / "libmlx.so").exists() for folder in _mlx_folders())
 
 
 def _settle_mkl() -> None:

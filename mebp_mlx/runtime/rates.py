@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .child import answer
-from .device import compute_dtype, dtype_name, on_metal
+from .device import compute_dtype, dtype_name, on_gpu
 from .platform import load_blas, machine
 
 PRODUCT = (256, 2048, 8192)
@@ -32,7 +32,7 @@ def measure(repeats: int = 7) -> dict[str, Any]:
     x, w = mx.random.normal((n, k)).astype(dtype), mx.random.normal((k, m)).astype(dtype)
     mx.eval(x, w)
     product_s = min(_seconds(lambda: mx.eval(x @ w)) for _ in range(repeats))
-    copy_s = _gpu_copy_s(repeats) if on_metal() else _cpu_copy_s(repeats)
+    copy_s = _gpu_copy_s(repeats) if on_gpu() else _cpu_copy_s(repeats)
     return {
         "blas": str(load_blas()),
         "dtype": dtype_name(dtype),

@@ -1,0 +1,141 @@
+"""Adoption of mapped pages, emulated on the CPU backend: memory that MLX takes for its own and that cannot be written.
+
+What Metal would do to such memory unseen (a result written into the file's pages) ends the process here. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import sys
+from pathlib import Path
+from typing import Any
+
+import mebp_mlx  # (the BLAS must be loaded before mlx.core)
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from mebp_mlx.model.frozen import Model
+from mebp_mlx.runtime import memory
+from mebp_mlx.runtime.adopt import PAGE_BYTES
+from mebp_mlx.weights import MappedWeights
+from tests.tiny import random_batch, randomize_lora
+
+_M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, memory._MMAP_BYTES
+_IS_MMAPPED = 2  # in the word before a block of glibc's
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+_libc.free.restype, _libc.free.argtypes = None, [ctypes.c_void_p]
+
+
+def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
+    """In the place of mx.from_dlpack: whole read-only pages -> uint8, as MLX on Metal documents it.
+
+    The array's memory is a copy of them that the system lets nobody write; MLX thinks it as large as the pages, which
+    decides whether it may give it to a result.
+    """
+    source = np.frombuffer(pages, np.uint8)
+    if copy is not False or not pages.readonly or not source.size or source.size % PAGE_BYTES:
+        raise ValueError("cannot adopt")
+    padded = _in_a_map_of_its_own(source.size + mmap.PAGESIZE)
+    whole = np.frombuffer(memoryview(padded), np.uint8)
+    address = whole.ctypes.data
+    allocated = ctypes.c_size_t.from_address(address - 8)  # where MLX's CPU allocator notes the size
+    assert allocated.value == whole.size
+    allocated.value = source.size
+    skip = -address % mmap.PAGESIZE
+    whole[skip : skip + source.size] = source
+    array = padded[skip : skip + source.size]
+    mx.eval(array)
+    if _libc.mprotect(ctypes.c_void_p(address + skip), ctypes.c_size_t(source.size), mmap.PROT_READ):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return array
+
+
+def _in_a_map_of_its_own(n_bytes: int) -> mx.array:
+    """uint8 [n_bytes] outside the heap, so that all of it is gone once it is freed, protected or not."""
+    memory.settle()
+    _libc.mallopt(_M_MMAP_THRESHOLD, mmap.PAGESIZE)
+    while True:  # the heap's free room is taken first, and left taken
+        taken = _libc.malloc(n_bytes + 8)  # with the size that MLX notes
+        if ctypes.c_size_t.from_address(taken - 8).value & _IS_MMAPPED:
+            break
+    _libc.free(taken)
+    array = mx.zeros(n_bytes, mx.uint8)
+    mx.eval(array)
+    _libc.mallopt(_M_MMAP_THRESHOLD, _SETTLED_BYTES)
+    return array
+
+
+def place(file: Path, shift: int) -> None:
+    """Rewrites a safetensors file so that its data begins `shift` bytes behind a page, and fills its last page."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header, data = raw[8:end], raw[end:]
+    header += b" " * ((shift - 8 - len(header)) % PAGE_BYTES)
+    content = len(header).to_bytes(8, "little") + header + data
+    file.write_bytes(content + bytes(-len(content) % PAGE_BYTES))
+
+
+def read_and_step(folder: Path, seed: int) -> dict[str, Any]:
+    """Every tensor read, computed with and read again, then two steps; all of it against copies, bit by bit.
+
+    Returns {"adopted": names of adopted tensors, "copied": {name: why}}.
+    """
+    model, plain = (mebp_mlx.open_model(folder, "bfloat16", "packed") for _ in range(2))
+    weights = model.weights
+    weights.adopt = True
+    _compute_with_all(weights)
+    tokens, targets = random_batch(seed, 2, 9, model.spec.V)
+    expected = _step(plain, seed, tokens, targets)
+    for _ in range(2):
+        found = _step(model, seed, tokens, targets)
+        assert all(np.array_equal(found[name], value) for name, value in expected.items()), folder
+    for name in weights.names:
+        assert mx.array_equal(weights.rows(name), plain.weights.rows(name)).item(), name
+    adopted = [name for name in weights.names if weights.in_place(name) is not None]
+    return {"adopted": adopted, "copied": {n: weights.info(n).not_adoptable for n in weights.names if n not in adopted}}
+
+
+def _compute_with_all(weights: MappedWeights) -> None:
+    for name in weights.names:
+        expected = np.array(weights.view(name))
+        ndim, floating = len(weights.info(name).shape), weights.info(name).dtype in ("F32", "F16", "BF16")
+        for dtype in (mx.float32, mx.bfloat16, mx.float16) if floating else (mx.int32,):
+            reads = [weights.rows(name), weights.rows(name)[1:], weights.rows(name, 1)]
+            reads += [weights.columns(name, 0, 2)] if ndim == 2 else []
+            mx.eval([read.astype(dtype) for read in reads])
+            mx.eval([1 + read for read in [weights.rows(name), weights.rows(name, 1)]])
+            mx.eval(mx.negative(weights.rows(name)))
+        again = weights.rows(name)
+        bits = again.view(mx.uint16) if again.dtype == mx.bfloat16 else again
+        assert np.array_equal(np.asarray(bits), expected), name
+
+
+def _step(model: Model, seed: int, tokens: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    lora = mebp_mlx.init_lora(model, rank=2)
+    randomize_lora(lora, seed)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    return {"loss": np.array(loss)} | {name: np.array(grad) for name, grad in grads.items()}
+
+
+def main(how: str, seed: int, folders: list[str]) -> None:
+    """Prints what `read_and_step` finds of each folder. how: "kept", or "dropped" to adopt anew at every read."""
+    mx.from_dlpack = from_dlpack
+    if how == "dropped":
+        keep = MappedWeights.in_place
+
+        def in_place(weights: MappedWeights, name: str) -> mx.array | None:
+            weights._adopted.clear()
+            found = keep(weights, name)
+            weights._adopted.clear()
+            return found
+
+        MappedWeights.in_place = in_place
+    print(json.dumps({folder: read_and_step(Path(folder), seed) for folder in folders}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

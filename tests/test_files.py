@@ -1,0 +1,63 @@
+"""Room for a mapped file: taken on Linux by the system, on macOS by fcntl, which is played here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mebp_mlx.runtime import files
+
+N_BYTES = 5 << 14
+# flags of each call: contiguous and all of it, then all of it
+CALLS = [(42, 6, 3, 0, N_BYTES, 0), (42, 4, 3, 0, N_BYTES, 0)]
+
+
+def _on_macos(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> list[tuple[int, ...]]:
+    """What fcntl is asked there, each call answered by an error number (0: it works)."""
+    asked: list[tuple[int, ...]] = []
+
+    def fcntl(descriptor: int, command: int, fstore: bytes) -> bytes:
+        assert os.fstat(descriptor).st_size == 0  # before the file gets its length
+        asked.append((command, *struct.unpack("=Iiqqq", fstore)))
+        if error := answers[len(asked) - 1]:
+            raise OSError(error, os.strerror(error))
+        return fstore
+
+    monkeypatch.setattr(files, "fcntl", SimpleNamespace(fcntl=fcntl))
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="darwin"))
+    return asked
+
+
+def test_it_is_taken_here() -> None:
+    with tempfile.TemporaryFile() as file:
+        files.reserve(file.fileno(), N_BYTES)
+        about = os.fstat(file.fileno())
+        assert about.st_size == N_BYTES and about.st_blocks * 512 >= N_BYTES
+
+
+@pytest.mark.parametrize("answers", [[0], [errno.ENOSPC, 0], [errno.EINVAL, errno.ENOTSUP]])
+def test_macos_in_one_piece_in_pieces_or_not_at_all(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
+    asked = _on_macos(monkeypatch, answers)
+    with tempfile.TemporaryFile() as file:
+        files.reserve(file.fileno(), N_BYTES)
+        assert os.fstat(file.fileno()).st_size == N_BYTES
+    assert asked == CALLS[: len(answers)]
+
+
+@pytest.mark.parametrize("full", ["told", "asked"])
+def test_a_full_disk_on_macos(monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    """By fcntl; and by the free space on a file system that reserves nothing."""
+    _on_macos(monkeypatch, [errno.ENOSPC, errno.ENOSPC if full == "told" else errno.ENOTSUP])
+    if full == "asked":
+        disk: Any = SimpleNamespace(f_bavail=1, f_frsize=4096)
+        monkeypatch.setattr(os, "fstatvfs", lambda descriptor: disk)
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(OSError) as caught:
+            files.reserve(file.fileno(), N_BYTES)
+        assert caught.value.errno == errno.ENOSPC and os.fstat(file.fileno()).st_size == 0
