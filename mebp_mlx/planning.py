@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,21 @@ import mebp_mlx
 
 from .config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from .data import has_tokenizer
-from .engine.choose import _ever_smaller, choose_plan
-from .engine.job import Job, job_for
-from .engine.parking import parked_bytes
-from .engine.plan import Plan
-from .engine.predict import Prediction, predict
 from .engine.update import Updater
 from .engine.zeroth_order import Estimator, make_estimator
 from .errors import BudgetError, UserError
 from .model.frozen import Model
 from .model.lora import Lora
-from .optimizers import make_optimizer, state_bytes
+from .ops.plan import Plan
+from .optimizers import make_optimizer
+from .planner.search import Planned, choose
 from .planner.sizes import lora_sizes
+from .planner.workload import Workload
 from .proxy import project
 from .runtime.footprint import footprint_bytes
 from .runtime.limits import process_limit
 from .runtime.platform import memory_bytes
+from .runtime.run_state import RUN
 from .summary import print_plan
 
 
@@ -37,17 +37,6 @@ class Sizes:
     batch_size: int
     longest: int
     longest_evaluated: int = 0
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan with its prediction; budget_bytes: if there is one; forward_passes: of a zeroth-order step."""
-
-    job: Job
-    plan: Plan
-    predicted: Prediction
-    budget_bytes: int | None
-    forward_passes: int = 1
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
@@ -74,8 +63,8 @@ def check_lora(config: TrainConfig, model: Model) -> None:
     gathers = config.grad_accumulation_steps > 1 or config.max_grad_norm is not None or config.engine == "whole-graph"
     gradients = sizes.parameters if gathers else sizes.block_gradients
     state = sizes.state + (sizes.parameters if config.engine == "hizoo" else 0)
-    parks = parks_state(config)
-    needed = footprint_bytes() + sizes.parameters + gradients + (0 if parks else state)
+    offloads = config.engine == "mebp"
+    needed = footprint_bytes() + sizes.parameters + gradients + (0 if offloads else state)
     room = {f"the machine's memory is {memory_bytes() / 1e6:,.1f} MB": memory_bytes()}
     if (limit := process_limit()) is not None:
         room[str(limit)] = limit.footprint_bytes
@@ -85,7 +74,7 @@ def check_lora(config: TrainConfig, model: Model) -> None:
     if needed > least:
         raise BudgetError(
             f"--rank {config.rank}: LoRA takes {sizes.parameters / 1e6:,.1f} MB, gradients {gradients / 1e6:,.1f} MB, "
-            f"optimizer state {state / 1e6:,.1f} MB{' on disk' if parks else ''}; {what}, the smallest workable budget "
+            f"optimizer state {state / 1e6:,.1f} MB{' on disk' if offloads else ''}; {what}, the smallest workable budget "
             f"is above {math.ceil(needed / 1e6)}MB"
         )
 
@@ -106,40 +95,44 @@ def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
     )
 
 
+def make_updater(config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: Any | None = None) -> Updater:
+    """What applies gradients, as options and plan say. optimizer: with its state; None: a fresh one."""
+    accumulate = config.grad_accumulation_steps
+    return Updater(
+        optimizer or make_optimizer(config, max(1, config.iters // accumulate)),
+        lora,
+        max_grad_norm=config.max_grad_norm,
+        gather=accumulate > 1,
+        park=plan is not None and plan.offload_state and config.engine == "mebp",
+        is_lazy=plan is not None and plan.is_lazy,
+        arena_dir=config.arena_dir,
+    )
+
+
 def make_plan(
-    config: TrainConfig,
-    model: Model,
-    lora: Lora,
-    updater: Updater,
-    sizes: Sizes,
-    base_bytes: int,
-    estimator: Estimator | None,
+    config: TrainConfig, model: Model, lora: Lora, sizes: Sizes, estimator: Estimator | None, known: Plan | None = None
 ) -> Planned | None:
     """Chooses and prints a plan; None for the engine that has none.
 
-    base_bytes: the footprint before the model was opened; estimator: its arrays count as state. Raises BudgetError
-    naming the smallest workable budget.
+    estimator: its arrays are allocated already; known: of the run that is resumed, taken again if it fits, since
+    other pieces would give other last bits. Raises BudgetError naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
         if config.memory_budget not in (None, UNLIMITED) or config.phone is not None or config.dry_run:
             flags = "--memory-budget, --device, --dry-run"
             raise UserError(f"{flags}: not available with --engine whole-graph, which has no plan")
         return None
-    parks = parks_state(config)
-    state: dict[str, Any] = updater.optimizer.state
-    kept = 0 if estimator is None else sum(int(value.nbytes) for value in estimator.state().values())
-    job = job_for(
+    lora_and_state = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, make_optimizer(config, 1))
+    workload = Workload(
         model,
         lora,
         sizes.batch_size,
         sizes.longest,
-        state_bytes=kept + (0 if parks else state_bytes(updater.optimizer)),
-        parked_bytes=(updater.parked_bytes or parked_bytes(state)) if parks else 0,
-        gathers=updater.gather,
-        optimizer=config.optimizer_name,
-        engine=config.engine,
-        base_bytes=base_bytes,
-        n_eval_tokens=sizes.longest_evaluated,
+        sizes.longest_evaluated,
+        make_updater=lambda part, plan: make_updater(config, part, plan),
+        state_bytes=lora_and_state.state,
+        gathers=config.max_grad_norm is not None or config.grad_accumulation_steps > 1,
+        estimator=estimator,
     )
     budget_bytes, limit = config.budget_bytes, process_limit()
     if limit is not None and (budget_bytes is None or limit.footprint_bytes < budget_bytes):
@@ -147,22 +140,28 @@ def make_plan(
     else:
         limit = None
     try:
-        plan = choose_plan(job, budget_bytes, config.arena_budget)
+        planned = choose(
+            workload,
+            budget_bytes,
+            smallest=config.smallest,
+            arena_budget_bytes=config.arena_budget,
+            known=known,
+            arena_dir=config.arena_dir,
+        )
     except BudgetError as error:
         raise BudgetError(f"{error}; {limit}" if limit is not None else str(error)) from None
-    if config.smallest:
-        plan = min(_ever_smaller(job, plan), key=lambda found: found[1])[0]
-    predicted = predict(job, plan)
-    print_plan(job, plan, predicted, table=config.dry_run)
-    passes = 1 if estimator is None else len(estimator.probes)
+    print_plan(config, planned, table=config.dry_run)
     if config.phone is not None and config.dry_run:
-        print("\n".join(project(config.phone, job, plan, passes)))
-    return Planned(job, plan, predicted, config.budget_bytes, passes)
+        print("\n".join(project(config.phone, workload, planned.plan)))
+    return planned
 
 
-def parks_state(config: TrainConfig) -> bool:
-    """Whether the optimizer's state lives in a file."""
-    return config.engine == "mebp"
+def saved_plan(folder: Path) -> Plan | None:
+    """The plan of the run in a folder; None where none was recorded in a way that this version knows."""
+    try:
+        return Plan.from_dict(json.loads((folder / RUN).read_text())["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
@@ -173,13 +172,9 @@ def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
         f"data       not read: {model_path} holds no tokenizer; planned for {config.batch_size} rows of "
         f"{config.max_seq_length:,} tokens"
     )
-    base_bytes = footprint_bytes()
     model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
     lora = make_lora(config, model)
-    accumulate = config.grad_accumulation_steps
-    optimizer = make_optimizer(config, max(1, config.iters // accumulate))
-    updater = Updater(optimizer, lora, max_grad_norm=config.max_grad_norm, gather=accumulate > 1)
     longest = config.max_seq_length - 1  # the last token is only a label
     sizes = Sizes(config.batch_size, longest, longest)
-    make_plan(config, model, lora, updater, sizes, base_bytes, estimator_of(config, lora))
+    make_plan(config, model, lora, sizes, estimator_of(config, lora))
     return True

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import mlx.core as mx
 
-from .engine.job import Job
-from .engine.plan import Plan
-from .engine.roofline import Rates, Work, bound_s, count
+from .ops.plan import Plan
+from .planner.work import Rates, Work, bound_s, count, on_phone
+from .planner.workload import Workload
 from .runtime.child import ChildFailure, run_child
 from .runtime.log import megabytes
 from .runtime.phone import Phone, thermal_state
@@ -38,23 +37,18 @@ def host_rates() -> Rates | None:
     return Rates(found["flops"], found["memory_bytes"])
 
 
-def on_phone(job: Job, plan: Plan, passes: int) -> dict[str, Work]:
-    """A step's work as the phone's GPU would have it: 16 bits, packed weights."""
-    return count(dataclasses.replace(job, packed=True, item_bytes=2), plan, passes)
-
-
 def project(
-    phone: Phone, job: Job, plan: Plan, passes: int, step_s: float | None = None, host: Rates | None = None
+    phone: Phone, workload: Workload, plan: Plan, step_s: float | None = None, host: Rates | None = None
 ) -> Iterator[str]:
     """Lines: a step's counts and its least time on the phone, and a measured time scaled by the two rooflines."""
-    there, rates = on_phone(job, plan, passes), Rates(phone.flops[2], phone.bandwidth)
+    there, rates = count(on_phone(workload), plan), Rates(phone.flops[2], phone.bandwidth)
     total, least_s = sum(there.values(), Work()), bound_s(there, rates)
     yield (
-        f"projected  {phone.chip}: a micro-batch of {job.B} x {job.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
+        f"projected  {phone.chip}: a micro-batch of {workload.B} x {workload.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
         f"{total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
     )
     if step_s is not None and host is not None:
-        ratio = least_s / bound_s(count(job, plan, passes), host)
+        ratio = least_s / bound_s(count(workload, plan), host)
         rates_here = f"{host.flops / 1e9:,.0f} GFLOP/s and {host.memory_bytes / 1e9:.1f} GB/s, measured"
         yield (
             f"  {step_s:.3g} s a step here ({rates_here}): {step_s * ratio:.3g} s there, if the phone were used "

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import bundled
 from .config import TrainConfig
 from .data import DataSets
-from .engine.job import Job
-from .engine.plan import Plan
-from .engine.predict import Prediction
 from .errors import UserError
 from .model.frozen import Model
 from .optimizers import uses_learning_rate
+from .planner.search import Planned
 from .runtime.footprint import PeakMeter
 from .runtime.log import RunLog, first_event, megabytes
 from .sample import sample
-
-if TYPE_CHECKING:
-    from .planning import Planned
 
 WORTH_ALIGNING_BYTES = 16 << 20
 
@@ -73,46 +67,50 @@ def print_data(data: DataSets, overlong: str) -> None:
         print(line, flush=True)
 
 
-def print_plan(job: Job, plan: Plan, predicted: Prediction, table: bool) -> None:
+def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:
     """The predicted footprint in one line, or as a table with everything the plan decides."""
+    workload, plan, predicted = planned.workload, planned.plan, planned.predicted
+    held_bytes = predicted.kept_bytes - predicted.written_bytes
     if not table:
         print(
-            f"plan       predicted peak {megabytes(predicted.peak_bytes)} ({predicted.peak_phase}), "
-            f"arena {megabytes(predicted.arena_bytes)}",
+            f"plan       predicted peak {megabytes(predicted.peak_bytes)} ({predicted.peak_phase}); kept "
+            f"{megabytes(held_bytes)} in memory, {megabytes(predicted.arena_bytes)} on disk",
             flush=True,
         )
         return
-    print(f"\nplan for {job.B} x {job.T:,} tokens, {job.optimizer}, engine {job.engine}; nothing is trained")
+    print(
+        f"\nplan for {workload.B} x {workload.T:,} tokens, {config.optimizer_name}, engine {config.engine}; "
+        "nothing is trained"
+    )
     print(f"  {'phase':<10}{'predicted MB':>14}")
     for name, n_bytes in predicted.phases.items():
         mark = "  <- peak" if name == predicted.peak_phase else ""
         print(f"  {name:<10}{n_bytes / 1e6:>14,.1f}{mark}")
+    state = f"optimizer state {workload.state_bytes / 1e6:.1f} MB" + (", on disk" if plan.offload_state else "")
+    weights = "whole" if plan.weight_block_bytes is None else f"{plan.weight_block_bytes >> 10:,} KiB"
     rows = {
-        "LoRA": f"{job.lora_bytes // 4:,} parameters, {job.lora_bytes / 1e6:.1f} MB; "
-        + (
-            f"optimizer state {job.parked_bytes / 1e6:.1f} MB, on disk"
-            if job.parked_bytes
-            else f"optimizer state {job.state_bytes / 1e6:.1f} MB"
-        ),
+        "LoRA": f"{workload.lora_bytes // 4:,} parameters, {workload.lora_bytes / 1e6:.1f} MB; {state}",
+        "kept": f"{held_bytes / 1e6:,.1f} MB in memory: {', '.join(sorted(plan.saved))}"
+        if workload.is_exact
+        else "nothing",
         "arena": f"{predicted.arena_bytes / 1e6:,.1f} MB on disk",
         "written": f"{predicted.written_bytes / 1e6:,.1f} MB per micro-batch, optimizer state "
-        f"{job.parked_bytes / 1e6:,.1f} MB per update",
-        "saved": ", ".join(sorted(plan.saved_for(job.spec))) if predicted.arena_bytes else "nothing",
-        "blocks": f"{plan.token_block} tokens, {plan.query_block} queries, "
-        f"weights {plan.weight_block_bytes >> 10:,} KiB, head {plan.head_block_bytes >> 10:,} KiB, "
-        f"logits {plan.logits_block_bytes >> 10:,} KiB",
+        f"{workload.state_bytes * plan.offload_state / 1e6:,.1f} MB per update",
+        "pieces": f"{plan.token_block} tokens, {plan.query_block} queries, weights {weights}, "
+        f"logits {plan.logits_block_bytes >> 10:,} KiB; a graph is a {plan.grain}",
     }
     for name, text in rows.items():
         print(f"  {name:<10}{text}")
 
 
-def plan_record(plan: Plan, predicted: Prediction) -> dict[str, Any]:
+def plan_record(planned: Planned) -> dict[str, Any]:
     """The plan and its prediction for run.json."""
+    predicted = planned.predicted
     return {
-        **dataclasses.asdict(plan),
-        "saved": sorted(plan.saved),
+        **planned.plan.to_dict(),
         "predicted_bytes": predicted.phases,
         "predicted_peak_bytes": predicted.peak_bytes,
+        "kept_in_memory_bytes": predicted.kept_bytes - predicted.written_bytes,
         "arena_bytes": predicted.arena_bytes,
         "written_bytes_per_micro_batch": predicted.written_bytes,
     }

@@ -29,7 +29,7 @@ from .hub import resolve_model
 from .model.frozen import Model
 from .model.lora import Lora
 from .optimizers import make_optimizer, uses_learning_rate
-from .planning import Sizes, estimator_of, make_lora, make_plan, parks_state, plan_without_data
+from .planning import Sizes, estimator_of, make_lora, make_plan, make_updater, plan_without_data, saved_plan
 from .proxy import host_rates, impose, project
 from .runtime import run_state
 from .runtime.device import dtype_name
@@ -113,21 +113,15 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     if checkpoint is not None:
         restore(checkpoint, lora, optimizer, estimator)
         checkpoint = None  # its arrays belong to lora and optimizer now
-    updater = Updater(
-        optimizer,
-        lora,
-        max_grad_norm=config.max_grad_norm,
-        gather=accumulate > 1,
-        park=parks_state(config) and not config.dry_run,
-        arena_dir=config.arena_dir,
-    )
     batch_size, longest = min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1
     evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
     longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0)
     sizes = Sizes(batch_size, longest, longest_evaluated)
-    planned = make_plan(config, model, lora, updater, sizes, before_model_bytes, estimator)
+    known = saved_plan(folder) if config.resume else None
+    planned = make_plan(config, model, lora, sizes, estimator, known)
     if config.dry_run:
         return DONE
+    updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
     engine = make_engine(
         config.engine,
         model,
@@ -158,7 +152,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
                 "options": config.to_dict(),
                 "n_iters": n_iters,
                 "n_lora_parameters": n_parameters,
-                "plan": None if planned is None else plan_record(planned.plan, planned.predicted),
+                "plan": None if planned is None else plan_record(planned),
                 "data": data.counts,
                 "origin": origin,
                 "version": mebp_mlx.__version__,
@@ -215,7 +209,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
         if config.phone is not None and planned is not None:
             for text in project(
-                config.phone, planned.job, planned.plan, planned.forward_passes, trainer.step_s, host_rates()
+                config.phone, planned.workload, planned.plan, trainer.step_s, host_rates()
             ):
                 log.say(text)
     show_sample(config, model_path, folder)

@@ -90,9 +90,8 @@ class BackpropEngine:
     ) -> list[mx.array]:
         """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none; the block's gradients / scale go to `sink`."""
         self.ahead.block(layer.index - 1)
-        backward = _checkpointed if self.plan.checkpoint else _by_equations
         run = work.run(layer, self.store, kept_names(self.plan, work))
-        dx = backward(work, run, dy, need_dx)
+        dx = block_backward(work, run, dy, need_dx)
         self.store.forget(layer.index)
         gradients = run.gradients if scale == 1 else {n: g * (1 / scale) for n, g in run.gradients.items()}
         run.gradients = {}
@@ -110,8 +109,10 @@ class BackpropEngine:
         self.store.close()
 
 
-def _by_equations(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
-    """The block's own backward, tile by tile from the last to the first."""
+def block_backward(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
+    """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
+    if work.plan.checkpoint:
+        return _checkpointed(work, run, dy, need_dx)
     position, dx = 0, []
     for number, tile in enumerate(dy):
         run.blocks.append(work.block(run, number, position))

@@ -65,7 +65,7 @@ def cross_entropy(
     joined = h[0] if len(h) == 1 else mx.concatenate(h)
     del h
     barrier.value(joined, *picked)
-    state = _scan(model, plan, barrier, joined, mx.array(y), need_dx, max_chunks)
+    state = scan(model, plan, barrier, joined, mx.array(y), need_dx, max_chunks)
     losses = one_pass.losses(state).sum()
     n_correct = (state.target_logit >= state.maximum).sum()
     barrier.wait(losses, n_correct)
@@ -92,10 +92,16 @@ def cross_entropy(
     return HeadResult(loss_sum, len(y), correct, dx)
 
 
-def _scan(
-    model: Model, plan: Plan, barrier: Barrier, h: mx.array, labels: mx.array, need_dx: bool, max_chunks: int | None
+def scan(
+    model: Model,
+    plan: Plan,
+    barrier: Barrier,
+    h: mx.array,
+    labels: mx.array,
+    need_dx: bool,
+    max_chunks: int | None = None,
 ) -> one_pass.Running:
-    """The state after the vocabulary's chunks."""
+    """The state after the vocabulary's chunks, from normed rows h [N, D] and labels int32 [N]."""
     spec = model.spec
     state = one_pass.start(h.shape[0], spec.D, need_dx)
     chunk = plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)

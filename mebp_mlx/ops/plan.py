@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
 from ..runtime.device import on_gpu
@@ -41,6 +44,21 @@ class Plan:
     token_block: int = 512
     query_block: int = 256
     offload_state: bool = False
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a tile of a block is one graph."""
+        return self.grain not in ("op", "stage")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**dataclasses.asdict(self), "saved": sorted(self.saved)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Plan:
+        """The plan of a record that to_dict() made, whatever else stands in it. KeyError if something is missing."""
+        values = {field.name: record[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**values, "saved": frozenset(values["saved"])})
 
     def row_blocks(self, n_rows: int, row_bytes: float) -> list[tuple[int, int]]:
         """Ranges [start, stop) of a matrix's rows that are brought in at a time, at least 32 rows each."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +36,7 @@ class Probe:
     kept_bytes: int
 
 
-def probe(workload: Workload, plan: Plan) -> Probe:
+def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
     """Runs a block of each kind (several where blocks overlap) under `plan`, with its kept values in the file where
     the plan has one, and in memory otherwise. Parameters and optimizer state stay as they are.
     """
@@ -43,7 +44,7 @@ def probe(workload: Workload, plan: Plan) -> Probe:
     per_block = 0
     if workload.is_exact:
         per_block = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
-    engine = BackpropEngine(model, lora, plan=plan, seed=0)
+    engine = BackpropEngine(model, lora, plan=plan, arena_dir=arena_dir)
     mx.reset_peak_memory()
     try:
         with PeakMeter() as meter:

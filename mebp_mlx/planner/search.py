@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..engine.backprop import kept_bytes
 from ..errors import BudgetError
@@ -73,7 +74,7 @@ def ladder(workload: Workload) -> list[Plan]:
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
         scores = 4 * workload.B * workload.model.spec.H * workload.T
         step["query_block"] = max(16, min(step["query_block"], _SCORES_BYTES // scores // 16 * 16))
-        plans.append(Plan(kept_bytes=0, offload_state=True, **step))
+        plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
 
 
@@ -83,16 +84,23 @@ def choose(
     *,
     smallest: bool = False,
     arena_budget_bytes: int | None = ARENA_BUDGET_BYTES,
+    known: Plan | None = None,
+    arena_dir: str | Path | None = None,
 ) -> Planned:
     """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
 
-    smallest: the one with the least footprint. Raises BudgetError, naming the smallest workable budget, when none fits.
+    smallest: the one with the least footprint; known: taken if it fits, whatever else would; arena_dir: for the
+    files. Raises BudgetError, naming the smallest workable budget, when none fits.
     """
+    if known is not None:
+        predicted = predict(workload, known, probe(workload, known, arena_dir))
+        if budget_bytes is None or predicted.peak_bytes <= budget_bytes:
+            return Planned(workload, known, predicted, budget_bytes)
     plans = [dataclasses.replace(plan, **_saved(workload, plan, arena_budget_bytes)) for plan in ladder(workload)]
     start_bytes = footprint_bytes()
     if budget_bytes is None and not smallest:
         plans = plans[-1:]
-    found, taken = probe(workload, plans[0]), plans[0]
+    found, taken = probe(workload, plans[0], arena_dir), plans[0]
     least = _spared(predict(workload, taken, found).peak_bytes)
     if budget_bytes is not None and least > budget_bytes:
         raise BudgetError(
@@ -104,7 +112,7 @@ def choose(
         peak = predict(workload, taken, found).peak_bytes
         if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
             break
-        larger = probe(workload, plan)
+        larger = probe(workload, plan, arena_dir)
         if _spared(predict(workload, plan, larger).peak_bytes) > budget_bytes:
             break
         found, taken = larger, plan
@@ -132,8 +140,10 @@ def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int |
     """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
     if budget_bytes is None:
         return dataclasses.replace(plan, kept_bytes=None, offload_state=False)
+    if not workload.is_exact:
+        return plan
     room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, found).peak_bytes
-    offload_state = workload.state_bytes > room
+    offload_state = workload.is_exact and workload.state_bytes > room
     room -= 0 if offload_state else workload.state_bytes
     n_blocks = workload.model.spec.L - workload.first_trained
     everything = found.kept_bytes * n_blocks <= room

@@ -1,0 +1,193 @@
+"""What a step computes and moves, counted on its own graphs: they are built and never evaluated.
+
+A matrix product [n, k] x [k, m] is 2 n k m operations; products and decompressions read their inputs and write their
+outputs through memory. Norms, gates, softmax and optimizer are left out: they move what the products around them
+move. Nothing is assumed about caches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..engine.backprop import block_backward, kept_bytes, kept_names
+from ..engine.base import Pass
+from ..model import unpack
+from ..model.spec import Layer
+from ..ops.barrier import Barrier
+from ..ops.cross_entropy import scan
+from ..ops.plan import Plan
+from .workload import Workload
+
+_PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
+_MOVERS = (*_PRODUCTS, "Quantize", "AffineQuantize")  # Quantize: mx.dequantize, too
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products, bytes through memory, and bytes of the file written or read."""
+
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    arena_bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, factor: float) -> Work:
+        """The same work `factor` times."""
+        return Work(factor * self.flops, factor * self.memory_bytes, factor * self.arena_bytes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A machine's operations and bytes a second."""
+
+    flops: float
+    memory_bytes: float
+
+    def bound_s(self, work: Work) -> float:
+        """The roofline: the least time that the work can take, computing and moving at once."""
+        return max(work.flops / self.flops, work.memory_bytes / self.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One primitive of a graph: its name, and (shape, item bytes) of its inputs and outputs."""
+
+    name: str
+    inputs: tuple[tuple[tuple[int, ...], int], ...]
+    outputs: tuple[tuple[tuple[int, ...], int], ...]
+
+    @property
+    def flops(self) -> float:
+        """Of a matrix product; 0 for any other primitive."""
+        if self.name not in _PRODUCTS:
+            return 0.0
+        return 2.0 * prod(self.outputs[0][0]) * self.inputs[0][0][-1]
+
+    @property
+    def n_bytes(self) -> float:
+        """Read and written."""
+        return float(sum(prod(shape) * item for shape, item in (*self.inputs, *self.outputs)))
+
+
+def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node]:
+    """The primitives of the graph that `run` builds on `inputs`; numpy stays out of it."""
+    found: list[Node] = []
+
+    def visit(event: dict[str, Any]) -> None:
+        if event["type"] == "primitive":
+            shapes = [tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs")]
+            found.append(Node(event["name"], *shapes))
+
+    with unpack.off():
+        mx.export_function(visit, run, *inputs)
+    return found
+
+
+def bound_s(phases: dict[str, Work], rates: Rates) -> float:
+    """A step's: phases come one after the other."""
+    return sum(rates.bound_s(work) for work in phases.values())
+
+
+def on_phone(workload: Workload) -> Workload:
+    """The same as a phone's GPU would have it: 16 bits, packed weights."""
+    model = copy.copy(workload.model)
+    model.dtype, model.packed = mx.bfloat16, True
+    return dataclasses.replace(workload, model=model)
+
+
+def count(workload: Workload, plan: Plan) -> dict[str, Work]:
+    """Work of one micro-batch by phase: forward, head, backward (of exact gradients only)."""
+    counter = _Counter(workload, plan)
+    layers, passes = workload.model.spec.layers, workload.forward_passes
+    forward = sum((counter.forward(layer) for layer in layers), Work()).times(passes)
+    head = counter.head().times(passes)
+    if not workload.is_exact:
+        return {"forward": forward, "head": head}
+    trained = layers[workload.first_trained :]
+    backward = sum((counter.backward(layer, layer.index > workload.first_trained) for layer in trained), Work())
+    in_file = Work(arena_bytes=counter.file_bytes(len(trained)))
+    return {"forward": forward + in_file, "head": head, "backward": backward + in_file}
+
+
+class _Counter:
+    def __init__(self, workload: Workload, plan: Plan):
+        self.workload, self.plan = workload, plan
+        self.model = workload.model.unread()
+        self.work = Pass(self.model, plan, workload.lora, Barrier(None))
+        self.known: dict[object, Work] = {}  # by what a layer's graph depends on
+
+    def forward(self, layer: Layer) -> Work:
+        return self._once(("forward", self._kind(layer)), lambda *x: self.work.forward(layer, list(x)))
+
+    def backward(self, layer: Layer, need_dx: bool) -> Work:
+        shapes, names = Shapes(), kept_names(self.plan, self.work)
+        with unpack.off():
+            self.work.forward(layer, self._tiles(), shapes, names)
+
+        def run(*dy: mx.array) -> list[mx.array]:
+            block = self.work.run(layer, shapes, names)
+            dx = block_backward(self.work, block, list(dy), need_dx)
+            return [*dx, *block.gradients.values()]
+
+        return self._once(("backward", need_dx, self._kind(layer)), run)
+
+    def head(self) -> Work:
+        spec, n_rows = self.model.spec, self.workload.B * self.workload.T
+        labels = mx.zeros((n_rows,), mx.int32)
+
+        def run(h: mx.array) -> list[mx.array]:
+            state = scan(self.model, self.plan, Barrier(None), h, labels, self.workload.is_exact)
+            return [part for part in state if part is not None]
+
+        return _sum(nodes_of(run, mx.zeros((n_rows, spec.D), self.model.dtype)))
+
+    def file_bytes(self, n_blocks: int) -> int:
+        """Written by the forward pass, and read by the backward pass."""
+        w = self.workload
+        kept = n_blocks * kept_bytes(w.model, self.plan, w.lora, w.first_trained, w.B, w.T)
+        return 0 if self.plan.kept_bytes is None else max(0, kept - self.plan.kept_bytes)
+
+    def _once(self, key: object, run: Callable[..., list[mx.array]]) -> Work:
+        if key not in self.known:
+            self.known[key] = _sum(nodes_of(run, *self._tiles()))
+        return self.known[key]
+
+    def _kind(self, layer: Layer) -> object:
+        trained = frozenset(short for short, linear in layer.linears.items() if self.workload.lora.trains(linear))
+        return layer.window, trained, tuple(linear.quantization for linear in layer.linears.values())
+
+    def _tiles(self) -> list[mx.array]:
+        B, D = self.workload.B, self.model.spec.D
+        return [mx.zeros((B, stop - start, D), self.model.dtype) for start, stop in self.plan.tiles(self.workload.T)]
+
+
+class Shapes:
+    """Kept values by shape alone (families/base.py: Kept)."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}
+
+    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+        self.kept[layer, name, tile] = (value.shape, value.dtype)
+        return True
+
+    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
+        known = self.kept.get((layer, name, tile))
+        return None if known is None else mx.zeros(*known)
+
+    take = get
+
+
+def _sum(nodes: list[Node]) -> Work:
+    moved = sum(node.n_bytes for node in nodes if node.name in _MOVERS)
+    return Work(float(np.sum([node.flops for node in nodes])), moved)
