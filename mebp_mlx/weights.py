@@ -151,7 +151,8 @@ class MappedWeights:
             raise IndexError(f"{name}: a 0-d tensor has no rows")
         whole = self.in_place(name)
         if whole is not None:
-            return whole[start:stop] if info.shape else whole
+            # an array object of its own: MLX's += changes what an object refers to
+            return whole[start:stop] if info.shape else whole.reshape(())
         view = self.view(name)
         return _to_mlx(view[start:stop] if info.shape else view, info)
 
