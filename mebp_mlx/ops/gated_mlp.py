@@ -57,38 +57,31 @@ class GatedMlp:
         F, D = down.linear.in_dims, down.linear.out_dims
         self.blocks = down.plan.column_blocks(F, down.model.copied_bytes(down.linear, D))
 
-    def __call__(self, x: mx.array, position: int, keep: Callable[[str, mx.array], bool]) -> mx.array:
-        """x [B, tile, D] from a position on -> d [B, tile, D]; keep(name, value): whether a value stays in memory."""
+    def __call__(self, x: mx.array, position: int) -> mx.array:
+        """x [B, tile, D] from a position on -> d [B, tile, D]."""
         gate_low, up_low = self.gate.low_rank(x, position), self.up.low_rank(x, position)
-        down = Input(self.down, position)
+        down, memory = Input(self.down, position), self.down.memory
         for block, (start, stop) in enumerate(self.blocks):
             g = self.gate.rows(x, gate_low, start, stop)
             self.barrier.piece(g)
-            is_kept = keep(f"g.{block}", g)
+            is_in_use = memory.put(f"g.{block}", position, g)
             u = self.up.rows(x, up_low, start, stop)
             self.barrier.piece(u)
-            keep(f"u.{block}", u)
-            m = self.act(g, u, in_place=not is_kept)
+            memory.put(f"u.{block}", position, u)
+            m = self.act(g, u, in_place=not is_in_use)
             del g, u
             self.barrier.piece(m)
             down.add(start, stop, m)
             del m
         return down.output()
 
-    def backward(
-        self,
-        x: mx.array,
-        dy: mx.array,
-        position: int,
-        need_dx: bool,
-        kept: Callable[[str], mx.array | None],
-    ) -> mx.array | None:
-        """dL/dx from dy = dL/dd [B, tile, D], or None; kept(name): a kept value, given away, or None."""
+    def backward(self, x: mx.array, dy: mx.array, position: int, need_dx: bool) -> mx.array | None:
+        """dL/dx from dy = dL/dd [B, tile, D], or None."""
         inner = need_dx or self.gate.pair is not None or self.up.pair is not None
-        down = Input(self.down, position, dy)
+        down, memory = Input(self.down, position, dy), self.down.memory
         gate, up = (Backward(linear, x, position, need_dx) for linear in (self.gate, self.up))
         for block, (start, stop) in enumerate(self.blocks):
-            g, u = kept(f"g.{block}"), kept(f"u.{block}")
+            g, u = (memory.take(f"{name}.{block}", position) for name in "gu")
             g = self.gate.rows(x, gate.low, start, stop) if g is None else g
             u = self.up.rows(x, up.low, start, stop) if u is None else u
             self.barrier.piece(g, u)
