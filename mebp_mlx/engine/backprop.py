@@ -43,12 +43,17 @@ class BackpropEngine:
         self.barrier = Barrier(self.plan.grain)
         self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
         self.ahead = ReadAhead(model)
+        self._reserved = (0, 0)  # rows and positions of a batch that fits the file
         # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
         trained = (layer.index for layer in model.spec.layers if trains(lora, layer))
         self.first_trained = next(trained, model.spec.L)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Make room for what batches of [batch_size, n_tokens] keep; UserError when the disk has none."""
+        rows, tokens = self._reserved
+        if self.plan.kept_bytes is None or (batch_size <= rows and n_tokens <= tokens):
+            return
+        self._reserved = (batch_size, n_tokens)
         n_bytes = kept_bytes(self.model, self.plan, self.lora, self.first_trained, batch_size, n_tokens)
         self.store.reserve((self.model.spec.L - self.first_trained) * n_bytes)
 
@@ -181,6 +186,7 @@ def kept_names(plan: Plan, work: Pass) -> frozenset[str]:
     Queries and keys are kept as they are after their rotation, unless the backward of a norm needs them before it.
     """
     names = (SAVE_INPUTS if plan.checkpoint else plan.saved) - work.block.not_read
+    names -= {name for name, other in work.block.serves.items() if other in names}
     if not work.model.spec.qk_norm:
         names = frozenset({"q": "Q", "k": "K"}.get(name, name) for name in names)
     return names | {"x"}

@@ -119,7 +119,7 @@ class BlockRun:
     ):
         self.barrier, self.kept = barrier, BlockKept(kept, layer.index, names)
         dropout = None if dropout_parts is None or not adapter.dropout else Dropout(adapter.dropout, dropout_parts)
-        self.norm_eps = model.spec.norm_eps
+        self.norm_eps, self.dtype = model.spec.norm_eps, model.dtype
         self.norms = model.norms(layer)
         self.gradients: dict[str, mx.array] = {}  # of the pairs by parameter name, float32
         self.wide = Wide()
@@ -170,6 +170,7 @@ class Block:
 
     gate: ClassVar[Gate]
     not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # by the backward: of no use when kept
+    serves: ClassVar[dict[str, str]] = {}  # values that the backward reads only to make another one
     names: ClassVar[frozenset[str]]  # of its values, those inside the MLP and xA of the pairs among them
     readers: ClassVar[Counter[str]]
 
@@ -213,10 +214,18 @@ class Block:
         """A projection's output."""
         return self.run.linear[short](x, self.position)
 
-    def linear_backward(self, short: str, source: str, g: mx.array, need_dx: bool = True) -> mx.array | None:
-        """dL/d(source), or None, from g = dL/dy of a projection of that value; its pair's gradients are added up."""
-        x = getattr(self, source) if short in self.run.trained else None
-        return self.run.linear[short].backward(x, g, self.position, need_dx)
+    def linear_backward(self, source: str, need_dx: bool, g: dict[str, mx.array]) -> mx.array | None:
+        """dL/d(source), or None, from g = dL/dy of each projection of that value, emptied; pairs' gradients add up."""
+        dx: mx.array | None = None
+        dtype = self.run.dtype
+        for short in list(g):
+            x = getattr(self, source) if short in self.run.trained else None
+            part = self.run.linear[short].backward(x, g.pop(short), self.position, need_dx)
+            dx = part if dx is None or part is None else dx + part
+            if dx is not None:
+                self.run.barrier.piece(dx)
+        self.drop(source)
+        return None if dx is None else self.evaluated(dx.astype(dtype))
 
     def norm(self, name: str, x: mx.array) -> mx.array:
         """x / rms(x) * weight."""
@@ -233,11 +242,9 @@ class Block:
     def rotate_backward(self, short: str, g: mx.array) -> mx.array:
         """dL/dq or dL/dk from dL/dQ or dL/dK."""
         heads = self.run.attention.heads
-        # A rotation is linear: without a norm before it, any array of that shape does.
-        B, T = self.shape
-        x = getattr(self, short) if heads.norms.get(short) is not None else mx.zeros((B, T, g.size // (B * T)), g.dtype)
+        x = getattr(self, short) if heads.norms.get(short) is not None else None
         self.drop(short)
-        return self.evaluated(mx.vjp(lambda x: self.rotate(short, x), [x], [g])[1][0])
+        return self.evaluated(heads.rotated_backward(short, x, g, self.position))
 
     def attend(self, Q: mx.array) -> mx.array:
         """Attention of a tile's queries; its keys and values join those of the tiles before it."""
@@ -257,16 +264,6 @@ class Block:
         del dQ
         dK, dv = self.run.attention.cotangents(self.position, self.shape[1])
         return {"q": dq, "k": self.rotate_backward("k", dK), "v": self.evaluated(dv)}
-
-    def qkv_backward(self, da: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dh, or None, from da: through attention and the three projections of h."""
-        cotangents = self.attend_backward(da)
-        dh: mx.array | None = None
-        for short in "qkv":
-            part = self.linear_backward(short, "h", cotangents.pop(short), need_dx)
-            dh = part if dh is None or part is None else self.evaluated(dh + part)
-        self.drop("h")
-        return dh
 
     def mlp(self, x: mx.array) -> mx.array:
         """The gated MLP's output."""

@@ -39,12 +39,11 @@ class Gemma3Block(Block):
         del dd, dh2, dy
         do = self.norm_backward("post_attention_layernorm", self.o, dx1)
         self.drop("o")
-        da = self.linear_backward("o", "a", do, need_dx or self.trains("q", "k", "v"))
-        self.drop("a")
+        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": do})
         del do
         if da is None:
             return None
-        dh = self.qkv_backward(da, need_dx)
+        dh = self.linear_backward("h", need_dx, self.attend_backward(da))
         del da
         if dh is None:
             return None

@@ -10,8 +10,9 @@ padded on the right, so causality alone keeps padding out of every labelled posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,13 @@ import numpy as np
 from . import cpu
 from .barrier import Barrier
 
-Rotate = Callable[[mx.array, int], mx.array]
+
+class Rope(Protocol):
+    """The rotary embedding of [B, heads, T, head_dim] from a position on (model/rope.py)."""
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array: ...
+
+    def backward(self, g: mx.array, offset: int) -> mx.array: ...
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,25 @@ class Heads:
     head_dim: int
     scale: float
     window: int | None
-    rope: Rotate  # (x [B, heads, T, head_dim], position of its first row) -> rotated
+    rope: Rope
     norm_eps: float
     norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or None
 
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
         """q or k [B, T, heads * head_dim] -> Q or K [B, heads, T, head_dim]."""
-        x, norm = x.reshape(*x.shape[:2], -1, self.head_dim), self.norms.get(short)
-        if norm is not None:
-            x = mx.fast.rms_norm(x, norm, self.norm_eps)
-        return self.rope(x.transpose(0, 2, 1, 3), position)
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
+        return self.rope(self._normed(short, x).transpose(0, 2, 1, 3), position)
+
+    def rotated_backward(self, short: str, x: mx.array | None, g: mx.array, position: int) -> mx.array:
+        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where a norm is before the rotation."""
+        g = self.rope.backward(g, position).transpose(0, 2, 1, 3)
+        if x is not None:
+            g = mx.vjp(lambda x: self._normed(short, x), [x.reshape(g.shape)], [g])[1][0]
+        return g.reshape(*g.shape[:2], -1)
+
+    def _normed(self, short: str, x: mx.array) -> mx.array:
+        norm = self.norms.get(short)
+        return x if norm is None else mx.fast.rms_norm(x, norm, self.norm_eps)
 
     def split(self, x: mx.array) -> mx.array:
         """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
@@ -100,9 +116,11 @@ class Attention:
         assert self.keys is not None
         if self.d_keys is None or self.d_values is None:
             if high - low == self.keys.shape[2]:
-                self.d_keys, self.d_values = dk.astype(mx.float32), dv.astype(mx.float32)
+                self.d_keys, self.d_values = dk, dv
                 return
             self.d_keys, self.d_values = mx.zeros(self.keys.shape), mx.zeros(self.keys.shape)
+        elif self.d_keys.dtype != mx.float32:  # a second part
+            self.d_keys, self.d_values = self.d_keys.astype(mx.float32), self.d_values.astype(mx.float32)
         self.d_keys[:, :, low:high] += dk
         self.d_values[:, :, low:high] += dv
 

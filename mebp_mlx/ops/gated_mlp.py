@@ -20,6 +20,7 @@ class Gate:
     """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py), forward and backward."""
 
     plain: Callable[[mx.array, mx.array], mx.array]
+    plain_backward: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
     on_cpu: cpu.Forward
     on_cpu_backward: cpu.Backward
 
@@ -32,8 +33,7 @@ class Gate:
     def backward(self, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """(m, dg, du) from dm = dL/dm; the memory of all three arguments may be used for them."""
         if not cpu.serves(g, u, dm):
-            (m,), (dg, du) = mx.vjp(self.plain, [g, u], [dm])
-            return m, dg, du
+            return self.plain_backward(g, u, dm)
         return cpu.gate_backward(self.on_cpu_backward, g, u, dm)
 
 
@@ -41,12 +41,23 @@ def _silu(g: mx.array, u: mx.array) -> mx.array:
     return g * mx.sigmoid(g) * u
 
 
+def _silu_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    s = mx.sigmoid(g)
+    act = g * s
+    return act * u, dm * u * (s + act * (1 - s)), dm * act
+
+
 def _gelu_tanh(g: mx.array, u: mx.array) -> mx.array:
     return 0.5 * g * (1 + mx.tanh(0.7978845608028654 * (g + 0.044715 * g**3))) * u
 
 
-SILU = Gate(_silu, cpu.silu, cpu.silu_backward)
-GELU_TANH = Gate(_gelu_tanh, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
+def _gelu_tanh_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (m,), (dg, du) = mx.vjp(_gelu_tanh, [g, u], [dm])
+    return m, dg, du
+
+
+SILU = Gate(_silu, _silu_backward, cpu.silu, cpu.silu_backward)
+GELU_TANH = Gate(_gelu_tanh, _gelu_tanh_backward, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
 
 
 class GatedMlp:
@@ -101,4 +112,4 @@ class GatedMlp:
             del du
         down.finish()
         d_gate, d_up = gate.finish(), up.finish()
-        return None if d_gate is None or d_up is None else d_gate + d_up
+        return None if d_gate is None or d_up is None else (d_gate + d_up).astype(x.dtype)

@@ -86,7 +86,9 @@ class LoraLinear:
         return _join(pieces)
 
     def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
-        """dL/dx from g = dL/dy [B, tile, out], or None; the pair's gradients are added up. x: only with a pair."""
+        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are added
+        up. x: only with a pair.
+        """
         backward = Backward(self, x, position, need_dx)
         for start, stop in self.row_blocks:
             backward.take(start, stop, g[..., start:stop])
@@ -163,19 +165,19 @@ class Backward:
             barrier.piece(self.g_b, self.db[-1])
 
     def finish(self) -> mx.array | None:
-        """dx in the compute dtype, after the last column."""
-        linear, pair, dtype = self.linear, self.linear.pair, self.linear.model.dtype
+        """dx, not rounded to the compute dtype (several of them may be added up), after the last column."""
+        linear, pair = self.linear, self.linear.pair
         if pair is None or self.g_b is None or self.x is None:
-            return None if self.dx is None else self.dx.astype(dtype)
+            return self.dx
         g_b = linear.scale * self.g_b
         linear.add("a", _flat(linear.dropped(linear.wide(self.x), self.x, self.position)).T @ _flat(g_b))
         linear.add("b", _join(self.db))
         if self.dx is None:
             return None
         if linear.dropout is None:
-            self.dx = mx.addmm(self.dx.astype(mx.float32), g_b, pair.a.T).astype(dtype)
+            self.dx = mx.addmm(self.dx.astype(mx.float32), g_b, pair.a.T)
         else:
-            self.dx = (self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)).astype(dtype)
+            self.dx = self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)
         linear.barrier.piece(self.dx)
         return self.dx
 
