@@ -92,7 +92,7 @@ class Updater:
             state["step"] = self._step
             updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
             self.lora.update(updated)
-            states = [array for name in gradients for _, array in tree_flatten(state[name])]
+            states: list[Any] = [entry[1] for name in gradients for entry in tree_flatten(state[name])]
             return [*updated.values(), *states, state["step"]]
         # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
         for name, gradient in gradients.items():
