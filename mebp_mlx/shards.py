@@ -62,14 +62,15 @@ class Shard:
     def __init__(self, file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
         ordered = sorted(entries, key=_place)
         self._entries = {entry.name: entry for entry in ordered}
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
+        header = [_member("__metadata__", {"format": "mlx", **(metadata or {})})]
         begins, offset = {}, 0
         for entry in ordered:
             begins[entry.name] = offset
             offset += entry.n_bytes
             offsets = [begins[entry.name], offset]
-            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
+            about = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+            header.append(_member(entry.name, about))
+        text = f"{{{','.join(header)}}}".encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         self._begins = {name: 8 + len(text) + begin for name, begin in begins.items()}
         self._ends = dict(self._begins)  # up to where each tensor is written
@@ -99,6 +100,11 @@ class Shard:
             for name, entry in self._entries.items():
                 assert self._ends[name] == self._begins[name] + entry.n_bytes, name
             flush(self._file)
+
+
+def _member(name: str, value: dict[str, Any]) -> str:
+    """Of a JSON object; a whole header's worth at once would take ten times its size."""
+    return f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}"
 
 
 def _dtype_name(value: Array) -> str:
