@@ -55,9 +55,12 @@ class Updater:
         return 0 if self._parked is None else self._parked.n_bytes
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's whole state, in memory: for a checkpoint."""
+        """The optimizer's whole state, for a checkpoint.
+
+        What is in the file stays there, behind numpy's views, which are valid until the next step.
+        """
         state = self.optimizer.state
-        return state if self._parked is None else self._parked.all(state)
+        return state if self._parked is None else self._parked.views(state)
 
     def begin_step(self) -> None:
         """Start an optimizer step; sink() may then be called any number of times."""
