@@ -10,7 +10,7 @@ from pathlib import Path
 from ..engine.backprop import kept_bytes
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
-from ..ops.plan import SAVE_PRODUCTS, Plan
+from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..runtime.device import on_gpu
 from ..runtime.footprint import footprint_bytes
 from .probe import Probe, probe
@@ -124,7 +124,7 @@ def choose(
 def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
     """What a run under `plan` will take, from what a probe of it took: what more blocks keep is added."""
     n_blocks = workload.model.spec.L - workload.first_trained
-    kept = n_blocks * found.kept_bytes
+    kept = n_blocks * _kept(workload, plan) if workload.is_exact else 0
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
     more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
@@ -138,16 +138,25 @@ def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
 
 def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int | None) -> Plan:
     """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
-    if budget_bytes is None:
-        return dataclasses.replace(plan, kept_bytes=None, offload_state=False)
+    room = math.inf
+    if budget_bytes is not None:
+        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, found).peak_bytes
     if not workload.is_exact:
         return plan
-    room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, found).peak_bytes
-    offload_state = workload.is_exact and workload.state_bytes > room
+    offload_state = workload.state_bytes > room
     room -= 0 if offload_state else workload.state_bytes
     n_blocks = workload.model.spec.L - workload.first_trained
-    everything = found.kept_bytes * n_blocks <= room
-    return dataclasses.replace(plan, kept_bytes=None if everything else max(0, room), offload_state=offload_state)
+    everything = dataclasses.replace(plan, saved=SAVE_EVERYTHING)
+    if on_gpu() and plan.saved == SAVE_PRODUCTS and n_blocks * _kept(workload, everything) <= room:
+        plan = everything
+    elif n_blocks * found.kept_bytes > room:
+        return dataclasses.replace(plan, kept_bytes=max(0, int(room)), offload_state=offload_state)
+    return dataclasses.replace(plan, kept_bytes=None, offload_state=offload_state)
+
+
+def _kept(workload: Workload, plan: Plan) -> int:
+    """Bytes that a block keeps."""
+    return kept_bytes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> dict[str, frozenset[str]]:
@@ -162,11 +171,7 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> di
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
     order, n_blocks = sorted(cost, key=lambda name: cost[name]), spec.L - workload.first_trained
     while True:
-        smaller = dataclasses.replace(plan, saved=saved)
-        per_block = kept_bytes(
-            workload.model, smaller, workload.lora, workload.first_trained, workload.B, workload.T
-        )
-        needed = n_blocks * per_block + workload.state_bytes
+        needed = n_blocks * _kept(workload, dataclasses.replace(plan, saved=saved)) + workload.state_bytes
         if needed <= arena_budget_bytes:
             return {"saved": saved}
         if not order:
