@@ -85,7 +85,7 @@ class Updater:
                 if norm > self.max_grad_norm:
                     factor = self.max_grad_norm / norm
                     self._gathered = {name: g * factor for name, g in self._gathered.items()}
-            self._apply(self._gathered)
+            mx.eval(self._apply(self._gathered))  # or a graph would hold all gradients until it is looked at
             self._gathered = {}
         return norm
 
