@@ -1,12 +1,13 @@
 """The frozen parameters of a model, brought into MLX a piece at a time.
 
-Everything here returns a fresh array made from the mapped file; nothing is kept, so a
-piece lives exactly as long as its caller holds it.
+What is returned is a fresh array made from the mapped file, or a view of its pages where MLX adopts them; nothing is
+kept here, so a piece lives exactly as long as its caller holds it.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import mlx.core as mx
@@ -156,6 +157,7 @@ class UnreadWeights:
 
     def __init__(self, weights: MappedWeights):
         self.weights = weights
+        self._numbers = itertools.count(1)
 
     def in_place(self, name: str) -> mx.array | None:
         return self.weights.in_place(name)
@@ -163,16 +165,18 @@ class UnreadWeights:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         shape = self.weights.info(name).shape
         stop = shape[0] if stop is None else stop
-        return mx.zeros((stop - start, *shape[1:]), self._dtype(name))
+        return self._array(name, (stop - start, *shape[1:]))
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
-        return mx.zeros((self.weights.info(name).shape[0], stop - start), self._dtype(name))
+        return self._array(name, (self.weights.info(name).shape[0], stop - start))
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        return mx.zeros((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
+        return self._array(name, (*ids.shape, *self.weights.info(name).shape[1:]))
 
-    def _dtype(self, name: str) -> mx.Dtype:
-        return self.weights.info(name).mlx_dtype
+    def _array(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        # Of a value of its own: the export of a graph merges equal ones, and then the products with them.
+        number = mx.array(next(self._numbers), mx.float32)
+        return mx.broadcast_to(number, shape).astype(self.weights.info(name).mlx_dtype)
 
 
 def _norm_names(spec: ModelSpec) -> list[str]:

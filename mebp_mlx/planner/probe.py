@@ -26,8 +26,7 @@ _CHUNKS = 3  # of the head: from the second on the state before is held beside t
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. phases: the process's peak footprint in bytes by phase, with at most one block's values
-    kept; arrays_bytes: MLX's own peak; kept_bytes: what one block keeps.
+    """What was measured. phases: the process's peak footprint in bytes by phase, kept values aside; arrays_bytes: MLX's own peak; kept_bytes: what one block keeps.
     """
 
     phases: dict[str, int]
@@ -36,9 +35,10 @@ class Probe:
 
 
 def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
-    """Runs a block of each kind (several where blocks overlap) under `plan`, with its kept values in the file where
-    the plan has one, and in memory otherwise. Parameters and optimizer state stay as they are.
+    """Runs some blocks of each kind under `plan`, but for kept values and optimizer state, which go to files here:
+    how much of them is in memory is arithmetic. Parameters and optimizer state stay as they are.
     """
+    plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
     model, lora = workload.model, workload.lora
     per_block = 0
     if workload.is_exact:
@@ -67,12 +67,12 @@ def _passes(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakM
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
-    """Trained layers of each kind: the first one, or as many as are under way together and one more."""
+    """Trained layers of each kind: two, or as many as are under way together and one more."""
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
         trained = frozenset(short for short, linear in layer.linears.items() if workload.lora.trains(linear))
         kinds.setdefault((layer.window, trained), []).append(layer)
-    return [layers[: 3 if is_lazy else 1] for layers in kinds.values()]
+    return [layers[: 3 if is_lazy else 2] for layers in kinds.values()]
 
 
 def _exact(
