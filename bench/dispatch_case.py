@@ -33,7 +33,7 @@ from mebp_mlx.model.head import Step
 from mebp_mlx.model.lora import Lora
 from mebp_mlx.model.spec import PROJECTIONS
 from mebp_mlx.ops import cross_entropy as ops_head
-from mebp_mlx.ops.plan import Plan
+from mebp_mlx.ops.plan import SAVE_EVERYTHING, Plan
 from mebp_mlx.optimizers import PlainSGD
 from mebp_mlx.planner import search
 from mebp_mlx.planner.sizes import lora_sizes
@@ -408,7 +408,8 @@ class Case:
                     self.plan = search.choose(self.workload, budget_bytes).plan
             else:
                 fastest = search.ladder(self.workload)[-1]
-                self.plan = dataclasses.replace(fastest, kept_bytes=kept_bytes, offload_state=False)
+                saved = SAVE_EVERYTHING if kept_bytes is None else fastest.saved  # as training chooses with room for it
+                self.plan = dataclasses.replace(fastest, saved=saved, kept_bytes=kept_bytes, offload_state=False)
 
     def _updater(self, lora: Lora, plan: Plan) -> Updater:
         return Updater(self.make_optimizer(), lora, park=plan.offload_state, is_lazy=plan.is_lazy)
