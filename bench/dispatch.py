@@ -59,18 +59,21 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def limits(
     options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]
 ) -> list[tuple[str, float, float]]:
-    """(what, number, the most that it may be) of a step."""
-    depth, peak_mb = options.depth, max(found["peak_bytes"].values()) / 1e6
-    at_half_a_billion = [("MLX's peak over LoRA and state, kept values in the file, MB", peak_mb, 60)]
-    all_of, head = total(found["stages"]), found["stages"]["head"]["products"]
-    return [
+    """(what, number, the most that it may be) of a step; products, nodes: where a row is one tile, peak: of one case."""
+    all_of, depth, head = total(found["stages"]), options.depth, found["stages"]["head"]["products"]
+    rows: list[tuple[str, float, float]] = [
         ("blocking evaluations: 2 a block + 16", all_of["waits"], 2 * depth + 16),
-        ("packed products: 14 a block + 4 + the head's", all_of["products"], 14 * depth + 4 + head),
-        ("non-view nodes: 1.15 of mlx-lm's", all_of["non_view"], round(1.15 * theirs["plain"]["non_view"])),
         ("weight bytes copied to MLX", all_of["copied_weights"], 0),
         ("bytes written to the file", all_of["written"], 0),
-        *(at_half_a_billion if (options.shape, options.tokens) == ("qwen2.5-0.5b", 256) else []),
     ]
+    if options.tokens <= found["plan"]["token_block"]:
+        most = round(1.15 * theirs["plain"]["non_view"])
+        rows.append(("packed products: 14 a block + 4 + the head's", all_of["products"], 14 * depth + 4 + head))
+        rows.append(("non-view nodes: 1.15 of mlx-lm's", all_of["non_view"], most))
+    if (options.shape, options.tokens) == ("qwen2.5-0.5b", 256):
+        peak_mb = max(found["peak_bytes"].values()) / 1e6
+        rows.append(("MLX's peak over LoRA and state, kept values in the file, MB", peak_mb, 60))
+    return rows
 
 
 def device() -> str:
