@@ -59,7 +59,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def limits(
     options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]
 ) -> list[tuple[str, float, float]]:
-    """(what, number, the most that it may be) of a step; products, nodes: where a row is one tile, peak: of one case."""
+    """(what, number, the most that it may be) of a step; products and nodes: where a row is one tile."""
     all_of, depth, head = total(found["stages"]), options.depth, found["stages"]["head"]["products"]
     rows: list[tuple[str, float, float]] = [
         ("blocking evaluations: 2 a block + 16", all_of["waits"], 2 * depth + 16),
