@@ -59,7 +59,7 @@ STAGES = (
     "update",
     "rest",
 )
-_PARTS = dict.fromkeys("qkvo", "projections") | {"a": "attention", "d": "MLP"}  # of a block's equations
+_PARTS = dict.fromkeys("qkvo", "projections") | dict.fromkeys("QKa", "attention") | {"d": "MLP"}  # by equation
 _NODE = re.compile(r'label ="(\w+)", shape=rectangle')
 _READERS = ("item", "tolist", "__array__", "__bool__", "__float__", "__int__")  # of an array, by Python
 NUMBERS = (  # counts, and bytes: copied to MLX (of weights, gathered rows, the file, all else), of the file
