@@ -112,7 +112,7 @@ def measure(case: str, path: Path, data: str, n_steps: int, batch_size: int, n_t
             mx.set_cache_limit(default_cache_bytes)  # as everybody has it who does not set it
             found = with_mlx_lm(path, mebp_mlx.init_lora(model), rows, batch_size, in_memory=case.endswith("in-memory"))
         else:
-            options = {"optimizer": "adam", "learning_rate": LEARNING_RATE, "batch_size": batch_size}
+            options: dict[str, Any] = {"optimizer": "adam", "learning_rate": LEARNING_RATE, "batch_size": batch_size}
             stepper = Stepper(model, n_tokens, engine=engine, **options)
             if isinstance(stepper.engine, WholeGraphEngine):
                 mx.set_cache_limit(default_cache_bytes)
