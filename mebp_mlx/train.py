@@ -208,9 +208,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
         if config.phone is not None and planned is not None:
-            for text in project(
-                config.phone, planned.workload, planned.plan, trainer.step_s, host_rates()
-            ):
+            for text in project(config.phone, planned.workload, planned.plan, trainer.step_s, host_rates()):
                 log.say(text)
     show_sample(config, model_path, folder)
     return DONE

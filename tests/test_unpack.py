@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.engine import host
 from mebp_mlx.model import head, unpack
+from mebp_mlx.ops import cpu
 
 pytestmark = pytest.mark.skipif(not unpack.on_cpu(), reason="used on the CPU only")
 
@@ -39,7 +39,7 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
     state = head.start(T, 1, want_dh=False).softmax
     for first in (0, C, 2 * C):
         part = np.ascontiguousarray(z[:, first : first + C])
-        p, *state, _ = host.online_softmax(mx.array(part), *state, mx.array(y), first)
+        p, *state, _ = cpu.online_softmax(mx.array(part), *state, mx.array(y), first)
         truth = np.exp((part - z[:, : first + C].max(axis=1, keepdims=True)).astype(np.float64))
         np.testing.assert_allclose(np.asarray(p), truth, rtol=3e-7, atol=1e-37, err_msg=f"seed {seed}")
     wide = z.astype(np.float64)
@@ -54,6 +54,6 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
 
 def test_a_logit_that_is_no_number_stays_one() -> None:
     z = mx.array([[0.0, float("nan")], [float("inf"), 1.0]])
-    step = host.online_softmax(z, *head.start(2, 1, want_dh=False).softmax, mx.array([0, 1]), 0)
+    step = cpu.online_softmax(z, *head.start(2, 1, want_dh=False).softmax, mx.array([0, 1]), 0)
     assert np.isnan(np.asarray(step.total)).all()
     assert step.p.shape == (2, 2)

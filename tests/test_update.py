@@ -45,18 +45,22 @@ def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     return list(reversed(found.values()))
 
 
-@pytest.mark.parametrize("park", [False, True], ids=["in memory", "parked"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"park": True}, {"is_lazy": True}, {"is_lazy": True, "gather": True}],
+    ids=["one by one", "parked", "lazy", "lazy, gathered"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_step_however_many_blocks(tmp_path: Path, name: str, park: bool, seed: int) -> None:
+def test_one_step_however_many_blocks(tmp_path: Path, name: str, how: dict[str, bool], seed: int) -> None:
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     expected, whole = lora.parameters(), OPTIMIZERS[name]()
-    updater = Updater(OPTIMIZERS[name](), lora, park=park, arena_dir=tmp_path)
+    updater = Updater(OPTIMIZERS[name](), lora, **how, arena_dir=tmp_path)
     for _ in range(6):
         gradients = _gradients(lora, rng)
         expected = whole.apply_gradients(gradients, expected)
         updater.begin_step()
         for block in _blocks(gradients):
-            updater.sink(block)
+            mx.async_eval(updater.sink(block))
         updater.end_step()
     assert updater.optimizer.step.item() == 6
     for key, value in lora.parameters().items():
@@ -65,6 +69,49 @@ def test_one_step_however_many_blocks(tmp_path: Path, name: str, park: bool, see
     assert set(kept) == set(wanted)
     for key, value in kept.items():
         assert np.array_equal(value, wanted[key]), (key, seed)
+
+
+def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) -> None:
+    """A lazy update: the block's new values and states, and the step. Otherwise nothing is left to be done."""
+    lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
+    for how in ({}, {"park": True}, {"park": True, "is_lazy": True}):
+        updater = Updater(optim.AdamW(1e-2), lora, **how, arena_dir=tmp_path)
+        updater.begin_step()
+        assert [updater.sink(block) for block in _blocks(_gradients(lora, rng))] == [[]] * 3
+        updater.end_step()
+    updater = Updater(optim.AdamW(1e-2), lora, is_lazy=True)
+    updater.begin_step()
+    for block in _blocks(_gradients(lora, rng)):
+        found, state = updater.sink(block), updater.optimizer.state
+        wanted = [lora.parameters()[name] for name in block]
+        wanted += [array for name in block for _, array in tree_flatten(state[name])] + [state["step"]]
+        assert len(found) == len(wanted)
+        assert all(np.array_equal(mine, its) for mine, its in zip(found, wanted, strict=True)), seed
+    gathering = Updater(optim.AdamW(1e-2), lora, gather=True)
+    gathering.begin_step()
+    (block, *_), more = _blocks(_gradients(lora, rng)), _blocks(_gradients(lora, rng))[0]
+    gathering.sink(block)
+    for name, found in zip(more, gathering.sink(more), strict=True):
+        assert np.array_equal(found, block[name] + more[name]), (name, seed)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_after_a_lazy_step_no_gradient_is_held(tmp_path: Path, clip: float | None, seed: int) -> None:
+    """Nor old values: what was gathered is applied by the end of the step, not when it is next looked at."""
+    model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=0))
+    lora, rng = mebp_mlx.init_lora(model, rank=100), np.random.default_rng(seed)
+    updater = Updater(optim.AdamW(1e-2), lora, is_lazy=True, gather=True, max_grad_norm=clip)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    for _ in range(2):
+        updater.begin_step()
+        for block in _blocks(_gradients(lora, rng)):
+            mx.async_eval(updater.sink(block))
+        del block
+        updater.end_step()
+        mx.synchronize()
+        lora_bytes = sum(value.nbytes for value in lora.parameters().values())
+        assert mx.get_active_memory() - before <= 0.01 * lora_bytes
 
 
 def test_parked_state_is_not_in_memory(tmp_path: Path) -> None:

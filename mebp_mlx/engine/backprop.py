@@ -43,14 +43,19 @@ class BackpropEngine:
         self.barrier = Barrier(self.plan.grain)
         self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
         self.ahead = ReadAhead(model)
+        self._reserved = (0, 0)  # rows and positions of a batch that fits the file
         # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
         trained = (layer.index for layer in model.spec.layers if trains(lora, layer))
         self.first_trained = next(trained, model.spec.L)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Make room for what batches of [batch_size, n_tokens] keep; UserError when the disk has none."""
+        rows, tokens = self._reserved
+        if self.plan.kept_bytes is None or (batch_size <= rows and n_tokens <= tokens):
+            return
+        self._reserved = (batch_size, n_tokens)
         n_bytes = kept_bytes(self.model, self.plan, self.lora, self.first_trained, batch_size, n_tokens)
-        self.store.reserve((self.model.spec.L - self.first_trained) * n_bytes)
+        self.store.reserve(self.model.spec.L - self.first_trained, n_bytes)
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """The batch's share of the step's loss, its gradients handed to `sink` block by block, last block first.
@@ -90,8 +95,8 @@ class BackpropEngine:
     ) -> list[mx.array]:
         """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none; the block's gradients / scale go to `sink`."""
         self.ahead.block(layer.index - 1)
-        run = work.run(layer, self.store, kept_names(self.plan, work))
-        dx = block_backward(work, run, dy, need_dx)
+        run = work.run(layer, self.store, None)
+        dx = block_backward(work, layer, run, dy, need_dx)
         self.store.forget(layer.index)
         gradients = run.gradients if scale == 1 else {n: g * (1 / scale) for n, g in run.gradients.items()}
         run.gradients = {}
@@ -109,39 +114,42 @@ class BackpropEngine:
         self.store.close()
 
 
-def block_backward(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
+def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
     """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
     if work.plan.checkpoint:
-        return _checkpointed(work, run, dy, need_dx)
-    position, dx = 0, []
-    for number, tile in enumerate(dy):
-        run.blocks.append(work.block(run, number, position))
+        return _checkpointed(work, layer, run, dy, need_dx)
+    position = 0
+    dx: list[mx.array] = []
+    for tile in dy:
+        run.blocks.append(work.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
     while dy:
-        dx.append(run.blocks[-1].backward(dy.pop(), need_dx))
+        found = run.blocks[-1].backward(dy.pop(), need_dx)
+        if found is not None:
+            dx.append(found)
+        del found
         run.blocks.pop()
+        run.wide.clear()
         if dy:  # the first tile is submitted with the block's update
-            work.barrier.tile(*dx[-1:] if need_dx else [], *run.gradients.values(), *run.attention.sums())
-    return dx[::-1] if need_dx else []
+            work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums())
+    return dx[::-1]
 
 
-def _checkpointed(work: Pass, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
+def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
     """The same by mx.checkpoint and MLX's own backward, from the block's inputs alone."""
-    starts = [0]
+    inputs, position = [], 0
     for tile in dy:
-        starts.append(starts[-1] + tile.shape[1])
-    inputs: list[mx.array] = []
-    for number in range(len(dy)):
-        x = run.kept and run.kept.get(run.layer.index, "x", number)
+        x = run.kept.get("x", position)
         assert x is not None
         inputs.append(x)
+        position += tile.shape[1]
     pairs = {linear.linear.name: linear.pair for linear in run.linear.values() if linear.pair is not None}
     names = [f"{name}.lora_{side}" for name in pairs for side in "ab"]
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
 
     def block(*arrays: mx.array) -> list[mx.array]:
         plain.adapter = Given(work.adapter, dict(zip(names, arrays[len(dy) :], strict=True)))
-        return plain.forward(run.layer, list(arrays[: len(dy)]))
+        return plain.forward(layer, list(arrays[: len(dy)]))
 
     # Trainables go in as arguments: a captured one would get a silent zero gradient.
     trainables = [array for pair in pairs.values() for array in pair]
@@ -175,8 +183,15 @@ def trains(adapter: Adapter, layer: Layer) -> bool:
 
 
 def kept_names(plan: Plan, work: Pass) -> frozenset[str]:
-    """The values that a plan keeps: those that the backward of this family reads, a block's input among them."""
-    return ((SAVE_INPUTS if plan.checkpoint else plan.saved) - work.block.not_read) | {"x"}
+    """The values that a plan keeps: those that the backward of this family reads, a block's input among them.
+
+    Queries and keys are kept as they are after their rotation, unless the backward of a norm needs them before it.
+    """
+    names = (SAVE_INPUTS if plan.checkpoint else plan.saved) - work.block.not_read
+    names -= {name for name, other in work.block.serves.items() if other in names}
+    if not work.model.spec.qk_norm:
+        names = frozenset({"q": "Q", "k": "K"}.get(name, name) for name in names)
+    return names | {"x"}
 
 
 def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> int:

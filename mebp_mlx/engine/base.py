@@ -77,11 +77,18 @@ class Pass:
         self.barrier.value(*tiles)
         return tiles
 
-    def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] = frozenset()) -> BlockRun:
-        """One block at work; kept, names: where and which values are kept."""
-        model, plan = self.model, self.plan
+    def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
+        """One block at work; kept, names: where and which values are kept, as of BlockRun."""
         return BlockRun(
-            model, layer, self.adapter, plan, self.barrier, self.block.gate, kept, names, self.dropout_parts
+            self.model,
+            layer,
+            self.adapter,
+            self.plan,
+            self.barrier,
+            self.block.gate,
+            kept,
+            names,
+            self.dropout_parts,
         )
 
     def forward(
@@ -91,11 +98,12 @@ class Pass:
         if self.ahead is not None:
             self.ahead.block(layer.index + 1)
         run, y, position = self.run(layer, kept, names), [], 0
-        for number in range(len(x)):
-            block = self.block(run, number, position, x.pop(0))
-            position += block.x.shape[1]
+        for _ in range(len(x)):
+            block = self.block(run, position, x[0].shape[:2], x.pop(0))
+            position += block.shape[1]
             y.append(block.y)
             del block  # what is not kept is only the graph's from here on
+            run.wide.clear()
             self.barrier.tile(y[-1])
         self.barrier.block()
         return y

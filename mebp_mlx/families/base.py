@@ -18,7 +18,7 @@ from ..model.spec import Layer, Linear
 from ..ops.attention import Attention, Heads
 from ..ops.barrier import Barrier
 from ..ops.gated_mlp import Gate, GatedMlp
-from ..ops.lora_linear import LoraLinear
+from ..ops.lora_linear import LoraLinear, Wide
 from ..ops.plan import Plan
 
 
@@ -34,19 +34,43 @@ class Adapter(Protocol):
 
 
 class Kept(Protocol):
-    """Values kept between a block's forward and its backward, by name and tile."""
+    """Values kept between a block's forward and its backward, by layer, name and the position of their tile."""
 
-    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+    def put(self, layer: int, name: str, position: int, value: mx.array) -> bool:
         """Keep a value; whether its array stays in use."""
 
-    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
+    def get(self, layer: int, name: str, position: int) -> mx.array | None:
         """A kept value, or None."""
 
-    def take(self, layer: int, name: str, tile: int) -> mx.array | None:
+    def take(self, layer: int, name: str, position: int) -> mx.array | None:
         """The same, given away: nobody else has the array."""
 
 
-class value:  # noqa: N801  (reads as a keyword)
+class BlockKept:
+    """What one block keeps in its forward pass, and finds again in its backward pass (ops/lora_linear.py: Memory).
+
+    names: of the values to keep in a forward pass; None in a backward pass.
+    """
+
+    def __init__(self, kept: Kept | None, layer: int, names: frozenset[str] | None):
+        self.kept, self.layer, self.names = kept, layer, names
+
+    def put(self, name: str, position: int, found: mx.array) -> bool:
+        """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
+        if self.kept is None or self.names is None or name.partition(".")[0] not in self.names:
+            return False
+        return self.kept.put(self.layer, name, position, found)
+
+    def get(self, name: str, position: int) -> mx.array | None:
+        """A kept value, in a backward pass."""
+        return None if self.kept is None or self.names is not None else self.kept.get(self.layer, name, position)
+
+    def take(self, name: str, position: int) -> mx.array | None:
+        """The same, given away."""
+        return None if self.kept is None or self.names is not None else self.kept.take(self.layer, name, position)
+
+
+class value:
     """An equation `value(lambda block, input, ...: result)` of a block; its parameters name its inputs.
 
     Computed when first asked for. In a forward pass an input is given up when its last reader has read it.
@@ -63,12 +87,12 @@ class value:  # noqa: N801  (reads as a keyword)
     def __get__(self, block: Any, owner: type | None = None) -> Any:
         if block is None:
             return self
-        found = block.recall(self.name)
+        found = block.run.kept.get(self.name, block.position)
         if found is None:
             found = self.equation(block, *[getattr(block, name) for name in self.inputs])
             block.was_read(self.inputs)
             block.run.barrier.value(found)
-            block.keep(self.name, found)
+            block.run.kept.put(self.name, block.position, found)
         block.__dict__[self.name] = found  # from now on the attribute itself
         return found
 
@@ -76,9 +100,9 @@ class value:  # noqa: N801  (reads as a keyword)
 class BlockRun:
     """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
 
-    adapter: the trainable pairs; kept: where values are kept, None: nowhere; names: of the values to keep;
-    dropout_parts: what dropout's random keys are made of besides projection and position (None: no dropout), so that
-    recomputation draws the same mask.
+    adapter: the trainable pairs; kept: where values are kept, None: nowhere; names: of the values to keep, None in a
+    backward pass; dropout_parts: what dropout's random keys are made of besides projection and position, so that
+    recomputation draws the same mask (None: no dropout).
     """
 
     def __init__(
@@ -90,18 +114,28 @@ class BlockRun:
         barrier: Barrier,
         gate: Gate,
         kept: Kept | None = None,
-        names: frozenset[str] = frozenset(),
+        names: frozenset[str] | None = frozenset(),
         dropout_parts: tuple[int, ...] | None = None,
     ):
-        self.layer, self.barrier = layer, barrier
-        self.kept, self.names = kept, names
+        self.barrier, self.kept = barrier, BlockKept(kept, layer.index, names)
         dropout = None if dropout_parts is None or not adapter.dropout else Dropout(adapter.dropout, dropout_parts)
-        self.norm_eps = model.spec.norm_eps
+        self.norm_eps, self.dtype = model.spec.norm_eps, model.dtype
         self.norms = model.norms(layer)
         self.gradients: dict[str, mx.array] = {}  # of the pairs by parameter name, float32
+        self.wide = Wide()
         self.linear = {
             short: LoraLinear(
-                model, linear, adapter.pair(linear), adapter.scale, plan, barrier, dropout, self.gradients
+                model,
+                short,
+                linear,
+                adapter.pair(linear),
+                adapter.scale,
+                plan,
+                barrier,
+                self.kept,
+                self.wide,
+                dropout,
+                self.gradients,
             )
             for short, linear in layer.linears.items()
         }
@@ -114,8 +148,7 @@ class BlockRun:
             layer.window,
             layer.rope,
             spec.norm_eps,
-            self.norms.get("q_norm"),
-            self.norms.get("k_norm"),
+            {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")},
         )
         self.attention = Attention(heads, plan.query_block, barrier)
         self.blocks: list[Block] = []  # of a backward pass, a tile each
@@ -124,48 +157,40 @@ class BlockRun:
         """Bring the keys and values of all tiles back, for a backward pass; once."""
         if self.attention.keys is None:
             for block in self.blocks:
-                self.attention.append(block.k, block.v, block.position)
-                block.drop("v", "h", "x")
+                self.attention.append(block.K, block.v)
+                block.drop("v", "k", "h", "x")
 
 
 class Block:
     """The values of a block on one tile.
 
-    run: what its tiles share; number, position: of the tile, and of its first row; x: the block's input [B, tile, D],
+    run: what its tiles share; position: of the tile's first row; shape: (B, tile); x: the block's input [B, tile, D],
     None in a backward pass, which finds it among what was kept.
     """
 
     gate: ClassVar[Gate]
     not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # by the backward: of no use when kept
-    names: ClassVar[frozenset[str]]  # of its values, those inside the MLP among them
+    serves: ClassVar[dict[str, str]] = {}  # values that the backward reads only to make another one
+    names: ClassVar[frozenset[str]]  # of its values, those inside the MLP and xA of the pairs among them
     readers: ClassVar[Counter[str]]
 
     x = value(lambda b: b.without_input())  # given to a forward pass, kept for a backward pass
+    Q: value  # what every family has: rotated queries and keys, values, and the block's output
+    K: value
+    v: value
+    y: value
 
     def __init_subclass__(cls) -> None:
         values = [getattr(cls, name) for name in dir(cls) if isinstance(getattr(cls, name, None), value)]
-        cls.names = frozenset(equation.name for equation in values) | {"g", "u"}
+        cls.names = frozenset(equation.name for equation in values) | {"g", "u", "low"}
         cls.readers = Counter(name for equation in values for name in equation.inputs)
 
-    def __init__(self, run: BlockRun, number: int, position: int, x: mx.array | None = None):
-        self.run, self.number, self.position = run, number, position
+    def __init__(self, run: BlockRun, position: int, shape: tuple[int, ...], x: mx.array | None = None):
+        self.run, self.position, self.shape = run, position, shape
         self.unread = None if x is None else Counter(self.readers)  # in a forward pass
         if x is not None:
             self.x = x
-            self.keep("x", x)
-
-    def recall(self, name: str) -> mx.array | None:
-        """A kept value, in a backward pass."""
-        if self.unread is not None or self.run.kept is None:
-            return None
-        return self.run.kept.get(self.run.layer.index, name, self.number)
-
-    def keep(self, name: str, found: mx.array) -> bool:
-        """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
-        run = self.run
-        if self.unread is None or run.kept is None or name.partition(".")[0] not in run.names:
-            return False
-        return run.kept.put(run.layer.index, name, self.number, found)
+            run.kept.put("x", position, x)
 
     def was_read(self, names: tuple[str, ...]) -> None:
         """Give up values that nobody reads any more."""
@@ -175,7 +200,7 @@ class Block:
         self.drop(*(name for name in names if not self.unread[name]))
 
     def without_input(self) -> mx.array:
-        raise AssertionError(f"block {self.run.layer.index} kept no input")
+        raise AssertionError("a block kept no input")
 
     def drop(self, *names: str) -> None:
         """Give up values; asked for again, they are computed again."""
@@ -193,10 +218,18 @@ class Block:
         """A projection's output."""
         return self.run.linear[short](x, self.position)
 
-    def linear_backward(self, short: str, source: str, g: mx.array, need_dx: bool = True) -> mx.array | None:
-        """dL/d(source), or None, from g = dL/dy of a projection of that value; its pair's gradients are added up."""
-        x = getattr(self, source) if short in self.run.trained else None
-        return self.run.linear[short].backward(x, g, self.position, need_dx)
+    def linear_backward(self, source: str, need_dx: bool, g: dict[str, mx.array]) -> mx.array | None:
+        """dL/d(source), or None, from g = dL/dy of each projection of that value, emptied; pairs' gradients add up."""
+        dx: mx.array | None = None
+        dtype = self.run.dtype
+        for short in list(g):
+            x = getattr(self, source) if short in self.run.trained else None
+            part = self.run.linear[short].backward(x, g.pop(short), self.position, need_dx)
+            dx = part if dx is None or part is None else dx + part
+            if dx is not None:
+                self.run.barrier.piece(dx)
+        self.drop(source)
+        return None if dx is None else self.evaluated(dx.astype(dtype))
 
     def norm(self, name: str, x: mx.array) -> mx.array:
         """x / rms(x) * weight."""
@@ -206,47 +239,45 @@ class Block:
         """dL/dx of that norm."""
         return self.evaluated(mx.vjp(lambda x: self.norm(name, x), [x], [g])[1][0])
 
-    def attend(self, q: mx.array) -> mx.array:
+    def rotate(self, short: str, x: mx.array) -> mx.array:
+        """Q or K [B, heads, tile, head_dim] of a projection's output."""
+        return self.run.attention.heads.rotated(short, x, self.position)
+
+    def rotate_backward(self, short: str, g: mx.array) -> mx.array:
+        """dL/dq or dL/dk from dL/dQ or dL/dK."""
+        heads = self.run.attention.heads
+        x = getattr(self, short) if heads.norms.get(short) is not None else None
+        self.drop(short)
+        return self.evaluated(heads.rotated_backward(short, x, g, self.position))
+
+    def attend(self, Q: mx.array) -> mx.array:
         """Attention of a tile's queries; its keys and values join those of the tiles before it."""
         if self.unread is not None:
-            self.run.attention.append(self.k, self.v, self.position)
-            self.drop("k", "v")
+            self.run.attention.append(self.K, self.v)
+            self.drop("K", "v")
         else:
             self.run.look_back()
-        return self.run.attention(q, self.position)
+        return self.run.attention(Q, self.position)
 
-    def attend_backward(self, da: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """(dq, dk, dv) of a tile's projections; later tiles must have been visited."""
+    def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
+        """dL/dq, dL/dk, dL/dv of a tile; later tiles must have been visited."""
         self.run.look_back()
-        dq = self.run.attention.backward(self.q, da, self.position)
-        self.drop("q")
-        dk, dv = self.run.attention.cotangents(self.k, self.position)
-        self.drop("k")
-        return dq, dk, dv
-
-    def qkv_backward(self, da: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dh, or None, from da: through attention and the three projections of h."""
-        cotangents = dict(zip("qkv", self.attend_backward(da), strict=True))
-        dh: mx.array | None = None
-        for short in "qkv":
-            part = self.linear_backward(short, "h", cotangents.pop(short), need_dx)
-            dh = part if dh is None or part is None else self.evaluated(dh + part)
-        self.drop("h")
-        return dh
+        dQ = self.run.attention.backward(self.Q, da, self.position)
+        self.drop("Q")
+        dq = self.rotate_backward("q", dQ)
+        del dQ
+        dK, dv = self.run.attention.cotangents(self.position, self.shape[1])
+        return {"q": dq, "k": self.rotate_backward("k", dK), "v": self.evaluated(dv)}
 
     def mlp(self, x: mx.array) -> mx.array:
         """The gated MLP's output."""
-        return self.run.mlp(x, self.position, self.keep)
+        return self.run.mlp(x, self.position)
 
     def mlp_backward(self, source: str, dy: mx.array, need_dx: bool) -> mx.array | None:
         """dL/d(source) of the gated MLP of that value, or None."""
-        run, x = self.run, getattr(self, source)
+        x = getattr(self, source)
         self.drop(*self.names)  # the MLP holds the most; what this value was made of can be had again
-
-        def kept(name: str) -> mx.array | None:
-            return None if run.kept is None else run.kept.take(run.layer.index, name, self.number)
-
-        return run.mlp.backward(x, dy, self.position, need_dx, kept)
+        return self.run.mlp.backward(x, dy, self.position, need_dx)
 
     def trains(self, *shorts: str) -> bool:
         """Whether one of these projections has a pair."""

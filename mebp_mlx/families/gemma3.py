@@ -1,6 +1,6 @@
 """Gemma 3's decoder block: both branches are normed before and after, weights are 1 + w (model/frozen.py).
 
-    x1 = x + norm(Wo attention(Wq h, Wk h, Wv h)),  h = norm(x);   y = x1 + norm(mlp(norm(x1)))
+x1 = x + norm(Wo attention(Wq h, Wk h, Wv h)),  h = norm(x);   y = x1 + norm(mlp(norm(x1)))
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ class Gemma3Block(Block):
     q = value(lambda b, h: b.linear("q", h))
     k = value(lambda b, h: b.linear("k", h))
     v = value(lambda b, h: b.linear("v", h))
-    a = value(lambda b, q: b.attend(q))
+    Q = value(lambda b, q: b.rotate("q", q))
+    K = value(lambda b, k: b.rotate("k", k))
+    a = value(lambda b, Q: b.attend(Q))
     o = value(lambda b, a: b.linear("o", a))
     x1 = value(lambda b, x, o: x + b.norm("post_attention_layernorm", o))
     h2 = value(lambda b, x1: b.norm("pre_feedforward_layernorm", x1))
@@ -37,12 +39,11 @@ class Gemma3Block(Block):
         del dd, dh2, dy
         do = self.norm_backward("post_attention_layernorm", self.o, dx1)
         self.drop("o")
-        da = self.linear_backward("o", "a", do, need_dx or self.trains("q", "k", "v"))
-        self.drop("a")
+        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": do})
         del do
         if da is None:
             return None
-        dh = self.qkv_backward(da, need_dx)
+        dh = self.linear_backward("h", need_dx, self.attend_backward(da))
         del da
         if dh is None:
             return None

@@ -1,6 +1,6 @@
 """The decoder block of llama, mistral, qwen2 and qwen3: they differ in biases and in q/k norms alone.
 
-    x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
+x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from .base import Block, value
 class LlamaBlock(Block):
     gate = SILU
     not_read = frozenset({"d", "y"})
+    serves = {"o": "x1"}  # noqa: RUF012
 
     h = value(lambda b, x: b.norm("input_layernorm", x))
     q = value(lambda b, h: b.linear("q", h))
     k = value(lambda b, h: b.linear("k", h))
     v = value(lambda b, h: b.linear("v", h))
-    a = value(lambda b, q: b.attend(q))
+    Q = value(lambda b, q: b.rotate("q", q))
+    K = value(lambda b, k: b.rotate("k", k))
+    a = value(lambda b, Q: b.attend(Q))
     o = value(lambda b, a: b.linear("o", a))
     x1 = value(lambda b, x, o: x + o)
     h2 = value(lambda b, x1: b.norm("post_attention_layernorm", x1))
@@ -34,11 +37,10 @@ class LlamaBlock(Block):
         dx1 = self.evaluated(dy + self.norm_backward("post_attention_layernorm", self.x1, dh2))
         self.drop("x", "x1", "o")
         del dh2, dy
-        da = self.linear_backward("o", "a", dx1, need_dx or self.trains("q", "k", "v"))
-        self.drop("a")
+        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": dx1})
         if da is None:
             return None
-        dh = self.qkv_backward(da, need_dx)
+        dh = self.linear_backward("h", need_dx, self.attend_backward(da))
         del da
         if dh is None:
             return None

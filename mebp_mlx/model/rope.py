@@ -33,12 +33,19 @@ class Rope:
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         """x [B, H, T, head_dim] rotated, its first position being `offset`."""
+        return self._rotated(x, offset, self.scale)
+
+    def backward(self, g: mx.array, offset: int = 0) -> mx.array:
+        """dL/dx [B, H, T, head_dim] from g = dL/dy of y = rope(x): a rotation's transpose turns back."""
+        return self._rotated(g, offset, -self.scale)
+
+    def _rotated(self, x: mx.array, offset: int, scale: float) -> mx.array:
         freqs, magnitude = _frequencies(self)
         if magnitude != 1.0:
             x = x * magnitude
         base = self.base if freqs is None else None
         return mx.fast.rope(
-            x, self.dims, traditional=self.traditional, base=base, scale=self.scale, offset=offset, freqs=freqs
+            x, self.dims, traditional=self.traditional, base=base, scale=scale, offset=offset, freqs=freqs
         )
 
 

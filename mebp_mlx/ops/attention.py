@@ -10,8 +10,9 @@ padded on the right, so causality alone keeps padding out of every labelled posi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,13 @@ import numpy as np
 from . import cpu
 from .barrier import Barrier
 
-Rotate = Callable[[mx.array, int], mx.array]
+
+class Rope(Protocol):
+    """The rotary embedding of [B, heads, T, head_dim] from a position on (model/rope.py)."""
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array: ...
+
+    def backward(self, g: mx.array, offset: int) -> mx.array: ...
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,25 @@ class Heads:
     head_dim: int
     scale: float
     window: int | None
-    rope: Rotate  # (x [B, heads, T, head_dim], position of its first row) -> rotated
+    rope: Rope
     norm_eps: float
-    q_norm: mx.array | None = None  # weights [head_dim]
-    k_norm: mx.array | None = None
+    norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or None
 
-    def queries(self, q: mx.array, position: int) -> mx.array:
-        """A projection's q [B, T, H * head_dim] -> Q [B, H, T, head_dim]."""
-        return self._rotated(q, self.q_norm, position)
+    def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
+        """q or k [B, T, heads * head_dim] -> Q or K [B, heads, T, head_dim]."""
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
+        return self.rope(self._normed(short, x).transpose(0, 2, 1, 3), position)
 
-    def keys(self, k: mx.array, position: int) -> mx.array:
-        """k [B, T, K * head_dim] -> K [B, K, T, head_dim]."""
-        return self._rotated(k, self.k_norm, position)
+    def rotated_backward(self, short: str, x: mx.array | None, g: mx.array, position: int) -> mx.array:
+        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where a norm is before the rotation."""
+        g = self.rope.backward(g, position).transpose(0, 2, 1, 3)
+        if x is not None:
+            g = mx.vjp(lambda x: self._normed(short, x), [x.reshape(g.shape)], [g])[1][0]
+        return g.reshape(*g.shape[:2], -1)
+
+    def _normed(self, short: str, x: mx.array) -> mx.array:
+        norm = self.norms.get(short)
+        return x if norm is None else mx.fast.rms_norm(x, norm, self.norm_eps)
 
     def split(self, x: mx.array) -> mx.array:
         """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
@@ -49,12 +63,6 @@ class Heads:
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
         """Which keys [low, high) the queries [start, stop) may see: causal, and within the window."""
         return (0 if self.window is None else max(0, start - self.window + 1)), stop
-
-    def _rotated(self, x: mx.array, norm: mx.array | None, position: int) -> mx.array:
-        x = x.reshape(*x.shape[:2], -1, self.head_dim)
-        if norm is not None:
-            x = mx.fast.rms_norm(x, norm, self.norm_eps)
-        return self.rope(x.transpose(0, 2, 1, 3), position)
 
 
 class Attention:
@@ -67,53 +75,54 @@ class Attention:
         self.d_keys: mx.array | None = None  # float32 sums
         self.d_values: mx.array | None = None
 
-    def append(self, k: mx.array, v: mx.array, position: int) -> None:
-        """The keys and values of the next tile, projections' outputs [B, tile, K * head_dim]."""
-        keys, values = self.heads.keys(k, position), self.heads.split(v)
+    def append(self, keys: mx.array, v: mx.array) -> None:
+        """The next tile's K [B, K, tile, head_dim] and v [B, tile, K * head_dim]."""
+        values = self.heads.split(v)
         if self.keys is not None and self.values is not None:
             keys, values = mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
         self.keys, self.values = keys, values
         self.barrier.value(keys, values)
 
-    def __call__(self, q: mx.array, position: int) -> mx.array:
-        """A tile's q [B, tile, H * head_dim] from a position on -> A [B, tile, H * head_dim]."""
+    def __call__(self, Q: mx.array, position: int) -> mx.array:
+        """A tile's Q [B, H, tile, head_dim] from a position on -> A [B, tile, H * head_dim]."""
         pieces = []
-        for start, stop, low, high in self._blocks(q.shape[1], position):
-            keys, values = self._seen(low, high)
-            queries = self.heads.queries(q[:, start - position : stop - position], start)
-            pieces.append(forward(self.heads, queries, keys, values, start, low))
+        for start, stop, low, high in self._blocks(Q.shape[2], position):
+            queries = _part(Q, start - position, stop - position)
+            pieces.append(forward(self.heads, queries, *self._seen(low, high), start, low))
             self.barrier.piece(pieces[-1])
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
 
-    def backward(self, q: mx.array, da: mx.array, position: int) -> mx.array:
-        """dq of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
+    def backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
+        """dQ of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
         assert self.keys is not None
-        if self.d_keys is None:
-            self.d_keys, self.d_values = mx.zeros(self.keys.shape), mx.zeros(self.keys.shape)
         pieces = []
-        for start, stop, low, high in self._blocks(q.shape[1], position):
-            keys, values = self._seen(low, high)
-            part = q[:, start - position : stop - position]
-            queries = self.heads.queries(part, start)
-            d_queries, dk, dv = backward(
-                self.heads, queries, keys, values, start, low, da[:, start - position : stop - position]
+        for start, stop, low, high in self._blocks(Q.shape[2], position):
+            first, last = start - position, stop - position
+            dq, dk, dv = backward(
+                self.heads, _part(Q, first, last), *self._seen(low, high), start, low, _part(da, first, last, axis=1)
             )
-            del queries, keys, values
-            pieces.append(mx.vjp(lambda q, at=start: self.heads.queries(q, at), [part], [d_queries])[1][0])
-            self.d_keys[:, :, low:high] += dk
-            self.d_values[:, :, low:high] += dv
-            self.barrier.piece(pieces[-1], self.d_keys, self.d_values)
-        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+            pieces.append(dq)
+            self._add(low, high, dk, dv)
+            self.barrier.piece(dq, *self.sums())
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
-    def cotangents(self, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        """(dk, dv) [B, tile, K * head_dim] of a tile's projections, after the backward of it and all later tiles."""
-        assert self.d_keys is not None and self.d_values is not None
-        stop, dtype = position + k.shape[1], k.dtype
-        d_keys, d_values = (d[:, :, position:stop].astype(dtype) for d in (self.d_keys, self.d_values))
-        (dk,) = mx.vjp(lambda k: self.heads.keys(k, position), [k], [d_keys])[1]
-        dv = d_values.transpose(0, 2, 1, 3).reshape(k.shape)
-        self.barrier.value(dk, dv)
-        return dk, dv
+    def cotangents(self, position: int, T: int) -> tuple[mx.array, mx.array]:
+        """(dK [B, K, T, head_dim], dv [B, T, K * head_dim]) of a tile, after the backward of it and all later tiles."""
+        assert self.keys is not None and self.d_keys is not None and self.d_values is not None
+        dk, dv = (_part(d, position, position + T).astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
+        return dk, dv.transpose(0, 2, 1, 3).reshape(dv.shape[0], T, -1)
+
+    def _add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
+        assert self.keys is not None
+        if self.d_keys is None or self.d_values is None:
+            if high - low == self.keys.shape[2]:
+                self.d_keys, self.d_values = dk, dv
+                return
+            self.d_keys, self.d_values = mx.zeros(self.keys.shape), mx.zeros(self.keys.shape)
+        elif self.d_keys.dtype != mx.float32:  # a second part
+            self.d_keys, self.d_values = self.d_keys.astype(mx.float32), self.d_values.astype(mx.float32)
+        self.d_keys[:, :, low:high] += dk
+        self.d_values[:, :, low:high] += dv
 
     def sums(self) -> list[mx.array]:
         """What later tiles' graphs add to."""
@@ -121,7 +130,7 @@ class Attention:
 
     def _seen(self, low: int, high: int) -> tuple[mx.array, mx.array]:
         assert self.keys is not None and self.values is not None
-        return self.keys[:, :, low:high], self.values[:, :, low:high]
+        return _part(self.keys, low, high), _part(self.values, low, high)
 
     def _blocks(self, T: int, position: int) -> list[tuple[int, int, int, int]]:
         """(first query, end, first key, end) of each block of queries."""
@@ -172,6 +181,13 @@ def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) ->
     """Which keys from `low` on each query from `start` on sees, bool [n_queries, n_keys]."""
     i, j = mx.arange(start, start + n_queries)[:, None], mx.arange(low, low + n_keys)[None]
     return j <= i if heads.window is None else (j <= i) & (j > i - heads.window)
+
+
+def _part(x: mx.array, start: int, stop: int, axis: int = 2) -> mx.array:
+    """Positions [start, stop) of [B, heads, T, head_dim], or along another axis."""
+    if stop - start == x.shape[axis]:
+        return x
+    return x[:, start:stop] if axis == 1 else x[:, :, start:stop]
 
 
 def _grouped(q: mx.array, k: mx.array) -> mx.array:

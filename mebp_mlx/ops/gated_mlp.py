@@ -20,6 +20,7 @@ class Gate:
     """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py), forward and backward."""
 
     plain: Callable[[mx.array, mx.array], mx.array]
+    plain_backward: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
     on_cpu: cpu.Forward
     on_cpu_backward: cpu.Backward
 
@@ -32,8 +33,7 @@ class Gate:
     def backward(self, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """(m, dg, du) from dm = dL/dm; the memory of all three arguments may be used for them."""
         if not cpu.serves(g, u, dm):
-            (m,), (dg, du) = mx.vjp(self.plain, [g, u], [dm])
-            return m, dg, du
+            return self.plain_backward(g, u, dm)
         return cpu.gate_backward(self.on_cpu_backward, g, u, dm)
 
 
@@ -41,12 +41,23 @@ def _silu(g: mx.array, u: mx.array) -> mx.array:
     return g * mx.sigmoid(g) * u
 
 
+def _silu_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    s = mx.sigmoid(g)
+    act = g * s
+    return act * u, dm * u * (s + act * (1 - s)), dm * act
+
+
 def _gelu_tanh(g: mx.array, u: mx.array) -> mx.array:
     return 0.5 * g * (1 + mx.tanh(0.7978845608028654 * (g + 0.044715 * g**3))) * u
 
 
-SILU = Gate(_silu, cpu.silu, cpu.silu_backward)
-GELU_TANH = Gate(_gelu_tanh, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
+def _gelu_tanh_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (m,), (dg, du) = mx.vjp(_gelu_tanh, [g, u], [dm])
+    return m, dg, du
+
+
+SILU = Gate(_silu, _silu_backward, cpu.silu, cpu.silu_backward)
+GELU_TANH = Gate(_gelu_tanh, _gelu_tanh_backward, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
 
 
 class GatedMlp:
@@ -57,38 +68,31 @@ class GatedMlp:
         F, D = down.linear.in_dims, down.linear.out_dims
         self.blocks = down.plan.column_blocks(F, down.model.copied_bytes(down.linear, D))
 
-    def __call__(self, x: mx.array, position: int, keep: Callable[[str, mx.array], bool]) -> mx.array:
-        """x [B, tile, D] from a position on -> d [B, tile, D]; keep(name, value): whether a value stays in memory."""
+    def __call__(self, x: mx.array, position: int) -> mx.array:
+        """x [B, tile, D] from a position on -> d [B, tile, D]."""
         gate_low, up_low = self.gate.low_rank(x, position), self.up.low_rank(x, position)
-        down = Input(self.down, position)
+        down, memory = Input(self.down, position), self.down.memory
         for block, (start, stop) in enumerate(self.blocks):
             g = self.gate.rows(x, gate_low, start, stop)
             self.barrier.piece(g)
-            is_kept = keep(f"g.{block}", g)
+            is_in_use = memory.put(f"g.{block}", position, g)
             u = self.up.rows(x, up_low, start, stop)
             self.barrier.piece(u)
-            keep(f"u.{block}", u)
-            m = self.act(g, u, in_place=not is_kept)
+            memory.put(f"u.{block}", position, u)
+            m = self.act(g, u, in_place=not is_in_use)
             del g, u
             self.barrier.piece(m)
             down.add(start, stop, m)
             del m
         return down.output()
 
-    def backward(
-        self,
-        x: mx.array,
-        dy: mx.array,
-        position: int,
-        need_dx: bool,
-        kept: Callable[[str], mx.array | None],
-    ) -> mx.array | None:
-        """dL/dx from dy = dL/dd [B, tile, D], or None; kept(name): a kept value, given away, or None."""
+    def backward(self, x: mx.array, dy: mx.array, position: int, need_dx: bool) -> mx.array | None:
+        """dL/dx from dy = dL/dd [B, tile, D], or None."""
         inner = need_dx or self.gate.pair is not None or self.up.pair is not None
-        down = Input(self.down, position, dy)
+        down, memory = Input(self.down, position, dy), self.down.memory
         gate, up = (Backward(linear, x, position, need_dx) for linear in (self.gate, self.up))
         for block, (start, stop) in enumerate(self.blocks):
-            g, u = kept(f"g.{block}"), kept(f"u.{block}")
+            g, u = (memory.take(f"{name}.{block}", position) for name in "gu")
             g = self.gate.rows(x, gate.low, start, stop) if g is None else g
             u = self.up.rows(x, up.low, start, stop) if u is None else u
             self.barrier.piece(g, u)
@@ -108,4 +112,4 @@ class GatedMlp:
             del du
         down.finish()
         d_gate, d_up = gate.finish(), up.finish()
-        return None if d_gate is None or d_up is None else d_gate + d_up
+        return None if d_gate is None or d_up is None else (d_gate + d_up).astype(x.dtype)

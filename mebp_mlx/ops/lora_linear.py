@@ -9,10 +9,13 @@ columns of y, or of columns, which are columns of x (`Input`). Sums over blocks 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import mlx.core as mx
 
 from ..model.frozen import Model
 from ..model.lora import Dropout, Pair
+from ..model.piece import Piece
 from ..model.spec import Linear
 from .barrier import Barrier
 from .plan import Plan
@@ -20,26 +23,59 @@ from .plan import Plan
 Range = tuple[int, int]
 
 
+class Memory(Protocol):
+    """What a block keeps of a tile, by name and position (families/base.py: BlockKept)."""
+
+    def put(self, name: str, position: int, found: mx.array) -> bool: ...
+
+    def take(self, name: str, position: int) -> mx.array | None: ...
+
+
+class Wide:
+    """A value in float32, converted once for the pairs of all projections of it."""
+
+    def __init__(self) -> None:
+        self._value: mx.array | None = None
+        self._wide: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype.size >= 4:
+            return x
+        if x is not self._value:
+            self._value, self._wide = x, x.astype(mx.float32)
+        assert self._wide is not None
+        return self._wide
+
+    def clear(self) -> None:
+        """The values are not needed any more."""
+        self._value = self._wide = None
+
+
 class LoraLinear:
     """One projection of a block, on one tile of the sequence after another.
 
-    dropout: on the input of the pair, or None; gradients: where those of the pair are summed up, float32, by
-    parameter name.
+    short: its name in the block; memory: where s (xA), r columns, is kept as "low.SHORT", if the plan says so; wide:
+    shared by projections of one value; dropout: on the input of the pair, or None; gradients: where those of the pair
+    are summed up, float32, by parameter name.
     """
 
     def __init__(
         self,
         model: Model,
+        short: str,
         linear: Linear,
         pair: Pair | None,
         scale: float,
         plan: Plan,
         barrier: Barrier,
+        memory: Memory,
+        wide: Wide,
         dropout: Dropout | None,
         gradients: dict[str, mx.array],
     ):
-        self.model, self.linear, self.pair, self.scale = model, linear, pair, scale
-        self.plan, self.barrier, self.dropout, self.gradients = plan, barrier, dropout, gradients
+        self.model, self.low_name, self.linear, self.pair, self.scale = model, f"low.{short}", linear, pair, scale
+        self.plan, self.barrier, self.memory, self.wide = plan, barrier, memory, wide
+        self.dropout, self.gradients = dropout, gradients
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -51,7 +87,9 @@ class LoraLinear:
         return _join(pieces)
 
     def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
-        """dL/dx from g = dL/dy [B, tile, out], or None; the pair's gradients are added up. x: only with a pair."""
+        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are
+        added up. x: only with a pair.
+        """
         backward = Backward(self, x, position, need_dx)
         for start, stop in self.row_blocks:
             backward.take(start, stop, g[..., start:stop])
@@ -66,8 +104,11 @@ class LoraLinear:
         """s (dropout(x) A) [B, tile, r], or None without a pair."""
         if self.pair is None:
             return None
-        low = self.scale * (self.dropped(x, x, position) @ self.pair.a)
-        self.barrier.piece(low)
+        low = self.memory.take(self.low_name, position)
+        if low is None:
+            low = self.scale * (self.dropped(self.wide(x), x, position) @ self.pair.a)
+            self.barrier.piece(low)
+            self.memory.put(self.low_name, position, low)
         return low
 
     def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
@@ -78,7 +119,7 @@ class LoraLinear:
             y = y + bias
         if low is not None and self.pair is not None:
             b = self.pair.b if stop - start == self.linear.out_dims else self.pair.b[:, start:stop]
-            y = y + (low @ b).astype(y.dtype)
+            y = mx.addmm(y, low, b) if y.dtype == low.dtype else y + (low @ b).astype(y.dtype)
         return y
 
     def add(self, side: str, gradient: mx.array) -> None:
@@ -125,17 +166,19 @@ class Backward:
             barrier.piece(self.g_b, self.db[-1])
 
     def finish(self) -> mx.array | None:
-        """dx in the compute dtype, after the last column."""
-        linear, pair, dtype = self.linear, self.linear.pair, self.linear.model.dtype
+        """dx, not rounded to the compute dtype (several of them may be added up), after the last column."""
+        linear, pair = self.linear, self.linear.pair
         if pair is None or self.g_b is None or self.x is None:
-            return None if self.dx is None else self.dx.astype(dtype)
+            return self.dx
         g_b = linear.scale * self.g_b
-        dropped = linear.dropped(self.x, self.x, self.position)
-        linear.add("a", _flat(dropped).astype(mx.float32).T @ _flat(g_b))
+        linear.add("a", _flat(linear.dropped(linear.wide(self.x), self.x, self.position)).T @ _flat(g_b))
         linear.add("b", _join(self.db))
         if self.dx is None:
             return None
-        self.dx = (self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)).astype(dtype)
+        if linear.dropout is None:
+            self.dx = mx.addmm(self.dx.astype(mx.float32), g_b, pair.a.T)
+        else:
+            self.dx = self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)
         linear.barrier.piece(self.dx)
         return self.dx
 
@@ -152,7 +195,10 @@ class Input:
         self.x_a: mx.array | None = None  # dropout(x) A [B, tile, r]
         self.da: list[mx.array] = []
         self.g_b: mx.array | None = None
+        self.sums_x_a = True
         if g is not None and linear.pair is not None:
+            self.x_a = linear.memory.take(linear.low_name, position)
+            self.sums_x_a = self.x_a is None
             self.g_b = linear.scale * (g.astype(mx.float32) @ linear.pair.b.T)
             linear.barrier.piece(self.g_b)
 
@@ -170,6 +216,7 @@ class Input:
         bias = linear.model.bias(linear.linear, 0, linear.linear.out_dims)
         y = self.y if bias is None else self.y + bias
         if linear.pair is not None and self.x_a is not None:
+            linear.memory.put(linear.low_name, self.position, self.x_a)
             y = y + ((linear.scale * self.x_a) @ linear.pair.b).astype(y.dtype)
         return y.astype(linear.model.dtype)
 
@@ -187,8 +234,8 @@ class Input:
         """What these columns of x give to the pair's gradients."""
         if self.g_b is None:
             return
-        dropped = self._add_x_a(start, stop, x)
-        self.da.append(_flat(dropped).astype(mx.float32).T @ _flat(self.g_b))
+        dropped = self._add_x_a(start, stop, x.astype(mx.float32))
+        self.da.append(_flat(dropped).T @ _flat(self.g_b))
         self.linear.barrier.piece(self.da[-1])
 
     def finish(self) -> None:
@@ -204,6 +251,8 @@ class Input:
         if pair is None:
             return x
         dropped = linear.dropped(x, x, self.position, start, stop)
+        if not self.sums_x_a:
+            return dropped
         part = dropped @ (pair.a if self._whole(start, stop) else pair.a[start:stop])
         self.x_a = part if self.x_a is None else self.x_a + part
         linear.barrier.piece(self.x_a)
@@ -212,7 +261,7 @@ class Input:
     def _whole(self, start: int, stop: int) -> bool:
         return stop - start == self.linear.linear.in_dims
 
-    def _block(self, start: int, stop: int) -> object:
+    def _block(self, start: int, stop: int) -> Piece:
         linear = self.linear
         if self._whole(start, stop):
             return linear.model.piece_of_rows(linear.linear, 0, linear.linear.out_dims)

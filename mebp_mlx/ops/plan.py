@@ -14,6 +14,8 @@ from ..runtime.device import on_gpu
 SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
+# Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
+SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 

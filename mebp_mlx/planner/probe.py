@@ -5,7 +5,6 @@ The blocks run as training runs them, on the batch's real shape; nothing about t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
 from ..engine.base import Pass
 from ..model.lora import Lora
 from ..model.spec import Layer
-from ..ops.cross_entropy import NO_LABEL, cross_entropy
+from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
 from ..runtime.footprint import PeakMeter
 from .workload import Workload
@@ -81,7 +80,7 @@ def _exact(
 ) -> None:
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
-    engine.store.reserve(len(layers) * per_block)
+    engine.store.reserve(len(layers), per_block)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     names = kept_names(plan, work)
@@ -96,35 +95,34 @@ def _exact(
         engine.barrier.wait(*(dx or []))
         engine.store.write_behind()
     assert dx is not None
-    names_of = {layer.index: f"{layer.prefix}." for layer in layers}
     with meter.phase("backward"):
         for layer in reversed(layers):
-            updater = _scratch(workload, plan, names_of[layer.index])
-
-            def sink(gradients: dict[str, mx.array]) -> list[mx.array] | None:
-                if updater is None:
-                    return None
-                with meter.phase("update"):
-                    return updater.sink(gradients)
-
+            sink = _Update(workload, plan, meter, f"{layer.prefix}.")
             dx = engine.backward(work, layer, dx, need_dx=layer.index > 0, sink=sink)
         mx.synchronize()
     engine.barrier.finish()
     engine.store.clear()
 
 
-def _scratch(workload: Workload, plan: Plan, prefix: str):  # type: ignore[no-untyped-def]
-    """An updater of one block's parameters, whose results nobody keeps."""
-    if workload.make_updater is None:
-        return None
-    lora = workload.lora
-    own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
-    part = Lora(
-        own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
-    )
-    updater = workload.make_updater(part, plan)
-    updater.begin_step()
-    return updater
+class _Update:
+    """The update of one block's parameters, whose results nobody keeps."""
+
+    def __init__(self, workload: Workload, plan: Plan, meter: PeakMeter, prefix: str):
+        self.meter, self.updater = meter, None
+        if workload.make_updater is not None:
+            lora = workload.lora
+            own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
+            part = Lora(
+                own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
+            )
+            self.updater = workload.make_updater(part, plan)
+            self.updater.begin_step()
+
+    def __call__(self, gradients: dict[str, mx.array]) -> list[mx.array] | None:
+        if self.updater is None:
+            return None
+        with self.meter.phase("update"):
+            return self.updater.sink(gradients)
 
 
 def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, B: int, T: int) -> None:

@@ -135,8 +135,8 @@ class _Counter:
             self.work.forward(layer, self._tiles(), shapes, names)
 
         def run(*dy: mx.array) -> list[mx.array]:
-            block = self.work.run(layer, shapes, names)
-            dx = block_backward(self.work, block, list(dy), need_dx)
+            block = self.work.run(layer, shapes, None)
+            dx = block_backward(self.work, layer, block, list(dy), need_dx)
             return [*dx, *block.gradients.values()]
 
         return self._once(("backward", need_dx, self._kind(layer)), run)
