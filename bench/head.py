@@ -96,9 +96,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(options.shape, Path(scratch) / "model", layers=1)
         found = measure(folder, options.tokens, options.repeats)
-    print(f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
-          f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added; "
-          f"decompressing alone {found['decompress_s']} s, exp alone {found['exp_s']} s, both on one core")
+    print(
+        f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
+        f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added; "
+        f"decompressing alone {found['decompress_s']} s, exp alone {found['exp_s']} s, both on one core"
+    )
     print(json.dumps({"bench": "head", "shape": options.shape, "tokens": options.tokens, **found}))
 
 
