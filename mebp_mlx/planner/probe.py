@@ -5,6 +5,7 @@ The blocks run as training runs them, on the batch's real shape; nothing about t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ _CHUNKS = 3  # of the head: from the second on the state before is held beside t
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. phases: the process's peak footprint in bytes by phase, kept values aside; arrays_bytes: MLX's own peak; kept_bytes: what one block keeps.
+    """What was measured. phases: the process's peak footprint in bytes by phase, kept values aside; arrays_bytes:
+    MLX's own peak; kept_bytes: what one block keeps.
     """
 
     phases: dict[str, int]
