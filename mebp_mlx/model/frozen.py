@@ -7,6 +7,7 @@ piece lives exactly as long as its caller holds it.
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import mlx.core as mx
@@ -151,6 +152,14 @@ class Model:
         return x
 
 
+_numbers = itertools.count()
+
+
+def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array that nobody evaluates, unlike any other: a graph that is exported has equal parts once only."""
+    return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)
+
+
 class UnreadWeights:
     """Tensors of a checkpoint by shape and dtype alone, as arrays that nobody evaluates."""
 
@@ -163,13 +172,13 @@ class UnreadWeights:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         shape = self.weights.info(name).shape
         stop = shape[0] if stop is None else stop
-        return mx.zeros((stop - start, *shape[1:]), self._dtype(name))
+        return stand_in((stop - start, *shape[1:]), self._dtype(name))
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
-        return mx.zeros((self.weights.info(name).shape[0], stop - start), self._dtype(name))
+        return stand_in((self.weights.info(name).shape[0], stop - start), self._dtype(name))
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        return mx.zeros((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
+        return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
 
     def _dtype(self, name: str) -> mx.Dtype:
         return self.weights.info(name).mlx_dtype
