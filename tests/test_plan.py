@@ -1,4 +1,4 @@
-"""Plans and predictions: monotone, within their budgets, exact about buffers, close to what a process really takes."""
+"""Plans: found by measuring, monotone, within their budgets, and close to what a process really takes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ import json
 import math
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mebp_mlx
-from bench.plan_check import Case
 from bench.synth import write_model as write_shape
 from mebp_mlx import train
 from mebp_mlx.config import TrainConfig
-from mebp_mlx.engine import ledger
-from mebp_mlx.engine.choose import MARGIN, choose_plan
-from mebp_mlx.engine.job import Job, job_for
-from mebp_mlx.engine.plan import SAVE_INPUTS, Plan
-from mebp_mlx.engine.predict import Prediction, predict
 from mebp_mlx.engine.update import Updater
+from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.errors import BudgetError
-from mebp_mlx.model.decoder import block_stages, value_width
-from mebp_mlx.optimizers import make_optimizer
-from mebp_mlx.planning import Planned, make_plan
+from mebp_mlx.ops.barrier import GRAINS
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.planner import search
+from mebp_mlx.planner.probe import Probe, probe
+from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
+from mebp_mlx.planner.workload import Workload
 from mebp_mlx.planning import Sizes as LongestRows
+from mebp_mlx.planning import make_plan, saved_plan
+from mebp_mlx.runtime.footprint import footprint_bytes
 from mebp_mlx.runtime.log import RunLog
-from mebp_mlx.summary import BudgetWatch
+from mebp_mlx.summary import BudgetWatch, plan_record
 from tests.runs import arguments, child, tokenize_here, write_home
-from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
+from tests.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 
 MB = 1_000_000
 # Of the measured peak, on a machine that may be busy; rather over than under. bench.plan_check has the figures.
@@ -48,9 +51,11 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {shape: home / shape for shape in ("qwen2.5-0.5b", "gemma3-1b")}
 
 
-def _job(folder: Path, B: int = 1, T: int = 512, **more: Any) -> Job:
+def _workload(folder: Path, B: int = 1, T: int = 512, **more: Any) -> Workload:
     model = mebp_mlx.open_model(folder)
-    return job_for(model, mebp_mlx.init_lora(model), B, T, base_bytes=25 * MB, **more)
+    lora = mebp_mlx.init_lora(model)
+    more.setdefault("make_updater", lambda part, plan: Updater(PlainSGD(learning_rate=1e-4), part))
+    return Workload(model, lora, B, T, **more)
 
 
 def _named_budget(error: BudgetError) -> int:
@@ -59,121 +64,245 @@ def _named_budget(error: BudgetError) -> int:
     return round(float(found[1]) * MB)
 
 
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe is a measurement, a little different every time: here a plan's is taken once."""
+    known: dict[Plan, Probe] = {}
+
+    def once(workload: Workload, plan: Plan, arena_dir: Any = None) -> Probe:
+        if plan not in known:
+            known[plan] = probe(workload, plan, arena_dir)
+        return known[plan]
+
+    monkeypatch.setattr(search, "probe", once)
+
+
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "gemma3-1b"])
-@pytest.mark.parametrize(("B", "T"), [(1, 256), (4, 130), (1, 2048)])
+@pytest.mark.parametrize(("B", "T"), [(1, 256), (4, 130)])
 def test_budgets_are_kept_and_smaller_ones_never_cost_more(
     real_shapes: dict[str, Path], shape: str, B: int, T: int
 ) -> None:
-    job = _job(real_shapes[shape], B, T)
-    peak = predict(job, choose_plan(job)).peak_bytes
+    workload = _workload(real_shapes[shape], B, T, state_bytes=20 * MB)
+    peak = choose(workload).predicted.peak_bytes
     with pytest.raises(BudgetError) as refused:
-        choose_plan(job, 10 * MB)
+        choose(workload, 10 * MB)
     smallest = _named_budget(refused.value)
-    budget = math.ceil(peak * (1 + MARGIN))
+    budget, before = math.ceil(peak * (1 + MARGIN)), None
     while budget >= smallest:
-        found = predict(job, choose_plan(job, budget)).peak_bytes
-        assert found * (1 + MARGIN) <= budget and found <= peak, (budget, found)
-        peak, budget = found, int(budget * 0.93)
-    assert predict(job, choose_plan(job, smallest)).peak_bytes * (1 + MARGIN) <= smallest
+        found = choose(workload, budget)
+        assert found.predicted.peak_bytes * (1 + MARGIN) <= budget, (budget, found)
+        if before is not None:
+            assert found.plan.token_block <= before.plan.token_block
+            if found.plan.token_block == before.plan.token_block:
+                assert found.predicted.peak_bytes <= before.predicted.peak_bytes
+                assert found.predicted.arena_bytes >= before.predicted.arena_bytes
+        budget, before = int(budget * 0.93), found
+    assert before is not None
+    least = choose(workload, smallest)
+    assert least.predicted.peak_bytes * (1 + MARGIN) <= smallest
+    assert least.plan.offload_state
     with pytest.raises(BudgetError):
-        choose_plan(job, int(smallest * 0.99))
+        choose(workload, int(smallest * 0.99))
 
 
+@pytest.mark.usefixtures("steady")
+def test_a_budget_takes_the_largest_pieces_that_fit(real_shapes: dict[str, Path]) -> None:
+    workload = _workload(real_shapes["qwen2.5-0.5b"])
+    plans = ladder(workload)
+    sizes = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in plans]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 2
+    least = choose(workload, smallest=True).predicted.peak_bytes * (1 + MARGIN)
+    found = [choose(workload, math.ceil(least * factor)).plan for factor in (1, 1.2, 1.5, 2, 10)]
+    taken = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in found]
+    assert taken == sorted(taken) and taken[-1] == sizes[-1] and set(taken) <= set(sizes)
+    assert choose(workload).plan == dataclasses.replace(plans[-1], kept_bytes=None, offload_state=False)
+    assert choose(workload, smallest=True).plan == plans[0]
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_known_plan_is_taken_if_it_fits(real_shapes: dict[str, Path]) -> None:
+    workload = _workload(real_shapes["qwen2.5-0.5b"], T=256)
+    known = dataclasses.replace(ladder(workload)[1], saved=SAVE_INPUTS, kept_bytes=12345)
+    for budget in (None, 1000 * MB):
+        assert choose(workload, budget, known=known).plan == known
+    roomy = Plan(token_block=2048, query_block=2048, logits_block_bytes=256 << 20, weight_block_bytes=None)
+    smallest = choose(workload, smallest=True).predicted.peak_bytes
+    assert choose(workload, int(smallest * 1.1), known=roomy).plan != roomy
+
+
+@pytest.mark.usefixtures("steady")
 def test_arena_budget_trades_saved_values_for_recomputation(real_shapes: dict[str, Path]) -> None:
-    job = _job(real_shapes["qwen2.5-0.5b"])
-    full = predict(job, choose_plan(job)).arena_bytes
-    inputs = predict(job, dataclasses.replace(choose_plan(job), saved=SAVE_INPUTS)).arena_bytes
-    known = full
-    for budget in (full, full - 1, full // 2, full // 4, inputs):
-        found = predict(job, choose_plan(job, None, budget)).arena_bytes
-        assert inputs <= found <= min(budget, known)
-        known = found
-    assert known == inputs
+    workload = _workload(real_shapes["qwen2.5-0.5b"], state_bytes=MB)
     with pytest.raises(BudgetError, match="--arena-budget") as refused:
-        choose_plan(job, None, inputs - 1)
-    choose_plan(job, None, _named_budget(refused.value))
+        choose(workload, smallest=True, arena_budget_bytes=1)
+    inputs = _named_budget(refused.value)
+    full = choose(workload, smallest=True).predicted.arena_bytes
+    known, saved = full, SAVE_PRODUCTS
+    for budget in (full, full - 1, full // 2, full // 4, inputs):
+        found = choose(workload, smallest=True, arena_budget_bytes=budget)
+        assert found.predicted.arena_bytes <= min(budget, known)
+        assert found.plan.saved <= saved and (found.plan.saved < SAVE_PRODUCTS or budget == full)
+        known, saved = found.predicted.arena_bytes, found.plan.saved
+    assert saved - {"d"} == SAVE_INPUTS and 0 <= inputs - known <= 100_000  # d is kept by nobody
+    with pytest.raises(BudgetError, match="--arena-budget"):
+        choose(workload, smallest=True, arena_budget_bytes=known - 1)
 
 
 def test_long_sequences_and_more_state_take_more_but_little(real_shapes: dict[str, Path]) -> None:
+    """Measured, so to the noise of a busy machine."""
+
     def peak(T: int, **more: Any) -> int:
-        job = _job(real_shapes["qwen2.5-0.5b"], T=T, **more)
-        return predict(job, choose_plan(job)).peak_bytes
+        workload = _workload(real_shapes["qwen2.5-0.5b"], T=T, **more)
+        return choose(workload, smallest=True).predicted.peak_bytes
 
-    assert peak(1024) <= peak(4096) <= peak(8192)
-    assert peak(8192) < 512 * MB
-    assert peak(512, state_bytes=7 * MB) == peak(512) + 7 * MB
-    assert peak(512, engine="mezo") <= peak(512)
-    assert peak(512) <= peak(512, n_eval_tokens=4096)
+    model = mebp_mlx.open_model(real_shapes["qwen2.5-0.5b"])
+    estimator = make_estimator("mezo", mebp_mlx.init_lora(model), seed=0, eps=1e-2)
+    start_bytes = footprint_bytes()
+    # From small to large: a process never gives back all that it once had.
+    peaks = [peak(256, estimator=estimator), peak(256), peak(256, T_eval=1024), peak(1024), peak(4096)]
+    noise = 15 * MB
+    assert all(later >= earlier - noise for earlier, later in pairwise(peaks)), peaks
+    assert peaks[-1] < start_bytes + 400 * MB, peaks
 
 
-def _mlx_peak(work: Any) -> int:
-    """Bytes of arrays at the height of `work`, beyond those that were there; the most of three times.
+def test_what_a_probe_does_not_see_is_added() -> None:
+    """More blocks' kept values, the optimizer's state in memory, all gradients where they are gathered."""
 
-    How early an operation's input is free depends on two threads, so a busy machine sometimes shows less.
-    """
-    most = 0
-    for _ in range(3):
+    class Five:
+        L = 5
+
+    class Model:
+        spec = Five()
+
+    found = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 10)
+    workload: Any = Workload(Model(), None, 1, 1, state_bytes=7, make_updater=lambda *_: None)  # type: ignore[arg-type]
+
+    def peaks(plan: Plan, **more: Any) -> Prediction:
+        given: Any = dataclasses.replace(workload, **more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Workload, "first_trained", 1)
+            patch.setattr(Workload, "lora_bytes", 1000)
+            patch.setattr(search, "_kept", lambda *_: 10, raising=False)
+            return predict(given, plan, found)
+
+    everything = peaks(Plan(kept_bytes=None))
+    assert everything.phases == {"forward": 147, "head": 137, "backward": 157, "update": 127}
+    assert (everything.kept_bytes, everything.written_bytes, everything.arena_bytes) == (40, 0, 0)
+    assert (everything.peak_phase, everything.peak_bytes) == ("backward", 157)
+    partly = peaks(Plan(kept_bytes=15, offload_state=True))
+    assert partly.phases == {"forward": 115, "head": 105, "backward": 125, "update": 95}
+    assert (partly.kept_bytes, partly.written_bytes, partly.arena_bytes) == (40, 25, 32)
+    assert peaks(Plan(kept_bytes=0), gathers=True).phases == {
+        "forward": 107,
+        "head": 97,
+        "backward": 1117,
+        "update": 1087,
+    }
+
+
+def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
+    """Parameters and optimizer state are as they were, and no array is left."""
+    model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["gemma3_text"], seed=seed))
+    lora = mebp_mlx.init_lora(model, rank=3, dropout=0.1)
+    randomize_lora(lora, seed)
+    before = {name: np.array(value) for name, value in lora.parameters().items()}
+    for estimator in (None, make_estimator("hizoo", lora, seed=0, eps=1e-2)):
+        make_updater = None if estimator is not None else lambda part, plan: Updater(PlainSGD(learning_rate=1e9), part)
+        workload = Workload(model, lora, 2, 150, 200, make_updater=make_updater, estimator=estimator)
+        for plan in ladder(workload):
+            mx.synchronize()
+            held = mx.get_active_memory()
+            found = probe(workload, plan, tmp_path)
+            mx.synchronize()
+            assert mx.get_active_memory() - held <= 4096
+            phases = {"forward", "head"} if estimator is not None else {"forward", "head", "backward", "update"}
+            assert set(found.phases) == phases and min(found.phases.values()) > 0
+            assert (found.kept_bytes > 0) == (estimator is None)
+    assert all(np.array_equal(value, before[name]) for name, value in lora.parameters().items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained in a process of its own, and which plan: one of the ladder, or a budget's."""
+
+    shape: str
+    T: int
+    B: int = 1
+    optimizer: str = "sgd"
+    budget_mb: int = 0
+    saved: str = "products"
+    step: int = -1
+
+
+_MEASURE = """
+import json, sys, dataclasses
+import mebp_mlx
+import mlx.core as mx, mlx.optimizers as optim, numpy as np
+from mebp_mlx.data import Batch
+from mebp_mlx.engine import make_engine
+from mebp_mlx.engine.update import Updater
+from mebp_mlx.ops.plan import SAVE_INPUTS
+from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.planner.probe import probe
+from mebp_mlx.planner.search import choose, ladder, predict
+from mebp_mlx.planner.workload import Workload
+from mebp_mlx.runtime.footprint import PeakMeter
+
+folder, case = sys.argv[1], json.loads(sys.argv[2])
+optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
+with PeakMeter() as meter:
+    model = mebp_mlx.open_model(folder)
+    lora = mebp_mlx.init_lora(model)
+
+    def make_updater(part, plan):
+        return Updater(optimizers[case["optimizer"]](learning_rate=1e-4), part, park=plan.offload_state)
+
+    lora_bytes = sum(value.nbytes for value in lora.parameters().values())
+    state_bytes = 2 * lora_bytes if case["optimizer"] == "adamw" else 0
+    workload = Workload(model, lora, case["B"], case["T"], make_updater=make_updater, state_bytes=state_bytes)
+    if case["budget_mb"]:
+        planned = choose(workload, case["budget_mb"] * 1_000_000)
+        plan, predicted = planned.plan, planned.predicted
+    else:
+        plan = ladder(workload)[case["step"]]
+        plan = dataclasses.replace(plan, saved=SAVE_INPUTS) if case["saved"] == "inputs" else plan
+        predicted = predict(workload, plan, probe(workload, plan))
+    updater = make_updater(lora, plan)
+    engine = make_engine("mebp", model, lora, plan=plan)
+    tokens, targets = np.random.default_rng(0).integers(0, model.spec.V, (2, case["B"], case["T"])).astype(np.int32)
+    batch = Batch(tokens, targets, rows=("random",) * case["B"], n_labels=tokens.size)
+    engine.reserve(case["B"], case["T"])
+    meter.mark()
+    with meter.phase("steps"):
+        for step in range(2):
+            updater.begin_step()
+            engine.step(batch, step=step, micro=0, n_labels=tokens.size, sink=updater.sink)
+            updater.end_step()
         mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        found = work()
-        mx.eval(found)
-        mx.synchronize()
-        most = max(most, mx.get_peak_memory() - before)
-        del found
-    return most
-
-
-@pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
-def test_copies_that_glue_stages_take(tmp_path: Path, name: str) -> None:
-    model = mebp_mlx.open_model(write_model(tmp_path, packed_config(name)))
-    spec, T = model.spec, 2048
-    norms = model.norms(spec.layers[0])
-    mx.eval(norms)
-    for stage in block_stages(spec):
-        if stage.kind != "glue":
-            continue
-        assert stage.run is not None and stage.vjp is not None
-        run, vjp = stage.run, stage.vjp
-        values = {value: mx.random.normal((1, T, value_width(spec, value))) for value in stage.inputs}
-        g = mx.random.normal((1, T, value_width(spec, stage.output)))
-        mx.eval(values, g)
-        forward, backward = ledger.glue_copies(spec, stage)
-        if forward > 0:
-            found = _mlx_peak(lambda run=run, values=values: run(norms, *values.values())) / g.nbytes
-            assert found <= forward + 0.3, f"{stage.name}: {found:.2f} copies"
-            assert found >= forward - 0.7, f"{stage.name}: {found:.2f} copies"
-        if backward > 0:
-            found = _mlx_peak(lambda vjp=vjp, values=values, g=g: vjp(norms, values, g)) / g.nbytes
-            assert found <= backward + 0.3, f"{stage.name} backward: {found:.2f} copies"
-            assert found >= backward - 0.7, f"{stage.name} backward: {found:.2f} copies"
-    activation = next(stage.run for stage in block_stages(spec) if stage.kind == "mlp")
-    assert activation is not None
-    g, u, dm = (mx.random.normal((T, spec.F)) for _ in range(3))
-    mx.eval(g, u, dm)
-    forward, backward = ledger.activation_copies(spec, 2)
-    assert abs(_mlx_peak(lambda: activation(g, u)) / g.nbytes - forward) <= 0.5
-    assert abs(_mlx_peak(lambda: mx.vjp(activation, [g, u], [dm])) / g.nbytes - backward) <= 0.5
+    engine.close()
+print(json.dumps({"predicted": predicted.peak_bytes, "measured": meter.phases["steps"]}))
+"""
 
 
 @pytest.mark.parametrize(
     "case",
     [
         Case("qwen2.5-0.5b", 256),
-        Case("qwen2.5-0.5b", 256, 2, "adamw", budget_mb=90),
-        Case("gemma3-1b", 128, policy="inputs", blocks="small"),
+        Case("qwen2.5-0.5b", 256, 2, "adamw", budget_mb=150),
+        Case("gemma3-1b", 128, saved="inputs", step=0),
     ],
     ids=str,
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap's gaps were measured with glibc")
 def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], case: Case) -> None:
-    job = json.dumps(dataclasses.asdict(case))
-    process = child("-m", "bench.plan_check", "--case", str(real_shapes[case.shape]), job)
+    process = child("-c", _MEASURE, str(real_shapes[case.shape]), json.dumps(dataclasses.asdict(case)))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     found = json.loads(out.splitlines()[-1])
-    off = found["predicted_peak"] / found["peak"] - 1
-    assert TOO_LOW <= off <= TOO_HIGH, f"predicted {found['predicted_peak']}, measured {found['peak']}: {off:+.1%}"
+    off = found["predicted"] / found["measured"] - 1
+    assert TOO_LOW <= off <= TOO_HIGH, f"predicted {found['predicted']}, measured {found['measured']}: {off:+.1%}"
+    assert not case.budget_mb or found["measured"] <= case.budget_mb * MB
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
@@ -185,19 +314,52 @@ def test_gradients_are_the_same_with_the_smallest_plan(
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, 2, 150, model.spec.V)
-    job = job_for(model, lora, *tokens.shape)
-    with pytest.raises(BudgetError) as refused:
-        choose_plan(job, 1)
+    workload = Workload(model, lora, *tokens.shape)
     if arena_budget == 0:
-        with pytest.raises(BudgetError) as refused_arena:
-            choose_plan(job, None, 1)
-        arena_budget = _named_budget(refused_arena.value)
-    plan = choose_plan(job, _named_budget(refused.value), arena_budget)
+        with pytest.raises(BudgetError) as refused:
+            choose(workload, arena_budget_bytes=1)
+        arena_budget = _named_budget(refused.value)
+    plan = choose(workload, smallest=True, arena_budget_bytes=arena_budget).plan
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
     expected_loss, expected = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=Plan())
     assert relative_error(loss, expected_loss) <= 1e-6, f"seed {seed}"
     for parameter, gradient in expected.items():
         assert relative_error(grads[parameter], gradient) <= 3e-5, f"{parameter}, seed {seed}"
+
+
+def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
+    """Through JSON, whatever else stands in the record; one that lacks something is none."""
+    rng = np.random.default_rng(0)
+    names = sorted(SAVE_PRODUCTS)
+    for grain in GRAINS:
+        plan = Plan(
+            grain,
+            frozenset(names[: int(rng.integers(1, 9))]),
+            checkpoint=bool(rng.integers(2)),
+            kept_bytes=int(rng.integers(0, 9)) or None,
+            weight_block_bytes=int(rng.integers(0, 9)) or None,
+            head_block_bytes=None,
+            logits_block_bytes=int(rng.integers(1 << 20)),
+            token_block=int(rng.integers(64, 512)),
+            query_block=int(rng.integers(16, 512)),
+            offload_state=bool(rng.integers(2)),
+        )
+        workload: Any = None  # it looks at the numbers alone
+        record = json.loads(json.dumps(plan_record(Planned(workload, plan, Prediction({"head": 5}), None))))
+        assert Plan.from_dict(record) == plan and Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        (tmp_path / "run.json").write_text(json.dumps({"plan": record}))
+        assert saved_plan(tmp_path) == plan
+        for missing in plan.to_dict():
+            less = {name: entry for name, entry in record.items() if name != missing}
+            with pytest.raises(KeyError, match=missing):
+                Plan.from_dict(less)
+            (tmp_path / "run.json").write_text(json.dumps({"plan": less}))
+            assert saved_plan(tmp_path) is None
+    for text in ('{"plan": null}', "{}", "[]", "{", ""):
+        (tmp_path / "run.json").write_text(text)
+        assert saved_plan(tmp_path) is None
+    (tmp_path / "run.json").unlink()
+    assert saved_plan(tmp_path) is None
 
 
 def test_dry_run_and_budgets_through_the_command(
@@ -208,7 +370,7 @@ def test_dry_run_and_budgets_through_the_command(
     out = tmp_path / "out"
     assert train.main(arguments(home, out, "--dry-run", "--memory-budget", "4GB")) == 0
     shown = capsys.readouterr().out
-    for word in ("forward", "head", "backward", "update", "<- peak", "arena", "written", "saved", "parameters"):
+    for word in ("forward", "head", "backward", "update", "<- peak", "arena", "written", "kept", "parameters"):
         assert word in shown, word
     assert not out.exists()
     assert train.main(arguments(home, out, "--dry-run", "--memory-budget", "1MB")) == 3
@@ -219,7 +381,8 @@ def test_dry_run_and_budgets_through_the_command(
         assert train.main(arguments(home, folder, "--memory-budget", "4GB", "--engine", engine)) == 0
         record = json.loads((folder / "run.json").read_text())["plan"]
         assert record["predicted_peak_bytes"] == max(record["predicted_bytes"].values())
-        assert (record["arena_bytes"] > 0) == (engine == "mebp")
+        assert record["arena_bytes"] == 0  # all of it fits in memory
+        assert (record["kept_in_memory_bytes"] > 0) == (engine == "mebp")
         assert "predicted peak" in capsys.readouterr().out
     assert train.main(arguments(home, tmp_path / "w", "--engine", "whole-graph", "--dry-run")) == 2
 
@@ -233,26 +396,22 @@ def test_the_smallest_footprint_can_be_asked_for(
     for budget in ("none", "min"):
         out = tmp_path / budget
         assert train.main(arguments(home, out, "--memory-budget", budget, "--iters", "1")) == 0
-        peaks[budget] = json.loads((out / "run.json").read_text())["plan"]["predicted_peak_bytes"]
+        record = json.loads((out / "run.json").read_text())["plan"]
+        peaks[budget] = record["predicted_peak_bytes"]
+        assert (record["arena_bytes"] > 0) == (record["kept_in_memory_bytes"] == 0) == (budget == "min")
         assert "budget" not in capsys.readouterr().out.splitlines()[-1]
     assert peaks["min"] <= peaks["none"]
     model = mebp_mlx.open_model(home / "model")
-    job = job_for(model, mebp_mlx.init_lora(model), 2, 300)
-    with pytest.raises(BudgetError) as refused:
-        choose_plan(job, 1)
-    least = _named_budget(refused.value)
     planned = plan_of(TrainConfig(memory_budget="min"), model, 300)
     assert planned is not None and planned.budget_bytes is None
-    assert planned.predicted.peak_bytes * (1 + MARGIN) <= least + MB // 10
     roomy = plan_of(TrainConfig(memory_budget="none"), model, 300)
     assert roomy is not None and planned.predicted.peak_bytes < roomy.predicted.peak_bytes
+    assert planned.plan.offload_state and not roomy.plan.offload_state
 
 
 def plan_of(config: TrainConfig, model: Any, T: int) -> Planned | None:
     """What make_plan finds for two rows of T tokens."""
-    lora = mebp_mlx.init_lora(model)
-    updater = Updater(make_optimizer(config, 1), lora)
-    return make_plan(config, model, lora, updater, LongestRows(2, T), 0, None)
+    return make_plan(config, model, mebp_mlx.init_lora(model), LongestRows(2, T), None)
 
 
 def test_a_dry_run_needs_no_tokenizer(

@@ -207,6 +207,34 @@ def test_an_offloaded_run_is_resumed_exactly(home: Path, tmp_path: Path, monkeyp
             assert np.array(ours[key]).tobytes() == np.array(theirs[key]).tobytes(), key
 
 
+@pytest.mark.parametrize("budget", ["none", "4GB"])
+def test_a_resumed_run_takes_the_plan_that_it_had(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    """Other pieces would give other last bits; one that no version would choose today shows it."""
+    out, taken = tmp_path / "out", []
+    make_engine = train.make_engine
+
+    def watched(*args: Any, plan: Plan, **how: Any) -> Any:
+        taken.append(plan)
+        return make_engine(*args, plan=plan, **how)
+
+    monkeypatch.setattr(train, "make_engine", watched)
+    assert train.main(arguments(home, out, "--iters", "3", "--memory-budget", budget)) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert Plan.from_dict(run["plan"]) == taken[0]
+    odd = dataclasses.replace(taken[0], saved=frozenset({"x", "v"}), query_block=33, token_block=192, kept_bytes=20_000)
+    (out / "run.json").write_text(json.dumps(run | {"plan": run["plan"] | odd.to_dict()}))
+    assert train.main(["--resume", "--adapter-path", str(out), "--iters", "6"]) == 0
+    assert taken[1:] == [odd]
+    again = json.loads((out / "run.json").read_text())
+    assert Plan.from_dict(again["plan"]) == odd
+    # A record that this version does not know is no reason to stop.
+    (out / "run.json").write_text(json.dumps(again | {"plan": {"token_block": 64}}))
+    assert train.main(["--resume", "--adapter-path", str(out), "--iters", "9"]) == 0
+    assert taken[2] == taken[0]
+
+
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(home, whole, "--iters", "8")) == 0
