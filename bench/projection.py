@@ -2,8 +2,8 @@
 
 For each of the paper's shapes and each engine: the roofline's bound at the chip's published peaks, in 16 bits with
 packed weights; the time at the efficiency that the paper's own MeZO step of Qwen2.5-0.5B had on that chip (one figure,
-by which the nine others are then predicted, with the paper's policy: the errors are the proxy's own); and our step, with
-its products saved, at that same efficiency. With --measured DIR (of bench.step_table and bench.per_layer) times
+by which the nine others are then predicted, with the paper's policy: the errors are the proxy's own); and our step,
+with its products saved, at that same efficiency. With --measured DIR (of bench.step_table and bench.per_layer) times
 measured here are scaled by the ratio of the two rooflines, for the whole step and phase by phase.
 """
 
