@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx.model import unpack
+from mebp_mlx.model.rope import Rope
 from mebp_mlx.ops import cpu
 from mebp_mlx.ops.attention import Heads, backward, forward
 from mebp_mlx.ops.gated_mlp import GELU_TANH, SILU
@@ -48,7 +49,7 @@ def test_gates(kind: str, spread: float, seed: int) -> None:
 
 
 def _heads(window: int | None, scale: float = 0.3) -> Heads:
-    return Heads(8, scale, window, lambda x, position: x, 1e-5)
+    return Heads(8, scale, window, Rope(8, 1e4), 1e-5, {})
 
 
 @pytest.mark.parametrize("window", [None, 5])

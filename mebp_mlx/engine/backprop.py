@@ -195,15 +195,21 @@ def kept_names(plan: Plan, work: Pass) -> frozenset[str]:
 
 
 def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> int:
-    """What a block keeps of a batch [B, T], in whole pages: counted on its forward graph, which is not evaluated."""
-    if index >= model.spec.L:
-        return 0
-    counter = _Counter()
-    with unpack.off():
-        work = Pass(model.unread(), plan, adapter, Barrier(None))
-        x = [mx.zeros((B, stop - start, model.spec.D), model.dtype) for start, stop in plan.tiles(T)]
-        work.forward(model.spec.layers[index], x, counter, kept_names(plan, work))
-    return counter.n_bytes
+    """What a block keeps of a batch [B, T], in whole pages: counted on its forward graph, which is not evaluated.
+
+    Blocks whose weights are packed or placed differently cut the MLP's width differently, and every piece fills pages
+    of its own: this is the most that a block from `index` on keeps.
+    """
+    kinds = {model.copied_bytes(layer.linears["down"], 1): layer for layer in model.spec.layers[index:]}
+    most = 0
+    for layer in kinds.values():
+        counter = _Counter()
+        with unpack.off():
+            work = Pass(model.unread(), plan, adapter, Barrier(None))
+            x = [mx.zeros((B, stop - start, model.spec.D), model.dtype) for start, stop in plan.tiles(T)]
+            work.forward(layer, x, counter, kept_names(plan, work))
+        most = max(most, counter.n_bytes)
+    return most
 
 
 class _Counter:

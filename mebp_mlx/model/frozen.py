@@ -152,12 +152,19 @@ class Model:
         return x
 
 
+_numbers = itertools.count()
+
+
+def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array that nobody evaluates, unlike any other: a graph that is exported has equal parts once only."""
+    return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)
+
+
 class UnreadWeights:
     """Tensors of a checkpoint by shape and dtype alone, as arrays that nobody evaluates."""
 
     def __init__(self, weights: MappedWeights):
         self.weights = weights
-        self._numbers = itertools.count(1)
 
     def in_place(self, name: str) -> mx.array | None:
         return self.weights.in_place(name)
@@ -165,18 +172,13 @@ class UnreadWeights:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         shape = self.weights.info(name).shape
         stop = shape[0] if stop is None else stop
-        return self._array(name, (stop - start, *shape[1:]))
+        return stand_in((stop - start, *shape[1:]), self.weights.info(name).mlx_dtype)
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
-        return self._array(name, (self.weights.info(name).shape[0], stop - start))
+        return stand_in((self.weights.info(name).shape[0], stop - start), self.weights.info(name).mlx_dtype)
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        return self._array(name, (*ids.shape, *self.weights.info(name).shape[1:]))
-
-    def _array(self, name: str, shape: tuple[int, ...]) -> mx.array:
-        # Of a value of its own: the export of a graph merges equal ones, and then the products with them.
-        number = mx.array(next(self._numbers), mx.float32)
-        return mx.broadcast_to(number, shape).astype(self.weights.info(name).mlx_dtype)
+        return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self.weights.info(name).mlx_dtype)
 
 
 def _norm_names(spec: ModelSpec) -> list[str]:

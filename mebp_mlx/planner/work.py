@@ -20,6 +20,7 @@ import numpy as np
 from ..engine.backprop import block_backward, kept_bytes, kept_names
 from ..engine.base import Pass
 from ..model import unpack
+from ..model.frozen import stand_in
 from ..model.spec import Layer
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import scan
@@ -80,7 +81,10 @@ class Node:
 
 
 def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node]:
-    """The primitives of the graph that `run` builds on `inputs`; numpy stays out of it."""
+    """The primitives of the graph that `run` builds on `inputs`; numpy stays out of it.
+
+    MLX merges what is computed twice from the same inputs: scores of recomputed attention are there once.
+    """
     found: list[Node] = []
 
     def visit(event: dict[str, Any]) -> None:
@@ -183,7 +187,7 @@ class Shapes:
 
     def get(self, layer: int, name: str, tile: int) -> mx.array | None:
         known = self.kept.get((layer, name, tile))
-        return None if known is None else mx.zeros(*known)
+        return None if known is None else stand_in(*known)
 
     take = get
 
