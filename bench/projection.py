@@ -2,8 +2,8 @@
 
 For each of the paper's shapes and each engine: the roofline's bound at the chip's published peaks, in 16 bits with
 packed weights; the time at the efficiency that the paper's own MeZO step of Qwen2.5-0.5B had on that chip (one figure,
-by which the nine others are then foretold, with the paper's policy: the errors are the proxy's own); and our step, with
-its products saved, at that same efficiency. With --measured DIR (of bench.step_table and bench.per_layer) times
+by which the nine others are then predicted, with the paper's policy: the errors are the proxy's own); and our step,
+with its products saved, at that same efficiency. With --measured DIR (of bench.step_table and bench.per_layer) times
 measured here are scaled by the ratio of the two rooflines, for the whole step and phase by phase.
 """
 
@@ -57,7 +57,7 @@ def main() -> int:
     errors = [abs(r["error"]) for r in rows if r["error"] is not None and (r["shape"], r["engine"]) != CALIBRATED_BY]
     if errors and not math.isnan(efficiency):
         mean = sum(errors) / len(errors)
-        print(f"foretold   {len(errors)} of the paper's steps: off by {mean:.0%}, at most {max(errors):.0%}")
+        print(f"predicted  {len(errors)} of the paper's steps: off by {mean:.0%}, at most {max(errors):.0%}")
     scaled: list[dict[str, Any]] = []
     if options.measured is not None:
         scaled = _scaled(options.measured, workloads, phone, rates)
@@ -100,7 +100,7 @@ def _row(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates, 
     ours, theirs = _counted(workloads, engine, "ours"), _counted(workloads, engine, "the paper's")
     total = sum(ours.values(), Work())
     paper_s = report.PAPER[shape][f"{engine}_s"]
-    foretold_s = bound_s(theirs, rates) / efficiency
+    predicted_s = bound_s(theirs, rates) / efficiency
     return {
         "shape": shape,
         "engine": engine,
@@ -109,10 +109,10 @@ def _row(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates, 
         "memory_gb": round(total.memory_bytes / 1e9, 3),
         "bound_s": round(bound_s(ours, rates), 4),
         "bound_by_phase_s": {phase: round(rates.bound_s(work), 4) for phase, work in ours.items()},
-        "paper_policy_s": None if math.isnan(foretold_s) else round(foretold_s, 3),
+        "paper_policy_s": None if math.isnan(predicted_s) else round(predicted_s, 3),
         "paper_s": paper_s,
-        "error": None if math.isnan(foretold_s) else round(foretold_s / paper_s - 1, 4),
-        "ours_s": None if math.isnan(foretold_s) else round(bound_s(ours, rates) / efficiency, 3),
+        "error": None if math.isnan(predicted_s) else round(predicted_s / paper_s - 1, 4),
+        "ours_s": None if math.isnan(predicted_s) else round(bound_s(ours, rates) / efficiency, 3),
     }
 
 
@@ -177,12 +177,12 @@ def _scaled(folder: Path, workloads: dict[str, Any], phone: Phone, rates: Rates)
 
 
 def _draw(plt: Any, rows: list[dict[str, Any]], phone: Phone, options: Any, about: dict[str, Any]) -> None:
-    """Bars: the paper's seconds, foretold ones, and ours at the same efficiency; MeZO left, MeBP right."""
+    """Bars: the paper's seconds, predicted ones, and ours at the same efficiency; MeZO left, MeBP right."""
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
     series = (
         ("paper_s", "the paper, measured", "0.55"),
-        ("paper_policy_s", "foretold, the paper's policy", "C0"),
-        ("ours_s", "foretold, ours (products saved)", "C1"),
+        ("paper_policy_s", "predicted, the paper's policy", "C0"),
+        ("ours_s", "predicted, ours (products saved)", "C1"),
     )
     for axes, engine in zip(panels, ENGINES, strict=True):
         own = [row for row in rows if row["engine"] == engine]

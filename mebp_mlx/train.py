@@ -234,7 +234,7 @@ class Trainer:
     watch: BudgetWatch
     seconds: float = 0.0
     step_s: float | None = None  # of the last report
-    hot: bool = False  # a warm machine was told of
+    hot: bool = False  # a warm machine was reported
 
     def train(self, step: int, n_updates: int) -> int:
         """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.

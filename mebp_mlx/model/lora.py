@@ -2,7 +2,7 @@
 
     y = x W^T + b + s * (dropout(x) A) B,   A [in, r],  B [r, out]
 
-The gradients of that projection (written once, in engine/projection.py) are
+The gradients of that projection (written once, in ops/lora_linear.py) are
     dB = s (x A)^T g,   dA = s x^T (g B^T),   dx = g W + s (g B^T) A^T.
 """
 
