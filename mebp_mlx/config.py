@@ -70,14 +70,14 @@ class TrainConfig:
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
-    arena_dir: str | None = option(None, METHOD, "folder for the file of saved activations (disk, not memory)",
+    arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
                                    metavar="PATH", may_change=True, shown_default="temporary")
     memory_budget: int | str | None = option(
         None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
         words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
     over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = option(2_000_000_000, METHOD, "for saved activations on disk; less: more is recomputed",
+    arena_budget: int = option(2_000_000_000, METHOD, "for kept activations; less: more is recomputed",
                                metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
     device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
@@ -214,7 +214,7 @@ class TrainConfig:
 
 # What mlx-lm has and this trainer does not: why, and the value that asks for nothing.
 NOT_HERE = {
-    "grad_checkpoint": "activations are always recomputed or kept in a file",
+    "grad_checkpoint": "what is kept or recomputed follows from --memory-budget",
     "resume_adapter_file": "use --resume, which restores the optimizer and the data order too",
     "clear_cache_threshold": "the engine keeps no cache",
     "trust_remote_code": "no code from a model folder is ever run",

@@ -97,7 +97,7 @@ def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:
         "written": f"{predicted.written_bytes / 1e6:,.1f} MB per micro-batch, optimizer state "
         f"{workload.state_bytes * plan.offload_state / 1e6:,.1f} MB per update",
         "pieces": f"{plan.token_block} tokens, {plan.query_block} queries, weights {weights}, "
-        f"logits {plan.logits_block_bytes >> 10:,} KiB; a graph is a {plan.grain}",
+        f"logits {plan.logits_block_bytes >> 10:,} KiB; a graph is one {plan.grain}",
     }
     for name, text in rows.items():
         print(f"  {name:<10}{text}")

@@ -135,7 +135,8 @@ def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
     if not workload.is_exact:
         more, in_memory = {}, 0
     state = 0 if plan.offload_state else workload.state_bytes
-    phases = {name: n_bytes + state + more.get(name, 0) for name, n_bytes in found.phases.items()}
+    order = ("forward", "head", "backward", "update")
+    phases = {n: found.phases[n] + state + more.get(n, 0) for n in order if n in found.phases}
     in_file = kept - in_memory
     return Prediction(phases, kept, in_file + (workload.state_bytes if plan.offload_state else 0), in_file)
 
