@@ -13,11 +13,11 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.ops.barrier import GRAINS
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from mebp_mlx.families import block_class
 from mebp_mlx.model import unpack
 from mebp_mlx.model.spec import PROJECTIONS
+from mebp_mlx.ops.barrier import GRAINS
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from tests.parity import largest_error, mlx_lm_loss_and_grads
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 
@@ -248,7 +248,12 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
     n_labels = int((batch.targets != -100).sum())
     some_bytes, reference = 150_000, None
     for grain in GRAINS:
-        for saved, kept_bytes in ((SAVE_PRODUCTS, None), (SAVE_PRODUCTS, 0), (SAVE_PRODUCTS, some_bytes), (SAVE_INPUTS, 0)):
+        for saved, kept_bytes in (
+            (SAVE_PRODUCTS, None),
+            (SAVE_PRODUCTS, 0),
+            (SAVE_PRODUCTS, some_bytes),
+            (SAVE_INPUTS, 0),
+        ):
             plan = Plan(grain, saved, kept_bytes=kept_bytes, weight_block_bytes=1, token_block=64, query_block=17)
             engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
             with contextlib.nullcontext() if numpy_too else unpack.off():
