@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from bench import report
 from bench.layers import SPLITS
-from bench.synth import SHAPES, write_model
+from bench.synth import SHAPES
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.model.spec import Linear
 
@@ -43,9 +43,7 @@ def main() -> None:
     products: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for shape in options.shapes:
-            folder = (options.models or Path(scratch)) / f"{shape}-{options.layers}"
-            if not (folder / "config.json").exists():
-                write_model(shape, folder, layers=options.layers)
+            folder = report.model_of(shape, options.models or Path(scratch), options.layers)
             found = report.run_module("bench.layers", folder, "--tokens", options.tokens, "--steps", options.steps)
             shares += [{"shape": shape, **share} for share in _shares(found["phases"])]
             products += [{"shape": shape, **row} for row in compare(folder, options.batches, options.steps)]

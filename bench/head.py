@@ -7,7 +7,6 @@ vocabulary-sized 4-bit matrix with random weights; the bare products are of one 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import tempfile
@@ -18,11 +17,14 @@ import mebp_mlx  # isort: skip
 import mlx.core as mx
 import numpy as np
 
+from bench.layers import trim_heap
+from bench.report import positive
 from bench.synth import SHAPES, write_model
-from mebp_mlx.engine import head
-from mebp_mlx.engine.host import online_softmax
-from mebp_mlx.engine.plan import Plan
 from mebp_mlx.model import head as one_pass
+from mebp_mlx.ops.barrier import Barrier
+from mebp_mlx.ops.cpu import online_softmax
+from mebp_mlx.ops.cross_entropy import cross_entropy
+from mebp_mlx.ops.plan import Plan
 from mebp_mlx.runtime.footprint import PeakMeter
 
 
@@ -33,11 +35,11 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     targets = rng.integers(0, V, (1, n_tokens)).astype(np.int32)
     x = mx.array(rng.standard_normal((1, n_tokens, D), np.float32))
-    chunk = plan.vocabulary_chunk(n_tokens, D, model.dtype.size)
+    chunk = plan.vocabulary_chunk(n_tokens, model.copied_bytes(model.spec.head, D), model.dtype.size)
 
     def whole() -> float:
         began_s = time.perf_counter()
-        head.run(model, plan, [x], targets, want_dx=True)
+        cross_entropy(model, plan, Barrier(plan.grain), [x], targets, need_dx=True)
         return time.perf_counter() - began_s
 
     def products() -> float:
@@ -57,7 +59,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
         return time.perf_counter() - began_s
 
     def exp() -> float:
-        state, labels = one_pass.start(n_tokens, D, want_dh=False), mx.array(targets[0])
+        state, labels = one_pass.start(n_tokens, D, False), mx.array(targets[0])
         began_s = time.perf_counter()
         for _ in range(V // chunk):
             step = online_softmax(mx.zeros((n_tokens, chunk)), *state.softmax, labels, 0)
@@ -65,9 +67,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
         return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
 
     products()  # the BLAS keeps buffers of its own, which are no part of the head
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what setting up has left in the heap
-    if trim is not None:
-        trim(0)
+    trim_heap()  # of what setting up has left in it
     with PeakMeter() as meter:
         before_bytes = meter.now_bytes
         with meter.phase("head"):
@@ -90,15 +90,17 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=positive, default=256)
+    parser.add_argument("--repeats", type=positive, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(options.shape, Path(scratch) / "model", layers=1)
         found = measure(folder, options.tokens, options.repeats)
-    print(f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
-          f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added; "
-          f"decompressing alone {found['decompress_s']} s, exp alone {found['exp_s']} s, both on one core")
+    print(
+        f"{options.shape}, T = {options.tokens}: head {found['head_s']} s, its two products {found['products_s']} s "
+        f"({found['products_gflops']} GFLOP/s), ratio {found['ratio']}, {found['added_mb']} MB added; "
+        f"decompressing alone {found['decompress_s']} s, exp alone {found['exp_s']} s, both on one core"
+    )
     print(json.dumps({"bench": "head", "shape": options.shape, "tokens": options.tokens, **found}))
 
 

@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 
 from bench.synth import SHAPES
-from mebp_mlx.engine.plan import Plan
 from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
+from mebp_mlx.ops.plan import Plan
 
 THREADGROUP_BYTES = 32 << 10  # Metal's limit for a threadgroup
 TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: h, weights and then logits
@@ -57,7 +57,7 @@ def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
     """The three ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
     weights = V * D * (4 / 8 + 2 * item_bytes / 64)
     rows, logits = T * D, T * V
-    chunk = Plan().vocabulary_chunk(T, D, item_bytes)
+    chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
     n_chunks = math.ceil(V / chunk)
     two_products = 4.0 * T * V * D
     # z written and read, p written and read; the sum of [T, D] read and written for every chunk.

@@ -15,16 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mebp_mlx  # isort: skip
+import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
-from bench.synth import SHAPES, write_model
-from mebp_mlx.data import Batch
-from mebp_mlx.engine import make_engine
-from mebp_mlx.engine.update import Updater
+from bench import report
+from bench.stepper import Stepper, plan_line
+from bench.synth import SHAPES
 from mebp_mlx.optimizers import PlainSGD
 from tests.parity import unpack_layers
 
@@ -51,28 +49,19 @@ def mlx_lm_model(folder: Path, lora: Any, *, unpacked: bool = True) -> Any:
 def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, Any]:
     """Medians of seconds and of the ratio; the two losses and the largest difference of the first step's gradients."""
     default_cache_bytes = mx.set_cache_limit(OUR_CACHE_BYTES)
-    model = mebp_mlx.open_model(folder)
-    lora = mebp_mlx.init_lora(model, rank=rank)
-    theirs = mlx_lm_model(folder, lora)
-    engine = make_engine("mebp", model, lora)
-    updater, optimizer = Updater(PlainSGD(learning_rate=1e-4), lora), PlainSGD(learning_rate=1e-4)
-    rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, model.spec.V, (2, 1, n_tokens)).astype(np.int32)
-    batch = Batch(tokens, targets, rows=("random",), n_labels=n_tokens)
-    engine.reserve(1, n_tokens)
+    stepper = Stepper(folder, n_tokens, rank=rank, optimizer="sgd")
+    theirs = mlx_lm_model(folder, stepper.lora)
+    optimizer = PlainSGD(learning_rate=stepper.config.learning_rate)
+    tokens, targets = stepper.batch.tokens, stepper.batch.targets
     found: dict[str, mx.array] = {}
+    sink = stepper.updater.sink
 
-    def sink(gradients: dict[str, mx.array]) -> None:
+    def recording(gradients: dict[str, mx.array]) -> list[mx.array]:
         if not times:
             found.update(gradients)
-        updater.sink(gradients)
+        return sink(gradients)
 
-    def ours() -> float:
-        updater.begin_step()
-        loss = engine.step(batch, step=0, micro=0, n_labels=n_tokens, sink=sink)
-        updater.end_step()
-        return loss
-
+    stepper.updater.sink = recording  # type: ignore[method-assign]
     value_and_grad = nn.value_and_grad(
         theirs, lambda m: nn.losses.cross_entropy(m(mx.array(tokens)), mx.array(targets)).mean()
     )
@@ -90,7 +79,7 @@ def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, A
     losses: list[tuple[float, float]] = []
     for _ in range(n_steps + 1):  # the first is not counted
         began_s = time.perf_counter()
-        loss = ours()
+        loss = stepper.step(0)
         ours_s = time.perf_counter() - began_s
         mx.set_cache_limit(default_cache_bytes)
         began_s = time.perf_counter()
@@ -100,7 +89,7 @@ def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, A
         mx.clear_cache()
         times.append((ours_s, theirs_s))
         losses.append((loss, their_loss))
-    engine.close()
+    stepper.close()
     largest = max(float(mx.abs(g).max()) for g in expected.values())
     apart = max(float(mx.abs(found[name] - expected[name]).max()) for name in expected) / largest
     ratios = sorted(a / b for a, b in times[1:])
@@ -111,20 +100,21 @@ def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, A
         "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
         "losses": losses[0],
         "gradients_apart": apart,
+        "plan": stepper.plan_record,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="blocks (default: all)")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layers", type=report.positive, help="blocks (default: all)")
+    parser.add_argument("--tokens", type=report.positive, default=256)
+    parser.add_argument("--rank", type=report.positive, default=8)
+    parser.add_argument("--steps", type=report.positive, default=3)
     parser.add_argument("--model", type=Path, help="a model already written (default: one of --shape)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or write_model(options.shape, Path(scratch) / "model", layers=options.layers)
+        folder = options.model or report.model_of(options.shape, Path(scratch), options.layers)
         found = measure(folder, options.tokens, options.rank, options.steps)
     print(
         f"{options.shape}, T = {options.tokens}: ours {found['ours_s']} s, mlx-lm's model in memory "
@@ -132,6 +122,7 @@ def main() -> None:
         f"losses {found['losses'][0]:.5f} and {found['losses'][1]:.5f}, gradients apart by "
         f"{found['gradients_apart']:.1e} of the largest"
     )
+    print(f"plan       {plan_line(found['plan'])}")
     print(json.dumps({"bench": "in_memory", "shape": options.shape, "tokens": options.tokens, **found}))
 
 

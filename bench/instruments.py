@@ -9,7 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
+
+from mebp_mlx.engine import backprop, base
+from mebp_mlx.engine.update import Updater
+from mebp_mlx.model import unpack
 
 
 class Clock:
@@ -27,7 +32,7 @@ class Clock:
         began_s = time.perf_counter()
         try:
             value = run()
-            evaluate(value)
+            mx.eval(value)  # arrays in tuples and lists, too; anything else is left alone
         finally:
             passed_s = time.perf_counter() - began_s
             own_s = passed_s - self._inner.pop()
@@ -37,50 +42,66 @@ class Clock:
                 self._inner[-1] += passed_s
         return value
 
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Count `seconds` of one stage as another's."""
-        self.seconds[source] -= seconds
-        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
-
-    def outside(self, run: Callable[[], Any]) -> float:
-        """Seconds of something that belongs to no stage."""
-        began_s = time.perf_counter()
-        run()
-        passed_s = time.perf_counter() - began_s
-        if self._inner:
-            self._inner[-1] += passed_s
-        return passed_s
-
-
-def evaluate(value: Any) -> None:
-    """Evaluates an array, or those in a tuple or list."""
-    if isinstance(value, mx.array | tuple | list):
-        mx.eval([item for item in value if isinstance(item, mx.array)] if isinstance(value, tuple) else value)
-
 
 class Wraps:
-    """Functions with the clock around them; `remove` takes everything off again."""
+    """Functions with something around them; `remove` takes everything off again."""
 
-    def __init__(self, clock: Clock):
-        self.clock = clock
+    def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
 
-    def wrap(self, owner: Any, name: str, label: Callable[..., str]) -> None:
-        """Times owner.name as label(*its arguments). What it waits for belongs to the one that made it."""
-        original, clock = getattr(owner, name), self.clock
+    def wrap(self, clock: Clock, owner: Any, name: str, label: Callable[..., str] | str) -> None:
+        """Times owner.name as `label`, or label(*its arguments). What it waits for belongs to the one that made it."""
+        original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            evaluate(args)
-            return clock.timed(label(*args), lambda: original(*args, **kwargs))
+            mx.eval(args)
+            stage = label if isinstance(label, str) else label(*args)
+            return clock.timed(stage, lambda: original(*args, **kwargs))
 
         self.replace(owner, name, wrapped)
 
     def replace(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
-        """Puts `new` in the place of owner.name until `remove`."""
-        self._undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, new)
+        """Puts `new` in the place of owner.name until `remove`; not where a graph is built to be counted or traced."""
+        original = getattr(owner, name)
+
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            return (original if unpack._is_off else new)(*args, **kwargs)
+
+        self._undo.append((owner, name, original))
+        setattr(owner, name, chosen)
 
     def remove(self) -> None:
         for owner, name, original in reversed(self._undo):
             setattr(owner, name, original)
         self._undo.clear()
+
+
+class Phases(Wraps):
+    """Which phase of a step the engine is in: `emb`, `f0` to `fN`, `head`, `bN` to `b0`.
+
+    around(label, run) runs each of them. An update is a part of its block's backward, or of the phase before it.
+    """
+
+    def __init__(self, around: Callable[[str, Callable[[], Any]], Any]):
+        super().__init__()
+        self.now, self._around, self._is_inside = "", around, False
+        self._put(base.Pass, "embed", lambda *_: "emb")
+        self._put(base.Pass, "forward", lambda _, layer, *__: f"f{layer.index}")
+        self._put(base, "cross_entropy", lambda *_: "head")
+        self._put(backprop, "cross_entropy", lambda *_: "head")
+        self._put(backprop.BackpropEngine, "backward", lambda _, __, layer, *___: f"b{layer.index}")
+        self._put(Updater, "sink", lambda *_: self.now)
+
+    def _put(self, owner: Any, name: str, label: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return original(*args, **kwargs)
+            self.now, self._is_inside = label(*args), True
+            try:
+                return self._around(self.now, lambda: original(*args, **kwargs))
+            finally:
+                self._is_inside = False
+
+        self.replace(owner, name, wrapped)

@@ -9,6 +9,7 @@ makes as many products with the weights as a forward pass does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,18 +19,12 @@ from typing import Any
 
 import mebp_mlx
 from bench import report
+from bench.stepper import Stepper
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.data import DataSets, TokenRows, batches, eval_batches, prepare
-from mebp_mlx.engine import Engine, make_engine
-from mebp_mlx.engine.backprop import forward_loss
-from mebp_mlx.engine.choose import choose_plan
-from mebp_mlx.engine.job import job_for
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.hub import resolve_model
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.optimizers import make_optimizer
-from mebp_mlx.planning import estimator_of, make_lora
 
 GRID_SEED = 1000  # of the trials: none of the curves has it
 
@@ -80,13 +75,7 @@ class Task:
 
     def __init__(self, options: argparse.Namespace):
         path = resolve_model(options.model)
-        self.config = TrainConfig(
-            model=options.model,
-            data=options.data,
-            mask_prompt=options.mask_prompt,
-            batch_size=options.batch_size,
-            max_seq_length=options.max_seq_length,
-        )
+        self.batch_size = options.batch_size
         self.data: DataSets = prepare(
             data=options.data,
             model_path=path,
@@ -108,21 +97,26 @@ class Task:
 
         seconds: of training alone. A loss that is not finite ends the run with a loss of infinity.
         """
-        config = self.config.replace(
-            engine=method.engine, optimizer=method.optimizer, learning_rate=rate, seed=seed, iters=max(1, n_steps)
-        )
-        lora = make_lora(config, self.model)
-        updater = Updater(make_optimizer(config, max(1, n_steps)), lora)
-        estimator = estimator_of(config, lora)
-        longest = int(self.data.train.lengths.max()) - 1
-        plan = choose_plan(job_for(self.model, lora, config.batch_size, longest, engine=config.engine))
-        engine: Engine = make_engine(config.engine, self.model, lora, plan=plan, seed=seed, estimator=estimator)
-        engine.reserve(config.batch_size, longest)
-        stream, seconds = batches(self.data.train, config.batch_size, seed), 0.0
+        longest, evaluated = (int(each.lengths.max()) - 1 for each in (self.data.train, rows))
+        n_updates = max(1, n_steps)
+        with contextlib.redirect_stdout(None):  # the same plan for every run of a method
+            stepper = Stepper(
+                self.model,
+                longest,
+                n_evaluated=evaluated,
+                n_updates=n_updates,
+                batch_size=self.batch_size,
+                engine=method.engine,
+                optimizer=method.optimizer,
+                learning_rate=rate,
+                seed=seed,
+                iters=n_updates,
+            )
+        stream, seconds = batches(self.data.train, self.batch_size, seed), 0.0
         try:
             for step in range(n_steps + 1):
                 if step in marks:
-                    found = [forward_loss(self.model, plan, lora, b) for b in self._eval(rows)]
+                    found = [stepper.engine.evaluate(batch) for batch in self._eval(rows)]
                     n_labels = sum(each.n_labels for each in found)
                     yield {
                         "step": step,
@@ -133,14 +127,12 @@ class Task:
                     }
                 if step < n_steps:
                     began_s, batch = time.perf_counter(), next(stream)
-                    updater.begin_step()
-                    engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=updater.sink)
-                    updater.end_step()
+                    stepper.step(step, batch)
                     seconds += time.perf_counter() - began_s
         except NonFiniteLoss:
             yield {"step": step, "passes": step * method.passes, "seconds": seconds, "loss": math.inf, "accuracy": 0.0}
         finally:
-            engine.close()
+            stepper.close()
 
     def choose_rate(self, name: str, n_passes: int) -> list[dict[str, Any]]:
         """One trial for each rate of a method's grid, of about n_passes forward passes; `best` marks the chosen one."""
@@ -177,7 +169,7 @@ class Task:
         return rows
 
     def _eval(self, rows: TokenRows) -> Iterator[Any]:
-        return eval_batches(rows, self.config.batch_size, self.eval_batches)
+        return eval_batches(rows, self.batch_size, self.eval_batches)
 
 
 def marks_up_to(n_steps: int) -> list[int]:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import mebp_mlx
-from mebp_mlx.engine.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
 
 PLANS = {
     "saved products": Plan(),

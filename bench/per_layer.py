@@ -1,8 +1,9 @@
 """The paper's Figure 2: memory and wall-clock phase by phase: emb, f0 to fN, head, bN to b0.
 
 MeBP with the products saved (the default), with block inputs only (the paper's policy: all else is recomputed) and
-MeZO, a process each, on random weights. Times are split into reading, decompressing, computing and the arena
-(bench/layers.py says how). Besides CSV, JSON and PNG, --out gets per_layer.html, which opens without a network.
+MeZO, a process each, on random weights, with the trainer's own budget. Times are split into reading, decompressing,
+computing and what is kept; memory is that of a step whose C heap is trimmed after each phase (bench/layers.py says
+how). Besides CSV, JSON and PNG, --out gets per_layer.html, which opens without a network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from bench import report
 from bench.layers import CASES, SPLITS
-from bench.synth import SHAPES, write_model
+from bench.stepper import add_memory_budget, plan_line
+from bench.synth import SHAPES
 
 COLORS = {"mebp": "C1", "mebp-inputs": "C2", "mezo": "C0"}
 SPLIT_COLORS = {"read": "#7f7f7f", "decompress": "#d62728", "compute": "#4c78a8", "save": "#f2b701"}
@@ -29,19 +31,19 @@ def main() -> None:
     parser.add_argument("--steps", type=report.positive, default=3, help="steps of each kind, after a first one")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--models", type=Path, help="keep the random model in this folder (default: a temporary one)")
+    add_memory_budget(parser, None, "as the trainer's")
     options = parser.parse_args()
     if options.quick:
         options.layers, options.tokens, options.steps = 2, 64, 1
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        name = options.shape if options.layers is None else f"{options.shape}-{options.layers}"
-        folder = (options.models or Path(scratch)) / name
-        if not (folder / "config.json").exists():
-            write_model(options.shape, folder, layers=options.layers)
+        folder = report.model_of(options.shape, options.models or Path(scratch), options.layers)
+        how = ["--tokens", options.tokens, "--steps", options.steps]
+        how += [] if options.memory_budget is None else ["--memory-budget", options.memory_budget]
         for case in options.cases:
-            how = ("--tokens", options.tokens, "--steps", options.steps)
             found[case] = report.run_module("bench.layers", folder, "--case", case, *how)
             print(f"{case}: {found[case]['peak_mb']} MB, {found[case]['step_ms']['median']:,.0f} ms a step", flush=True)
+            print(f"  plan     {plan_line(found[case]['plan'])}", flush=True)
     print(report.table(HEADS, [line for case in found.values() for line in _lines(case)]))
     about = report.context(options)
     plt = report.pyplot() if options.out else None

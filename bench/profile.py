@@ -11,85 +11,102 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mebp_mlx  # isort: skip
+import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
-import numpy as np
 
-from bench.instruments import Clock, Wraps, evaluate
-from bench.synth import SHAPES, write_model
-from mebp_mlx.data import Batch
-from mebp_mlx.engine import attend, backprop, block, make_engine, mlp, projection
-from mebp_mlx.engine import head as engine_head
-from mebp_mlx.engine.arena import Arena
-from mebp_mlx.engine.plan import Plan
+from bench import report
+from bench.instruments import Clock, Wraps
+from bench.stepper import Stepper, add_memory_budget, plan_line
+from bench.synth import SHAPES
+from mebp_mlx.engine import backprop, base
+from mebp_mlx.engine.store import Store
 from mebp_mlx.engine.update import Updater
+from mebp_mlx.families.base import Block, value
+from mebp_mlx.families.gemma3 import Gemma3Block
+from mebp_mlx.families.llama import LlamaBlock
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.model.spec import Linear
+from mebp_mlx.ops import cpu
+from mebp_mlx.ops import cross_entropy as head
+from mebp_mlx.ops.attention import Attention
+from mebp_mlx.ops.gated_mlp import Gate, GatedMlp
+from mebp_mlx.ops.lora_linear import Backward, Input, LoraLinear
 from mebp_mlx.weights import MappedWeights
+
+LORA, HEAD, SPLIT = "LoRA: x A and gradients", "head: products, norm and its backward", "attention: split, rope"
+STAGES: list[tuple[Any, str, str]] = [
+    *(
+        (owner, name, LORA)
+        for owner, names in (
+            (LoraLinear, ("low_rank", "add")),
+            (Backward, ("__init__", "finish")),
+            (Input, ("__init__", "output", "take", "finish")),
+        )
+        for name in names
+    ),
+    *((GatedMlp, name, "mlp: sums of blocks") for name in ("__call__", "backward")),
+    (Gate, "__call__", "mlp: activation, forward"),
+    (Gate, "backward", "mlp: activation, backward"),
+    *((MappedWeights, name, "weights: read") for name in ("rows", "columns", "gather")),
+    *((Model, name, "weights: decompress") for name in ("rows", "columns", "gather")),
+    (Model, "norms", "weights: norms"),
+    *((Store, name, "store: put") for name in ("put", "write_behind")),
+    *((Store, name, "store: get") for name in ("get", "take")),
+    (Attention, "append", SPLIT),
+    (Attention, "cotangents", SPLIT),
+    (Attention, "__call__", "attention: forward"),
+    (Attention, "backward", "attention: backward"),
+    (Block, "norm_backward", "norms: backward"),
+    *((kind, "backward", "residual sums, backward") for kind in (LlamaBlock, Gemma3Block)),
+    *((engine, "cross_entropy", HEAD) for engine in (backprop, base)),
+    *((owner, name, "head: exp") for owner, name in ((cpu, "online_softmax"), (head, "softmax_kernel"))),
+    (base.Pass, "embed", "embedding"),
+    (Updater, "sink", "update"),
+]
 
 
 class Instruments(Wraps):
     """The clock around every stage."""
 
     def __init__(self, clock: Clock):
-        super().__init__(clock)
-        self.wrap(block._Work, "_forward", lambda work, stage, *_: self._stage(stage, "forward"))
-        self.wrap(block._Work, "_backward", lambda work, stage, *_: self._stage(stage, "backward"))
-        self._product(projection.RowStream, "forward", "y = x W^T")
-        self._product(projection.RowStream, "backward", "dx = g W")
-        self._product(projection.ColumnStream, "forward", "y = x W^T")
-        self._product(projection.ColumnStream, "cotangent", "dx = g W")
-        for owner, names in (
-            (projection.RowStream, ("__init__", "finish")),
-            (projection.ColumnStream, ("__init__", "take", "gradients")),
-        ):
-            for name in names:
-                self.wrap(owner, name, lambda *_: "LoRA: x A and gradients")
-        self.wrap(mlp.BlockwiseMlp, "forward", lambda *_: "mlp: activation, forward")
-        self.wrap(mlp.BlockwiseMlp, "backward", lambda *_: "mlp: activation, backward")
-        self.wrap(MappedWeights, "rows", lambda *_: "weights: read")
-        self.wrap(MappedWeights, "columns", lambda *_: "weights: read")
-        self.wrap(Model, "columns", lambda *_: "weights: decompress")
-        self.wrap(MappedWeights, "gather", lambda *_: "weights: read")
-        self.wrap(Model, "rows", lambda *_: "weights: decompress")
-        self.wrap(Model, "gather", lambda *_: "weights: decompress")
-        self.wrap(Model, "norm", lambda *_: "weights: norms")
-        self.wrap(Arena, "put", lambda *_: "arena: put")
-        self.wrap(Arena, "get", lambda *_: "arena: get")
-        self.wrap(attend.TileAttention, "__init__", lambda *_: "attention: split, rope")
-        self.wrap(attend.TileAttention, "forward", lambda *_: "attention: forward")
-        self.wrap(attend.TileAttention, "backward", lambda *_: "attention: backward")
-        self.wrap(attend.TileAttention, "finish", lambda *_: "attention: split, rope")
-        self.wrap(engine_head, "run", lambda *_: "head: products, norm and its backward")
-        self.wrap(engine_head, "online_softmax", lambda *_: "head: exp")
-        self.wrap(backprop, "embed_tiles", lambda *_: "embedding")
-        self.wrap(Updater, "sink", lambda *_: "update")
+        super().__init__()
+        self.clock = clock
+        for owner, name, stage in STAGES:
+            self.wrap(clock, owner, name, stage)
+        for block in (LlamaBlock, Gemma3Block):
+            for name in ("h", "h2", "x1", "y"):
+                equation: value = getattr(block, name)
+                self.wrap(clock, equation, "equation", "norms, residual sums: forward")
+        self._product(LoraLinear, "rows", "y = x W^T", lambda linear: linear)
+        self._product(Backward, "take", "dx = g W", lambda backward: backward.linear if backward.need_dx else None)
+        self._product(Input, "add", "y = x W^T", lambda source: source.linear)
+        self._product(Input, "cotangent", "dx = g W", lambda source: source.linear)
 
-    def _stage(self, stage: Any, direction: str) -> str:
-        if stage.linears:
-            return "engine: a projection's surroundings"
-        return f"{'norms' if 'norm' in stage.name else stage.name}: {direction}"
-
-    def _product(self, owner: Any, name: str, what: str) -> None:
+    def _product(self, owner: Any, name: str, what: str, linear_of: Callable[[Any], LoraLinear | None]) -> None:
+        """Times owner.name(..., start, stop, ...) as a product of that projection; None: it makes none."""
         original, clock = getattr(owner, name), self.clock
 
-        def wrapped(stream: Any, start: int, stop: int, *rest: Any) -> Any:
-            evaluate(rest)
-            linear = stream.linear
-            label = f"{linear.name.rsplit('.', 1)[-1]}: {what}"
-            value = clock.timed(label, lambda: original(stream, start, stop, *rest))
-            by_rows = owner is projection.RowStream
-            width = linear.in_dims if by_rows else linear.out_dims
-            known = (rest[0] if rest else stream.x) if by_rows else (stream.y if stream.g is None else stream.g)
-            made = not (rest and rest[-1] is False)  # a backward for the pair alone makes no product with W
-            if known is not None and made:
-                n_rows = known.shape[0]
-                clock.flops[label] = clock.flops.get(label, 0) + 2 * n_rows * (stop - start) * width
-                clock.shapes[label] = (n_rows, width, stop - start)
-            return value
+        def wrapped(work: Any, *args: Any) -> Any:
+            mx.eval(args)
+            linear = linear_of(work)
+            if linear is None:
+                return clock.timed(LORA, lambda: original(work, *args))
+            spec: Linear = linear.linear
+            label = f"{spec.name.rsplit('.', 1)[-1]}: {what}"
+            result = clock.timed(label, lambda: original(work, *args))
+            start, stop = [arg for arg in args if isinstance(arg, int)]
+            is_by_rows = owner in (LoraLinear, Backward)  # else by columns of W
+            width = spec.in_dims if is_by_rows else spec.out_dims
+            known = next((arg for arg in args if isinstance(arg, mx.array)), getattr(work, "g", None))
+            assert known is not None
+            n_rows = known.size // known.shape[-1]
+            clock.flops[label] = clock.flops.get(label, 0) + 2 * n_rows * (stop - start) * width
+            clock.shapes[label] = (n_rows, width, stop - start)
+            return result
 
         self.replace(owner, name, wrapped)
 
@@ -108,24 +125,20 @@ def bare_gflops(shape: tuple[int, int, int], transposed: bool, repeats: int = 7)
     return 2 * n * n_in * rows / statistics.median(times_s) / 1e9
 
 
-def profile(folder: Path, n_tokens: int, rank: int, repeats: int) -> dict[str, Any]:
-    """{"step": rows, "forward": rows} with ms per call of the whole, and the times without instruments."""
-    model = mebp_mlx.open_model(folder)
-    lora = mebp_mlx.init_lora(model, rank=rank)
-    engine = make_engine("mebp", model, lora)
-    updater = Updater(PlainSGD(learning_rate=1e-4), lora)
-    rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, model.spec.V, (2, 1, n_tokens)).astype(np.int32)
-    batch = Batch(tokens, targets, rows=("random",), n_labels=n_tokens)
-    engine.reserve(1, n_tokens)
+def profile(folder: Path, n_tokens: int, repeats: int, **options: Any) -> dict[str, Any]:
+    """{"step": rows, "forward": rows} with ms per call of the whole, and the times without instruments.
+
+    options: of TrainConfig.
+    """
+    stepper = Stepper(folder, n_tokens, **options)
+    spec, planned = stepper.model.spec, stepper.planned
+    assert planned is not None
 
     def step() -> None:
-        updater.begin_step()
-        engine.step(batch, step=0, micro=0, n_labels=n_tokens, sink=lambda grads: updater.sink(grads))
-        updater.end_step()
+        stepper.step(0)
 
     def forward() -> None:
-        engine.evaluate(batch)
+        stepper.engine.evaluate(stepper.batch)
 
     found: dict[str, Any] = {}
     bare: dict[tuple[tuple[int, int, int], bool], float] = {}
@@ -144,11 +157,11 @@ def profile(folder: Path, n_tokens: int, rank: int, repeats: int) -> dict[str, A
                 clock.timed("the rest", run)
         finally:
             instruments.remove()
-        head_rows = Plan().vocabulary_chunk(n_tokens, model.spec.D, 4)
-        update = "head: products, norm and its backward"
+        head_bytes = stepper.model.copied_bytes(spec.head, spec.D)
+        chunk = planned.plan.vocabulary_chunk(n_tokens, head_bytes, stepper.model.dtype.size)
         n_products = 2 if name == "step" else 1
-        clock.flops[update] = 2.0 * n_products * n_tokens * model.spec.D * model.spec.V * repeats
-        clock.shapes[update] = (n_tokens, model.spec.D, head_rows)
+        clock.flops[HEAD] = 2.0 * n_products * n_tokens * spec.D * spec.V * repeats
+        clock.shapes[HEAD] = (n_tokens, spec.D, chunk)
         total_s = sum(clock.seconds.values())
         rows = []
         for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
@@ -168,7 +181,8 @@ def profile(folder: Path, n_tokens: int, rank: int, repeats: int) -> dict[str, A
         }
     ratios = [s / (2 * f) for s, f in zip(plain["step"], plain["forward"], strict=True)]
     found["step_over_two_forwards"] = round(statistics.median(ratios), 3)
-    engine.close()
+    found["plan"] = stepper.plan_record
+    stepper.close()
     return found
 
 
@@ -176,14 +190,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, default=2, help="blocks of the model (default 2); its head is whole")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=report.positive, default=256)
+    parser.add_argument("--rank", type=report.positive, default=8)
+    parser.add_argument("--repeats", type=report.positive, default=3)
     parser.add_argument("--model", type=Path, help="a model already written (default: one of --shape)")
+    add_memory_budget(parser, None, "as the trainer's")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or write_model(options.shape, Path(scratch) / "model", layers=options.layers)
-        found = profile(folder, options.tokens, options.rank, options.repeats)
+        folder = options.model or report.model_of(options.shape, Path(scratch), options.layers)
+        given = {"rank": options.rank, "optimizer": "sgd", "memory_budget": options.memory_budget}
+        found = profile(folder, options.tokens, options.repeats, **given)
+    print(f"plan       {plan_line(found['plan'])}")
     for name in ("step", "forward"):
         part = found[name]
         print(f"\n{name}: {part['plain_ms']} ms ({part['ms']} ms with the clock in it)")

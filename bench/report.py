@@ -41,6 +41,16 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def model_of(shape: str, models: Path, layers: int | None = None) -> Path:
+    """The folder in `models` of a random model of a shape, cut to `layers` blocks (bench/synth.py); made if missing."""
+    from bench.synth import write_model
+
+    folder = models / (shape if layers is None else f"{shape}-{layers}")
+    if not (folder / "config.json").exists():
+        write_model(shape, folder, layers=layers)
+    return folder
+
+
 def positive(text: str) -> int:
     """argparse's type of a number of steps, tokens, rounds, seeds."""
     number = int(text)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.synth import SHAPES, write_model
+from bench.stepper import add_memory_budget, plan_line
+from bench.synth import SHAPES
 
 
 def main() -> None:
@@ -20,19 +21,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=report.positive, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=report.positive, default=1, help="steps in the medians, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random model in this folder (default: a temporary one)")
+    add_memory_budget(parser)
     options = parser.parse_args()
     layers = None
     if options.quick:
         options.tokens, options.steps, layers = [64, 128, 256], 1, 2
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (options.models or Path(scratch)) / (options.shape if layers is None else f"{options.shape}-{layers}")
-        if not (folder / "config.json").exists():
-            write_model(options.shape, folder, layers=layers)
+        folder = report.model_of(options.shape, options.models or Path(scratch), layers)
+        how = ("--steps", options.steps, "--memory-budget", options.memory_budget)
         for T in options.tokens:
-            found = report.run_module("bench.step_case", folder, "--tokens", T, "--steps", options.steps)
+            found = report.run_module("bench.step_case", folder, "--tokens", T, *how)
             rows.append({"shape": options.shape, "layers": layers or "all", **found})
             print(f"T = {T:,}: {found['peak_mb']} MB, {found['step_s']['median']} s", flush=True)
+            print(f"  plan     {plan_line(found['plan'])}", flush=True)
     paper = report.PAPER_BY_LENGTH_MB if options.shape == "qwen2.5-0.5b" and layers is None else {}
     heads = ["T", "peak MB", "paper's MeBP MB", "s a step", "ms a token"]
     lines = [

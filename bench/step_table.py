@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.synth import SHAPES, write_model
+from bench.step_case import add_device, device_arguments
+from bench.stepper import plan_line
+from bench.synth import SHAPES
 from mebp_mlx.runtime.phone import DEVICES
 
 
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=report.positive, default=256)
     parser.add_argument("--steps", type=report.positive, default=10, help="steps in the medians, after a first one")
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
-    parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory; add its least time")
+    add_device(parser)
     options = parser.parse_args()
     layers = None
     if options.quick:
@@ -29,15 +31,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for shape in options.shapes:
-            folder = (options.models or Path(scratch)) / (shape if layers is None else f"{shape}-{layers}")
-            if not (folder / "config.json").exists():
-                write_model(shape, folder, layers=layers)
-            how = ["--tokens", options.tokens, "--steps", options.steps]
-            how += ["--device", options.device] if options.device else []
+            folder = report.model_of(shape, options.models or Path(scratch), layers)
+            how = ["--tokens", options.tokens, "--steps", options.steps, *device_arguments(options)]
             for engine in ("mezo", "mebp"):
                 found = report.run_module("bench.step_case", folder, "--engine", engine, *how)
                 rows.append({"shape": shape, "layers": layers or "all", **found})
                 print(f"{shape} {engine}: {found['peak_mb']} MB, {found['step_s']['median']} s", flush=True)
+                print(f"  plan     {plan_line(found['plan'])}", flush=True)
     print(report.table(HEADS, [_line(rows, shape) for shape in options.shapes]))
     if options.device:
         print("\n".join(f"assumed    {text}" for text in DEVICES[options.device].assumptions))

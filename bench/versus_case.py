@@ -23,17 +23,13 @@ import numpy as np
 
 from bench.in_memory import mlx_lm_model
 from bench.report import positive, refuse, spread
+from bench.stepper import Stepper
 from mebp_mlx.data import Batch, has_tokenizer, prepare
-from mebp_mlx.engine import Engine, make_engine
-from mebp_mlx.engine.choose import choose_plan
-from mebp_mlx.engine.job import job_for
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.engine.whole_graph import WholeGraphEngine
 from mebp_mlx.errors import UserError
 from mebp_mlx.hub import resolve_model
-from mebp_mlx.model.frozen import Model
 from mebp_mlx.model.lora import Lora
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.runtime.footprint import PeakMeter
 
 CASES = {
     "ours": "mebp_mlx",
@@ -62,18 +58,13 @@ def rows_of(path: Path, data: str, vocabulary: int, shape: tuple[int, int]) -> n
     return np.resize(np.array(stream, np.int32), needed).reshape(n_rows, n_tokens + 1)
 
 
-def with_engine(engine: Engine, lora: Lora, rows: np.ndarray, batch_size: int, park: bool) -> Iterator[float]:
+def with_engine(stepper: Stepper, rows: np.ndarray) -> Iterator[float]:
     """The loss of each step of one of our engines."""
-    updater = Updater(optim.Adam(learning_rate=LEARNING_RATE), lora, park=park)
-    engine.reserve(batch_size, rows.shape[1] - 1)
-    for step, first in enumerate(range(0, len(rows), batch_size)):
-        part = rows[first : first + batch_size]
-        batch = Batch(part[:, :-1], part[:, 1:], rows=("",) * batch_size, n_labels=part[:, 1:].size)
-        updater.begin_step()
-        loss = engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=updater.sink)
-        updater.end_step()
-        yield loss
-    engine.close()
+    size = stepper.config.batch_size
+    for step, first in enumerate(range(0, len(rows), size)):
+        part = rows[first : first + size]
+        yield stepper.step(step, Batch(part[:, :-1], part[:, 1:], rows=("",) * size, n_labels=part[:, 1:].size))
+    stepper.close()
 
 
 def with_mlx_lm(path: Path, lora: Lora, rows: np.ndarray, batch_size: int, in_memory: bool) -> Timed:
@@ -112,23 +103,21 @@ def with_mlx_lm(path: Path, lora: Lora, rows: np.ndarray, batch_size: int, in_me
 
 def measure(case: str, path: Path, data: str, n_steps: int, batch_size: int, n_tokens: int) -> dict[str, Any]:
     """Peak footprint, seconds a step after the first, and the losses."""
-    before_bytes = footprint_bytes()
     default_cache_bytes = mx.set_cache_limit(0)
+    engine = "whole-graph" if case.startswith("checkpoint") else "mebp"
     with PeakMeter() as meter:
-        model: Model = mebp_mlx.open_model(path)
-        lora = mebp_mlx.init_lora(model)
+        model = mebp_mlx.open_model(path)
         rows = rows_of(path, data, model.spec.V, (n_steps * batch_size, n_tokens))
-        if case == "ours":
-            job = job_for(model, lora, batch_size, n_tokens, base_bytes=before_bytes)
-            engine = make_engine("mebp", model, lora, plan=choose_plan(job))
-            found = _timed(with_engine(engine, lora, rows, batch_size, park=True))
-        else:
+        if case.startswith("mlx-lm"):
             mx.set_cache_limit(default_cache_bytes)  # as everybody has it who does not set it
-            if case.startswith("checkpoint"):
-                whole = WholeGraphEngine(model, lora, last_block_first=case.endswith("last-first"))
-                found = _timed(with_engine(whole, lora, rows, batch_size, park=False))
-            else:
-                found = with_mlx_lm(path, lora, rows, batch_size, in_memory=case.endswith("in-memory"))
+            found = with_mlx_lm(path, mebp_mlx.init_lora(model), rows, batch_size, in_memory=case.endswith("in-memory"))
+        else:
+            options: dict[str, Any] = {"optimizer": "adam", "learning_rate": LEARNING_RATE, "batch_size": batch_size}
+            stepper = Stepper(model, n_tokens, engine=engine, **options)
+            if isinstance(stepper.engine, WholeGraphEngine):
+                mx.set_cache_limit(default_cache_bytes)
+                stepper.engine.last_block_first = case.endswith("last-first")
+            found = _timed(with_engine(stepper, rows))
     return {
         "case": case,
         "peak_mb": round(meter.peak_bytes / 1e6, 1),

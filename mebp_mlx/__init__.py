@@ -18,7 +18,7 @@ from .errors import BudgetError, NonFiniteLoss, UserError
 from .runtime.platform import NO_BACKEND, backend_missing, load_blas
 
 if TYPE_CHECKING:
-    from .api import init_lora, loss, loss_and_grads, open_model
+    from .api import Plan, init_lora, loss, loss_and_grads, open_model
 
 # A wrong $MEBP_BLAS is told where it can be answered: train asks for the BLAS again.
 with contextlib.suppress(UserError):
@@ -33,6 +33,7 @@ __version__: str = "0.1.0"
 __all__ = [
     "BudgetError",
     "NonFiniteLoss",
+    "Plan",
     "UserError",
     "init_lora",
     "loss",
@@ -40,7 +41,7 @@ __all__ = [
     "open_model",
 ]
 
-_API = ("init_lora", "loss", "loss_and_grads", "open_model")
+_API = ("Plan", "init_lora", "loss", "loss_and_grads", "open_model")
 
 
 def __getattr__(name: str) -> Any:

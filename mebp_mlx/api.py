@@ -17,10 +17,13 @@ from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
 from .model.spec import PROJECTIONS
+from .ops.cross_entropy import NO_LABEL
 from .ops.plan import Plan
+from .planner.search import choose
 from .planner.sizes import lora_sizes
+from .planner.workload import Workload
 from .runtime import device, memory
-from .runtime.platform import memory_bytes
+from .runtime.platform import default_budget_bytes, memory_bytes
 
 WEIGHTS = ("auto", "packed", "decompressed")
 
@@ -88,19 +91,40 @@ def loss_and_grads(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The mean loss over labelled tokens, and its exact gradient for every LoRA parameter.
 
-    tokens, targets: int [B, T], arrays or nested lists; target -100 = no label. Dropout is
-    off. Returns (float32 scalar, {parameter name: float32 gradient}). Raises UserError for
+    tokens, targets: int [B, T], arrays or nested lists; target -100 = no label; plan: how the step is cut (None: as
+    training chooses within its default budget, at the first call and for a larger batch). Dropout is off. Returns
+    (float32 scalar, {parameter name: float32 gradient}). Raises UserError for
     shapes that differ, token ids outside the vocabulary, or no label at all.
     """
     batch = _checked(model, tokens, targets)
     gradients: dict[str, mx.array] = {}
-    engine = BackpropEngine(model, lora, plan=plan, dropout=False)
-    try:
-        n_labels = int((batch.targets != -100).sum())
-        loss_value = engine.step(batch, step=0, micro=0, n_labels=n_labels, sink=gradients.update)
-    finally:
-        engine.close()
+    n_labels = int((batch.targets != NO_LABEL).sum())
+    engine = _engine(model, lora, plan, *batch.tokens.shape)
+    loss_value = engine.step(batch, step=0, micro=0, n_labels=n_labels, sink=gradients.update)
     return mx.array(loss_value), gradients
+
+
+class _Session(NamedTuple):
+    """An engine, and what it was made for: plan as it was asked for, rows and positions of a batch."""
+
+    model: Model
+    plan: Plan | None
+    B: int
+    T: int
+    engine: BackpropEngine
+
+
+def _engine(model: Model, lora: Lora, plan: Plan | None, B: int, T: int) -> BackpropEngine:
+    """The engine of this Lora's last call if it serves this one too: a plan and files are not made for every call."""
+    known = lora.session
+    if isinstance(known, _Session):
+        if known.model is model and known.plan == plan and B <= known.B and T <= known.T:
+            return known.engine
+        known.engine.close()
+    chosen = plan or choose(Workload(model, lora, B, T), default_budget_bytes()).plan
+    engine = BackpropEngine(model, lora, plan=chosen, dropout=False)
+    lora.session = _Session(model, plan, B, T, engine)
+    return engine
 
 
 def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None) -> mx.array:
@@ -115,7 +139,7 @@ def _checked(model: Model, tokens: Any, targets: Any) -> _Batch:
         raise UserError(
             f"tokens and targets must both be [B, T], found {list(batch.tokens.shape)} and {list(batch.targets.shape)}"
         )
-    labels = batch.targets[batch.targets != -100]
+    labels = batch.targets[batch.targets != NO_LABEL]
     if labels.size == 0:
         raise UserError("targets: every target is -100, so there is no loss")
     for name, ids in (("tokens", batch.tokens), ("targets", labels)):

@@ -16,7 +16,7 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.model.spec import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
 from mebp_mlx.runtime.phone import DEVICES, Phone
-from mebp_mlx.runtime.platform import memory_bytes
+from mebp_mlx.runtime.platform import default_budget_bytes
 
 PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())
@@ -24,7 +24,6 @@ SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SMALLEST, UNLIMITED = "min", "none"  # in place of --memory-budget's size
-DEFAULT_BUDGET_BYTES, SHARE_OF_MEMORY = 1_000_000_000, 0.25
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -169,7 +168,7 @@ class TrainConfig:
             return None
         if self.phone is not None:
             return self.phone.budget_bytes
-        return min(DEFAULT_BUDGET_BYTES, int(SHARE_OF_MEMORY * memory_bytes()))
+        return default_budget_bytes()
 
     @property
     def smallest(self) -> bool:

@@ -74,8 +74,8 @@ def check_lora(config: TrainConfig, model: Model) -> None:
     if needed > least:
         raise BudgetError(
             f"--rank {config.rank}: LoRA takes {sizes.parameters / 1e6:,.1f} MB, gradients {gradients / 1e6:,.1f} MB, "
-            f"optimizer state {state / 1e6:,.1f} MB{' on disk' if offloads else ''}; {what}, the smallest workable budget "
-            f"is above {math.ceil(needed / 1e6)}MB"
+            f"optimizer state {state / 1e6:,.1f} MB{' on disk' if offloads else ''}; {what}, "
+            f"the smallest workable budget is above {math.ceil(needed / 1e6)}MB"
         )
 
 

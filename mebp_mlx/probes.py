@@ -140,7 +140,7 @@ def _one_tensor() -> Iterator[tuple[MappedWeights, np.ndarray]]:
     value = mx.random.normal((4, 1 << 13)).astype(mx.float16)
     with tempfile.TemporaryDirectory(dir=choose_folder(None)) as folder:
         path = Path(folder) / "model.safetensors"
-        with Shard(path, [Entry("w", "F16", tuple(value.shape))]) as shard:
+        with open(path, "xb") as file, Shard(file, [Entry.of("w", value)]) as shard:
             shard.append("w", value)
         weights = MappedWeights(path, adopt=True)
         try:

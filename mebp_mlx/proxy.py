@@ -44,8 +44,8 @@ def project(
     there, rates = count(on_phone(workload), plan), Rates(phone.flops[2], phone.bandwidth)
     total, least_s = sum(there.values(), Work()), bound_s(there, rates)
     yield (
-        f"projected  {phone.chip}: a micro-batch of {workload.B} x {workload.T:,} tokens is {total.flops / 1e9:,.1f} GFLOP and "
-        f"{total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
+        f"projected  {phone.chip}: a micro-batch of {workload.B} x {workload.T:,} tokens is "
+        f"{total.flops / 1e9:,.1f} GFLOP and {total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
     )
     if step_s is not None and host is not None:
         ratio = least_s / bound_s(count(workload, plan), host)

@@ -25,6 +25,7 @@ from .weights import TensorInfo
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
+_KINDS = (*_FLOATS, "U32", "U8")  # packed weights, mxfp4's scales
 
 Say = Callable[[str], None]
 
@@ -134,7 +135,7 @@ class Repack:
             file = f"model-{number:05d}-of-{len(self._blocks):05d}.safetensors"
             entries = [entry for item in block for entry in item.entries()]
             placed.update({entry.name: file for entry in entries})
-            with Shard(folder / file, entries) as shard:
+            with open(folder / file, "xb") as new, Shard(new, entries) as shard:
                 for item in block:
                     if isinstance(item, _Vector):
                         name, dtype = item.entry.name, DTYPES[item.entry.dtype]
@@ -218,8 +219,8 @@ class Repack:
 
 
 def _entry(info: TensorInfo) -> Entry:
-    if info.dtype not in DTYPES:
-        raise UserError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, not one of {', '.join(DTYPES)}")
+    if info.dtype not in _KINDS:
+        raise UserError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, not one of {', '.join(_KINDS)}")
     return Entry(info.name, info.dtype, info.shape)
 
 

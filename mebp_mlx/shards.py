@@ -1,6 +1,6 @@
 """Safetensors files whose data begins on a page, and a folder that appears whole or not at all.
 
-Both for `mebp_mlx.convert`: a model is written in pieces of a few rows, so nothing here holds a tensor.
+A file is written in pieces, a model's of a few rows and a checkpoint's of an array, so nothing here holds more.
 """
 
 from __future__ import annotations
@@ -12,27 +12,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
+from . import weights
 from .errors import UserError
 
 PAGE_BYTES = 16 << 10  # Apple silicon's; a multiple of Linux's
-DTYPES: dict[str, mx.Dtype] = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
+DTYPES = {name: dtype for name, (_, dtype) in weights.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Array = mx.array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,42 +39,51 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, value: Array) -> Entry:
+        """The entry of an array, which is not evaluated."""
+        return cls(name, _dtype_name(value), tuple(value.shape))
+
     @property
     def n_bytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].size
 
 
 class Shard:
-    """A new safetensors file as a context manager. Its tensors are named in order of use, and written rows at a time.
+    """Writes a new safetensors file, as a context manager. Its tensors are named in order of use.
+
+    file: open, empty and binary; it stays open. metadata: of the header, over {"format": "mlx"}.
 
     The header is padded with spaces so that the data begins on a page. Tensors of whole pages come first, so each
     of them begins on a page, too; the others follow, larger items first, so each lies on a multiple of its item
     size. There are no holes, which the format forbids.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
         ordered = sorted(entries, key=_place)
         self._entries = {entry.name: entry for entry in ordered}
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        header = [_member("__metadata__", {"format": "mlx", **(metadata or {})})]
         begins, offset = {}, 0
         for entry in ordered:
             begins[entry.name] = offset
             offset += entry.n_bytes
             offsets = [begins[entry.name], offset]
-            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
+            about = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+            header.append(_member(entry.name, about))
+        text = f"{{{','.join(header)}}}".encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         self._begins = {name: 8 + len(text) + begin for name, begin in begins.items()}
         self._ends = dict(self._begins)  # up to where each tensor is written
-        self._file = open(path, "xb")  # noqa: SIM115  (closed by __exit__)
+        self._file = file
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(8 + len(text) + offset)
 
-    def append(self, name: str, rows: mx.array) -> None:
-        """Writes the next rows of a tensor."""
+    def append(self, name: str, rows: Array) -> None:
+        """Writes the next rows of a tensor; contiguous ones are not copied."""
         entry = self._entries[name]
-        assert NAMES[rows.dtype] == entry.dtype, (name, rows.dtype)
-        data = np.asarray(rows.reshape(-1).view(mx.uint8))
+        assert _dtype_name(rows) == entry.dtype, (name, rows.dtype)
+        flat = rows.reshape(-1)
+        data = np.asarray(flat.view(mx.uint8)) if isinstance(flat, mx.array) else flat.view(np.uint8)
         self._file.seek(self._ends[name])
         self._file.write(data.data)
         self._ends[name] += data.size
@@ -91,11 +96,19 @@ class Shard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Flushes the file to the disk, when nothing went wrong: every tensor must be complete then."""
-        with self._file:
-            if kind is None:
-                for name, entry in self._entries.items():
-                    assert self._ends[name] == self._begins[name] + entry.n_bytes, name
-                flush(self._file)
+        if kind is None:
+            for name, entry in self._entries.items():
+                assert self._ends[name] == self._begins[name] + entry.n_bytes, name
+            flush(self._file)
+
+
+def _member(name: str, value: dict[str, Any]) -> str:
+    """Of a JSON object; a whole header's worth at once would take ten times its size."""
+    return f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}"
+
+
+def _dtype_name(value: Array) -> str:
+    return NAMES[value.dtype if isinstance(value, mx.array) else getattr(mx, value.dtype.name)]
 
 
 def _place(entry: Entry) -> int:

@@ -208,9 +208,7 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
             raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
         summarize(folder, log, meter.peak_bytes, trainer.seconds, n_iters, planned)
         if config.phone is not None and planned is not None:
-            for text in project(
-                config.phone, planned.workload, planned.plan, trainer.step_s, host_rates()
-            ):
+            for text in project(config.phone, planned.workload, planned.plan, trainer.step_s, host_rates()):
                 log.say(text)
     show_sample(config, model_path, folder)
     return DONE
@@ -236,7 +234,7 @@ class Trainer:
     watch: BudgetWatch
     seconds: float = 0.0
     step_s: float | None = None  # of the last report
-    hot: bool = False  # a warm machine was told of
+    hot: bool = False  # a warm machine was reported
 
     def train(self, step: int, n_updates: int) -> int:
         """Updates number `step` (from 0) to `n_updates`, with reports, saves and validations; returns those done.

@@ -28,7 +28,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # safetensors name -> (numpy type of a view, MLX type). numpy has no bfloat16: its bits are viewed as uint16.
 # The 16- and 64-bit integers and BOOL are here for the buffers that some checkpoints carry along.
-_DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
+DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
     "F32": (np.dtype("<f4"), mx.float32),
     "F16": (np.dtype("<f2"), mx.float16),
     "BF16": (np.dtype("<u2"), mx.bfloat16),
@@ -58,7 +58,7 @@ class TensorInfo:
     @property
     def mlx_dtype(self) -> mx.Dtype:
         """The dtype of an MLX array of it."""
-        return _DTYPES[self.dtype][1]
+        return DTYPES[self.dtype][1]
 
     @property
     def not_adoptable(self) -> str | None:
@@ -124,7 +124,7 @@ class MappedWeights:
         A tensor that does not begin on a multiple of its item size is a view as well, of unaligned data.
         """
         info = self.info(name)
-        dtype = _DTYPES[info.dtype][0]
+        dtype = DTYPES[info.dtype][0]
         if info.n_bytes == 0:
             return np.zeros(info.shape, dtype)
         # frombuffer, unlike the ndarray constructor, keeps the map open for as long as the view lives
@@ -342,13 +342,13 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int, file_bytes:
     if not isinstance(entry, dict):
         raise fail("its entry is not a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise fail(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise fail(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     if not _naturals(shape, 2**31) or len(shape) > 32 or prod(max(n, 1) for n in shape) >= 2**48:
         raise fail("its shape is not a list of sizes that MLX can hold")
     if not _naturals(offsets, 2**63) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail("its data_offsets are not a range")
-    n_bytes = prod(shape) * _DTYPES[dtype][0].itemsize
+    n_bytes = prod(shape) * DTYPES[dtype][0].itemsize
     if offsets[1] - offsets[0] != n_bytes:
         raise fail(f"{dtype} {shape} takes {n_bytes} bytes, its data_offsets hold {offsets[1] - offsets[0]}")
     if data_start + offsets[1] > file_bytes:

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from bench import all as everything
-from bench import decompression, layers, learning, per_layer, projection, report, step_case
-from mebp_mlx.engine.roofline import Rates, bound_s
-from mebp_mlx.errors import NonFiniteLoss
+from bench import decompression, layers, learning, per_layer, plan_check, profile, projection, report, step_case
+from bench.instruments import Clock, Phases
+from bench.stepper import Stepper, add_memory_budget, plan_line
+from mebp_mlx.errors import NonFiniteLoss, UserError
+from mebp_mlx.ops.plan import SAVE_INPUTS, Plan
+from mebp_mlx.planner.work import Rates, bound_s
 from mebp_mlx.runtime.phone import DEVICES
 from tests.runs import tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, write_model
@@ -54,9 +57,82 @@ def test_tables_put_numbers_to_the_right() -> None:
 def test_a_case_of_the_step_table(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
     for engine in ("mebp", "fzoo"):
-        found = step_case.measure(folder, engine, n_tokens=12, n_steps=3, rank=2)
+        found = step_case.measure(folder, 12, 3, engine=engine, optimizer="sgd", rank=2, memory_budget="min")
         assert found["peak_mb"] >= found["before_mb"] > 1 and found["n_steps"] == 3
         assert 0 < found["step_s"]["p20"] <= found["step_s"]["median"] <= found["step_s"]["p80"]
+        assert found["plan"]["kept_bytes"] == 0 and "grain op" in plan_line(found["plan"])
+    found = step_case.measure(folder, 12, 2, forwards=True, optimizer="adamw", rank=2, memory_budget="none")
+    assert found["ratio"]["median"] > 0 and found["forward_peak_mb"] > 1 and not found["plan"]["offload_state"]
+
+
+def test_a_stepper_takes_a_known_plan_and_refuses_what_cannot_be(tmp_path: Path) -> None:
+    folder, plan = write_model(tmp_path / "model", CONFIGS["qwen2"]), Plan(saved=SAVE_INPUTS, kept_bytes=0)
+    stepper = Stepper(folder, 12, known=plan, batch_size=2, memory_budget="none")
+    assert stepper.planned is not None and stepper.planned.plan == plan
+    first = stepper.step(0)
+    assert stepper.batch.tokens.shape == (2, 12) and stepper.step(1) != first  # it has learned
+    stepper.close()
+    with pytest.raises(UserError, match="--memory-budget"):
+        Stepper(folder, 12, memory_budget="1MB")
+
+
+@pytest.mark.parametrize(("text", "is_right"), [("80MB", True), ("min", True), ("none", True), ("80", False)])
+def test_a_memory_budget_is_the_trainers(text: str, is_right: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_memory_budget(parser)
+    assert parser.parse_args([]).memory_budget == "min"
+    if is_right:
+        assert parser.parse_args(["--memory-budget", text]).memory_budget == text
+        return
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--memory-budget", text])
+    assert "did you mean 80MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocks", plan_check.BLOCKS)
+def test_a_case_of_the_plan_check(tmp_path: Path, blocks: str) -> None:
+    folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
+    found = plan_check.measure(str(folder), plan_check.Case("any", 70, 2, "adamw", blocks=blocks))
+    assert found["predicted"].keys() == {"forward", "head", "backward", "update"}
+    assert found["peak"] >= found["planning"] and found["predicted_peak"] == max(found["predicted"].values())
+    assert found["measured"].keys() == {"forward", "head", "backward"}
+    assert all(found["before"] < n_bytes <= found["peak"] for n_bytes in found["measured"].values())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
+def test_the_profiles_products_are_those_of_a_step(tmp_path: Path, name: str) -> None:
+    """All matrices are trained and all products kept: each one is multiplied by once forward and once backward."""
+    folder = write_model(tmp_path / "model", CONFIGS[name])
+    stepper = Stepper(folder, 70, known=Plan(token_block=64), memory_budget="none", rank=2)
+    clock = Clock()
+    instruments = profile.Instruments(clock)
+    try:
+        assert math.isfinite(stepper.step(0))
+    finally:
+        instruments.remove()
+    layers = [layer.linears for layer in stepper.model.spec.layers]
+    sizes = [{short: linear.in_dims * linear.out_dims for short, linear in linears.items()} for linears in layers]
+    not_made = sum(sizes[0][short] for short in "qkv")  # the lowest block's input gets no gradient
+    expected = 2 * 70 * (2 * sum(sum(each.values()) for each in sizes) - not_made)
+    assert sum(clock.flops.values()) == pytest.approx(expected)
+    assert min(clock.seconds[stage] for stage in ("store: put", "store: get", "weights: norms", "update")) > 0
+    stepper.close()
+
+
+def test_wraps_leave_a_graph_alone_that_is_only_counted(tmp_path: Path) -> None:
+    stepper = Stepper(write_model(tmp_path / "model", CONFIGS["qwen2"]), 12, memory_budget="none")
+    seen: list[str] = []
+    phases = Phases(lambda phase, run: (seen.append(phase), run())[1])
+    try:
+        stepper.engine.reserve(1, 24)  # counts what a block keeps
+        assert seen == []
+        stepper.step(0)
+    finally:
+        phases.remove()
+    n_layers = stepper.model.spec.L
+    layers = [*(f"f{n}" for n in range(n_layers)), "head", *(f"b{n}" for n in reversed(range(n_layers)))]
+    assert seen == ["emb", *layers]
+    stepper.close()
 
 
 @pytest.fixture
@@ -119,7 +195,7 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", layers.CASES)
 def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
-    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2)
+    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2, memory_budget="100MB")
     backward = [] if case == "mezo" else ["b2", "b1", "b0"]
     names = [row["phase"] for row in found["phases"]]
     assert names == ["emb", "f0", "f1", "f2", "head", *backward]
@@ -129,12 +205,12 @@ def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) ->
         assert row["end_mb"] <= row["peak_mb"] <= found["peak_mb"] + 0.1
         assert min(row["split_ms"].values()) >= 0 < row["split_ms"]["compute"]
     saved = sum(row["split_ms"]["save"] for row in found["phases"])
-    assert (saved == 0) == (case == "mezo")  # without a backward nothing goes to the arena
+    assert (saved == 0) == (case == "mezo")  # without a backward nothing is kept
 
 
 def test_the_page_of_phases_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_module(module: str, folder: Path, *how: object) -> dict[str, Any]:
-        return layers.measure(folder, str(how[how.index("--case") + 1]), 16, 1, 2)
+        return layers.measure(folder, str(how[how.index("--case") + 1]), 16, 1, rank=2)
 
     monkeypatch.setattr(report, "run_module", run_module)
     models = tmp_path / "models"
@@ -174,12 +250,12 @@ def test_all_goes_on_after_one_that_fails(
 
 def test_the_projection_misses_the_paper_by_what_the_readme_says() -> None:
     """And is right where it is calibrated: the table of the README comes from here."""
-    jobs = {shape: projection._jobs(shape, 256) for shape in report.PAPER}
+    workloads = {shape: projection._workloads(shape, 256) for shape in report.PAPER}
     phone = DEVICES["a17-pro"]
     rates = Rates(phone.flops[2], phone.bandwidth)
     shape, engine = projection.CALIBRATED_BY
-    efficiency = bound_s(projection._counted(jobs[shape], engine, "the paper's"), rates) / 2.68
-    rows = [projection._row(s, e, jobs[s], rates, efficiency) for s in jobs for e in projection.ENGINES]
+    efficiency = bound_s(projection._counted(workloads[shape], engine, "the paper's"), rates) / 2.68
+    rows = [projection._row(s, e, workloads[s], rates, efficiency) for s in workloads for e in projection.ENGINES]
     errors = {(row["shape"], row["engine"]): row["error"] for row in rows}
     assert abs(errors.pop((shape, engine))) < 1e-3 and 0.04 < efficiency < 0.05
     assert 0.2 < np.mean(np.abs(list(errors.values()))) < 0.3 and max(errors.values()) == errors["qwen2.5-3b", "mezo"]

@@ -211,19 +211,33 @@ def test_tokenizer_files_come_along_and_unknown_tensors_stay_behind(
     assert "vision_tower.patch.weight" not in MappedWeights(tmp_path / "out")
 
 
+def start_and_hold(command: list[str], folder: Path) -> tuple[subprocess.Popen[str], int]:
+    """A conversion to `out` that waits with its first line after its first file, until its output is read."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(512))  # a full pipe
+    os.set_blocking(writing, True)
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    while not list(folder.glob(".out.*/*-00001-of-00027.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process, reading
+
+
 def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     config = packed_config("llama")
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(out), "--mode", "mxfp4"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(3)]
+    process, reading = start_and_hold(command, tmp_path)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert lines[2].startswith("block 2/25"), lines
+    os.close(reading)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     assert not out.exists()
     (left,) = tmp_path.glob(".out.*.partial")
     assert list(left.glob("*.safetensors")) and not (left / "config.json").exists()
@@ -238,17 +252,7 @@ def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
     command = [sys.executable, "-m", "mebp_mlx.convert", "--model", str(folder), "--out", str(tmp_path / "out")]
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, bytes(512))  # a full pipe: the conversion waits with its first line
-    os.set_blocking(writing, True)
-    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    while not list(tmp_path.glob(".out.*/*-00001-of-00027.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process, reading = start_and_hold(command, tmp_path)
     process.send_signal(signal.SIGINT)
     while os.read(reading, 1 << 16):
         pass

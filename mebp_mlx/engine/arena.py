@@ -8,6 +8,7 @@ behind however the process ends.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import tempfile
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..ops.plan import page_ceil
+from ..runtime.device import dtype_name
 from ..runtime.files import reserve
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -60,12 +62,18 @@ class Arena:
     def get(self, layer: int, name: str, tile: int) -> mx.array:
         """A copy of an entry in MLX."""
         offset, dtype, shape = self._slots[layer, name, tile]
-        n_items = int(np.prod(shape))
-        raw = np.frombuffer(self._map, np.uint8, n_items * dtype.size, offset)
         # Copied as 32-bit words where possible: one memcpy, no conversion.
         if dtype == mx.float32:
-            return mx.array(raw.view(np.float32).reshape(shape))
+            return mx.array(self.view(layer, name, tile))
+        raw = np.frombuffer(self._map, np.uint8, math.prod(shape) * dtype.size, offset)
         return mx.array(raw).view(dtype).reshape(shape)
+
+    def view(self, layer: int, name: str, tile: int) -> np.ndarray:
+        """An entry in the file itself, read-only; of a dtype that numpy has. The file cannot be closed before it."""
+        offset, dtype, shape = self._slots[layer, name, tile]
+        found = np.frombuffer(self._map, dtype_name(dtype), math.prod(shape), offset).reshape(shape)
+        found.flags.writeable = False
+        return found
 
     def __contains__(self, key: object) -> bool:
         return key in self._slots

@@ -55,7 +55,7 @@ class BackpropEngine:
             return
         self._reserved = (batch_size, n_tokens)
         n_bytes = kept_bytes(self.model, self.plan, self.lora, self.first_trained, batch_size, n_tokens)
-        self.store.reserve((self.model.spec.L - self.first_trained) * n_bytes)
+        self.store.reserve(self.model.spec.L - self.first_trained, n_bytes)
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """The batch's share of the step's loss, its gradients handed to `sink` block by block, last block first.
@@ -114,23 +114,25 @@ class BackpropEngine:
         self.store.close()
 
 
-def block_backward(
-    work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool
-) -> list[mx.array]:
+def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
     """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
     if work.plan.checkpoint:
         return _checkpointed(work, layer, run, dy, need_dx)
-    position, dx = 0, []
+    position = 0
+    dx: list[mx.array] = []
     for tile in dy:
         run.blocks.append(work.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
     while dy:
-        dx.append(run.blocks[-1].backward(dy.pop(), need_dx))
+        found = run.blocks[-1].backward(dy.pop(), need_dx)
+        if found is not None:
+            dx.append(found)
+        del found
         run.blocks.pop()
         run.wide.clear()
         if dy:  # the first tile is submitted with the block's update
-            work.barrier.tile(*dx[-1:] if need_dx else [], *run.gradients.values(), *run.attention.sums())
-    return dx[::-1] if need_dx else []
+            work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums())
+    return dx[::-1]
 
 
 def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .arena import Arena
 from ..ops.plan import page_ceil
+from .arena import Arena
 
 
 class ParkedState:
@@ -36,12 +37,17 @@ class ParkedState:
 
     def take(self, name: str) -> Any:
         """A copy of a parameter's entry, in memory."""
-        found = [(part, self._file.get(0, f"{name}/{part}", 0)) for part in self._names[name]]
-        return tree_unflatten(found) if found else {}
+        return self._entry(name, self._file.get)
 
-    def all(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with every parked entry in it, in memory."""
-        return {name: self.take(name) if name in self._names else entry for name, entry in state.items()}
+    def views(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with numpy's views of the file in every parked entry: no memory, and valid until the next put()."""
+        return {
+            name: self._entry(name, self._file.view) if name in self._names else entry for name, entry in state.items()
+        }
+
+    def _entry(self, name: str, read: Callable[[int, str, int], Any]) -> Any:
+        found = [(part, read(0, f"{name}/{part}", 0)) for part in self._names[name]]
+        return tree_unflatten(found) if found else {}
 
 
 def parked_bytes(state: dict[str, Any]) -> int:

@@ -32,14 +32,19 @@ class Store:
         self._behind: list[Key] = []  # to be written when the block that computes them is done
         self._new: list[Key] = []
 
-    def reserve(self, n_bytes: int) -> None:
-        """Make room for n_bytes of values in whole pages; UserError when the disk has none for those beyond memory."""
+    def reserve(self, n_blocks: int, block_bytes: int) -> None:
+        """Make room for blocks that keep block_bytes each, in whole pages; UserError when the disk has none for those
+        beyond memory.
+        """
+        n_bytes = n_blocks * block_bytes
         if self.memory_bytes is None or n_bytes <= self.memory_bytes:
             return
-        if self.arena is None or self.arena.capacity_bytes < n_bytes - self.memory_bytes:
+        # The value that does not fit into what is left of memory leaves less than a block of it unused.
+        needed = min(n_bytes, n_bytes - self.memory_bytes + block_bytes)
+        if self.arena is None or self.arena.capacity_bytes < needed:
             if self.arena is not None:
                 self.arena.close()
-            self.arena = Arena(n_bytes - self.memory_bytes, self.folder)
+            self.arena = Arena(needed, self.folder)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -55,9 +55,12 @@ class Updater:
         return 0 if self._parked is None else self._parked.n_bytes
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's whole state, in memory: for a checkpoint."""
+        """The optimizer's whole state, for a checkpoint.
+
+        What is in the file stays there, behind numpy's views, which are valid until the next step.
+        """
         state = self.optimizer.state
-        return state if self._parked is None else self._parked.all(state)
+        return state if self._parked is None else self._parked.views(state)
 
     def begin_step(self) -> None:
         """Start an optimizer step; sink() may then be called any number of times."""
@@ -92,7 +95,7 @@ class Updater:
             state["step"] = self._step
             updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
             self.lora.update(updated)
-            states = [array for name in gradients for _, array in tree_flatten(state[name])]
+            states: list[Any] = [entry[1] for name in gradients for entry in tree_flatten(state[name])]
             return [*updated.values(), *states, state["step"]]
         # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
         for name, gradient in gradients.items():

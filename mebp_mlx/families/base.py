@@ -70,7 +70,7 @@ class BlockKept:
         return None if self.kept is None or self.names is not None else self.kept.take(self.layer, name, position)
 
 
-class value:  # noqa: N801  (reads as a keyword)
+class value:
     """An equation `value(lambda block, input, ...: result)` of a block; its parameters name its inputs.
 
     Computed when first asked for. In a forward pass an input is given up when its last reader has read it.
@@ -101,8 +101,8 @@ class BlockRun:
     """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
 
     adapter: the trainable pairs; kept: where values are kept, None: nowhere; names: of the values to keep, None in a
-    backward pass; dropout_parts: what dropout's random keys are made of besides projection and position (None: no dropout), so that
-    recomputation draws the same mask.
+    backward pass; dropout_parts: what dropout's random keys are made of besides projection and position, so that
+    recomputation draws the same mask (None: no dropout).
     """
 
     def __init__(
@@ -175,13 +175,17 @@ class Block:
     readers: ClassVar[Counter[str]]
 
     x = value(lambda b: b.without_input())  # given to a forward pass, kept for a backward pass
+    Q: value  # what every family has: rotated queries and keys, values, and the block's output
+    K: value
+    v: value
+    y: value
 
     def __init_subclass__(cls) -> None:
         values = [getattr(cls, name) for name in dir(cls) if isinstance(getattr(cls, name, None), value)]
         cls.names = frozenset(equation.name for equation in values) | {"g", "u", "low"}
         cls.readers = Counter(name for equation in values for name in equation.inputs)
 
-    def __init__(self, run: BlockRun, position: int, shape: tuple[int, int], x: mx.array | None = None):
+    def __init__(self, run: BlockRun, position: int, shape: tuple[int, ...], x: mx.array | None = None):
         self.run, self.position, self.shape = run, position, shape
         self.unread = None if x is None else Counter(self.readers)  # in a forward pass
         if x is not None:

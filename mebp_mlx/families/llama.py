@@ -1,6 +1,6 @@
 """The decoder block of llama, mistral, qwen2 and qwen3: they differ in biases and in q/k norms alone.
 
-    x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
+x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
 """
 
 from __future__ import annotations

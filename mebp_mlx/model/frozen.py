@@ -1,7 +1,7 @@
 """The frozen parameters of a model, brought into MLX a piece at a time.
 
-Everything here returns a fresh array made from the mapped file; nothing is kept, so a
-piece lives exactly as long as its caller holds it.
+What is returned is a fresh array made from the mapped file, or a view of its pages where MLX adopts them; nothing is
+kept here, so a piece lives exactly as long as its caller holds it.
 """
 
 from __future__ import annotations
@@ -172,16 +172,13 @@ class UnreadWeights:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         shape = self.weights.info(name).shape
         stop = shape[0] if stop is None else stop
-        return stand_in((stop - start, *shape[1:]), self._dtype(name))
+        return stand_in((stop - start, *shape[1:]), self.weights.info(name).mlx_dtype)
 
     def columns(self, name: str, start: int, stop: int) -> mx.array:
-        return stand_in((self.weights.info(name).shape[0], stop - start), self._dtype(name))
+        return stand_in((self.weights.info(name).shape[0], stop - start), self.weights.info(name).mlx_dtype)
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self._dtype(name))
-
-    def _dtype(self, name: str) -> mx.Dtype:
-        return self.weights.info(name).mlx_dtype
+        return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self.weights.info(name).mlx_dtype)
 
 
 def _norm_names(spec: ModelSpec) -> list[str]:

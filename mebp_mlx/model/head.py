@@ -7,7 +7,7 @@ for chunks W_c of rows keep a running maximum m, sum s and weighted sum acc,
 
 and at the end  loss = m + log s - z_y,  dloss/dh = acc / s - W_y.  Two matrix products in
 all, each chunk decompressed once, no [N, V] array. The step between the two products is
-kernels/online_softmax.py, or engine/host.py.
+kernels/online_softmax.py, or ops/cpu.py; ops/cross_entropy.py walks through the chunks.
 """
 
 from __future__ import annotations

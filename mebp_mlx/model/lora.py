@@ -2,7 +2,7 @@
 
     y = x W^T + b + s * (dropout(x) A) B,   A [in, r],  B [r, out]
 
-The gradients of that projection (written once, in engine/projection.py) are
+The gradients of that projection (written once, in ops/lora_linear.py) are
     dB = s (x A)^T g,   dA = s x^T (g B^T),   dx = g W + s (g B^T) A^T.
 """
 
@@ -45,6 +45,7 @@ class Lora:
         self._parameters = dict(parameters)
         self.rank, self.scale, self.dropout = rank, scale, dropout
         self.keys, self.num_layers = keys, num_layers
+        self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
         """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out]."""

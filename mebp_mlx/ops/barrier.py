@@ -40,16 +40,15 @@ class Barrier:
             self.wait(*arrays)
 
     def tile(self, *arrays: mx.array) -> None:
-        """What a block gives on one tile; a chunk of the head."""
-        if self.grain is None:
-            return
-        if not self.is_lazy:
-            self.wait(*arrays)
-            return
-        mx.async_eval(*arrays)
-        self.n_submissions += 1
-        self._submitted += arrays
+        """What a block gives on one tile."""
+        self._submit(*arrays)
         if self.grain == "tile":
+            self._wait_for_the_one_before()
+
+    def chunk(self, *arrays: mx.array) -> None:
+        """The state after a chunk of the vocabulary: at most it and the one before it are under way afterwards."""
+        self._submit(*arrays)
+        if self.grain is not None and self.is_lazy:
             self._wait_for_the_one_before()
 
     def block(self) -> None:
@@ -61,6 +60,16 @@ class Barrier:
         """Evaluate now."""
         self.n_waits += 1
         mx.eval(*arrays)
+
+    def _submit(self, *arrays: mx.array) -> None:
+        if self.grain is None:
+            return
+        if not self.is_lazy:
+            self.wait(*arrays)
+            return
+        mx.async_eval(*arrays)
+        self.n_submissions += 1
+        self._submitted += arrays
 
     def _wait_for_the_one_before(self) -> None:
         if self._before:

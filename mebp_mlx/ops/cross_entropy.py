@@ -121,8 +121,7 @@ def scan(
             del z
             state = one_pass.update(state, step, piece.backward(step.p) if need_dx else None)
             del step
-        barrier.tile(*(part for part in state if part is not None))
-        barrier.block()
+        barrier.chunk(*(part for part in state if part is not None))
         del piece  # before the next one is brought in
     return state
 

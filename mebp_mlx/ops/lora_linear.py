@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..model.frozen import Model
 from ..model.lora import Dropout, Pair
+from ..model.piece import Piece
 from ..model.spec import Linear
 from .barrier import Barrier
 from .plan import Plan
@@ -86,8 +87,8 @@ class LoraLinear:
         return _join(pieces)
 
     def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
-        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are added
-        up. x: only with a pair.
+        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are
+        added up. x: only with a pair.
         """
         backward = Backward(self, x, position, need_dx)
         for start, stop in self.row_blocks:
@@ -260,7 +261,7 @@ class Input:
     def _whole(self, start: int, stop: int) -> bool:
         return stop - start == self.linear.linear.in_dims
 
-    def _block(self, start: int, stop: int) -> object:
+    def _block(self, start: int, stop: int) -> Piece:
         linear = self.linear
         if self._whole(start, stop):
             return linear.model.piece_of_rows(linear.linear, 0, linear.linear.out_dims)

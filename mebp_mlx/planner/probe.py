@@ -17,7 +17,7 @@ from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
 from ..engine.base import Pass
 from ..model.lora import Lora
 from ..model.spec import Layer
-from ..ops.cross_entropy import NO_LABEL, cross_entropy
+from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
 from ..runtime.footprint import PeakMeter
 from .workload import Workload
@@ -27,8 +27,8 @@ _CHUNKS = 3  # of the head: from the second on the state before is held beside t
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. phases: the process's peak footprint in bytes by phase, with at most one block's values
-    kept; arrays_bytes: MLX's own peak; kept_bytes: what one block keeps.
+    """What was measured. phases: the process's peak footprint in bytes by phase, kept values aside; arrays_bytes:
+    MLX's own peak; kept_bytes: what one block keeps.
     """
 
     phases: dict[str, int]
@@ -37,9 +37,10 @@ class Probe:
 
 
 def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
-    """Runs a block of each kind (several where blocks overlap) under `plan`, with its kept values in the file where
-    the plan has one, and in memory otherwise. Parameters and optimizer state stay as they are.
+    """Runs some blocks of each kind under `plan`, but for kept values and optimizer state, which go to files here:
+    how much of them is in memory is arithmetic. Parameters and optimizer state stay as they are.
     """
+    plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
     model, lora = workload.model, workload.lora
     per_block = 0
     if workload.is_exact:
@@ -68,12 +69,12 @@ def _passes(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakM
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
-    """Trained layers of each kind: the first one, or as many as are under way together and one more."""
+    """Trained layers of each kind: two, or as many as are under way together and one more."""
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
         trained = frozenset(short for short, linear in layer.linears.items() if workload.lora.trains(linear))
         kinds.setdefault((layer.window, trained), []).append(layer)
-    return [layers[: 3 if is_lazy else 1] for layers in kinds.values()]
+    return [layers[: 3 if is_lazy else 2] for layers in kinds.values()]
 
 
 def _exact(
@@ -81,7 +82,7 @@ def _exact(
 ) -> None:
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
-    engine.store.reserve(len(layers) * per_block)
+    engine.store.reserve(len(layers), per_block)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     names = kept_names(plan, work)
@@ -96,35 +97,34 @@ def _exact(
         engine.barrier.wait(*(dx or []))
         engine.store.write_behind()
     assert dx is not None
-    names_of = {layer.index: f"{layer.prefix}." for layer in layers}
     with meter.phase("backward"):
         for layer in reversed(layers):
-            updater = _scratch(workload, plan, names_of[layer.index])
-
-            def sink(gradients: dict[str, mx.array]) -> list[mx.array] | None:
-                if updater is None:
-                    return None
-                with meter.phase("update"):
-                    return updater.sink(gradients)
-
+            sink = _Update(workload, plan, meter, f"{layer.prefix}.")
             dx = engine.backward(work, layer, dx, need_dx=layer.index > 0, sink=sink)
         mx.synchronize()
     engine.barrier.finish()
     engine.store.clear()
 
 
-def _scratch(workload: Workload, plan: Plan, prefix: str):  # type: ignore[no-untyped-def]
-    """An updater of one block's parameters, whose results nobody keeps."""
-    if workload.make_updater is None:
-        return None
-    lora = workload.lora
-    own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
-    part = Lora(
-        own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
-    )
-    updater = workload.make_updater(part, plan)
-    updater.begin_step()
-    return updater
+class _Update:
+    """The update of one block's parameters, whose results nobody keeps."""
+
+    def __init__(self, workload: Workload, plan: Plan, meter: PeakMeter, prefix: str):
+        self.meter, self.updater = meter, None
+        if workload.make_updater is not None:
+            lora = workload.lora
+            own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
+            part = Lora(
+                own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
+            )
+            self.updater = workload.make_updater(part, plan)
+            self.updater.begin_step()
+
+    def __call__(self, gradients: dict[str, mx.array]) -> list[mx.array] | None:
+        if self.updater is None:
+            return None
+        with self.meter.phase("update"):
+            return self.updater.sink(gradients)
 
 
 def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, B: int, T: int) -> None:

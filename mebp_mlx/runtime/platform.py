@@ -56,6 +56,11 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def default_budget_bytes() -> int:
+    """The footprint to stay within where nobody names one: 1 GB or a quarter of the memory, whichever is less."""
+    return min(1_000_000_000, memory_bytes() // 4)
+
+
 def backend_missing() -> bool:
     """Whether MLX cannot be imported for want of a backend: on Linux its own wheel holds none."""
     if not sys.platform.startswith("linux") or _has_library():

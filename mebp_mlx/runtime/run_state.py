@@ -2,6 +2,7 @@
 
 Every file is written beside its final name, flushed to the disk and then renamed over it, so a reader finds
 the old state or the new one. checkpoint.safetensors holds LoRA parameters, optimizer state and step together.
+Arrays are written one after the other, and nothing is copied: a save takes no memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import TrainConfig
 from ..errors import NonFiniteLoss, UserError
 from ..options import describe
+from ..shards import Array, Entry, Shard
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
@@ -46,6 +49,7 @@ class Checkpoint:
     """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
 
     origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps.
+    The optimizer's arrays, in dicts of dicts, may be numpy's views of a file.
     """
 
     lora: dict[str, mx.array]
@@ -55,9 +59,13 @@ class Checkpoint:
     origin: dict[str, str]
     engine: dict[str, mx.array] = dataclasses.field(default_factory=dict)
 
-    def arrays(self) -> dict[str, mx.array]:
+    def arrays(self) -> dict[str, Array]:
         """All arrays under the names that they have in the file."""
-        parts = ((_LORA, self.lora), (_OPTIMIZER, _flat(self.optimizer)), (_ENGINE, self.engine))
+        parts: tuple[tuple[str, Mapping[str, Array]], ...] = (
+            (_LORA, self.lora),
+            (_OPTIMIZER, _flat(self.optimizer)),
+            (_ENGINE, self.engine),
+        )
         return {prefix + name: value for prefix, part in parts for name, value in part.items()}
 
 
@@ -115,9 +123,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    ordered = {name: arrays[name] for name in sorted(arrays)}
-    write_atomically(path, lambda file: mx.save_safetensors(file, ordered, dict(metadata or {})))
+def _write_arrays(
+    path: Path, arrays: Mapping[str, Array], when: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    def write(file: BinaryIO) -> None:
+        names = sorted(arrays)
+        with Shard(file, [Entry.of(name, arrays[name]) for name in names], metadata) as shard:
+            for name in names:
+                if not _is_finite(arrays[name]):
+                    raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
+                shard.append(name, arrays[name])
+
+    write_atomically(path, write)
+
+
+def _is_finite(value: Array) -> bool:
+    library: Any = mx if isinstance(value, mx.array) else np
+    return not library.issubdtype(value.dtype, library.floating) or bool(library.isfinite(value).all())
 
 
 # Saving
@@ -128,8 +150,7 @@ def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: 
 
     Raises NonFiniteLoss, and writes nothing, when a parameter is NaN or infinite.
     """
-    parameters = lora.parameters()
-    _check_finite(parameters, f"iteration {iteration}")
+    parameters, when = lora.parameters(), f"iteration {iteration}"
     about = {
         "fine_tune_type": "lora",
         "model": config.model,
@@ -139,29 +160,22 @@ def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: 
         "seed": config.seed,
         "iters": iteration,
     }
-    write_json(folder / ADAPTER_CONFIG, about)
-    _write_arrays(folder / ADAPTERS, parameters)
+    _write_arrays(folder / ADAPTERS, parameters, when)  # first: nothing else is written if a value is not finite
     if numbered:
-        _write_arrays(folder / f"{iteration:07d}_{ADAPTERS}", parameters)
+        _write_arrays(folder / f"{iteration:07d}_{ADAPTERS}", parameters, when)
+    write_json(folder / ADAPTER_CONFIG, about)
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
-    arrays = state.arrays()
-    _check_finite(arrays, f"update {state.step}")
     about = {"step": state.step, "options": state.options, "origin": state.origin}
-    _write_arrays(folder / CHECKPOINT, arrays, {"format": FORMAT, "about": json.dumps(about)})
+    metadata = {"format": FORMAT, "about": json.dumps(about)}
+    _write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", metadata)
 
 
-def _check_finite(arrays: Mapping[str, mx.array], when: str) -> None:
-    for name, value in arrays.items():
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
-
-
-def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, mx.array]:
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
     """{"a.b": {"m": x}} -> {"a.b/m": x}; parameter names have dots, so the separator is another one."""
-    flat: dict[str, mx.array] = {}
+    flat: dict[str, Array] = {}
     for name, value in state.items():
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{name}/"))
