@@ -149,32 +149,20 @@ def test_a_float32_lora_promotes_nothing(
     watch("kept", Store, "put", lambda args, _: [(args[2], args[4])])
     watch("y", Pass, "forward", lambda _, tiles: [("", tile) for tile in tiles])
     watch("dy", family, "backward", lambda args, dx: [("in", args[1]), ("out", dx)])
-<<<<<<< HEAD
-    watch("projection", LoraLinear, "backward", lambda args, _: [("in", args[2])])  # its dx is rounded in a sum
-    watch("projections", family, "linear_backward", lambda _, dx: [("out", dx)])
-=======
     # dx of projections of one value is summed before it is rounded: the boundary is where it leaves the sum.
     watch("projection", LoraLinear, "backward", lambda args, _: [("in", args[2])])
     watch("projection", family, "linear_backward", lambda _, dx: [("out", dx)])
->>>>>>> main
     watch("mlp", GatedMlp, "backward", in_and_out)
     watch("attention", Attention, "backward", in_and_out)
     watch("keys", Attention, "cotangents", lambda _, found: [("dk", found[0]), ("dv", found[1])])
     watch("dx", BackpropEngine, "backward", lambda _, tiles: [("", tile) for tile in tiles])
     _, grads = _step(BackpropEngine(model, lora, plan=SMALL_PIECES, seed=5), batch)
-<<<<<<< HEAD
-    kept, kinds = kept_names(SMALL_PIECES, Pass(model, SMALL_PIECES, lora)), {what for what, *_ in seen}
-    assert kinds == {"value", "kept", "y", "dy", "projection", "projections", "mlp", "attention", "keys", "dx"}
-    assert {label for what, label, _ in seen if what == "value"} == family.names - {"g", "u", "low"}
-    assert {label.partition(".")[0] for what, label, _ in seen if what == "kept"} == kept
-=======
     kinds = {what for what, *_ in seen}
     assert kinds == {"value", "kept", "y", "dy", "projection", "mlp", "attention", "keys", "dx"}
     assert {label for what, label, _ in seen if what == "value"} == family.names - {"g", "u", "low"}
     assert {label.partition(".")[0] for what, label, _ in seen if what == "kept"} == kept_names(
         SMALL_PIECES, Pass(model, SMALL_PIECES, lora)
     )
->>>>>>> main
     assert {(what, label) for what, label, dtype in seen if dtype != mx.bfloat16} == set()
     assert all(g.dtype == mx.float32 for g in grads.values())
 
