@@ -38,7 +38,7 @@ def test_no_file_where_everything_fits(
 ) -> None:
     monkeypatch.setattr(store_module, "Arena", None)  # making one would fail
     store = Store(Barrier(grain), memory_bytes, tmp_path)
-    store.reserve(4 * PAGE_BYTES)
+    store.reserve(4, PAGE_BYTES)
     arrays = [_value(n) for n in range(4)]
     for layer, array in enumerate(arrays):
         assert store.put(layer, "x", 0, array)
@@ -54,8 +54,8 @@ def test_memory_first_then_the_file(tmp_path: Path) -> None:
     store = Store(Barrier("op"), 2 * PAGE_BYTES, tmp_path)
     for _ in range(2):  # a cleared store is as good as new
         store.clear()
-        store.reserve(4 * PAGE_BYTES)
-        assert store.arena is not None and store.arena.capacity_bytes == 2 * PAGE_BYTES
+        store.reserve(4, PAGE_BYTES)
+        assert store.arena is not None and store.arena.capacity_bytes == 3 * PAGE_BYTES  # a block more than the rest
         assert [store.put(layer, "x", 0, _value(layer)) for layer in range(4)] == [True, True, False, False]
         assert store.held_bytes == store.written_bytes == 2 * PAGE_BYTES
         assert all(_holds(store, layer, "x", layer) for layer in range(4))
@@ -75,7 +75,7 @@ def test_room_is_counted_in_whole_pages(tmp_path: Path, size: int, held: int) ->
 def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted(tmp_path: Path) -> None:
     barrier = Barrier("block")
     store = Store(barrier, 0, tmp_path)
-    store.reserve(3 * PAGE_BYTES)
+    store.reserve(3, PAGE_BYTES)
     written = []
     for layer in range(3):
         array = _value(layer)
@@ -95,7 +95,7 @@ def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted
 @pytest.mark.parametrize("memory_bytes", [None, 0])
 def test_what_is_taken_is_the_takers_alone(tmp_path: Path, memory_bytes: int | None) -> None:
     store = Store(Barrier("op"), memory_bytes, tmp_path)
-    store.reserve(2 * PAGE_BYTES)
+    store.reserve(2, PAGE_BYTES)
     store.put(0, "g.0", 0, _value(7))
     store.put(0, "g.0", 1, _value(8))
     taken = store.take(0, "g.0", 0)
@@ -129,10 +129,10 @@ def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
     monkeypatch.setattr(store_module, "Arena", Watched)
     store = Store(Barrier("op"), PAGE_BYTES, tmp_path)
     for n_pages in (3, 2, 5):
-        store.reserve(n_pages * PAGE_BYTES)
-    assert made == [2 * PAGE_BYTES, 4 * PAGE_BYTES]
+        store.reserve(n_pages, PAGE_BYTES)
+    assert made == [3 * PAGE_BYTES, 5 * PAGE_BYTES]
     with pytest.raises(UserError, match="--arena-dir"):
-        store.reserve(1 << 60)
+        store.reserve(1 << 20, 1 << 40)
     store.close()
 
 
