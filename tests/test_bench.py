@@ -21,6 +21,7 @@ from bench.stepper import Stepper, add_memory_budget, plan_line
 from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.ops.plan import SAVE_INPUTS, Plan
 from mebp_mlx.planner.work import Rates, bound_s
+from mebp_mlx.runtime.footprint import footprint_bytes
 from mebp_mlx.runtime.phone import DEVICES
 from tests.runs import tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, write_model
@@ -195,7 +196,8 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", layers.CASES)
 def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
-    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2, memory_budget="100MB")
+    budget = f"{footprint_bytes() // 1_000_000 + 80}MB"  # this process has run other tests
+    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2, memory_budget=budget)
     backward = [] if case == "mezo" else ["b2", "b1", "b0"]
     names = [row["phase"] for row in found["phases"]]
     assert names == ["emb", "f0", "f1", "f2", "head", *backward]
