@@ -145,7 +145,8 @@ def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int |
     """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
     room = math.inf
     if budget_bytes is not None:
-        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, found).peak_bytes
+        # One byte less: the product with 1 + MARGIN rounds.
+        room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, found).peak_bytes
     if not workload.is_exact:
         return plan
     offload_state = workload.state_bytes > room
