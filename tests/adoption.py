@@ -26,8 +26,7 @@ from tests.tiny import random_batch, randomize_lora
 _M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, memory._MMAP_BYTES
 _IS_MMAPPED = 2  # in the word before a block of glibc's
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-_libc.free.restype, _libc.free.argtypes = None, [ctypes.c_void_p]
+_heap: list[mx.array] = []
 
 
 def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
@@ -58,13 +57,13 @@ def _in_a_map_of_its_own(n_bytes: int) -> mx.array:
     """uint8 [n_bytes] outside the heap, so that all of it is gone once it is freed, protected or not."""
     memory.settle()
     _libc.mallopt(_M_MMAP_THRESHOLD, mmap.PAGESIZE)
-    while True:  # the heap's free room is taken first, and left taken
-        taken = _libc.malloc(n_bytes + 8)  # with the size that MLX notes
-        if ctypes.c_size_t.from_address(taken - 8).value & _IS_MMAPPED:
+    while True:
+        array = mx.zeros(n_bytes, mx.uint8)
+        mx.eval(array)
+        block = np.frombuffer(memoryview(array), np.uint8).ctypes.data - 8  # MLX notes the size before its memory
+        if ctypes.c_size_t.from_address(block - 8).value & _IS_MMAPPED:
             break
-    _libc.free(taken)
-    array = mx.zeros(n_bytes, mx.uint8)
-    mx.eval(array)
+        _heap.append(array)  # another thread may free some of the heap at any time: what came from it stays taken
     _libc.mallopt(_M_MMAP_THRESHOLD, _SETTLED_BYTES)
     return array
 
