@@ -7,6 +7,7 @@ and a block's tiles from the last to the first; each block's gradients are hande
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,8 +46,7 @@ class BackpropEngine:
         self.ahead = ReadAhead(model)
         self._reserved = (0, 0)  # rows and positions of a batch that fits the file
         # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
-        trained = (layer.index for layer in model.spec.layers if trains(lora, layer))
-        self.first_trained = next(trained, model.spec.L)
+        self.first_trained = first_trained(lora, model.spec.layers)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
         """Make room for what batches of [batch_size, n_tokens] keep; UserError when the disk has none."""
@@ -177,9 +177,10 @@ class Given:
         return None if a is None else Pair(a, self.parameters[f"{linear.name}.lora_b"])
 
 
-def trains(adapter: Adapter, layer: Layer) -> bool:
-    """Whether a block has a pair."""
-    return any(adapter.trains(linear) for linear in layer.linears.values())
+def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
+    """The lowest block with a pair; the number of blocks where none has one."""
+    trained = (layer.index for layer in layers if any(map(adapter.trains, layer.linears.values())))
+    return next(trained, len(layers))
 
 
 def kept_names(plan: Plan, work: Pass) -> frozenset[str]:

@@ -6,7 +6,6 @@ The blocks run as training runs them, on the batch's real shape; nothing about t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,23 +48,16 @@ def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -
     mx.reset_peak_memory()
     try:
         with PeakMeter() as meter:
-            for run in _passes(workload, plan, engine, meter, per_block):
-                run()
+            if workload.is_exact:
+                for layers in _kinds(workload, engine.barrier.is_lazy):
+                    _exact(workload, plan, engine, meter, layers, per_block)
+            else:
+                _forward(workload, plan, engine, meter, workload.T)
+            if workload.T_eval > workload.T:
+                _forward(workload, plan, engine, meter, workload.T_eval)
     finally:
         engine.close()
     return Probe(dict(meter.phases), mx.get_peak_memory(), per_block)
-
-
-def _passes(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, per_block: int) -> Iterator:
-    """What is run, with the phase of the meter that it belongs to."""
-    B, T = workload.B, workload.T
-    if workload.is_exact:
-        for layers in _kinds(workload, engine.barrier.is_lazy):
-            yield lambda layers=layers: _exact(workload, plan, engine, meter, layers, per_block)
-    if not workload.is_exact:
-        yield lambda: _forward(workload, plan, engine, meter, B, T)
-    if workload.T_eval > T:
-        yield lambda: _forward(workload, plan, engine, meter, B, workload.T_eval)
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
@@ -127,9 +119,9 @@ class _Update:
             return self.updater.sink(gradients)
 
 
-def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, B: int, T: int) -> None:
+def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, T: int) -> None:
     work = Pass(workload.model, plan, workload.adapter, engine.barrier)
-    tokens = np.zeros((B, T), np.int32)
+    tokens = np.zeros((workload.B, T), np.int32)
     if workload.estimator is not None:
         workload.estimator.begin(0)
     with meter.phase("forward"):

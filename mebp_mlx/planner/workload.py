@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..engine.backprop import trains
+from ..engine.backprop import first_trained
 from ..engine.update import Updater
 from ..engine.zeroth_order import Estimator, Perturbed
 from ..families.base import Adapter
@@ -58,5 +58,4 @@ class Workload:
     @property
     def first_trained(self) -> int:
         """The lowest layer with a pair; their number without any."""
-        layers = self.model.spec.layers
-        return next((layer.index for layer in layers if trains(self.lora, layer)), len(layers))
+        return first_trained(self.lora, self.model.spec.layers)
