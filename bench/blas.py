@@ -19,8 +19,8 @@ SHAPE = (256, 896, 4864)  # T, D, F of Qwen2.5-0.5B at 256 tokens
 
 def measure(seconds: float) -> dict[str, Any]:
     """GFLOP/s of float32 products of SHAPE for about `seconds`, and the footprint that the first one adds."""
-    from mebp_mlx.runtime.footprint import footprint_bytes
-    from mebp_mlx.runtime.platform import load_blas
+    from mebp_mlx.system.footprint import footprint_bytes
+    from mebp_mlx.system.machine import load_blas
 
     blas = load_blas()
     import mlx.core as mx
@@ -67,7 +67,7 @@ def main() -> int:
     if options.child:
         print(json.dumps(measure(options.seconds)))
         return 0
-    from mebp_mlx.runtime.platform import machine
+    from mebp_mlx.system.machine import machine
 
     cases = [child(options.seconds, None), child(options.seconds, "off")]
     print(f"float32 [{SHAPE[0]} x {SHAPE[1]}] x [{SHAPE[1]} x {SHAPE[2]}]")

@@ -20,8 +20,8 @@ import mlx.core as mx
 from bench import report
 from bench.layers import SPLITS
 from bench.synth import SHAPES
+from mebp_mlx.model.config import Linear
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.model.spec import Linear
 
 PAPER_SHARE = (0.32, 0.42)
 HEAD_ROWS = 8192

@@ -29,7 +29,7 @@ from bench.dispatch_case import MLX_LM, OPTIMIZERS, Case, count, extrapolated, m
 from bench.synth import SHAPES, model_config, write_model
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import _size as options_size
-from mebp_mlx.runtime.device import on_gpu, on_metal
+from mebp_mlx.system.device import on_gpu, on_metal
 
 _GROWS = ("stages", "names", "kept_bytes", "adopted_tensors", "adopted_bytes")  # with the number of blocks
 

@@ -22,24 +22,24 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mebp_mlx.data import Batch
+from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import backprop
 from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.engine.base import Pass
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.families.base import Block, value
+from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.model.head import Step
 from mebp_mlx.model.lora import Lora
-from mebp_mlx.model.spec import PROJECTIONS
 from mebp_mlx.ops import cross_entropy as ops_head
 from mebp_mlx.ops.plan import SAVE_EVERYTHING, Plan
-from mebp_mlx.optimizers import PlainSGD
 from mebp_mlx.planner import search
 from mebp_mlx.planner.sizes import lora_sizes
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.runtime.device import on_gpu, on_metal
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.system.device import on_gpu, on_metal
+from mebp_mlx.training.optimizers import PlainSGD
+from mebp_mlx.training.update import Updater
+from mebp_mlx.weights.safetensors import MappedWeights
 
 OPTIMIZERS = {"sgd": PlainSGD, "adamw": optim.AdamW}
 _VIEWS = """Reshape Slice Transpose Broadcast BroadcastAxes View Squeeze ExpandDims Split Flatten Unflatten AsStrided

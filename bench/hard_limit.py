@@ -27,7 +27,7 @@ def train_step(folder: str, limit_mb: int, n_tokens: int, memory_budget: str) ->
 
     resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * 1_000_000,) * 2)
     from bench.stepper import Stepper
-    from mebp_mlx.runtime.footprint import PeakMeter
+    from mebp_mlx.system.footprint import PeakMeter
 
     with PeakMeter() as meter:
         stepper = Stepper(folder, n_tokens, optimizer="sgd", memory_budget=memory_budget)

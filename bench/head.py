@@ -25,7 +25,7 @@ from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.cpu import online_softmax
 from mebp_mlx.ops.cross_entropy import cross_entropy
 from mebp_mlx.ops.plan import Plan
-from mebp_mlx.runtime.footprint import PeakMeter
+from mebp_mlx.system.footprint import PeakMeter
 
 
 def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:

@@ -23,10 +23,10 @@ from mlx.utils import tree_flatten
 from bench import report
 from bench.stepper import Stepper, plan_line
 from bench.synth import SHAPES
-from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.training.optimizers import PlainSGD
 from tests.parity import unpack_layers
 
-OUR_CACHE_BYTES = 0  # runtime/memory.py
+OUR_CACHE_BYTES = 0  # system/allocator.py
 
 
 def mlx_lm_model(folder: Path, lora: Any, *, unpacked: bool = True) -> Any:

@@ -13,8 +13,8 @@ import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 
 from mebp_mlx.engine import backprop, base
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.model import unpack
+from mebp_mlx.training.update import Updater
 
 
 class Clock:

@@ -33,8 +33,8 @@ from bench.stepper import Stepper, add_memory_budget
 from mebp_mlx.engine.store import Store
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.ops.plan import SAVE_INPUTS
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.weights.safetensors import MappedWeights
 
 CASES = {
     "mebp": "MeBP, products saved",

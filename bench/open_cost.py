@@ -20,8 +20,8 @@ from bench.synth import SHAPES, write_model
 
 def measure(folder: str) -> dict[str, Any]:
     """Milliseconds and bytes of MappedWeights(folder) in this process, then of reading a row of each tensor."""
-    from mebp_mlx.runtime.footprint import footprint_bytes
-    from mebp_mlx.weights import MappedWeights
+    from mebp_mlx.system.footprint import footprint_bytes
+    from mebp_mlx.weights.safetensors import MappedWeights
 
     before_bytes, began_s = footprint_bytes(), time.perf_counter()
     weights = MappedWeights(folder)
@@ -51,7 +51,7 @@ def main() -> int:
             json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             for _ in range(options.repeats)
         ]
-    from mebp_mlx.runtime.platform import machine
+    from mebp_mlx.system.machine import machine
 
     median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     result = {

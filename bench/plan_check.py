@@ -66,7 +66,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
 
     from bench.instruments import Phases
     from mebp_mlx.ops import plan as plans
-    from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+    from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 
     before = footprint_bytes()
     arrays: dict[str, int] = {}

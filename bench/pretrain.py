@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from mebp_mlx.runtime import platform
+from mebp_mlx.system import machine
 
-BLAS = platform.load_blas()
+BLAS = machine.load_blas()
 
 import mlx.core as mx  # noqa: E402  (the BLAS must come first)
 import mlx.nn as nn  # noqa: E402

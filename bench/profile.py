@@ -24,18 +24,18 @@ from bench.stepper import Stepper, add_memory_budget, plan_line
 from bench.synth import SHAPES
 from mebp_mlx.engine import backprop, base
 from mebp_mlx.engine.store import Store
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.families.base import Block, value
 from mebp_mlx.families.gemma3 import Gemma3Block
 from mebp_mlx.families.llama import LlamaBlock
+from mebp_mlx.model.config import Linear
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.model.spec import Linear
 from mebp_mlx.ops import cpu
 from mebp_mlx.ops import cross_entropy as head
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import Gate, GatedMlp
 from mebp_mlx.ops.lora_linear import Backward, Input, LoraLinear
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.training.update import Updater
+from mebp_mlx.weights.safetensors import MappedWeights
 
 LORA, HEAD, SPLIT = "LoRA: x A and gradients", "head: products, norm and its backward", "attention: split, rope"
 STAGES: list[tuple[Any, str, str]] = [

@@ -24,7 +24,7 @@ from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner.work import Rates, Work, bound_s, count
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.runtime.phone import DEVICES, Phone
+from mebp_mlx.system.phone import DEVICES, Phone
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
 
@@ -126,9 +126,9 @@ def _line(row: dict[str, Any]) -> list[Any]:
 
 def _scaled(folder: Path, workloads: dict[str, Any], phone: Phone, rates: Rates) -> list[dict[str, Any]]:
     """Times of this machine, each times the ratio of its bound there to its bound here."""
-    from mebp_mlx.runtime.child import run_child
+    from mebp_mlx.system.child import run_child
 
-    found = run_child(["mebp_mlx.runtime.rates"], {}, offline=True)
+    found = run_child(["mebp_mlx.system.rates"], {}, offline=True)
     host, rows = Rates(found["flops"], found["memory_bytes"]), []
     print(
         f"this host  {host.flops / 1e9:,.0f} GFLOP/s in {found['dtype']}, {host.memory_bytes / 1e9:.1f} GB/s, "

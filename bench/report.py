@@ -97,7 +97,7 @@ def _shown(value: Any) -> str:
 
 def context(options: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and options."""
-    from mebp_mlx.runtime.platform import machine
+    from mebp_mlx.system.machine import machine
 
     shown = {name: _without_folder(value) for name, value in vars(options).items()}
     return {"machine": machine(), "commit": _commit(), "options": shown}

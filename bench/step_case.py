@@ -18,7 +18,7 @@ from bench.stepper import Stepper, add_memory_budget
 from mebp_mlx.config import ZEROTH_ORDER
 from mebp_mlx.errors import UserError
 from mebp_mlx.planner.work import Rates, bound_s, count, on_phone
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 
 
 def measure(folder: Path, n_tokens: int, n_steps: int, forwards: bool = False, **options: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def measure(folder: Path, n_tokens: int, n_steps: int, forwards: bool = False, *
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --memory-budget, for a case and for those who start it."""
-    from mebp_mlx.runtime.phone import DEVICES
+    from mebp_mlx.system.phone import DEVICES
 
     parser.add_argument("--device", choices=list(DEVICES), help="impose this phone's app's memory; add its least time")
     add_memory_budget(parser, None, "min, or what --device gives an app")

@@ -14,7 +14,7 @@ from bench import report
 from bench.step_case import add_device, device_arguments
 from bench.stepper import plan_line
 from bench.synth import SHAPES
-from mebp_mlx.runtime.phone import DEVICES
+from mebp_mlx.system.phone import DEVICES
 
 
 def main() -> None:

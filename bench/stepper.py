@@ -11,15 +11,15 @@ import mebp_mlx  # isort: skip  (before mlx: it loads the BLAS)
 import numpy as np
 
 from mebp_mlx.config import TrainConfig
-from mebp_mlx.data import Batch
+from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import Engine, make_engine
 from mebp_mlx.model.frozen import Model
 from mebp_mlx.ops.plan import Plan
-from mebp_mlx.optimizers import make_optimizer
 from mebp_mlx.options import convert, describe
-from mebp_mlx.planning import Sizes, estimator_of, make_lora, make_plan, make_updater
-from mebp_mlx.proxy import impose
-from mebp_mlx.summary import plan_record
+from mebp_mlx.planner.projection import impose
+from mebp_mlx.training.optimizers import make_optimizer
+from mebp_mlx.training.report import plan_record
+from mebp_mlx.training.setup import Sizes, estimator_of, make_lora, make_plan, make_updater
 
 
 class Stepper:

@@ -24,12 +24,12 @@ import numpy as np
 from bench.in_memory import mlx_lm_model
 from bench.report import positive, refuse, spread
 from bench.stepper import Stepper
-from mebp_mlx.data import Batch, has_tokenizer, prepare
+from mebp_mlx.data.dataset import Batch, has_tokenizer, prepare
 from mebp_mlx.engine.whole_graph import WholeGraphEngine
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import resolve_model
 from mebp_mlx.model.lora import Lora
-from mebp_mlx.runtime.footprint import PeakMeter
+from mebp_mlx.system.footprint import PeakMeter
+from mebp_mlx.weights.hub import resolve_model
 
 CASES = {
     "ours": "mebp_mlx",

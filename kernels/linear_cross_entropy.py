@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from mebp_mlx.model import head
+from mebp_mlx.model.config import Quantization
 from mebp_mlx.model.piece import Packed
-from mebp_mlx.model.spec import Quantization
 
 from . import online_softmax as step
 from . import trust

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import BudgetError, NonFiniteLoss, UserError
-from .runtime.platform import NO_BACKEND, backend_missing, load_blas
+from .system.machine import NO_BACKEND, backend_missing, load_blas
 
 if TYPE_CHECKING:
     from .api import Plan, init_lora, loss, loss_and_grads, open_model

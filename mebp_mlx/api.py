@@ -13,17 +13,17 @@ from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
 from .kernels.trust import mode as kernel_mode
+from .model.config import PROJECTIONS
 from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
-from .model.spec import PROJECTIONS
 from .ops.cross_entropy import NO_LABEL
 from .ops.plan import Plan
 from .planner.search import choose
 from .planner.sizes import lora_sizes
 from .planner.workload import Workload
-from .runtime import device, memory
-from .runtime.platform import default_budget_bytes, memory_bytes
+from .system import allocator, device
+from .system.machine import default_budget_bytes, memory_bytes
 
 WEIGHTS = ("auto", "packed", "decompressed")
 
@@ -47,7 +47,7 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
         if value not in known:
             raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
     kernel_mode()  # a wrong MEBP_KERNELS is told before anything is computed
-    memory.settle()
+    allocator.settle()
     model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
     model.dtype = device.compute_dtype(dtype, model.spec.family, _own_dtype(model))
     return model

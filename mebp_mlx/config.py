@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.model.spec import PROJECTIONS as _PROJECTIONS
+from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
-from mebp_mlx.runtime.phone import DEVICES, Phone
-from mebp_mlx.runtime.platform import default_budget_bytes
+from mebp_mlx.system.machine import default_budget_bytes
+from mebp_mlx.system.phone import DEVICES, Phone
 
 PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())

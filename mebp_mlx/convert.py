@@ -18,19 +18,19 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import UserError, memory_errors_told
-from .hub import resolve_model
+from .export.requantize import Repack, Report, Say
+from .model.config import read_config
 from .model.frozen import Model
-from .model.pack import MODES, Packing
-from .model.spec import read_config
 from .options import Spec, build_parser, describe, option, suggest
 from .options import convert as checked_value
-from .repack import Repack, Report, Say
-from .runtime.footprint import PeakMeter
-from .runtime.interrupt import Interrupt
-from .runtime.log import megabytes
-from .runtime.memory import settle
-from .shards import NewFolder, flush
-from .weights import INDEX_NAME
+from .system.allocator import settle
+from .system.footprint import PeakMeter
+from .training.interrupt import Interrupt
+from .training.log import megabytes
+from .weights.hub import resolve_model
+from .weights.quantize import MODES, Packing
+from .weights.safetensors import INDEX_NAME
+from .weights.writer import NewFolder, flush
 
 PROG = "python -m mebp_mlx.convert"
 DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130

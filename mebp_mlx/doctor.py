@@ -24,15 +24,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import probes
 from .api import open_model
 from .engine.arena import choose_folder, filesystem_of
 from .errors import UserError
-from .hub import resolve_model
 from .kernels import KERNELS, trust
-from .runtime import adopt, device, memory
-from .runtime.footprint import PeakMeter, footprint_bytes
-from .runtime.platform import load_blas, machine
+from .system import allocator, device, probes
+from .system.footprint import PeakMeter, footprint_bytes
+from .system.machine import load_blas, machine
+from .weights import zero_copy as adopt
+from .weights.hub import resolve_model
 
 OK, NOTE, FAIL, NOT_HERE = "ok", "note", "FAIL", "-"
 SPIKE_BYTES, SPIKE_S = 50_000_000, 0.02
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trust.mode()
         load_blas()
-        memory.settle()
+        allocator.settle()
         for finding in chain.from_iterable(examinations):
             found.append(finding)
             if not options.json:

@@ -20,27 +20,27 @@ import mlx.core as mx
 import mebp_mlx
 
 from .config import TrainConfig
-from .data import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
+from .data.dataset import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
 from .engine import Engine, make_engine
-from .engine.update import Updater
 from .engine.zeroth_order import Estimator
 from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
-from .hub import resolve_model
 from .model.frozen import Model
 from .model.lora import Lora
-from .optimizers import make_optimizer, uses_learning_rate
-from .planning import Sizes, estimator_of, make_lora, make_plan, make_updater, plan_without_data, saved_plan
-from .proxy import host_rates, impose, project
-from .runtime import run_state
-from .runtime.device import dtype_name
-from .runtime.footprint import PeakMeter, footprint_bytes
-from .runtime.interrupt import Interrupt
-from .runtime.last_line import LastLine
-from .runtime.log import RunLog, megabytes, reporter
-from .runtime.phone import THROTTLED, thermal_state
-from .runtime.platform import machine
-from .runtime.run_state import Checkpoint
-from .summary import BudgetWatch, alignment_notices, notices, plan_record, print_data, show_sample, summarize
+from .planner.projection import host_rates, impose, project
+from .system.device import dtype_name
+from .system.footprint import PeakMeter, footprint_bytes
+from .system.last_line import LastLine
+from .system.machine import machine
+from .system.phone import THROTTLED, thermal_state
+from .training import checkpoint
+from .training.checkpoint import Checkpoint
+from .training.interrupt import Interrupt
+from .training.log import RunLog, megabytes, reporter
+from .training.optimizers import make_optimizer, uses_learning_rate
+from .training.report import BudgetWatch, alignment_notices, notices, plan_record, print_data, show_sample, summarize
+from .training.setup import Sizes, estimator_of, make_lora, make_plan, make_updater, plan_without_data, saved_plan
+from .training.update import Updater
+from .weights.hub import resolve_model
 
 DONE, WRONG_INPUT, NO_BUDGET, INTERRUPTED = 0, 2, 3, 130
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = TrainConfig.from_args(argv)
         if config.resume:
-            config = TrainConfig.from_args(argv, saved=run_state.saved_options(Path(config.adapter_path)))
+            config = TrainConfig.from_args(argv, saved=checkpoint.saved_options(Path(config.adapter_path)))
         with memory_errors_told(), Interrupt() as interrupt, PeakMeter() as meter:
             return run(config, interrupt, meter)
     except (UserError, NonFiniteLoss) as error:
@@ -74,9 +74,9 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     model_path = resolve_model(config.model)
     if config.dry_run and plan_without_data(config, model_path):
         return DONE
-    checkpoint = run_state.load_checkpoint(folder) if config.resume else None
-    if checkpoint is None and not config.dry_run:
-        run_state.check_unused(folder)
+    saved = checkpoint.load_checkpoint(folder) if config.resume else None
+    if saved is None and not config.dry_run:
+        checkpoint.check_unused(folder)
     data = prepare(
         data=config.data,
         model_path=model_path,
@@ -87,14 +87,14 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     print_data(data, config.overlong)
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
-    origin = {"model": run_state.model_fingerprint(model_path), "data": run_state.data_fingerprint(data.cache_dir)}
-    if checkpoint is not None:
-        run_state.check_same_run(config, checkpoint, origin)
+    origin = {"model": checkpoint.model_fingerprint(model_path), "data": checkpoint.data_fingerprint(data.cache_dir)}
+    if saved is not None:
+        checkpoint.check_same_run(config, saved, origin)
     n_updates = count_updates(config, data.train)
     accumulate = config.grad_accumulation_steps
     n_iters = n_updates * accumulate
-    step = 0 if checkpoint is None else checkpoint.step
-    if checkpoint is not None and step >= n_updates:
+    step = 0 if saved is None else saved.step
+    if saved is not None and step >= n_updates:
         print(
             f"nothing to do: the run in {folder} has done {step * accumulate} iterations of {n_iters}; "
             "a larger --iters continues it"
@@ -110,9 +110,9 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, n_updates)
     estimator = estimator_of(config, lora)
-    if checkpoint is not None:
-        restore(checkpoint, lora, optimizer, estimator)
-        checkpoint = None  # its arrays belong to lora and optimizer now
+    if saved is not None:
+        restore(saved, lora, optimizer, estimator)
+        saved = None  # its arrays belong to lora and optimizer now
     batch_size, longest = min(config.batch_size, len(data.train)), int(data.train.lengths.max()) - 1
     evaluated = [rows for rows in (data.valid, data.test if config.test else None) if rows is not None]
     longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated), default=0)
@@ -142,12 +142,12 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     )
 
     # The folder belongs to this run from here on.
-    run_state.make_folder(folder)
+    checkpoint.make_folder(folder)
     send = reporter(config.report_to, config.project_name or folder.resolve().name, config.to_dict())
-    last_line = LastLine(folder / run_state.CHECKPOINT, model.weights.file_bytes)
+    last_line = LastLine(folder / checkpoint.CHECKPOINT, model.weights.file_bytes)
     with last_line, RunLog(folder, n_iters=n_iters, iteration=step * accumulate, send=send) as log:
-        run_state.write_json(
-            folder / run_state.RUN,
+        checkpoint.write_json(
+            folder / checkpoint.RUN,
             {
                 "options": config.to_dict(),
                 "n_iters": n_iters,
@@ -298,7 +298,7 @@ class Trainer:
         try:
             self.model.weights.check_sizes()
         except UserError as error:
-            saved = (self.folder / run_state.CHECKPOINT).exists()
+            saved = (self.folder / checkpoint.CHECKPOINT).exists()
             last = f"what is saved in {self.folder} is the last good state" if saved else "nothing is saved yet"
             raise UserError(f"{error}; {last}") from None
 
@@ -335,7 +335,7 @@ class Trainer:
         self.check_files()  # or what a pass read as zeros would be kept
         iteration = step * self.config.grad_accumulation_steps
         started_s = time.perf_counter()
-        run_state.save_checkpoint(
+        checkpoint.save_checkpoint(
             self.folder,
             Checkpoint(
                 self.lora.parameters(),
@@ -346,7 +346,7 @@ class Trainer:
                 {} if self.estimator is None else self.estimator.state(),
             ),
         )
-        run_state.save_adapters(self.folder, self.lora, self.config, iteration, numbered=numbered)
+        checkpoint.save_adapters(self.folder, self.lora, self.config, iteration, numbered=numbered)
         self.log.event("save", iter=iteration, step=step, seconds=time.perf_counter() - started_s)
 
     def validate(self, iteration: int) -> None:
@@ -406,21 +406,21 @@ def count_updates(config: TrainConfig, rows: TokenRows) -> int:
     return config.iters // accumulate
 
 
-def restore(checkpoint: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
+def restore(saved: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
     """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options.
 
     One parameter is read at a time, and the optimizer's state not yet: all of it at once would be above the plan.
     """
     optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
     state = {} if estimator is None else estimator.state()
-    run_state.check_arrays(checkpoint, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
-    for name, value in checkpoint.lora.items():
+    checkpoint.check_arrays(saved, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
+    for name, value in saved.lora.items():
         mx.eval(value)
         lora.update({name: value})
-    optimizer.state = checkpoint.optimizer
+    optimizer.state = saved.optimizer
     if estimator is not None:
-        mx.eval(checkpoint.engine)
-        estimator.load(checkpoint.engine)
+        mx.eval(saved.engine)
+        estimator.load(saved.engine)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from mebp_mlx.model.frozen import Model
-from mebp_mlx.runtime import memory
-from mebp_mlx.runtime.adopt import PAGE_BYTES
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.system import allocator
+from mebp_mlx.weights.safetensors import MappedWeights
+from mebp_mlx.weights.zero_copy import PAGE_BYTES
 from tests.tiny import random_batch, randomize_lora
 
-_M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, memory._MMAP_BYTES
+_M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, allocator._MMAP_BYTES
 _IS_MMAPPED = 2  # in the word before a block of glibc's
 _libc = ctypes.CDLL(None, use_errno=True)
 _heap: list[mx.array] = []
@@ -55,7 +55,7 @@ def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
 
 def _in_a_map_of_its_own(n_bytes: int) -> mx.array:
     """uint8 [n_bytes] outside the heap, so that all of it is gone once it is freed, protected or not."""
-    memory.settle()
+    allocator.settle()
     _libc.mallopt(_M_MMAP_THRESHOLD, mmap.PAGESIZE)
     while True:
         array = mx.zeros(n_bytes, mx.uint8)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mebp_mlx import data, tokenize_data, train
-from mebp_mlx.runtime import log as run_log
+from mebp_mlx import train
+from mebp_mlx.data import dataset, tokenize
+from mebp_mlx.training import log as run_log
 from tests.texts import write_rows, write_tokenizer
 from tests.tiny import CONFIGS, write_model
 
@@ -37,7 +38,7 @@ def write_home(home: Path) -> Path:
 def tokenize_here(home: Path, patch: pytest.MonkeyPatch) -> None:
     """Token files go to `home` and are made in this process: a child takes seconds to import its libraries."""
     patch.setenv("MEBP_CACHE_DIR", str(home / "cache"))
-    patch.setattr(data, "run_child", lambda arguments, request, **_: tokenize_data.tokenize(request))
+    patch.setattr(dataset, "run_child", lambda arguments, request, **_: tokenize.tokenize(request))
 
 
 def arguments(home: Path, out: Path, *more: str) -> list[str]:

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.runtime import adopt
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.weights import zero_copy as adopt
+from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption
 from tests.runs import child
 from tests.tiny import packed_config, write_model

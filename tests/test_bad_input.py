@@ -12,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import convert, sample, train
+from mebp_mlx import convert, train
+from mebp_mlx import generate as sample
 from mebp_mlx.errors import BudgetError
 from tests.runs import arguments, events, refused
 from tests.texts import write_rows

@@ -21,8 +21,8 @@ from bench.stepper import Stepper, add_memory_budget, plan_line
 from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.ops.plan import SAVE_INPUTS, Plan
 from mebp_mlx.planner.work import Rates, bound_s
-from mebp_mlx.runtime.footprint import footprint_bytes
-from mebp_mlx.runtime.phone import DEVICES
+from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.system.phone import DEVICES
 from tests.runs import tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, write_model
 

@@ -19,8 +19,8 @@ from mebp_mlx.engine.base import Pass
 from mebp_mlx.engine.store import Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
 from mebp_mlx.families.base import value
+from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.model.piece import Decompressed
-from mebp_mlx.model.spec import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.gated_mlp import GatedMlp

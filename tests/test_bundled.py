@@ -11,9 +11,9 @@ import pytest
 
 from bench import corpus
 from mebp_mlx import bundled
-from mebp_mlx.runtime import platform
+from mebp_mlx.system import machine
 
-platform.load_blas()
+machine.load_blas()
 FOLDER = Path(bundled.__file__).parent
 SPLITS = ("train", "valid", "test")
 

@@ -15,9 +15,9 @@ import pytest
 
 from mebp_mlx.config import PROJECTIONS, TrainConfig
 from mebp_mlx.errors import UserError
-from mebp_mlx.optimizers import CLASSES, learning_rate, make_optimizer
 from mebp_mlx.options import describe
-from mebp_mlx.runtime import platform
+from mebp_mlx.system import machine
+from mebp_mlx.training.optimizers import CLASSES, learning_rate, make_optimizer
 
 MLX_LM_EXAMPLE = """\
 # The keys of mlx-lm's own example.
@@ -269,9 +269,9 @@ def test_short_names_of_projections() -> None:
 
 
 def test_projections_are_those_of_the_models() -> None:
-    from mebp_mlx.model import spec
+    from mebp_mlx.model.config import PROJECTIONS as of_models
 
-    assert tuple(spec.PROJECTIONS.values()) == PROJECTIONS
+    assert tuple(of_models.values()) == PROJECTIONS
 
 
 # Budgets
@@ -287,7 +287,7 @@ def test_a_budget_is_a_size_or_a_word() -> None:
 
 def test_the_default_budget_is_1_gb_or_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for memory_gb, budget_gb in ((64, 1), (4, 1), (2, 0.5)):
-        monkeypatch.setattr(platform, "memory_bytes", lambda n=memory_gb: n * 10**9)
+        monkeypatch.setattr(machine, "memory_bytes", lambda n=memory_gb: n * 10**9)
         assert TrainConfig().budget_bytes == budget_gb * 10**9
         assert TrainConfig(device="a17-pro").budget_bytes == 10**9
         assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None

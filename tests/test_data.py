@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mebp_mlx import data, tokenize_data
-from mebp_mlx.data import TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
+from mebp_mlx.data import dataset, tokenize
+from mebp_mlx.data.dataset import TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
 from mebp_mlx.errors import UserError
-from tests.texts import CHAT_TEMPLATE, OPTIONS, request, tokenize, write_rows, write_tokenizer, write_tokenizers
+from tests.texts import CHAT_TEMPLATE, OPTIONS, request, tokenize_rows, write_rows, write_tokenizer, write_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def run(_module: Any, request: dict[str, Any], **_: Any) -> dict[str, Any]:
         requests.append(request)
-        return tokenize_data.tokenize(json.loads(json.dumps(request)))
+        return tokenize.tokenize(json.loads(json.dumps(request)))
 
-    monkeypatch.setattr(data, "run_child", run)
+    monkeypatch.setattr(dataset, "run_child", run)
     return requests
 
 
@@ -47,7 +47,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def some_rows(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
     folder = tmp_path_factory.mktemp("rows")
     write_rows(folder, [{"text": "x" * (1 + n * 7 % 23)} for n in range(101)])
-    tokenize(folder, models["plain"])
+    tokenize_rows(folder, models["plain"])
     return TokenRows(folder / "out", "train")
 
 
@@ -150,7 +150,7 @@ def test_killed_and_concurrent_children(models: dict[str, Path], tmp_path: Path)
     cache = tmp_path / "cache"
     cache.mkdir()
     job = json.dumps(request(folder, models["plain"], cache / "out"))
-    command = [sys.executable, "-m", "mebp_mlx.tokenize_data", job]
+    command = [sys.executable, "-m", "mebp_mlx.data.tokenize", job]
 
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not list(cache.glob(".tmp-*/train.tokens")):
@@ -165,7 +165,7 @@ def test_killed_and_concurrent_children(models: dict[str, Path], tmp_path: Path)
     replies = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
     assert [child.returncode for child in children] == [0, 0] and replies[0] == replies[1]
     assert [path.name for path in cache.iterdir()] == ["out"]
-    assert tokenize_data.read_meta(cache / "out") == replies[0]
+    assert tokenize.read_meta(cache / "out") == replies[0]
     assert len(TokenRows(cache / "out", "train")) == 1000
 
 
@@ -205,11 +205,11 @@ def test_progress_is_one_line_that_goes_away(
 ) -> None:
     states: list[Any] = []
     folder = write_rows(tmp_path, [{"text": "a"}] * 4)
-    tokenize_data.tokenize(request(folder, models["plain"], tmp_path / "quick"), states.append)
+    tokenize.tokenize(request(folder, models["plain"], tmp_path / "quick"), states.append)
     assert not states
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(tokenize_data.time, "monotonic", lambda: next(clock))
-    tokenize_data.tokenize(request(folder, models["plain"], tmp_path / "slow"), states.append)
+    monkeypatch.setattr(tokenize.time, "monotonic", lambda: next(clock))
+    tokenize.tokenize(request(folder, models["plain"], tmp_path / "slow"), states.append)
     assert [state["rows"] for state in states] == [1, 2, 3, 4] and states[-1]["fraction"] == 1
 
     class Screen(io.StringIO):
@@ -219,7 +219,7 @@ def test_progress_is_one_line_that_goes_away(
     for is_terminal in (False, True):
         screen = Screen()
         monkeypatch.setattr(sys, "stderr", screen)
-        with data._progress_line() as show:
+        with dataset._progress_line() as show:
             for state in states:
                 show(state)
         assert ("train.jsonl: 4 rows, 100%" in screen.getvalue()) is is_terminal

@@ -23,7 +23,7 @@ from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import GatedMlp
 from mebp_mlx.ops.lora_linear import LoraLinear
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
-from mebp_mlx.runtime import device
+from mebp_mlx.system import device
 from tests.parity import largest_error, rms_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 

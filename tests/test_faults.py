@@ -12,8 +12,8 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx import train
-from mebp_mlx.runtime import last_line
-from mebp_mlx.runtime.last_line import LastLine
+from mebp_mlx.system import last_line
+from mebp_mlx.system.last_line import LastLine
 from tests.runs import arguments, child, events, losses, refused
 
 pytestmark = pytest.mark.usefixtures("tokens_made_here")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 _RUN = """
 import os, signal, sys
 from mebp_mlx import train, weights
-from mebp_mlx.runtime import log
+from mebp_mlx.training import log
 file, seen = sys.argv[1], []
 {act}
 advance = log.RunLog.advance

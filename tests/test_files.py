@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mebp_mlx.runtime import files
+from mebp_mlx.system import files
 
 N_BYTES = 5 << 14
 # flags of each call: contiguous and all of it, then all of it

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mebp_mlx.runtime import footprint
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.system import footprint
+from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 
 MB = 1_000_000
 SLACK_BYTES = 3 * MB  # the interpreter, the sampling thread, the C heap
@@ -167,8 +167,8 @@ def test_the_peak_stands_still_after_the_context_and_can_start_again() -> None:
 def test_the_meter_costs_little() -> None:
     code = """
 import time
-from mebp_mlx.runtime import footprint
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.system import footprint
+from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 before = footprint_bytes()
 with PeakMeter() as meter:
     began = time.process_time()
@@ -184,8 +184,8 @@ with PeakMeter() as meter:
 def test_a_forked_child_reads_its_own_footprint() -> None:
     code = """
 import os
-from mebp_mlx.runtime import footprint
-from mebp_mlx.runtime.footprint import footprint_bytes
+from mebp_mlx.system import footprint
+from mebp_mlx.system.footprint import footprint_bytes
 footprint_bytes()
 block = bytearray(b"x") * 40_000_000
 pid = os.fork()

@@ -16,7 +16,7 @@ from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.families import block_class
 from mebp_mlx.model import unpack
-from mebp_mlx.model.spec import PROJECTIONS
+from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.barrier import GRAINS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from tests.parity import largest_error, mlx_lm_loss_and_grads

@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 import pytest
 
 import mebp_mlx
-from mebp_mlx import hub
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import resolve_data, resolve_model
-from mebp_mlx.runtime.child import ChildFailure, run_child
+from mebp_mlx.system.child import ChildFailure, run_child
+from mebp_mlx.weights import hub
+from mebp_mlx.weights.hub import resolve_data, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL_FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "pytorch_model.bin": "no"}
@@ -279,7 +279,7 @@ CHILD = """
 import os, sys, time
 print("printed before", flush=True)
 from mebp_mlx.errors import UserError
-from mebp_mlx.runtime.child import answer
+from mebp_mlx.system.child import answer
 
 def work(request, progress):
     print("what libraries print", file=sys.stderr)

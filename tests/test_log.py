@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.runtime.log import RunLog, first_event, megabytes, reporter
-from mebp_mlx.runtime.run_state import LOG
+from mebp_mlx.training.checkpoint import LOG
+from mebp_mlx.training.log import RunLog, first_event, megabytes, reporter
 
 REPORT: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -116,7 +116,7 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
 
 def test_without_a_terminal_rich_is_not_imported(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from mebp_mlx.runtime.log import RunLog\n"
+        "import sys, pathlib; from mebp_mlx.training.log import RunLog\n"
         "log = RunLog(pathlib.Path(sys.argv[1]), n_iters=3); log.notice('x'); log.close()\n"
         "print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
     )

@@ -9,8 +9,8 @@ import sys
 ROUNDS = """
 import json
 import mebp_mlx
-from mebp_mlx.runtime import memory
-from mebp_mlx.runtime.footprint import footprint_bytes
+from mebp_mlx.system import allocator as memory
+from mebp_mlx.system.footprint import footprint_bytes
 import mlx.core as mx
 
 memory.settle()

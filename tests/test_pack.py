@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx.model import unpack
-from mebp_mlx.model.pack import MODES, Packing, pack, unpacked
+from mebp_mlx.weights.quantize import MODES, Packing, pack, unpacked
 
 FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 

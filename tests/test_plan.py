@@ -19,21 +19,21 @@ import mebp_mlx
 from bench.synth import write_model as write_shape
 from mebp_mlx import train
 from mebp_mlx.config import TrainConfig
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.errors import BudgetError
 from mebp_mlx.ops.barrier import GRAINS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
-from mebp_mlx.optimizers import PlainSGD
 from mebp_mlx.planner import search
 from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.planning import Sizes as LongestRows
-from mebp_mlx.planning import make_plan, saved_plan
-from mebp_mlx.runtime.footprint import footprint_bytes
-from mebp_mlx.runtime.log import RunLog
-from mebp_mlx.summary import BudgetWatch, plan_record
+from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.training.log import RunLog
+from mebp_mlx.training.optimizers import PlainSGD
+from mebp_mlx.training.report import BudgetWatch, plan_record
+from mebp_mlx.training.setup import Sizes as LongestRows
+from mebp_mlx.training.setup import make_plan, saved_plan
+from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child, tokenize_here, write_home
 from tests.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 
@@ -242,13 +242,13 @@ import mebp_mlx
 import mlx.core as mx, mlx.optimizers as optim, numpy as np
 from mebp_mlx.data import Batch
 from mebp_mlx.engine import make_engine
-from mebp_mlx.engine.update import Updater
+from mebp_mlx.training.update import Updater
 from mebp_mlx.ops.plan import SAVE_INPUTS
-from mebp_mlx.optimizers import PlainSGD
+from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.planner.probe import probe
 from mebp_mlx.planner.search import choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.runtime.footprint import PeakMeter
+from mebp_mlx.system.footprint import PeakMeter
 
 folder, case = sys.argv[1], json.loads(sys.argv[2])
 optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}

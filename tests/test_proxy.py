@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from mebp_mlx import proxy, train
+from mebp_mlx import train
 from mebp_mlx.config import TrainConfig
-from mebp_mlx.data import Batch
+from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.ops.plan import SAVE_EVERYTHING, SAVE_INPUTS, SAVE_PRODUCTS, Plan
-from mebp_mlx.planner import work
+from mebp_mlx.planner import projection, work
 from mebp_mlx.planner.work import Rates, Work, count, nodes_of
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.runtime import phone as phones
-from mebp_mlx.runtime.phone import DEVICES, thermal_state
+from mebp_mlx.system import phone as phones
+from mebp_mlx.system.phone import DEVICES, thermal_state
 from tests.runs import arguments, events, tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
@@ -166,7 +166,7 @@ def test_training_as_a_phone(
 ) -> None:
     home, before = write_home(tmp_path / "home"), mx.set_cache_limit(1 << 30)
     tokenize_here(home, monkeypatch)
-    monkeypatch.setattr(proxy, "run_child", lambda *_, **__: {"flops": 1e9, "memory_bytes": 1e9})
+    monkeypatch.setattr(projection, "run_child", lambda *_, **__: {"flops": 1e9, "memory_bytes": 1e9})
     monkeypatch.setattr(train, "thermal_state", lambda: "serious")
     try:
         assert train.main([*arguments(home, tmp_path / "out"), "--device", "a17-pro"]) == 0
@@ -189,7 +189,7 @@ def test_a_budget_of_ones_own_wins() -> None:
     assert TrainConfig(device="a17-pro", memory_budget="200MB").budget_bytes == 200_000_000
     assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None
     for budget_bytes, text in ((200_000_000, "budget 200 MB"), (None, "no budget in bytes")):
-        assert text in proxy.impose(PHONE, budget_bytes)
+        assert text in projection.impose(PHONE, budget_bytes)
 
 
 class _Objc:
@@ -224,5 +224,5 @@ def test_thermal_states_are_the_documented_ones() -> None:
 
 
 def test_this_machines_rates_are_measured() -> None:
-    rates = proxy.host_rates()
+    rates = projection.host_rates()
     assert rates is not None and np.isfinite(rates.flops) and rates.flops > 1e8 and rates.memory_bytes > 1e8

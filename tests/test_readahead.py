@@ -11,7 +11,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine import make_engine
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.weights.safetensors import MappedWeights
 from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 

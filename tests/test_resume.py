@@ -18,12 +18,12 @@ import pytest
 import mebp_mlx
 from mebp_mlx import train
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.ops.plan import Plan
-from mebp_mlx.optimizers import make_optimizer
-from mebp_mlx.runtime import log as run_log
-from mebp_mlx.runtime import run_state
-from mebp_mlx.runtime.footprint import PeakMeter
+from mebp_mlx.system.footprint import PeakMeter
+from mebp_mlx.training import checkpoint
+from mebp_mlx.training import log as run_log
+from mebp_mlx.training.optimizers import make_optimizer
+from mebp_mlx.training.update import Updater
 from tests.runs import (
     FILES,
     arguments,
@@ -146,13 +146,13 @@ def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: 
     lora, optimizer = mebp_mlx.init_lora(model, rank=2000), make_optimizer(config, 9)
     optimizer.init(lora.parameters())
     mx.eval(optimizer.state)
-    saved = run_state.Checkpoint(lora.parameters(), optimizer.state, 0, config.to_dict(), {})
-    run_state.save_checkpoint(tmp_path, saved)
+    saved = checkpoint.Checkpoint(lora.parameters(), optimizer.state, 0, config.to_dict(), {})
+    checkpoint.save_checkpoint(tmp_path, saved)
     fresh, again = mebp_mlx.init_lora(model, rank=2000, seed=1), make_optimizer(config, 9)
     mx.synchronize()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    train.restore(run_state.load_checkpoint(tmp_path), fresh, again, None)
+    train.restore(checkpoint.load_checkpoint(tmp_path), fresh, again, None)
     largest = max(value.nbytes for value in fresh.parameters().values())
     assert mx.get_peak_memory() - before <= 3 * largest, (mx.get_peak_memory() - before, largest)
     for name, value in lora.parameters().items():
@@ -175,12 +175,12 @@ def test_a_save_takes_no_memory(home: Path, tmp_path: Path) -> None:
     mx.reset_peak_memory()
     with PeakMeter() as meter:
         before_bytes = meter.peak_bytes
-        state = run_state.Checkpoint(lora.parameters(), updater.state(), 0, config.to_dict(), {})
-        run_state.save_checkpoint(tmp_path, state)
-        run_state.save_adapters(tmp_path, lora, config, 0, numbered=True)
+        state = checkpoint.Checkpoint(lora.parameters(), updater.state(), 0, config.to_dict(), {})
+        checkpoint.save_checkpoint(tmp_path, state)
+        checkpoint.save_adapters(tmp_path, lora, config, 0, numbered=True)
     assert mx.get_peak_memory() - before <= largest, (mx.get_peak_memory() - before, largest)
     assert meter.peak_bytes - before_bytes <= 3 * largest, (meter.peak_bytes - before_bytes, largest)
-    assert (tmp_path / run_state.CHECKPOINT).stat().st_size > whole
+    assert (tmp_path / checkpoint.CHECKPOINT).stat().st_size > whole
 
 
 def test_an_offloaded_run_is_resumed_exactly(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

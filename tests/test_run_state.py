@@ -18,9 +18,9 @@ import pytest
 
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import NonFiniteLoss, UserError
-from mebp_mlx.optimizers import make_optimizer
-from mebp_mlx.runtime import run_state
-from mebp_mlx.runtime.run_state import Checkpoint
+from mebp_mlx.training import checkpoint
+from mebp_mlx.training.checkpoint import Checkpoint
+from mebp_mlx.training.optimizers import make_optimizer
 
 NAMES = [f"model.layers.{layer}.self_attn.q_proj.lora_{letter}" for layer in (0, 1) for letter in "ab"]
 
@@ -47,7 +47,7 @@ def state_after_updates(name: str, seed: int, n_updates: int = 2) -> tuple[dict[
 def saved(folder: Path, seed: int = 0, name: str = "adam") -> Checkpoint:
     values, optimizer = state_after_updates(name, seed)
     state = Checkpoint(values, optimizer.state, 2, TrainConfig(optimizer=name).to_dict(), {"model": "m", "data": "d"})
-    run_state.save_checkpoint(folder, state)
+    checkpoint.save_checkpoint(folder, state)
     return state
 
 
@@ -64,13 +64,13 @@ def fresh_run(lora: dict[str, mx.array], optimizer: Any, **engine: mx.array) -> 
 def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: str) -> None:
     values, optimizer = state_after_updates(name, seed)
     options = TrainConfig(optimizer=name).to_dict()
-    run_state.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 2, options, {}))
-    again = run_state.load_checkpoint(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 2, options, {}))
+    again = checkpoint.load_checkpoint(tmp_path)
     assert (again.step, again.options) == (2, options)
 
     fresh = make_optimizer(TrainConfig(optimizer=name, warmup=1, lr_decay="cosine"), 10)
     fresh.init(parameters(seed))
-    run_state.check_arrays(again, fresh_run(parameters(seed), fresh.state))
+    checkpoint.check_arrays(again, fresh_run(parameters(seed), fresh.state))
     fresh.state = again.optimizer
     gradients = parameters(seed + 99)
     expected, found = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
@@ -97,10 +97,10 @@ def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
     state = Checkpoint(
         arrays, {"a": {"m": view, "v": view[:0]}, "step": mx.array(3, mx.uint64)}, 7, {"x": 1}, {"y": "z"}
     )
-    run_state.save_checkpoint(tmp_path, state)
-    path, wanted = tmp_path / run_state.CHECKPOINT, state.arrays()
+    checkpoint.save_checkpoint(tmp_path, state)
+    path, wanted = tmp_path / checkpoint.CHECKPOINT, state.arrays()
     for _ in range(2):
-        again = run_state.load_checkpoint(tmp_path)
+        again = checkpoint.load_checkpoint(tmp_path)
         assert (again.step, again.options, again.origin) == (7, {"x": 1}, {"y": "z"})
         found = again.arrays()
         assert found.keys() == wanted.keys()
@@ -140,7 +140,7 @@ def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int)
             return self.model.layers
 
     values = parameters(seed)
-    run_state.save_adapters(tmp_path, lora_of(values), TrainConfig(), 100, numbered=True)
+    checkpoint.save_adapters(tmp_path, lora_of(values), TrainConfig(), 100, numbered=True)
     model = Model()
     x = mx.random.normal((2, 5))
     base = model.layers[1].self_attn.q_proj(x)
@@ -149,40 +149,40 @@ def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int)
     expected = base + 20.0 * (x @ values[NAMES[2]]) @ values[NAMES[3]]
     assert mx.abs(found - expected).max().item() <= 1e-4
     numbered = tmp_path / "0000100_adapters.safetensors"
-    assert numbered.read_bytes() == (tmp_path / run_state.ADAPTERS).read_bytes()
+    assert numbered.read_bytes() == (tmp_path / checkpoint.ADAPTERS).read_bytes()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_state_that_is_not_finite_never_replaces_a_good_one(tmp_path: Path, bad: float) -> None:
     saved(tmp_path)
-    run_state.save_adapters(tmp_path, lora_of(parameters(1)), TrainConfig(), 1, numbered=False)
+    checkpoint.save_adapters(tmp_path, lora_of(parameters(1)), TrainConfig(), 1, numbered=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     values, optimizer = state_after_updates("adam", 0)
     values[NAMES[0]] = values[NAMES[0]].at[1, 1].add(bad)
     with pytest.raises(NonFiniteLoss, match="no longer finite"):
-        run_state.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 3, {}, {}))
+        checkpoint.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 3, {}, {}))
     with pytest.raises(NonFiniteLoss):
-        run_state.save_adapters(tmp_path, lora_of(values), TrainConfig(), 2, numbered=True)
+        checkpoint.save_adapters(tmp_path, lora_of(values), TrainConfig(), 2, numbered=True)
     optimizer.state[NAMES[1]]["v"] = optimizer.state[NAMES[1]]["v"] * bad
     parked = {NAMES[1]: {"v": np.array(optimizer.state[NAMES[1]]["v"])}}
     for state in (optimizer.state, parked):
         with pytest.raises(NonFiniteLoss):
-            run_state.save_checkpoint(tmp_path, Checkpoint(parameters(0), state, 3, {}, {}))
+            checkpoint.save_checkpoint(tmp_path, Checkpoint(parameters(0), state, 3, {}, {}))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    run_state.write_json(path, {"x": 1})
+    checkpoint.write_json(path, {"x": 1})
 
     def full(file: Any) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        run_state.write_atomically(path, full)
+        checkpoint.write_atomically(path, full)
     with pytest.raises(KeyboardInterrupt):
-        run_state.write_atomically(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        checkpoint.write_atomically(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
     assert json.loads(path.read_text()) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -191,7 +191,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path)
     script = """
 import sys, mlx.core as mx
 from pathlib import Path
-from mebp_mlx.runtime.run_state import Checkpoint, save_checkpoint
+from mebp_mlx.training.checkpoint import Checkpoint, save_checkpoint
 step = 0
 while True:
     step += 1
@@ -210,7 +210,7 @@ while True:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        state = run_state.load_checkpoint(tmp_path)
+        state = checkpoint.load_checkpoint(tmp_path)
         assert state.step >= n_saves
         assert mx.all(state.lora["a"] == state.step).item()
         assert mx.all(state.optimizer["b"]["m"] == state.step).item()
@@ -219,23 +219,23 @@ while True:
 # Folders
 
 
-@pytest.mark.parametrize("name", [run_state.RUN, run_state.CHECKPOINT, run_state.ADAPTERS, run_state.LOG])
+@pytest.mark.parametrize("name", [checkpoint.RUN, checkpoint.CHECKPOINT, checkpoint.ADAPTERS, checkpoint.LOG])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"--adapter-path.*already holds a run") as caught:
-        run_state.check_unused(tmp_path)
-    assert ("--resume" in str(caught.value)) == (name == run_state.CHECKPOINT)
+        checkpoint.check_unused(tmp_path)
+    assert ("--resume" in str(caught.value)) == (name == checkpoint.CHECKPOINT)
 
 
 def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
-    run_state.check_unused(tmp_path)
-    run_state.check_unused(tmp_path / "new" / "folder")
+    checkpoint.check_unused(tmp_path)
+    checkpoint.check_unused(tmp_path / "new" / "folder")
     (tmp_path / "file").write_text("x")
-    for use in (run_state.check_unused, run_state.make_folder):
+    for use in (checkpoint.check_unused, checkpoint.make_folder):
         with pytest.raises(UserError, match="--adapter-path"):
             use(tmp_path / "file")
     with pytest.raises(UserError, match="--adapter-path"):
-        run_state.make_folder(tmp_path / "file" / "below")
+        checkpoint.make_folder(tmp_path / "file" / "below")
 
 
 # Resuming
@@ -244,38 +244,38 @@ def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) ->
 def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match="--resume: nothing is saved"):
-            run_state.saved_options(folder)
+            checkpoint.saved_options(folder)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    path = tmp_path / run_state.CHECKPOINT
+    path = tmp_path / checkpoint.CHECKPOINT
     whole = path.read_bytes()
     for damaged in (whole[:-10], whole[: len(whole) // 2], whole[:50], b"", b"x" * 200):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"--resume: .*checkpoint\.safetensors"):
-            run_state.load_checkpoint(tmp_path)
+            checkpoint.load_checkpoint(tmp_path)
     mx.save_safetensors(str(path), {"a": mx.ones(3)})
     with pytest.raises(UserError, match="not a checkpoint of this version"):
-        run_state.load_checkpoint(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
 
 
 def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    state = run_state.load_checkpoint(tmp_path)
+    state = checkpoint.load_checkpoint(tmp_path)
     optimizer = make_optimizer(TrainConfig(), 10)
     optimizer.init(parameters(0))
-    run_state.check_arrays(state, fresh_run(parameters(0), optimizer.state))
+    checkpoint.check_arrays(state, fresh_run(parameters(0), optimizer.state))
     wider = {**parameters(0), NAMES[1]: mx.zeros((4, 7))}
     with pytest.raises(UserError, match=r"has shape \(3, 7\), not \(4, 7\)"):
-        run_state.check_arrays(state, fresh_run(wider, optimizer.state))
+        checkpoint.check_arrays(state, fresh_run(wider, optimizer.state))
     with pytest.raises(UserError, match="is not of this run"):
         fewer = {name: value for name, value in parameters(0).items() if name != NAMES[0]}
-        run_state.check_arrays(state, fresh_run(fewer, optimizer.state))
+        checkpoint.check_arrays(state, fresh_run(fewer, optimizer.state))
     with pytest.raises(UserError, match="missing"):
-        run_state.check_arrays(state, fresh_run({**parameters(0), "extra": mx.zeros(2)}, optimizer.state))
+        checkpoint.check_arrays(state, fresh_run({**parameters(0), "extra": mx.zeros(2)}, optimizer.state))
     with pytest.raises(UserError, match="engine/sums is missing"):
-        run_state.check_arrays(state, fresh_run(parameters(0), optimizer.state, sums=mx.zeros(3)))
+        checkpoint.check_arrays(state, fresh_run(parameters(0), optimizer.state, sums=mx.zeros(3)))
 
 
 FIXED = {
@@ -299,7 +299,7 @@ def test_a_resumed_run_keeps_its_options(tmp_path: Path, name: str) -> None:
     origin = {"model": "m", "data": "d"}
     other = TrainConfig(optimizer="adam").replace(**{name: FIXED[name]})  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        run_state.check_same_run(other, state, origin)
+        checkpoint.check_same_run(other, state, origin)
     message = str(caught.value)
     assert name.replace("_", "-") in message.replace("_", "-")
     value = FIXED[name]
@@ -323,7 +323,7 @@ def test_a_resumed_run_may_change_reporting_and_length_and_the_folders_names(tmp
         model="moved",
         data="too",
     )
-    run_state.check_same_run(now, state, {"model": "m", "data": "d"})
+    checkpoint.check_same_run(now, state, {"model": "m", "data": "d"})
 
 
 @pytest.mark.parametrize("name", ["model", "data"])
@@ -331,32 +331,32 @@ def test_a_resumed_run_needs_the_same_model_and_rows(tmp_path: Path, name: str) 
     state = saved(tmp_path)
     origin = {"model": "m", "data": "d", name: "changed"}
     with pytest.raises(UserError, match=f"--{name}: .*bundled.*changed since"):
-        run_state.check_same_run(TrainConfig(optimizer="adam"), state, origin)
+        checkpoint.check_same_run(TrainConfig(optimizer="adam"), state, origin)
     other = TrainConfig(optimizer="adam").replace(**{name: "other"})
     with pytest.raises(UserError, match=f"--{name}: .*uses bundled, not other"):
-        run_state.check_same_run(other, state, origin)
+        checkpoint.check_same_run(other, state, origin)
 
 
 def test_saved_options_follow_run_json_where_they_may_change(tmp_path: Path) -> None:
     saved(tmp_path)
-    run_state.write_json(tmp_path / run_state.RUN, {"options": TrainConfig(iters=999, rank=3).to_dict()})
-    options = run_state.saved_options(tmp_path)
+    checkpoint.write_json(tmp_path / checkpoint.RUN, {"options": TrainConfig(iters=999, rank=3).to_dict()})
+    options = checkpoint.saved_options(tmp_path)
     assert (options["iters"], options["rank"]) == (999, TrainConfig().rank)
-    (tmp_path / run_state.RUN).write_text("{")
-    assert run_state.saved_options(tmp_path)["iters"] == TrainConfig().iters
+    (tmp_path / checkpoint.RUN).write_text("{")
+    assert checkpoint.saved_options(tmp_path)["iters"] == TrainConfig().iters
 
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
-    first = run_state.model_fingerprint(tmp_path)
-    assert run_state.model_fingerprint(tmp_path) == first
+    first = checkpoint.model_fingerprint(tmp_path)
+    assert checkpoint.model_fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
-    second = run_state.model_fingerprint(tmp_path)
+    second = checkpoint.model_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{ }")
-    assert len({first, second, run_state.model_fingerprint(tmp_path)}) == 3
+    assert len({first, second, checkpoint.model_fingerprint(tmp_path)}) == 3
     for name in ("offsets", "label_starts", "tokens"):
         (tmp_path / f"train.{name}").write_bytes(b"x" * 600_000)
-    rows = run_state.data_fingerprint(tmp_path)
+    rows = checkpoint.data_fingerprint(tmp_path)
     (tmp_path / "train.tokens").write_bytes(b"x" * 599_999 + b"y")
-    assert run_state.data_fingerprint(tmp_path) != rows
+    assert checkpoint.data_fingerprint(tmp_path) != rows

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.sample import generate, main, sample
+from mebp_mlx.generate import generate, main, sample
 from tests.texts import write_tokenizer
 from tests.tiny import CONFIGS, write_model
 
@@ -78,7 +78,7 @@ def test_the_child_gives_the_same_texts_as_the_command_line(
     texts = sample(model, adapters, PROMPT, 12)
     assert texts == generate(model, adapters, PROMPT, 12) and capfd.readouterr() == ("", "")
     options = ["--model", str(model), "--prompt", PROMPT, "--max-tokens", "12"]
-    command = [sys.executable, "-m", "mebp_mlx.sample", *options, "--adapter-path", str(adapters), "--json"]
+    command = [sys.executable, "-m", "mebp_mlx.generate", *options, "--adapter-path", str(adapters), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout) == texts
     assert main(options) == 0
@@ -103,7 +103,7 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
             generate(*arguments)  # type: ignore[arg-type]
         assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
     assert main(["--model", str(no_weights), "--prompt", PROMPT]) == 2
-    assert capsys.readouterr().err.startswith(f"python -m mebp_mlx.sample: --model {no_weights}: the folder ")
+    assert capsys.readouterr().err.startswith(f"python -m mebp_mlx.generate: --model {no_weights}: the folder ")
 
 
 def test_what_goes_wrong_in_the_child_is_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,15 @@ import mlx.core as mx
 import pytest
 
 import mebp_mlx
-from mebp_mlx import planning, train
+from mebp_mlx import train
 from mebp_mlx.config import OPTIMIZERS, PROJECTIONS, TrainConfig
-from mebp_mlx.engine.update import Updater
 from mebp_mlx.errors import BudgetError
-from mebp_mlx.optimizers import make_optimizer, state_bytes
 from mebp_mlx.planner.sizes import lora_sizes
-from mebp_mlx.runtime import limits
-from mebp_mlx.runtime.footprint import footprint_bytes
+from mebp_mlx.system import limits
+from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.training import setup
+from mebp_mlx.training.optimizers import make_optimizer, state_bytes
+from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child
 from tests.tiny import CONFIGS, write_model
 
@@ -37,7 +38,7 @@ def test_sizes_are_those_of_what_is_then_made(
     optimizer = make_optimizer(config, 9)
     found = lora_sizes(model.spec, config.keys, num_layers, config.rank, optimizer)
     assert not optimizer._initialized
-    lora = planning.make_lora(config, model)
+    lora = setup.make_lora(config, model)
     parameters = lora.parameters()
     assert found.parameters == sum(value.nbytes for value in parameters.values())
     of_blocks = [
@@ -76,7 +77,7 @@ def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: P
 def test_a_rank_without_room_ends_at_once_with_exit_3(tmp_path: Path, rank: str, more: list[str], what: str) -> None:
     """On the bundled model, whose LoRA of rank 20,000 takes 1.8 GB. A child shows what the process reached."""
     script = (
-        "import sys; from mebp_mlx import train; from mebp_mlx.runtime.footprint import PeakMeter\n"
+        "import sys; from mebp_mlx import train; from mebp_mlx.system.footprint import PeakMeter\n"
         "with PeakMeter() as meter: code = train.main(sys.argv[1:])\n"
         "print(code, meter.peak_bytes)"
     )
@@ -103,7 +104,7 @@ def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
 
     def named_mb(**options: Any) -> int:
         with pytest.raises(BudgetError) as refused:
-            planning.make_lora(TrainConfig(rank=30_000, memory_budget=10 * MB, **options), model)
+            setup.make_lora(TrainConfig(rank=30_000, memory_budget=10 * MB, **options), model)
         found = re.search(r"smallest workable budget is above (\d+)MB", str(refused.value))
         assert found is not None, refused.value
         return int(found[1])
@@ -147,7 +148,7 @@ def test_no_limit_and_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_below_every_limit_a_run_is_refused_in_one_line_or_done(home: Path, tmp_path: Path) -> None:
     assert train.main(arguments(home, tmp_path / "first", "--iters", "1")) == 0  # the tokens are made
     script = (
-        "import resource, sys; from mebp_mlx import train; from mebp_mlx.runtime.limits import _reserved_bytes\n"
+        "import resource, sys; from mebp_mlx import train; from mebp_mlx.system.limits import _reserved_bytes\n"
         "limit = _reserved_bytes('VmData') + int(float(sys.argv[1]) * 1e6)\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
         "sys.exit(train.main(sys.argv[2:]))"

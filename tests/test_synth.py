@@ -19,7 +19,7 @@ import pytest
 import bench.synth as synth
 from bench.synth import SHAPES, layers_of, model_config, write_model
 from mebp_mlx.errors import UserError
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.weights.safetensors import MappedWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 SEVEN = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
@@ -236,7 +236,7 @@ def test_memory_stays_small_whatever_the_tensor(tmp_path: Path) -> None:
     code = """
 import sys
 from bench.synth import write_model
-from mebp_mlx.runtime.footprint import PeakMeter
+from mebp_mlx.system.footprint import PeakMeter
 with PeakMeter() as meter:
     before = meter.now_bytes
     write_model("qwen2.5-0.5b", sys.argv[1], bits=8, layers=1)  # the embedding alone has 145 MB

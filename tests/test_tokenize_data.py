@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mebp_mlx import tokenize_data
-from mebp_mlx.data import TokenRows
+from mebp_mlx.data import tokenize
+from mebp_mlx.data.dataset import TokenRows
 from mebp_mlx.errors import UserError
-from tests.texts import CHAT_TEMPLATE, random_row, request, tokenize, write_rows, write_tokenizer, write_tokenizers
+from tests.texts import CHAT_TEMPLATE, random_row, request, tokenize_rows, write_rows, write_tokenizer, write_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tokens_and_labels_are_mlx_lms(
     lines = [random_.choice(["", "\n", " \r\n"]) + json.dumps(row, ensure_ascii=False) + "\n" for row in source]
     tmp_path.joinpath("train.jsonl").write_bytes("".join(lines).encode("utf-8-sig"))
     limit = random_.randint(40, 160)
-    counts = tokenize(tmp_path, models[model], mask_prompt=mask_prompt, max_seq_length=limit)["train"]
+    counts = tokenize_rows(tmp_path, models[model], mask_prompt=mask_prompt, max_seq_length=limit)["train"]
     rows = TokenRows(tmp_path / "out", "train")
 
     tokenizer = load_tokenizer(models[model])
@@ -94,7 +94,7 @@ def test_rows_that_are_too_long_or_hold_no_label_are_counted(models: dict[str, P
     write_rows(tmp_path, [long_answer, short], "valid")
 
     def run(overlong: str) -> dict[str, dict[str, int]]:
-        return tokenize(tmp_path, models["chat"], mask_prompt=True, max_seq_length=50, overlong=overlong)
+        return tokenize_rows(tmp_path, models["chat"], mask_prompt=True, max_seq_length=50, overlong=overlong)
 
     cut = run("truncate")
     rows = TokenRows(tmp_path / "out", "train")
@@ -116,7 +116,7 @@ def test_a_template_that_rewrites_the_answer_is_counted(tmp_path: Path) -> None:
     config["chat_template"] = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     write_rows(tmp_path, [{"prompt": "a", "completion": "a long enough answer"}] * 3)
-    assert tokenize(tmp_path, folder, mask_prompt=True)["train"]["n_prompt_differs"] == 3
+    assert tokenize_rows(tmp_path, folder, mask_prompt=True)["train"]["n_prompt_differs"] == 3
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(models: dict[str, Path], tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(models: dict[str, Path], t
         folder = write_rows(tmp_path / str(n), [{"text": "some words " * 40}] * n)
         job = request(folder, models["plain"], folder / "out")
         tracemalloc.start()
-        tokenize_data.tokenize(job)
+        tokenize.tokenize(job)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] - peaks[1] <= 100_000, peaks  # 1,000 rows more are 1 MB even as int32
@@ -177,7 +177,7 @@ def test_bad_rows(models: dict[str, Path], tmp_path: Path, case: str) -> None:
     else:
         write_rows(tmp_path, rows)
     with pytest.raises(UserError) as caught:
-        tokenize(tmp_path, models[model], **changes)
+        tokenize_rows(tmp_path, models[model], **changes)
     message = str(caught.value)
     assert expected in message and message.startswith(f"{tmp_path}/train.jsonl:") and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
@@ -187,7 +187,7 @@ def test_bad_rows_of_the_validation_split_name_its_file(models: dict[str, Path],
     write_rows(tmp_path, [{"text": "a"}])
     write_rows(tmp_path, [{"text": "a"}, {"text": 7}], "valid")
     with pytest.raises(UserError, match=r'valid\.jsonl:2: "text" must be a string, found a number'):
-        tokenize(tmp_path, models["chat"])
+        tokenize_rows(tmp_path, models["chat"])
 
 
 def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
@@ -196,12 +196,12 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     for config in ({"vocab_size": 60}, {"text_config": {"vocab_size": 60}}):
         (model / "config.json").write_text(json.dumps({"model_type": "unknown", **config}))
         with pytest.raises(UserError, match=r"train\.jsonl:1: token \d+ is not in the model's vocabulary of 60"):
-            tokenize(tmp_path, model)
+            tokenize_rows(tmp_path, model)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     job = request(write_rows(tmp_path, [{"text": "a"}]), models["plain"], tmp_path / "out")
     write_rows(tmp_path, [{"text": "b"}])
     with pytest.raises(UserError, match="changed while it was read"):
-        tokenize_data.tokenize(job)
+        tokenize.tokenize(job)
     assert not (tmp_path / "out").exists()

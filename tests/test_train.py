@@ -10,9 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import convert, summary, train
-from mebp_mlx.runtime import device
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx import convert, train
+from mebp_mlx.system import device
+from mebp_mlx.training import report
+from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption
 from tests.runs import FILES, arguments, child, events, losses
 from tests.texts import write_rows
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_adopted_is_told_once(
 ) -> None:
     """Where pages are adopted, which MLX's CPU backend refuses; what is aligned is not spoken of."""
     monkeypatch.setattr(device, "on_metal", lambda: True)
-    monkeypatch.setattr(summary, "WORTH_ALIGNING_BYTES", 1)
+    monkeypatch.setattr(report, "WORTH_ALIGNING_BYTES", 1)
     shutil.copytree(home / "model", tmp_path / "odd")
     adoption.place(tmp_path / "odd" / "model.safetensors", 1)
     assert convert.main(["--mode", "keep", "--model", str(tmp_path / "odd"), "--out", str(tmp_path / "even")]) == 0

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.weights import INDEX_NAME, MappedWeights
+from mebp_mlx.weights.safetensors import INDEX_NAME, MappedWeights
 
 DTYPES = {
     "F32": mx.float32,
@@ -213,7 +213,7 @@ def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path:
         file.write(bytes(80_000_000))
     code = """
 import sys, mebp_mlx, mlx.core as mx
-from mebp_mlx.runtime.footprint import footprint_bytes
+from mebp_mlx.system.footprint import footprint_bytes
 from mebp_mlx.weights import MappedWeights
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()
@@ -417,7 +417,7 @@ def test_columns_copy_only_themselves(tmp_path: Path) -> None:
         file.write(bytes(80_000_000))
     code = """
 import sys, mebp_mlx, mlx.core as mx
-from mebp_mlx.runtime.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 from mebp_mlx.weights import MappedWeights
 weights = MappedWeights(sys.argv[1])
 mx.eval(mx.zeros(3) + 1)

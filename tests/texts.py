@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mebp_mlx import data, tokenize_data
-from mebp_mlx.runtime.platform import load_blas
+from mebp_mlx.data import dataset, tokenize
+from mebp_mlx.system.machine import load_blas
 
 SENTENCES = [
     "the cat sat on the mat and looked at the moon", "what is the capital of France? It is Paris.",
@@ -88,13 +88,13 @@ def write_tokenizers(root: Path) -> dict[str, Path]:
 
 def request(folder: Path, model: Path, out: Path, **options: Any) -> dict[str, Any]:
     """What the child is asked for all splits in a folder."""
-    files = {path.stem: [str(path), data._sha256(path)] for path in folder.glob("*.jsonl")}
+    files = {path.stem: [str(path), dataset._sha256(path)] for path in folder.glob("*.jsonl")}
     return {**OPTIONS, **options, "model_path": str(model), "out": str(out), "files": files}
 
 
-def tokenize(folder: Path, model: Path, **options: Any) -> dict[str, dict[str, int]]:
+def tokenize_rows(folder: Path, model: Path, **options: Any) -> dict[str, dict[str, int]]:
     """Token files in `folder / "out"`, made in this process; returns the counts of each split."""
-    return tokenize_data.tokenize(request(folder, model, folder / "out", **options))["splits"]
+    return tokenize.tokenize(request(folder, model, folder / "out", **options))["splits"]
 
 
 def random_text(random: random.Random, empty: bool = False) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..ops.plan import page_ceil
-from ..runtime.device import dtype_name
-from ..runtime.files import reserve
+from ..system.device import dtype_name
+from ..system.files import reserve
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 

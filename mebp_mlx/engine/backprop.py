@@ -15,14 +15,14 @@ import mlx.core as mx
 from ..errors import NonFiniteLoss
 from ..families.base import Adapter, BlockRun
 from ..model import unpack
+from ..model.config import Layer, Linear
 from ..model.frozen import Model
 from ..model.lora import Lora, Pair
-from ..model.spec import Layer, Linear
+from ..model.prefetch import ReadAhead
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import SAVE_INPUTS, Plan, page_ceil
 from .base import Evaluation, Pass, Sink, TokenBatch
-from .readahead import ReadAhead
 from .store import Store
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from ..families import block_class
 from ..families.base import Adapter, BlockRun, Kept
+from ..model.config import Layer
 from ..model.frozen import Model
-from ..model.spec import Layer
+from ..model.prefetch import ReadAhead
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
-from .readahead import ReadAhead
 
 # Takes a block's gradients, float32 by parameter name; gives back what has to be evaluated with the block.
 Sink = Callable[[dict[str, mx.array]], "list[mx.array] | None"]

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import NonFiniteLoss
 from ..model import unpack
+from ..model.config import Layer, Linear
 from ..model.frozen import Model
 from ..model.lora import Lora
-from ..model.spec import Layer, Linear
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import NO_LABEL
 from ..ops.plan import Plan

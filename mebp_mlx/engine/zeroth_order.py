@@ -21,9 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import NonFiniteLoss
+from ..model.config import Linear
 from ..model.frozen import Model
 from ..model.lora import Lora, Pair, random_key
-from ..model.spec import Linear
 from ..ops.barrier import Barrier
 from ..ops.plan import Plan
 from .base import Evaluation, Pass, Sink, TokenBatch

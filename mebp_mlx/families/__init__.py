@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..model.spec import ModelSpec
+from ..model.config import ModelSpec
 from .base import Block
 from .gemma3 import Gemma3Block
 from .llama import LlamaBlock

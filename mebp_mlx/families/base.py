@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 
+from ..model.config import Layer, Linear
 from ..model.frozen import Model
 from ..model.lora import Dropout, Pair
-from ..model.spec import Layer, Linear
 from ..ops.attention import Attention, Heads
 from ..ops.barrier import Barrier
 from ..ops.gated_mlp import Gate, GatedMlp

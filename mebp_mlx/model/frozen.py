@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..weights import MappedWeights
+from ..weights.safetensors import MappedWeights
 from . import unpack
+from .config import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 from .piece import Decompressed, Packed, Piece, can_stay_packed
-from .spec import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 
 
 class Model:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import UserError
-from .spec import PROJECTIONS, Linear, ModelSpec
+from .config import PROJECTIONS, Linear, ModelSpec
 
 DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 

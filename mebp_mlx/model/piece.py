@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .spec import Quantization
+from .config import Quantization
 
 # What mx.quantized_matmul takes; other packings are decompressed.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,)}

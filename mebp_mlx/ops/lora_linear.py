@@ -13,10 +13,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..model.config import Linear
 from ..model.frozen import Model
 from ..model.lora import Dropout, Pair
 from ..model.piece import Piece
-from ..model.spec import Linear
 from .barrier import Barrier
 from .plan import Plan
 

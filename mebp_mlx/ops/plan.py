@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
-from ..runtime.device import on_gpu
+from ..system.device import on_gpu
 
 # Every projection's output: the backward repeats no product with a weight, only norms, rope, attention and activation.
 SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})

@@ -14,11 +14,11 @@ import numpy as np
 
 from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
 from ..engine.base import Pass
+from ..model.config import Layer
 from ..model.lora import Lora
-from ..model.spec import Layer
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
-from ..runtime.footprint import PeakMeter
+from ..system.footprint import PeakMeter
 from .workload import Workload
 
 _CHUNKS = 3  # of the head: from the second on the state before is held beside the new one

@@ -12,8 +12,8 @@ from ..engine.backprop import kept_bytes
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
 from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
-from ..runtime.device import on_gpu
-from ..runtime.footprint import footprint_bytes
+from ..system.device import on_gpu
+from ..system.footprint import footprint_bytes
 from .probe import Probe, probe
 from .workload import Workload
 

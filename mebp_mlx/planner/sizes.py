@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ..model.spec import PROJECTIONS, Layer, ModelSpec
+from ..model.config import PROJECTIONS, Layer, ModelSpec
 
 ITEM_BYTES = 4  # LoRA parameters and their gradients are float32 always
 

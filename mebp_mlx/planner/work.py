@@ -20,8 +20,8 @@ import numpy as np
 from ..engine.backprop import block_backward, kept_bytes, kept_names
 from ..engine.base import Pass
 from ..model import unpack
+from ..model.config import Layer
 from ..model.frozen import stand_in
-from ..model.spec import Layer
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import scan
 from ..ops.plan import Plan

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engine.backprop import first_trained
-from ..engine.update import Updater
 from ..engine.zeroth_order import Estimator, Perturbed
 from ..families.base import Adapter
 from ..model.frozen import Model
 from ..model.lora import Lora
 from ..ops.plan import Plan
+from ..training.update import Updater
 
 
 @dataclass(frozen=True)

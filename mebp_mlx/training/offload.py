@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..engine.arena import Arena
 from ..ops.plan import page_ceil
-from .arena import Arena
 
 
 class ParkedState:

@@ -1,6 +1,6 @@
 """Models and data by name: a folder, "bundled", or a hub id.
 
-The training process does not import huggingface_hub: `python -m mebp_mlx.hub` is the child that downloads.
+The training process does not import huggingface_hub: `python -m mebp_mlx.weights.hub` is the child that downloads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.runtime.child import ChildFailure, answer, one_line, run_child
+from mebp_mlx.system.child import ChildFailure, answer, one_line, run_child
 
 # The same files as mlx-lm asks for, so that each finds the other's download complete; no *.py is ever run.
 MODEL_PATTERNS = (
@@ -109,7 +109,7 @@ def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> st
         "cache": str(cache_folder()),
     }
     try:
-        return run_child(["mebp_mlx.hub"], request, offline=False, pass_stderr=True)["folder"]
+        return run_child(["mebp_mlx.weights.hub"], request, offline=False, pass_stderr=True)["folder"]
     except ChildFailure as error:
         raise UserError(f"{flag} {name}: the download failed: {one_line(error)}") from error
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .footprint import footprint_bytes
-from .platform import usable_cores
+from .machine import usable_cores
 
 # Threads that are still to come (the BLAS's, MLX's) reserve their stacks, and a heap of glibc's each in address space.
 _MORE_THREADS = 2

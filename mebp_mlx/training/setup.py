@@ -10,24 +10,24 @@ from typing import Any
 
 import mebp_mlx
 
-from .config import UNLIMITED, ZEROTH_ORDER, TrainConfig
-from .data import has_tokenizer
-from .engine.update import Updater
-from .engine.zeroth_order import Estimator, make_estimator
-from .errors import BudgetError, UserError
-from .model.frozen import Model
-from .model.lora import Lora
-from .ops.plan import Plan
+from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
+from ..data.dataset import has_tokenizer
+from ..engine.zeroth_order import Estimator, make_estimator
+from ..errors import BudgetError, UserError
+from ..model.frozen import Model
+from ..model.lora import Lora
+from ..ops.plan import Plan
+from ..planner.projection import project
+from ..planner.search import Planned, choose
+from ..planner.sizes import lora_sizes
+from ..planner.workload import Workload
+from ..system.footprint import footprint_bytes
+from ..system.limits import process_limit
+from ..system.machine import memory_bytes
+from .checkpoint import RUN
 from .optimizers import make_optimizer
-from .planner.search import Planned, choose
-from .planner.sizes import lora_sizes
-from .planner.workload import Workload
-from .proxy import project
-from .runtime.footprint import footprint_bytes
-from .runtime.limits import process_limit
-from .runtime.platform import memory_bytes
-from .runtime.run_state import RUN
-from .summary import print_plan
+from .report import print_plan
+from .update import Updater
 
 
 @dataclass(frozen=True)

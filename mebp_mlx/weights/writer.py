@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from . import weights
-from .errors import UserError
+from ..errors import UserError
+from . import safetensors
 
 PAGE_BYTES = 16 << 10  # Apple silicon's; a multiple of Linux's
-DTYPES = {name: dtype for name, (_, dtype) in weights.DTYPES.items()}
+DTYPES = {name: dtype for name, (_, dtype) in safetensors.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Array = mx.array | np.ndarray
 

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import unpack
-from .spec import Quantization
+from ..model import unpack
+from ..model.config import Quantization
 
 MODES = ("affine", "symmetric", "mxfp4")
 _PIECE_ITEMS = 64 << 10  # float32 numbers that stay in a core's cache

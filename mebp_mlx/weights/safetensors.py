@@ -20,8 +20,8 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import numpy as np
 
-from .errors import UserError
-from .runtime.adopt import adopt
+from ..errors import UserError
+from .zero_copy import adopt
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -76,7 +76,7 @@ class MappedWeights:
 
     `names` is in file order: shard by shard, by offset. Every inconsistency of headers and index raises
     UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: rows and
-    columns come as views of the mapped pages where MLX can take them (runtime/adopt.py), as copies elsewhere.
+    columns come as views of the mapped pages where MLX can take them (weights/zero_copy.py), as copies elsewhere.
     """
 
     names: tuple[str, ...]

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..model.lora import Lora
-from .parking import ParkedState, parked_bytes
+from .offload import ParkedState, parked_bytes
 
 
 class Updater:
@@ -22,7 +22,7 @@ class Updater:
     applied by end_step. The optimizer's state is one flat dict under the parameters' names.
 
     max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
-    micro-batch a step; park: keep the state in a mapped file in arena_dir (engine/parking.py);
+    micro-batch a step; park: keep the state in a mapped file in arena_dir (training/offload.py);
     is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other.
     """
 

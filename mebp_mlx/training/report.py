@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import bundled
-from .config import TrainConfig
-from .data import DataSets
-from .errors import UserError
-from .model.frozen import Model
+from .. import bundled
+from ..config import TrainConfig
+from ..data.dataset import DataSets
+from ..errors import UserError
+from ..generate import sample
+from ..model.frozen import Model
+from ..planner.search import Planned
+from ..system.footprint import PeakMeter
+from .log import RunLog, first_event, megabytes
 from .optimizers import uses_learning_rate
-from .planner.search import Planned
-from .runtime.footprint import PeakMeter
-from .runtime.log import RunLog, first_event, megabytes
-from .sample import sample
 
 WORTH_ALIGNING_BYTES = 16 << 20
 

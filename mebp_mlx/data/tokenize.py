@@ -1,6 +1,6 @@
 """The child process that turns JSONL rows into files of tokens, so that training imports no transformers.
 
-`python -m mebp_mlx.tokenize_data` reads a request (see `tokenize`) as JSON from its argument or stdin.
+`python -m mebp_mlx.data.tokenize` reads a request (see `tokenize`) as JSON from its argument or stdin.
 Formats, chat templates and labels are mlx-lm's: rows are {"text"}, {"prompt", "completion"[, "tools"]} or
 {"messages"[, "tools"]}, one kind per file; with `mask_prompt` only the last message is labelled.
 One row at a time is in memory. The folder of results appears under its name only when it is complete.
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import SPLITS
-from mebp_mlx.runtime.child import answer, one_line
+from mebp_mlx.system.child import answer, one_line
+from mebp_mlx.weights.hub import SPLITS
 
 FORMAT_VERSION = 1
 # Of each split: the rows' tokens one after another, where each row starts (one entry more than rows), the

@@ -1,6 +1,6 @@
 """What a model writes after a prompt, without and with adapters, through mlx-lm.
 
-`python -m mebp_mlx.sample --model M --adapter-path A --prompt P` prints both texts; the trainer calls
+`python -m mebp_mlx.generate --model M --adapter-path A --prompt P` prints both texts; the trainer calls
 `sample`, which runs this module in a process of its own: training imports neither mlx_lm nor transformers.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mebp_mlx.errors import UserError, memory_errors_told
-from mebp_mlx.hub import resolve_model
-from mebp_mlx.runtime.child import ChildFailure, answer, one_line, run_child
+from mebp_mlx.system.child import ChildFailure, answer, one_line, run_child
+from mebp_mlx.weights.hub import resolve_model
 
-PROG = "python -m mebp_mlx.sample"
+PROG = "python -m mebp_mlx.generate"
 
 
 def sample(
@@ -39,7 +39,7 @@ def sample(
         "max_tokens": max_tokens,
     }
     try:
-        return run_child(["mebp_mlx.sample"], request, offline=True, timeout_s=timeout_s)
+        return run_child(["mebp_mlx.generate"], request, offline=True, timeout_s=timeout_s)
     except (ChildFailure, TimeoutError) as error:
         raise UserError(f"sampling from {model_path} failed: {one_line(error)}") from error
 
@@ -56,7 +56,7 @@ def generate(model_path: Path, adapter_path: Path | None, prompt: str, max_token
     for name in ("adapter_config.json", "adapters.safetensors"):
         if adapter_path is not None and not (adapter_path / name).is_file():
             raise UserError(f"--adapter-path {adapter_path}: the folder holds no {name}")
-    from mebp_mlx.runtime.platform import load_blas
+    from mebp_mlx.system.machine import load_blas
 
     load_blas()  # before mlx_lm brings mlx.core
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..weights import MappedWeights
+from ..weights.safetensors import MappedWeights
 from .rope import Rope, make_rope
 
 PROJECTIONS = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ..model.frozen import Model
+from .frozen import Model
 
 
 class ReadAhead:

@@ -23,7 +23,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..errors import NonFiniteLoss, UserError
 from ..options import describe
-from ..shards import Array, Entry, Shard
+from ..weights.writer import Array, Entry, Shard
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"

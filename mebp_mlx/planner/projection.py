@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from .ops.plan import Plan
-from .planner.work import Rates, Work, bound_s, count, on_phone
-from .planner.workload import Workload
-from .runtime.child import ChildFailure, run_child
-from .runtime.log import megabytes
-from .runtime.phone import Phone, thermal_state
+from ..ops.plan import Plan
+from ..system.child import ChildFailure, run_child
+from ..system.phone import Phone, thermal_state
+from ..training.log import megabytes
+from .work import Rates, Work, bound_s, count, on_phone
+from .workload import Workload
 
 
 def impose(phone: Phone, budget_bytes: int | None) -> str:
@@ -31,7 +31,7 @@ def impose(phone: Phone, budget_bytes: int | None) -> str:
 def host_rates() -> Rates | None:
     """This machine's, measured now in a process of its own; None if that fails."""
     try:
-        found = run_child(["mebp_mlx.runtime.rates"], {}, offline=True, timeout_s=60)
+        found = run_child(["mebp_mlx.system.rates"], {}, offline=True, timeout_s=60)
     except (ChildFailure, TimeoutError):
         return None
     return Rates(found["flops"], found["memory_bytes"])

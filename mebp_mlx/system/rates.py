@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.runtime.rates`: this machine's rate of matrix products and of memory, as JSON.
+"""`python -m mebp_mlx.system.rates`: this machine's rate of matrix products and of memory, as JSON.
 
 A process of its own: its arrays are no part of a training run's footprint. Best of a few repeats, since a roofline
 wants the peak.
@@ -17,7 +17,7 @@ import numpy as np
 
 from .child import answer
 from .device import compute_dtype, dtype_name, on_gpu
-from .platform import load_blas, machine
+from .machine import load_blas, machine
 
 PRODUCT = (256, 2048, 8192)
 COPY_BYTES = 256 << 20

@@ -1,6 +1,6 @@
 """Training data: rows of token ids with their labels, mapped from files that a child process has written.
 
-Nothing here imports the libraries that tokenize: `prepare` runs `mebp_mlx.tokenize_data` in a process of its
+Nothing here imports the libraries that tokenize: `prepare` runs `mebp_mlx.data.tokenize` in a process of its
 own, unless its result for the same data, tokenizer and options is already in the cache.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta
 from mebp_mlx.errors import UserError
-from mebp_mlx.hub import SPLITS, cache_folder, resolve_data
-from mebp_mlx.runtime.child import run_child
-from mebp_mlx.tokenize_data import FILES, FORMAT_VERSION, read_meta
+from mebp_mlx.system.child import run_child
+from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data
 
 NO_LABEL = -100
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.tiktoken", "*.model", "tekken.json")
@@ -133,7 +133,7 @@ def prepare(
             "files": {split: [str(path), hashes[split]] for split, path in files.items()},
         }
         with _progress_line() as show:
-            run_child(["mebp_mlx.tokenize_data"], request, offline=True, on_progress=show)
+            run_child(["mebp_mlx.data.tokenize"], request, offline=True, on_progress=show)
         meta = read_meta(out)
         if meta is None:
             raise UserError(f"{out}: the token cache was damaged while it was made")

@@ -14,14 +14,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .errors import UserError
-from .model.frozen import Model
-from .model.pack import Packing, pack, unpacked
-from .model.spec import Layer, Linear, ModelSpec
-from .runtime.footprint import footprint_bytes
-from .runtime.log import megabytes
-from .shards import DTYPES, NAMES, Entry, Shard
-from .weights import TensorInfo
+from ..errors import UserError
+from ..model.config import Layer, Linear, ModelSpec
+from ..model.frozen import Model
+from ..system.footprint import footprint_bytes
+from ..training.log import megabytes
+from ..weights.quantize import Packing, pack, unpacked
+from ..weights.safetensors import TensorInfo
+from ..weights.writer import DTYPES, NAMES, Entry, Shard
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")

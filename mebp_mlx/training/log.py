@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
-from .run_state import LOG
+from .checkpoint import LOG
 
 Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
 

@@ -1,0 +1,1 @@
+"""A training run: set up from options, stepped, logged, saved, resumed."""
