@@ -20,8 +20,8 @@ import mlx.core as mx
 from bench import report
 from bench.layers import SPLITS
 from bench.synth import SHAPES
+from mebp_mlx.model.base import Model
 from mebp_mlx.model.config import Linear
-from mebp_mlx.model.frozen import Model
 
 PAPER_SHARE = (0.32, 0.42)
 HEAD_ROWS = 8192
@@ -113,7 +113,7 @@ def compare(folder: Path, batches: list[int], repeats: int) -> list[dict[str, An
 
 def _seconds(model: Model, linear: Linear, n_rows: int, x: mx.array) -> float:
     began_s = time.perf_counter()
-    mx.eval(model.piece_of_rows(linear, 0, n_rows).forward(x))
+    mx.eval(model.row_block(linear, 0, n_rows).matmul(x))
     return time.perf_counter() - began_s
 
 

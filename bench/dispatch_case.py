@@ -28,8 +28,8 @@ from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.engine.base import Pass
 from mebp_mlx.families.base import Block, value
+from mebp_mlx.kernels.online_softmax import SoftmaxStep as Step
 from mebp_mlx.model.config import PROJECTIONS
-from mebp_mlx.model.head import Step
 from mebp_mlx.model.lora import Lora
 from mebp_mlx.ops import cross_entropy as ops_head
 from mebp_mlx.ops.plan import SAVE_EVERYTHING, Plan

@@ -20,9 +20,9 @@ import numpy as np
 from bench.layers import trim_heap
 from bench.report import positive
 from bench.synth import SHAPES, write_model
-from mebp_mlx.model import head as one_pass
+from mebp_mlx.kernels.cpu import online_softmax
+from mebp_mlx.kernels.online_softmax import SoftmaxState
 from mebp_mlx.ops.barrier import Barrier
-from mebp_mlx.ops.cpu import online_softmax
 from mebp_mlx.ops.cross_entropy import cross_entropy
 from mebp_mlx.ops.plan import Plan
 from mebp_mlx.system.footprint import PeakMeter
@@ -59,7 +59,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
         return time.perf_counter() - began_s
 
     def exp() -> float:
-        state, labels = one_pass.start(n_tokens, D, False), mx.array(targets[0])
+        state, labels = SoftmaxState.start(n_tokens, D, False), mx.array(targets[0])
         began_s = time.perf_counter()
         for _ in range(V // chunk):
             step = online_softmax(mx.zeros((n_tokens, chunk)), *state.softmax, labels, 0)

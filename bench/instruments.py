@@ -13,7 +13,7 @@ import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 
 from mebp_mlx.engine import backprop, base
-from mebp_mlx.model import unpack
+from mebp_mlx.kernels import cpu
 from mebp_mlx.training.update import Updater
 
 
@@ -65,7 +65,7 @@ class Wraps:
         original = getattr(owner, name)
 
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            return (original if unpack._is_off else new)(*args, **kwargs)
+            return (original if cpu._is_off else new)(*args, **kwargs)
 
         self._undo.append((owner, name, original))
         setattr(owner, name, chosen)

@@ -31,7 +31,7 @@ from bench.instruments import Clock, Phases, Wraps
 from bench.report import positive, spread
 from bench.stepper import Stepper, add_memory_budget
 from mebp_mlx.engine.store import Store
-from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.base import Model
 from mebp_mlx.ops.plan import SAVE_INPUTS
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 from mebp_mlx.weights.safetensors import MappedWeights

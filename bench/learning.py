@@ -23,7 +23,7 @@ from bench.stepper import Stepper
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.data.dataset import DataSets, TokenRows, batches, eval_batches, prepare
 from mebp_mlx.errors import NonFiniteLoss, UserError
-from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.base import Model
 from mebp_mlx.weights.hub import resolve_model
 
 GRID_SEED = 1000  # of the trials: none of the curves has it

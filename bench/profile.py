@@ -27,9 +27,9 @@ from mebp_mlx.engine.store import Store
 from mebp_mlx.families.base import Block, value
 from mebp_mlx.families.gemma3 import Gemma3Block
 from mebp_mlx.families.llama import LlamaBlock
+from mebp_mlx.kernels import cpu
+from mebp_mlx.model.base import Model
 from mebp_mlx.model.config import Linear
-from mebp_mlx.model.frozen import Model
-from mebp_mlx.ops import cpu
 from mebp_mlx.ops import cross_entropy as head
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import Gate, GatedMlp

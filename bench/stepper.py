@@ -13,7 +13,7 @@ import numpy as np
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import Engine, make_engine
-from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.base import Model
 from mebp_mlx.ops.plan import Plan
 from mebp_mlx.options import convert, describe
 from mebp_mlx.planner.projection import impose

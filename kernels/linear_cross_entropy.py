@@ -7,13 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mebp_mlx.model import head
-from mebp_mlx.model.config import Quantization
-from mebp_mlx.model.piece import Packed
-
 from . import online_softmax as step
 from . import trust
 from .metal import Source
+from .online_softmax import SoftmaxState
 
 SOURCE = Source(
     "linear_cross_entropy",
@@ -52,15 +49,14 @@ def linear_cross_entropy(
 
     @mx.custom_function
     def losses(h: mx.array) -> mx.array:
-        found: mx.array = trust.run("linear_cross_entropy", (h, *arguments), impl, h.dtype, group_size)
-        return found
+        result: mx.array = trust.run("linear_cross_entropy", (h, *arguments), impl, h.dtype, group_size)
+        return result
 
     @losses.vjp
     def backward(h: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
         return _gradient(h, *arguments[:-1], impl=impl) * cotangent[:, None].astype(h.dtype)
 
-    found: Any = losses(h)
-    result: mx.array = found
+    result: Any = losses(h)
     return result
 
 
@@ -74,12 +70,12 @@ def reference(
     symmetric: bool = False,
 ) -> mx.array:
     """The same in MLX's own operations, a chunk of the vocabulary at a time."""
-    state = head.start(h.shape[0], h.shape[1], want_dh=False)
-    for first, rows in _pieces(packed, scales, biases, group_size):
-        held_back = mx.depends([h], [state.total])[0]  # else the logits of all pieces could be made at once
-        z = rows.forward(held_back)
-        state = head.update(state, step.reference(z, *state.softmax, targets, first), None)
-    return mx.where(targets >= 0, head.losses(state), 0)
+    state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
+    for first, rows in _chunks(packed, scales, biases):
+        held_back = mx.depends([h], [state.total])[0]  # else the logits of all chunks could be made at once
+        z = _product(held_back, rows, group_size, transpose=True)
+        state = state.update(step.reference(z, *state.softmax, targets, first), None)
+    return mx.where(targets >= 0, state.losses(), 0)
 
 
 def metal(
@@ -92,13 +88,13 @@ def metal(
     symmetric: bool = False,
 ) -> mx.array:
     """The same by the kernel."""
-    state = head.start(h.shape[0], h.shape[1], want_dh=False)
+    state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
     state = linear_softmax(state, h, packed, scales, biases, targets, 0, group_size, symmetric)
-    return mx.where(targets >= 0, head.losses(state), 0)
+    return mx.where(targets >= 0, state.losses(), 0)
 
 
 def linear_softmax(
-    state: head.Running,
+    state: SoftmaxState,
     h: mx.array,
     packed: mx.array,
     scales: mx.array,
@@ -107,7 +103,7 @@ def linear_softmax(
     first: int,
     group_size: int,
     symmetric: bool = False,
-) -> head.Running:
+) -> SoftmaxState:
     """A running softmax (loss only) after the rows from vocabulary index `first` on: the kernel, with its splits of
     these rows combined with what was before. Arguments as in linear_cross_entropy.
     """
@@ -115,7 +111,7 @@ def linear_softmax(
     n_tiles = -(-T // ROWS)
     n_splits = max(1, min(_THREADGROUPS // n_tiles, -(-V // COLUMNS) // _TILES_PER_SPLIT))
     columns = mx.where(targets >= first, targets - first, -1).astype(mx.int32)
-    found = SOURCE(
+    splits = SOURCE(
         [h, packed, scales, biases, columns],
         [("scalar", h.dtype), ("GROUP", group_size), ("SYMMETRIC", symmetric)],
         grid=(THREADS, n_tiles, n_splits),
@@ -123,16 +119,21 @@ def linear_softmax(
         output_shapes=[(n_splits, T)] * 3,
         output_dtypes=[mx.float32] * 3,
     )
-    maxima, sums, logits = (mx.concatenate([old[None], new]) for old, new in zip(state.softmax, found, strict=True))
+    maxima, sums, logits = (mx.concatenate([old[None], new]) for old, new in zip(state.softmax, splits, strict=True))
     highest = maxima.max(axis=0)
-    return head.Running(highest, (sums * mx.exp(maxima - highest)).sum(axis=0), logits.sum(axis=0), None)
+    return SoftmaxState(highest, (sums * mx.exp(maxima - highest)).sum(axis=0), logits.sum(axis=0), None)
 
 
-def _pieces(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int) -> Iterator[tuple[int, Packed]]:
-    """(index of the first row, rows) of the output matrix, some rows at a time."""
-    for first in range(0, packed.shape[0], _CHUNK):
-        parts = tuple(array[first : first + _CHUNK] for array in (packed, scales, biases))
-        yield first, Packed(parts, Quantization(4, group_size, "affine"))
+def _chunks(*parts: mx.array) -> Iterator[tuple[int, list[mx.array]]]:
+    """(index of the first row, codes, scales and biases) of some rows of the output matrix at a time."""
+    for first in range(0, parts[0].shape[0], _CHUNK):
+        yield first, [part[first : first + _CHUNK] for part in parts]
+
+
+def _product(x: mx.array, rows: list[mx.array], group_size: int, transpose: bool) -> mx.array:
+    """x W^T, or x W, for rows of W."""
+    codes, scales, biases = rows
+    return mx.quantized_matmul(x, codes, scales, biases, transpose=transpose, group_size=group_size, bits=4)
 
 
 def _gradient(
@@ -145,14 +146,14 @@ def _gradient(
     impl: str | None,
 ) -> mx.array:
     """softmax W - W_y [T, D], 0 where there is no label."""
-    state = head.start(h.shape[0], h.shape[1], want_dh=True)
-    for first, rows in _pieces(packed, scales, biases, group_size):
-        z = rows.forward(mx.depends([h], [state.total])[0])
-        found = step.online_softmax(z, *state.softmax, targets, first, impl=impl)
-        state = head.update(state, found, rows.backward(found.p))
+    state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=True)
+    for first, rows in _chunks(packed, scales, biases):
+        z = _product(mx.depends([h], [state.total])[0], rows, group_size, transpose=True)
+        after = step.online_softmax(z, *state.softmax, targets, first, impl=impl)
+        state = state.update(after, _product(after.p, rows, group_size, transpose=False))
     labels = mx.maximum(targets, 0)
     target_rows = mx.dequantize(packed[labels], scales[labels], biases[labels], group_size=group_size, bits=4)
-    dh = mx.where(targets[:, None] >= 0, head.gradient(state, target_rows), 0)
+    dh = mx.where(targets[:, None] >= 0, state.gradient(target_rows), 0)
     return dh.astype(h.dtype)
 
 

@@ -1,10 +1,20 @@
-"""One chunk of logits joins a running softmax: the step between the head's two products (online_softmax.metal)."""
+"""The output matrix and the cross-entropy in one pass over the vocabulary (online_softmax.metal has its step).
+
+With a frozen head only dh is needed, and it has the form of attention over the vocabulary: for chunks W_c of rows keep
+a running maximum m, sum s and weighted sum acc,
+
+    z = h W_c^T;  m' = max(m, max z);  p = exp(z - m');  s' = s e^(m-m') + sum p;  acc' = acc e^(m-m') + p W_c
+
+and at the end  loss = m + log s - z_y,  dloss/dh = acc / s - W_y.  Two matrix products in all, each chunk dequantized
+once, no [N, V] array. `online_softmax` is the step between the two products, by the kernel, by MLX's own operations or
+by numpy (cpu.py); ops/cross_entropy.py goes through the chunks.
+"""
 
 from __future__ import annotations
 
-import mlx.core as mx
+from typing import NamedTuple
 
-from mebp_mlx.model.head import Step
+import mlx.core as mx
 
 from . import trust
 from .metal import Source
@@ -17,6 +27,56 @@ SOURCE = Source(
 THREADS = 256
 
 
+class SoftmaxStep(NamedTuple):
+    """What a chunk's logits z [N, C] give: p = exp(z - maximum) in z's dtype; the state after it, and the factor
+    e^(m-m') of what was summed up before: float32 [N].
+    """
+
+    p: mx.array
+    maximum: mx.array
+    total: mx.array
+    target_logit: mx.array
+    shrink: mx.array
+
+
+class SoftmaxState(NamedTuple):
+    """State of the pass for N rows: maximum, total, target_logit [N], weighted [N, D] or None (loss only); float32."""
+
+    maximum: mx.array
+    total: mx.array
+    target_logit: mx.array
+    weighted: mx.array | None
+
+    @property
+    def softmax(self) -> tuple[mx.array, mx.array, mx.array]:
+        """What the step between the products takes."""
+        return self.maximum, self.total, self.target_logit
+
+    @classmethod
+    def start(cls, n_rows: int, D: int, need_dh: bool) -> SoftmaxState:
+        """The state before any chunk."""
+        weighted = mx.zeros((n_rows, D)) if need_dh else None
+        return cls(mx.full((n_rows,), float("-inf")), mx.zeros((n_rows,)), mx.zeros((n_rows,)), weighted)
+
+    def update(self, step: SoftmaxStep, product: mx.array | None) -> SoftmaxState:
+        """The state after one more chunk; product: p W_c [N, D], or None for the loss only."""
+        weighted = None
+        if self.weighted is not None:
+            assert product is not None
+            weighted = self.weighted * step.shrink[:, None] + product.astype(mx.float32)
+        return SoftmaxState(step.maximum, step.total, step.target_logit, weighted)
+
+    def losses(self) -> mx.array:
+        """The losses [N] after the last chunk."""
+        return self.maximum + mx.log(self.total) - self.target_logit
+
+    def gradient(self, target_rows: mx.array) -> mx.array:
+        """dh [N, D] of the sum of the losses, given each row's target row of the output matrix [N, D]."""
+        assert self.weighted is not None
+        return self.weighted / self.total[:, None] - target_rows.astype(mx.float32)
+
+
+
 def online_softmax(
     z: mx.array,
     maximum: mx.array,
@@ -25,27 +85,27 @@ def online_softmax(
     targets: mx.array,
     first: int,
     impl: str | None = None,
-) -> Step:
+) -> SoftmaxStep:
     """m' = max(m, max z);  p = e^(z - m');  s' = s e^(m - m') + sum p;  t' = z_y if y is among the columns, else t.
 
     z [T, C]: logits of the vocabulary from index `first` on, float32, float16 or bfloat16; maximum (-inf at first),
     total, target_logit float32 [T]; targets int32 [T], negative: no label. Not differentiable: the head's gradient
-    is written out (model/head.py).
+    is SoftmaxState.gradient.
     """
     arguments = (z, maximum, total, target_logit, targets, first)
-    found: Step = trust.run("online_softmax", arguments, impl, z.dtype)
-    return found
+    step: SoftmaxStep = trust.run("online_softmax", arguments, impl, z.dtype)
+    return step
 
 
 def reference(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
-) -> Step:
+) -> SoftmaxStep:
     """The same in MLX's own operations."""
     wide = z.astype(mx.float32)
     highest = mx.maximum(maximum, wide.max(axis=1))
     shrink = mx.exp(maximum - highest)
     p = mx.exp(wide - highest[:, None])
-    return Step(
+    return SoftmaxStep(
         p.astype(z.dtype), highest, total * shrink + p.sum(axis=1), pick(wide, target_logit, targets, first), shrink
     )
 
@@ -54,16 +114,16 @@ def pick(z: mx.array, target_logit: mx.array, targets: mx.array, first: int) -> 
     """z_y [T] where the target is one of the chunk's columns, target_logit elsewhere."""
     column = targets - first
     here = (targets >= 0) & (column >= 0) & (column < z.shape[1])
-    found = mx.take_along_axis(z, mx.where(here, column, 0)[:, None], axis=1)[:, 0]
-    return mx.where(here, found, target_logit)
+    logits = mx.take_along_axis(z, mx.where(here, column, 0)[:, None], axis=1)[:, 0]
+    return mx.where(here, logits, target_logit)
 
 
 def metal(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
-) -> Step:
+) -> SoftmaxStep:
     """The same by the kernel."""
     T, C = z.shape
-    found = SOURCE(
+    outputs = SOURCE(
         [z, maximum, total, target_logit, targets.astype(mx.int32), mx.array(first, mx.int32)],
         [("scalar", z.dtype), ("THREADS", THREADS)],
         grid=(THREADS, T, 1),
@@ -71,7 +131,7 @@ def metal(
         output_shapes=[(T, C), (T,), (T,), (T,), (T,)],
         output_dtypes=[z.dtype, *[mx.float32] * 4],
     )
-    return Step(*found)
+    return SoftmaxStep(*outputs)
 
 
 def sample(dtype: mx.Dtype, group_size: int, T: int = 5, C: int = 301, **_: int) -> tuple:

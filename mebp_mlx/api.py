@@ -13,8 +13,8 @@ from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
 from .kernels.trust import mode as kernel_mode
+from .model.base import Model
 from .model.config import PROJECTIONS
-from .model.frozen import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
 from .ops.cross_entropy import NO_LABEL

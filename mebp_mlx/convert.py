@@ -18,9 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import UserError, memory_errors_told
+from .export.quantize import MODES, Packing
 from .export.requantize import Repack, Report, Say
+from .model.base import Model
 from .model.config import read_config
-from .model.frozen import Model
 from .options import Spec, build_parser, describe, option, suggest
 from .options import convert as checked_value
 from .system.allocator import settle
@@ -28,7 +29,6 @@ from .system.footprint import PeakMeter
 from .training.interrupt import Interrupt
 from .training.log import megabytes
 from .weights.hub import resolve_model
-from .weights.quantize import MODES, Packing
 from .weights.safetensors import INDEX_NAME
 from .weights.writer import NewFolder, flush
 

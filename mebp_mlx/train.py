@@ -24,7 +24,7 @@ from .data.dataset import Batch, DataSets, TokenRows, batches, eval_batches, n_b
 from .engine import Engine, make_engine
 from .engine.zeroth_order import Estimator
 from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
-from .model.frozen import Model
+from .model.base import Model
 from .model.lora import Lora
 from .planner.projection import host_rates, impose, project
 from .system.device import dtype_name

@@ -17,7 +17,7 @@ import mebp_mlx  # (the BLAS must be loaded before mlx.core)
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.base import Model
 from mebp_mlx.system import allocator
 from mebp_mlx.weights.safetensors import MappedWeights
 from mebp_mlx.weights.zero_copy import PAGE_BYTES

@@ -19,8 +19,8 @@ from mebp_mlx.engine.base import Pass
 from mebp_mlx.engine.store import Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
 from mebp_mlx.families.base import value
+from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
-from mebp_mlx.model.piece import Decompressed
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.gated_mlp import GatedMlp
@@ -66,8 +66,8 @@ class Watched:
             for name, cell in vars(family).items():
                 if isinstance(cell, value):
                     patch.setattr(cell, "equation", self._counted(self.values, name, cell.equation))
-        for method in ("forward", "backward"):
-            patch.setattr(Decompressed, method, self._counted(self.products, method, getattr(Decompressed, method)))
+        for method in ("matmul", "matmul_t"):
+            patch.setattr(DenseBlock, method, self._counted(self.products, method, getattr(DenseBlock, method)))
         self._visits(patch)
 
     def clear(self) -> None:
@@ -209,14 +209,14 @@ def test_saving_projections_repeats_no_product_with_a_frozen_matrix(
     model, lora = _model(tmp_path, name)
     watched = Watched(monkeypatch)
     kept, _, _ = _there_and_back(model, lora, _plan(SAVE_PROJECTIONS), watched)
-    assert watched.products == {"backward": 7 * TILES}
+    assert watched.products == {"matmul_t": 7 * TILES}
     # The last product, d, is read by nobody unless its output is normed.
     assert ("d" in kept.put_names) is (name == "gemma3_text")
     _there_and_back(model, lora, _plan(SAVE_INPUTS), watched)
     # All but d; then, as the MLP's backward has given everything up, what x1 is made of, q and o, once more. A norm of
     # keys needs them before their rotation: k again. gemma3 needs d for its norm: gate, up and down.
     n_forward = {"qwen2": 8, "qwen3": 9, "gemma3_text": 12}[name]
-    assert watched.products == {"forward": n_forward * TILES, "backward": 7 * TILES}
+    assert watched.products == {"matmul": n_forward * TILES, "matmul_t": 7 * TILES}
 
 
 def _needed(trained: frozenset[str], need_dx: bool) -> set[str]:
@@ -244,7 +244,7 @@ def test_every_trained_placement_visits_only_what_it_must(
             layer = model.spec.layers[1]
             wanted = {f"{layer.linears[short].name}.lora_{side}" for short in trained for side in "ab"}
             assert set(gradients) == wanted and len(dx) == TILES * need_dx
-            products = watched.products["backward"] // TILES
+            products = watched.products["matmul_t"] // TILES
             if need_dx:
                 assert products == 7
             else:  # dL/dm if the gate's or anything's below is of use, dL/dh2 of gate and up, dL/da
@@ -270,7 +270,7 @@ def test_no_product_is_made_below_the_lowest_trained_projection(
     engine.close()
     # Of block 1, where it is not the lowest: all seven; of the lowest: none. The head's matrix is in one piece.
     n_head = len(range(0, model.spec.V, engine.plan.vocabulary_chunk(B * T, 0, 4)))
-    assert watched.products["backward"] == n_head + 7 * TILES * (1 - first)
+    assert watched.products["matmul_t"] == n_head + 7 * TILES * (1 - first)
     assert set(stores) == set(range(first, 2))
     assert [{name.split(".")[2] for name in names} for names in asked] == [{"1"}, {"0"}][: 2 - first]
     assert watched.visited.count("mlp") == TILES * (2 - first)

@@ -8,15 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.model import unpack
+from mebp_mlx.kernels import cpu
 from mebp_mlx.model.rope import Rope
-from mebp_mlx.ops import cpu
 from mebp_mlx.ops.attention import Heads, backward, forward
 from mebp_mlx.ops.gated_mlp import GELU_TANH, SILU
 
 GATES = {"silu": SILU, "gelu": GELU_TANH}
 
-pytestmark = pytest.mark.skipif(not unpack.on_cpu(), reason="used on the CPU only")
+pytestmark = pytest.mark.skipif(not cpu.is_on(), reason="used on the CPU only")
 
 
 def _error(found: mx.array, truth: mx.array) -> float:
@@ -35,7 +34,7 @@ def test_gates(kind: str, spread: float, seed: int) -> None:
     truth = [mx.array(v.astype(np.float32)).astype(mx.float64) for v in (g, u, c)]
     m, dg, du = gate.backward(*truth)  # MLX's own: numpy takes float32 alone
     single = [v.astype(mx.float32) for v in truth]
-    with unpack.off():
+    with cpu.off():
         plain = gate(*single[:2]), *gate.backward(*single)
         mx.eval(plain)
     assert np.array_equal(plain[0], plain[1])
@@ -68,7 +67,7 @@ def test_attention_of_a_block_of_queries(
     mx.eval(truth)
     floor = max(float(mx.abs(part).max()) for part in truth[1:])
     for off in (False, True):
-        with unpack.off() if off else contextlib.nullcontext():
+        with cpu.off() if off else contextlib.nullcontext():
             a = forward(settings, *given[:3], start, low)
             found = backward(settings, *given[:3], start, low, given[3])
             mx.eval(a, found)
@@ -88,9 +87,9 @@ def test_a_logit_that_is_no_number_stays_visible() -> None:
 def test_numpy_takes_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     x, half = mx.zeros(3), mx.zeros(3, mx.bfloat16)
     assert cpu.serves(x) and cpu.serves(x, x) and not cpu.serves(half) and not cpu.serves(x, half)
-    with unpack.off():
+    with cpu.off():
         assert not cpu.serves(x)
-        with unpack.off():
+        with cpu.off():
             pass
         assert not cpu.serves(x)  # as the outer one says
     assert cpu.serves(x)

@@ -178,7 +178,7 @@ def test_the_training_process_stays_light_and_gets_the_childs_messages(
     script = f"""
 import sys
 from pathlib import Path
-from mebp_mlx.data import prepare
+from mebp_mlx.data.dataset import prepare
 from mebp_mlx.errors import UserError
 for folder in {str(good)!r}, {str(bad)!r}:
     try:

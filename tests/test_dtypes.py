@@ -18,7 +18,7 @@ from mebp_mlx.engine.store import Store
 from mebp_mlx.errors import UserError
 from mebp_mlx.families import block_class
 from mebp_mlx.families.base import value
-from mebp_mlx.model.frozen import Model
+from mebp_mlx.model.base import Model
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import GatedMlp
 from mebp_mlx.ops.lora_linear import LoraLinear

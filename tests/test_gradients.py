@@ -15,7 +15,7 @@ import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.families import block_class
-from mebp_mlx.model import unpack
+from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.barrier import GRAINS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
@@ -252,7 +252,7 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         for saved, kept_bytes in itertools.product((SAVE_PRODUCTS, SAVE_INPUTS), (None, 0, some_bytes)):
             plan = Plan(grain, saved, kept_bytes=kept_bytes, weight_block_bytes=1, token_block=64, query_block=17)
             engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
-            with contextlib.nullcontext() if numpy_too else unpack.off():
+            with contextlib.nullcontext() if numpy_too else cpu.off():
                 loss = engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update)
                 mx.eval(grads)
             assert kept_bytes != 0 or engine.store.written_bytes > 0

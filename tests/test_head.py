@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx.kernels import online_softmax
-from mebp_mlx.model import head
+from mebp_mlx.kernels.online_softmax import SoftmaxState
 from tests.tiny import relative_error
 
 
@@ -24,12 +24,12 @@ def _truth(h: np.ndarray, w: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.
 
 def _run(h: np.ndarray, w: np.ndarray, y: np.ndarray, chunk: int, dtype: mx.Dtype = mx.float32) -> tuple:
     H, W = mx.array(h).astype(dtype), mx.array(w).astype(dtype)
-    state = head.start(len(y), h.shape[1], want_dh=True)
+    state = SoftmaxState.start(len(y), h.shape[1], need_dh=True)
     for first in range(0, len(w), chunk):
         rows = W[first : first + chunk]
         step = online_softmax(H @ rows.T, *state.softmax, mx.array(y), first)
-        state = head.update(state, step, step.p @ rows)
-    return head.losses(state), head.gradient(state, W[mx.array(y)])
+        state = state.update(step, step.p @ rows)
+    return state.losses(), state.gradient(W[mx.array(y)])
 
 
 @pytest.mark.parametrize("N, D, V, chunk", [(1, 3, 2, 1), (7, 13, 101, 32), (5, 8, 101, 101), (33, 20, 257, 50)])
@@ -70,6 +70,6 @@ def test_16_bit_inputs_accumulate_in_float32(dtype: mx.Dtype, epsilon: float, se
 def test_loss_only_keeps_no_weighted_sum(seed: int) -> None:
     rng = np.random.default_rng(seed)
     h, w = mx.array(rng.standard_normal((4, 6)), mx.float32), mx.array(rng.standard_normal((20, 6)), mx.float32)
-    state = head.start(4, 6, want_dh=False)
-    state = head.update(state, online_softmax(h @ w.T, *state.softmax, mx.arange(4), 0), None)
-    assert state.weighted is None and head.losses(state).shape == (4,)
+    state = SoftmaxState.start(4, 6, need_dh=False)
+    state = state.update(online_softmax(h @ w.T, *state.softmax, mx.arange(4), 0), None)
+    assert state.weighted is None and state.losses().shape == (4,)

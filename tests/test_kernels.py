@@ -11,7 +11,7 @@ import pytest
 
 from mebp_mlx import kernels
 from mebp_mlx.kernels import linear_cross_entropy, online_softmax, trust
-from mebp_mlx.model import head
+from mebp_mlx.kernels.online_softmax import SoftmaxState
 from tests import metal_on_cpu
 from tests.emulated import SOURCES, running
 
@@ -43,7 +43,7 @@ def _assert_no_worse(
 
 def _softmax_chunks(z: mx.array, targets: mx.array, chunks: list[tuple[int, int]], impl: str) -> list[mx.array]:
     """[p of the last chunk, maximum, total, target_logit, shrink] after all chunks."""
-    state = head.start(z.shape[0], 1, want_dh=False).softmax
+    state = SoftmaxState.start(z.shape[0], 1, need_dh=False).softmax
     for start, stop in chunks:
         step = online_softmax(z[:, start:stop], *state, targets, start, impl=impl)
         state = step[1:4]

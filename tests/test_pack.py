@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.model import unpack
-from mebp_mlx.weights.quantize import MODES, Packing, pack, unpacked
+from mebp_mlx.export.quantize import MODES, Packing, pack, unpacked
+from mebp_mlx.kernels import cpu
 
 FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
@@ -31,7 +31,7 @@ def same(found: mx.array, expected: mx.array) -> bool:
     return found.dtype == expected.dtype and mx.array_equal(found, expected).item() is True
 
 
-@pytest.mark.skipif(not unpack.on_cpu(), reason="Metal rounds halfway cases otherwise")
+@pytest.mark.skipif(not cpu.is_on(), reason="Metal rounds halfway cases otherwise")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_mxfp4_is_bit_equal_to_mx_quantize(dtype: mx.Dtype, seed: int) -> None:
     rows = random_rows(seed, dtype)

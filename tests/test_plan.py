@@ -240,7 +240,7 @@ _MEASURE = """
 import json, sys, dataclasses
 import mebp_mlx
 import mlx.core as mx, mlx.optimizers as optim, numpy as np
-from mebp_mlx.data import Batch
+from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import make_engine
 from mebp_mlx.training.update import Updater
 from mebp_mlx.ops.plan import SAVE_INPUTS

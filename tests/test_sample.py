@@ -109,7 +109,7 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
 def test_what_goes_wrong_in_the_child_is_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^--adapter-path /none: the folder holds no adapter_config\.json$"):
         sample(folders["plain"], "/none", PROMPT)
-    with pytest.raises(UserError, match=r"^sampling from .*plain failed: python -m mebp_mlx\.sample took more than 0"):
+    with pytest.raises(UserError, match=r"^sampling from .*plain failed: .*mebp_mlx\.generate took more than 0"):
         sample(folders["plain"], None, PROMPT, timeout_s=0.05)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(UserError, match=r"^sampling from .*plain failed: .*exit status 1\)$"):

@@ -15,7 +15,7 @@ import mebp_mlx
 from mebp_mlx import doctor
 from mebp_mlx.errors import UserError
 from mebp_mlx.kernels import linear_cross_entropy, metal, online_softmax, trust
-from mebp_mlx.model import head
+from mebp_mlx.kernels.online_softmax import SoftmaxState
 from tests.emulated import SOURCES, running
 from tests.parity import largest_error
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
@@ -114,7 +114,7 @@ def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
         return text.replace("sum += weight;", "sum += c < 400 ? weight : 0.0f;")
 
     z = mx.random.normal((4, 700), key=mx.random.key(1))
-    state, targets = head.start(4, 1, want_dh=False).softmax, mx.array([1, 2, 3, -100], mx.int32)
+    state, targets = SoftmaxState.start(4, 1, need_dh=False).softmax, mx.array([1, 2, 3, -100], mx.int32)
     expected = online_softmax(z, *state, targets, 0, impl="reference")
     with running(change=only_long_rows, pretend=True):
         with pytest.warns(UserWarning, match="online_softmax .float32. is not used"):

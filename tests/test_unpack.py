@@ -6,15 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.model import head, unpack
-from mebp_mlx.ops import cpu
+from mebp_mlx.kernels import cpu
+from mebp_mlx.kernels.online_softmax import SoftmaxState
 
-pytestmark = pytest.mark.skipif(not unpack.on_cpu(), reason="used on the CPU only")
+pytestmark = pytest.mark.skipif(not cpu.is_on(), reason="used on the CPU only")
 
 
 @pytest.mark.parametrize("scale_dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("bits", unpack.BITS)
+@pytest.mark.parametrize("bits", cpu.BITS)
 def test_unpacked_rows_are_bit_equal_to_dequantize(
     bits: int, group_size: int, scale_dtype: mx.Dtype, seed: int
 ) -> None:
@@ -26,7 +26,7 @@ def test_unpacked_rows_are_bit_equal_to_dequantize(
         for _ in range(2)
     ]
     expected = mx.dequantize(mx.array(packed), *parts, group_size=group_size, bits=bits)
-    found = unpack.affine(packed, *(np.asarray(part) for part in parts), bits, group_size)
+    found = cpu.dequantize(packed, *parts, bits, group_size)
     assert np.array_equal(np.asarray(found), np.asarray(expected)), f"seed {seed}"
 
 
@@ -36,7 +36,7 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
     rng = np.random.default_rng(seed)
     z = rng.normal(0, 10, (T, 3 * C)).astype(np.float32)
     y = rng.integers(-2, 3 * C, T).astype(np.int32)
-    state = head.start(T, 1, want_dh=False).softmax
+    state = SoftmaxState.start(T, 1, need_dh=False).softmax
     for first in (0, C, 2 * C):
         part = np.ascontiguousarray(z[:, first : first + C])
         p, *state, _ = cpu.online_softmax(mx.array(part), *state, mx.array(y), first)
@@ -54,6 +54,6 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
 
 def test_a_logit_that_is_no_number_stays_one() -> None:
     z = mx.array([[0.0, float("nan")], [float("inf"), 1.0]])
-    step = cpu.online_softmax(z, *head.start(2, 1, want_dh=False).softmax, mx.array([0, 1]), 0)
+    step = cpu.online_softmax(z, *SoftmaxState.start(2, 1, need_dh=False).softmax, mx.array([0, 1]), 0)
     assert np.isnan(np.asarray(step.total)).all()
     assert step.p.shape == (2, 2)

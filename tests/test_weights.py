@@ -214,7 +214,7 @@ def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path:
     code = """
 import sys, mebp_mlx, mlx.core as mx
 from mebp_mlx.system.footprint import footprint_bytes
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.weights.safetensors import MappedWeights
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()
 weights = MappedWeights(sys.argv[1])
@@ -418,7 +418,7 @@ def test_columns_copy_only_themselves(tmp_path: Path) -> None:
     code = """
 import sys, mebp_mlx, mlx.core as mx
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
-from mebp_mlx.weights import MappedWeights
+from mebp_mlx.weights.safetensors import MappedWeights
 weights = MappedWeights(sys.argv[1])
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..model.frozen import Model
+from ..model.base import Model
 from ..model.lora import Lora
 from ..ops.plan import Plan
 from .backprop import BackpropEngine

@@ -13,12 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import NonFiniteLoss
-from ..families.base import Adapter, BlockRun
-from ..model import unpack
-from ..model.config import Layer, Linear
-from ..model.frozen import Model
-from ..model.lora import Lora, Pair
-from ..model.prefetch import ReadAhead
+from ..families.base import BlockRun
+from ..kernels import cpu
+from ..model.base import Model
+from ..model.config import Layer
+from ..model.lora import Adapter, Lora
+from ..model.prefetch import Prefetch
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import SAVE_INPUTS, Plan, page_ceil
@@ -43,7 +43,7 @@ class BackpropEngine:
         self.plan = plan or Plan()
         self.barrier = Barrier(self.plan.grain)
         self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
-        self.ahead = ReadAhead(model)
+        self.ahead = Prefetch(model)
         self._reserved = (0, 0)  # rows and positions of a batch that fits the file
         # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
         self.first_trained = first_trained(lora, model.spec.layers)
@@ -148,33 +148,19 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
 
     def block(*arrays: mx.array) -> list[mx.array]:
-        plain.adapter = Given(work.adapter, dict(zip(names, arrays[len(dy) :], strict=True)))
+        parameters = dict(zip(names, arrays[len(dy) :], strict=True))
+        plain.adapter = Adapter(parameters, work.adapter.scale, work.adapter.dropout)
         return plain.forward(layer, list(arrays[: len(dy)]))
 
     # Trainables go in as arguments: a captured one would get a silent zero gradient.
     trainables = [array for pair in pairs.values() for array in pair]
-    with unpack.off():
+    with cpu.off():
         _, found = mx.vjp(mx.checkpoint(block), [*inputs, *trainables], dy)
         run.gradients.update(zip(names, found[len(dy) :], strict=True))
         dx = found[: len(dy)] if need_dx else []
         work.barrier.value(*dx, *run.gradients.values())
     dy.clear()
     return dx
-
-
-class Given:
-    """An adapter whose parameters are these arrays, by name."""
-
-    def __init__(self, adapter: Adapter, parameters: dict[str, mx.array]):
-        self.scale, self.dropout = adapter.scale, adapter.dropout
-        self.parameters = parameters
-
-    def trains(self, linear: Linear) -> bool:
-        return f"{linear.name}.lora_a" in self.parameters
-
-    def pair(self, linear: Linear) -> Pair | None:
-        a = self.parameters.get(f"{linear.name}.lora_a")
-        return None if a is None else Pair(a, self.parameters[f"{linear.name}.lora_b"])
 
 
 def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
@@ -205,7 +191,7 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     most = 0
     for layer in kinds.values():
         counter = _Counter()
-        with unpack.off():
+        with cpu.off():
             work = Pass(model.unread(), plan, adapter, Barrier(None))
             x = [mx.zeros((B, stop - start, model.spec.D), model.dtype) for start, stop in plan.tiles(T)]
             work.forward(layer, x, counter, kept_names(plan, work))

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..families import block_class
-from ..families.base import Adapter, BlockRun, Kept
+from ..families.base import BlockRun, Kept
+from ..model.base import Model
 from ..model.config import Layer
-from ..model.frozen import Model
-from ..model.prefetch import ReadAhead
+from ..model.lora import Adapter
+from ..model.prefetch import Prefetch
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
@@ -64,7 +65,7 @@ class Pass:
         adapter: Adapter,
         barrier: Barrier | None = None,
         dropout_parts: tuple[int, ...] | None = None,
-        ahead: ReadAhead | None = None,
+        ahead: Prefetch | None = None,
     ):
         self.model, self.plan, self.adapter = model, plan, adapter
         self.barrier = barrier or Barrier(plan.grain)

@@ -13,14 +13,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import NonFiniteLoss
-from ..model import unpack
+from ..kernels import cpu
+from ..model.base import Model
 from ..model.config import Layer, Linear
-from ..model.frozen import Model
-from ..model.lora import Lora
+from ..model.lora import Adapter, Lora
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import NO_LABEL
 from ..ops.plan import Plan
-from .backprop import Given
 from .base import Evaluation, Pass, Sink, TokenBatch
 
 
@@ -48,7 +47,7 @@ class WholeGraphEngine:
             logits = self._logits(parameters, batch, (self.seed, step, micro))
             return _masked_loss_sum(logits, batch.targets) / max(n_labels, 1)
 
-        with unpack.off():
+        with cpu.off():
             loss, gradients = mx.value_and_grad(loss_fn)(parameters)
         loss_value = float(np.asarray(loss))
         if not math.isfinite(loss_value):
@@ -64,7 +63,7 @@ class WholeGraphEngine:
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """A forward pass, without dropout."""
-        with unpack.off():
+        with cpu.off():
             logits = self._logits(self.lora.parameters(), batch, None)
         mask, labels = batch.targets != NO_LABEL, mx.array(batch.targets)
         n_correct = (mx.where(mx.array(mask), mx.argmax(logits, axis=-1) == labels, False)).sum()
@@ -84,7 +83,7 @@ class WholeGraphEngine:
             own = {name: p for name, p in parameters.items() if name.startswith(f"{layer.prefix}.")}
 
             def block(x: mx.array, own: dict[str, mx.array], layer: Layer = layer) -> mx.array:
-                work = Pass(model, plan, Given(self.lora, own), Barrier(None), dropout_parts)
+                work = Pass(model, plan, Adapter(own, self.lora.scale, self.lora.dropout), Barrier(None), dropout_parts)
                 return work.forward(layer, [x])[0]
 
             # Trainables go in as arguments: a captured one would get a silent zero gradient.
@@ -94,7 +93,7 @@ class WholeGraphEngine:
         return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
 
     def _linear(self, linear: Linear, x: mx.array) -> mx.array:
-        return self.model.piece_of_rows(linear, 0, linear.out_dims).forward(x)
+        return self.model.row_block(linear, 0, linear.out_dims).matmul(x)
 
 
 def _masked_loss_sum(logits: mx.array, targets: np.ndarray) -> mx.array:

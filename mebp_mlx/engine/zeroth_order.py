@@ -21,9 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import NonFiniteLoss
+from ..model.base import Model
 from ..model.config import Linear
-from ..model.frozen import Model
-from ..model.lora import Lora, Pair, random_key
+from ..model.lora import Adapter, Lora, Pair, random_key
 from ..ops.barrier import Barrier
 from ..ops.plan import Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
@@ -198,18 +198,15 @@ class Normalized(Estimator):
         return float(losses[0])
 
 
-class Perturbed:
-    """A Lora seen at a probe: theta + amount * direction."""
+class Perturbed(Adapter):
+    """A Lora seen at a probe: theta + amount * direction, made where a block asks for it."""
 
     def __init__(self, lora: Lora, estimator: Estimator, probe: Probe):
-        self.lora, self.estimator, self.probe = lora, estimator, probe
-        self.scale, self.dropout = lora.scale, lora.dropout
-
-    def trains(self, linear: Linear) -> bool:
-        return self.lora.trains(linear)
+        super().__init__(lora.parameters(), lora.scale, lora.dropout)
+        self.estimator, self.probe = estimator, probe
 
     def pair(self, linear: Linear) -> Pair | None:
-        pair = self.lora.pair(linear)
+        pair = super().pair(linear)
         if pair is None or self.probe.amount == 0:
             return pair
         return Pair(self._moved(pair.a, f"{linear.name}.lora_a"), self._moved(pair.b, f"{linear.name}.lora_b"))

@@ -15,13 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..model.config import Layer, Linear, ModelSpec
-from ..model.frozen import Model
+from ..model.base import Model
+from ..model.config import Linear
 from ..system.footprint import footprint_bytes
 from ..training.log import megabytes
-from ..weights.quantize import Packing, pack, unpacked
 from ..weights.safetensors import TensorInfo
 from ..weights.writer import DTYPES, NAMES, Entry, Shard
+from .quantize import Packing, pack, unpacked
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
@@ -98,7 +98,7 @@ class Repack:
         self._model, self._packing, self._dtype = model, packing, dtype
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
-        blocks += [_in_order_of_use(spec, layer) for layer in spec.layers]
+        blocks += [[*layer.norms.values(), *layer.linears.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
         linears = [item for block in blocks for item in block if isinstance(item, Linear)]
@@ -109,7 +109,7 @@ class Repack:
             widths = ", ".join(str(n) for n in sorted({linear.in_dims for linear in linears}))
             raise UserError(f"--group-size {packing.group_size}: divides no matrix's rows, which are {widths} long")
         entries = [entry for block in self._blocks for item in block for entry in item.entries()]
-        parts = {f"{linear.name}.{part}" for linear in linears for part in _parts(linear)}
+        parts = {name for linear in linears for name in linear.tensors}
         vectors = [model.weights.info(name) for name in spec.tensors if name not in parts]
         used = set(spec.tensors)
         self.report = Report(
@@ -158,7 +158,7 @@ class Repack:
             yield _Same(_entry(info)) if self._packing is None else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
         if self._stays(item):
-            yield from (_Same(_entry(self._model.weights.info(f"{item.name}.{part}"))) for part in _parts(item))
+            yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
         else:
             packing = self._packing
             yield _Matrix(item, self._own(item), packing if packing and packing.fits(item.in_dims) else None)
@@ -172,13 +172,13 @@ class Repack:
             return True
         if not packing.fits(linear.in_dims) or packing.mode == "symmetric" or packing.stored != linear.quantization:
             return False
-        scales = self._model.weights.info(f"{linear.name}.{_parts(linear)[-1]}").dtype
+        scales = self._model.weights.info(linear.tensors[-1]).dtype
         return packing.mode == "mxfp4" or NAMES[self._own(linear)] == scales
 
     def _own(self, linear: Linear) -> mx.Dtype:
         """The dtype of a matrix's numbers: mxfp4 has none of its own."""
         mxfp4 = linear.quantization is not None and linear.quantization.mode == "mxfp4"
-        return self._dtype_of(self._model.spec.final_norm if mxfp4 else f"{linear.name}.{_parts(linear)[-1]}")
+        return self._dtype_of(self._model.spec.final_norm if mxfp4 else linear.tensors[-1])
 
     def _dtype_of(self, name: str) -> mx.Dtype:
         info = self._model.weights.info(name)
@@ -222,30 +222,6 @@ def _entry(info: TensorInfo) -> Entry:
     if info.dtype not in _KINDS:
         raise UserError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, not one of {', '.join(_KINDS)}")
     return Entry(info.name, info.dtype, info.shape)
-
-
-def _parts(linear: Linear) -> tuple[str, ...]:
-    if linear.quantization is None:
-        return ("weight",)
-    return ("weight", "scales") if linear.quantization.mode == "mxfp4" else ("weight", "scales", "biases")
-
-
-def _in_order_of_use(spec: ModelSpec, layer: Layer) -> list[Linear | str]:
-    linears = layer.linears
-
-    def norms(*names: str) -> list[str]:
-        return [f"{layer.prefix}.{name}.weight" for name in names]
-
-    return [
-        *norms("input_layernorm"),
-        *(linears[short] for short in "qkv"),
-        *(norms("self_attn.q_norm", "self_attn.k_norm") if spec.qk_norm else ()),
-        linears["o"],
-        *norms("post_attention_layernorm"),
-        *(norms("pre_feedforward_layernorm") if spec.gemma else ()),
-        *(linears[short] for short in ("gate", "up", "down")),
-        *(norms("post_feedforward_layernorm") if spec.gemma else ()),
-    ]
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

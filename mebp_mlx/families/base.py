@@ -12,25 +12,14 @@ from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 
-from ..model.config import Layer, Linear
-from ..model.frozen import Model
-from ..model.lora import Dropout, Pair
+from ..model.base import Model
+from ..model.config import Layer
+from ..model.lora import Adapter, Dropout
 from ..ops.attention import Attention, Heads
 from ..ops.barrier import Barrier
 from ..ops.gated_mlp import Gate, GatedMlp
 from ..ops.lora_linear import LoraLinear, Wide
 from ..ops.plan import Plan
-
-
-class Adapter(Protocol):
-    """What a block needs to know of the trainable parameters; Lora is one, a perturbed Lora another."""
-
-    scale: float
-    dropout: float
-
-    def pair(self, linear: Linear) -> Pair | None: ...
-
-    def trains(self, linear: Linear) -> bool: ...
 
 
 class Kept(Protocol):

@@ -91,6 +91,14 @@ class Linear:
     bias: bool = False
     quantization: Quantization | None = None
 
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the weight and of what it is dequantized with."""
+        parts = ["weight"]
+        if self.quantization is not None:
+            parts += ["scales", "biases"] if self.quantization.mode == "affine" else ["scales"]
+        return [f"{self.name}.{part}" for part in parts]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -101,6 +109,7 @@ class Layer:
     rope: Rope
     window: int | None  # sliding window in tokens, None = all earlier tokens
     linears: dict[str, Linear]  # by the short names of PROJECTIONS
+    norms: dict[str, str]  # tensors of norms' weights by the last part of the module's name ("input_layernorm")
 
 
 @dataclass(frozen=True)
@@ -186,13 +195,11 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
             for short, shape in shapes.items()
         }
         window = reader.window(index)
-        layers.append(Layer(index, layer_prefix, reader.rope(head_dim, window), window, linears))
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if family.gemma else []
-        for norm in norms:
-            tensors.vector(f"{layer_prefix}.{norm}.weight", D)
-        for norm in ("q_norm", "k_norm") if family.qk_norm else ():
-            tensors.vector(f"{layer_prefix}.self_attn.{norm}.weight", head_dim)
+        norms = {
+            norm.rpartition(".")[2]: tensors.vector(f"{layer_prefix}.{norm}.weight", size)
+            for norm, size in _norm_sizes(family, D, head_dim).items()
+        }
+        layers.append(Layer(index, layer_prefix, reader.rope(head_dim, window), window, linears, norms))
     final_norm = f"{prefix}model.norm.weight"
     tensors.vector(final_norm, D)
     head = embedding if tied else tensors.linear(head_name, V, D)
@@ -217,6 +224,16 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
         final_norm=final_norm,
         tensors=tuple(tensors.read),
     )
+
+
+def _norm_sizes(family: Family, D: int, head_dim: int) -> dict[str, int]:
+    """A block's norms, by the name of their module inside the block."""
+    sizes = {"input_layernorm": D, "post_attention_layernorm": D}
+    if family.gemma:
+        sizes |= {"pre_feedforward_layernorm": D, "post_feedforward_layernorm": D}
+    if family.qk_norm:
+        sizes |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    return sizes
 
 
 class _Reader:
@@ -302,8 +319,9 @@ class _Tensors:
             raise UserError(f"{file}: {name} has shape {list(shape)}, but {self.where} asks for {list(want)}")
         self.read.append(name)
 
-    def vector(self, name: str, size: int) -> None:
+    def vector(self, name: str, size: int) -> str:
         self._expect(name, (size,))
+        return name
 
     def linear(self, name: str, out_dims: int, in_dims: int, bias: bool = False) -> Linear:
         if bias:

@@ -29,7 +29,24 @@ class Pair(NamedTuple):
     b: mx.array
 
 
-class Lora:
+class Adapter:
+    """LoRA pairs as a block sees them: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out] by name."""
+
+    def __init__(self, parameters: dict[str, mx.array], scale: float, dropout: float):
+        self._parameters = dict(parameters)
+        self.scale, self.dropout = scale, dropout
+
+    def trains(self, linear: Linear) -> bool:
+        """Whether this projection has a pair."""
+        return f"{linear.name}.lora_a" in self._parameters
+
+    def pair(self, linear: Linear) -> Pair | None:
+        """The pair of one projection, or None where it is not trained."""
+        a = self._parameters.get(f"{linear.name}.lora_a")
+        return None if a is None else Pair(a, self._parameters[f"{linear.name}.lora_b"])
+
+
+class Lora(Adapter):
     """The trainable parameters: a flat dict of float32 arrays under mlx-lm's adapter names."""
 
     def __init__(
@@ -42,9 +59,8 @@ class Lora:
         keys: tuple[str, ...],
         num_layers: int,
     ):
-        self._parameters = dict(parameters)
-        self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.keys, self.num_layers = keys, num_layers
+        super().__init__(parameters, scale, dropout)
+        self.rank, self.keys, self.num_layers = rank, keys, num_layers
         self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
@@ -60,15 +76,6 @@ class Lora:
             if tuple(value.shape) != tuple(old.shape):
                 raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(old.shape)}")
             self._parameters[name] = value.astype(mx.float32)
-
-    def pair(self, linear: Linear) -> Pair | None:
-        """The pair of one projection, or None where it is not trained."""
-        a = self._parameters.get(f"{linear.name}.lora_a")
-        return None if a is None else Pair(a, self._parameters[f"{linear.name}.lora_b"])
-
-    def trains(self, linear: Linear) -> bool:
-        """Whether this projection has a pair."""
-        return f"{linear.name}.lora_a" in self._parameters
 
 
 def init_lora(

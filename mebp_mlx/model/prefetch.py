@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from .frozen import Model
+from .base import Model
 
 
-class ReadAhead:
+class Prefetch:
     """One thread for one model's files, started when it is first needed; close() ends it."""
 
     def __init__(self, model: Model):
         self._weights = model.weights
         self._blocks = [
-            [name for linear in layer.linears.values() for name in _tensors(model, linear.name)]
+            [name for linear in layer.linears.values() for name in linear.tensors]
             for layer in model.spec.layers
         ]
-        self._head = _tensors(model, model.spec.head.name)
+        self._head = model.spec.head.tensors
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
@@ -49,7 +49,3 @@ class ReadAhead:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._last = self._thread.submit(run)
 
-
-def _tensors(model: Model, linear: str) -> list[str]:
-    """The weight, and what it is decompressed with."""
-    return [f"{linear}.{part}" for part in ("weight", "scales", "biases") if f"{linear}.{part}" in model.weights]

@@ -17,7 +17,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from . import cpu
+from ..kernels import cpu
 from .barrier import Barrier
 
 

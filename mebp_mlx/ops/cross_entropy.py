@@ -1,7 +1,7 @@
 """The final norm, the output matrix and the loss over the labelled rows, a chunk of the vocabulary at a time.
 
-One pass (model/head.py has its algebra): two products a chunk, no [N, V] array. A chunk's graph is submitted, and the
-chunk before it waited for, so that two chunks' logits exist at most.
+One pass (kernels/online_softmax.py has its algebra): two products a chunk, no [N, V] array. A chunk's graph is
+submitted, and the chunk before it waited for, so that two chunks' logits exist at most.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..kernels import linear_softmax, uses_metal
-from ..kernels import online_softmax as softmax_kernel
-from ..model import head as one_pass
-from ..model.frozen import Model
-from ..model.piece import Packed
-from . import cpu
+from ..kernels import cpu, linear_softmax, uses_metal
+from ..kernels.online_softmax import SoftmaxState
+from ..kernels.online_softmax import online_softmax as softmax_kernel
+from ..model.base import Model, QuantizedBlock
 from .barrier import Barrier
 from .plan import Plan
 
@@ -66,13 +64,13 @@ def cross_entropy(
     del h
     barrier.value(joined, *picked)
     state = scan(model, plan, barrier, joined, mx.array(y), need_dx, max_chunks)
-    losses = one_pass.losses(state).sum()
+    losses = state.losses().sum()
     n_correct = (state.target_logit >= state.maximum).sum()
     barrier.wait(losses, n_correct)
     loss_sum, correct = float(np.asarray(losses)), int(np.asarray(n_correct))
     if not need_dx:
         return HeadResult(loss_sum, len(y), correct, None)
-    dh = (one_pass.gradient(state, model.gather(spec.head, y)) * weight).astype(joined.dtype)
+    dh = (state.gradient(model.gather(spec.head, y)) * weight).astype(joined.dtype)
     barrier.value(dh)
     del state, joined
     dx, first = [], 0
@@ -100,29 +98,29 @@ def scan(
     labels: mx.array,
     need_dx: bool,
     max_chunks: int | None = None,
-) -> one_pass.Running:
+) -> SoftmaxState:
     """The state after the vocabulary's chunks, from normed rows h [N, D] and labels int32 [N]."""
     spec = model.spec
-    state = one_pass.start(h.shape[0], spec.D, need_dx)
+    state = SoftmaxState.start(h.shape[0], spec.D, need_dx)
     chunk = plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
     fused = not need_dx and _is_fused(model)
     for number, first in enumerate(range(0, spec.V, chunk)):
         if number == max_chunks:
             break
-        piece = model.piece_of_rows(spec.head, first, min(first + chunk, spec.V))
+        block = model.row_block(spec.head, first, min(first + chunk, spec.V))
         if fused:
-            assert isinstance(piece, Packed)
-            state = linear_softmax(state, h, *piece.parts, labels, first, piece.packing.group_size)
+            assert isinstance(block, QuantizedBlock)
+            state = linear_softmax(state, h, *block.parts, labels, first, block.packing.group_size)
         else:
-            z = piece.forward(h)
+            z = block.matmul(h)
             barrier.piece(z)
             softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
             step = softmax(z, *state.softmax, labels, first)
             del z
-            state = one_pass.update(state, step, piece.backward(step.p) if need_dx else None)
+            state = state.update(step, block.matmul_t(step.p) if need_dx else None)
             del step
         barrier.chunk(*(part for part in state if part is not None))
-        del piece  # before the next one is brought in
+        del block  # before the next one is brought in
     return state
 
 

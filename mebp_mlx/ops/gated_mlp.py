@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from . import cpu
+from ..kernels import cpu
 from .lora_linear import Backward, Input, LoraLinear
 
 

@@ -13,10 +13,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..model.base import Model, WeightBlock
 from ..model.config import Linear
-from ..model.frozen import Model
 from ..model.lora import Dropout, Pair
-from ..model.piece import Piece
 from .barrier import Barrier
 from .plan import Plan
 
@@ -113,7 +112,7 @@ class LoraLinear:
 
     def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
         """Columns [start, stop) of y."""
-        y = self.model.piece_of_rows(self.linear, start, stop).forward(x)
+        y = self.model.row_block(self.linear, start, stop).matmul(x)
         bias = self.model.bias(self.linear, start, stop)
         if bias is not None:
             y = y + bias
@@ -155,7 +154,7 @@ class Backward:
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
         whole = stop - start == linear.linear.out_dims
         if self.need_dx:
-            part = linear.model.piece_of_rows(linear.linear, start, stop).backward(g)
+            part = linear.model.row_block(linear.linear, start, stop).matmul_t(g)
             self.dx = part if whole else _added(self.dx, part)
             barrier.piece(self.dx)
         if pair is not None and self.low is not None:
@@ -204,7 +203,7 @@ class Input:
 
     def add(self, start: int, stop: int, x: mx.array) -> None:
         """The part of y that these columns of x give."""
-        part = self._block(start, stop).forward(x)
+        part = self._block(start, stop).matmul(x)
         self.y = part if self._whole(start, stop) else _added(self.y, part)
         self._add_x_a(start, stop, x)
         self.linear.barrier.piece(self.y)
@@ -224,7 +223,7 @@ class Input:
         """Columns [start, stop) of dL/dx."""
         linear, g = self.linear, self.g
         assert g is not None
-        dx = self._block(start, stop).backward(g)
+        dx = self._block(start, stop).matmul_t(g)
         if linear.pair is not None and self.g_b is not None:
             a = linear.pair.a if self._whole(start, stop) else linear.pair.a[start:stop]
             dx = dx + linear.dropped(self.g_b @ a.T, g, self.position, start, stop).astype(dx.dtype)
@@ -261,11 +260,11 @@ class Input:
     def _whole(self, start: int, stop: int) -> bool:
         return stop - start == self.linear.linear.in_dims
 
-    def _block(self, start: int, stop: int) -> Piece:
+    def _block(self, start: int, stop: int) -> WeightBlock:
         linear = self.linear
         if self._whole(start, stop):
-            return linear.model.piece_of_rows(linear.linear, 0, linear.linear.out_dims)
-        return linear.model.piece_of_columns(linear.linear, start, stop)
+            return linear.model.row_block(linear.linear, 0, linear.linear.out_dims)
+        return linear.model.column_block(linear.linear, start, stop)
 
 
 def _added(total: mx.array | None, part: mx.array) -> mx.array:

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..engine.backprop import block_backward, kept_bytes, kept_names
 from ..engine.base import Pass
-from ..model import unpack
+from ..kernels import cpu
+from ..model.base import stand_in
 from ..model.config import Layer
-from ..model.frozen import stand_in
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import scan
 from ..ops.plan import Plan
@@ -92,7 +92,7 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
             shapes = [tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs")]
             found.append(Node(event["name"], *shapes))
 
-    with unpack.off():
+    with cpu.off():
         mx.export_function(visit, run, *inputs)
     return found
 
@@ -135,7 +135,7 @@ class _Counter:
 
     def backward(self, layer: Layer, need_dx: bool) -> Work:
         shapes, names = Shapes(), kept_names(self.plan, self.work)
-        with unpack.off():
+        with cpu.off():
             self.work.forward(layer, self._tiles(), shapes, names)
 
         def run(*dy: mx.array) -> list[mx.array]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ..engine.backprop import first_trained
 from ..engine.zeroth_order import Estimator, Perturbed
-from ..families.base import Adapter
-from ..model.frozen import Model
-from ..model.lora import Lora
+from ..model.base import Model
+from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
 from ..training.update import Updater
 

@@ -10,7 +10,7 @@ from ..config import TrainConfig
 from ..data.dataset import DataSets
 from ..errors import UserError
 from ..generate import sample
-from ..model.frozen import Model
+from ..model.base import Model
 from ..planner.search import Planned
 from ..system.footprint import PeakMeter
 from .log import RunLog, first_event, megabytes

@@ -14,7 +14,7 @@ from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from ..data.dataset import has_tokenizer
 from ..engine.zeroth_order import Estimator, make_estimator
 from ..errors import BudgetError, UserError
-from ..model.frozen import Model
+from ..model.base import Model
 from ..model.lora import Lora
 from ..ops.plan import Plan
 from ..planner.projection import project

@@ -1,6 +1,6 @@
 """Compression of weights to 4 or 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
 
-unpack.py is the way back. All functions take whole rows, so a matrix can be packed a row block at a time.
+kernels/cpu.py has the way back. All functions take whole rows, so a matrix can be packed a row block at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..model import unpack
+from ..kernels import cpu
 from ..model.config import Quantization
 
 MODES = ("affine", "symmetric", "mxfp4")
@@ -44,7 +44,7 @@ def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
     """
     if packing.mode == "symmetric":
         return _symmetric(rows, packing.bits, packing.group_size)
-    if packing.mode == "mxfp4" and unpack.on_cpu():
+    if packing.mode == "mxfp4" and cpu.is_on():
         return _mxfp4(rows)
     parts = mx.quantize(rows, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
@@ -57,9 +57,8 @@ def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
         rows = mx.dequantize(parts["weight"], parts["scales"], group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
         return np.asarray(rows)
     scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
-    if unpack.on_cpu():
-        numbers = (np.asarray(parts["weight"]), np.asarray(scales), np.asarray(biases))
-        return np.asarray(unpack.affine(*numbers, how.bits, how.group_size))
+    if cpu.is_on():
+        return np.asarray(cpu.dequantize(parts["weight"], scales, biases, how.bits, how.group_size))
     return np.asarray(mx.dequantize(parts["weight"], scales, biases, group_size=how.group_size, bits=how.bits))
 
 
@@ -90,7 +89,7 @@ def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array
         np.add(levels, half, out=levels)
         codes[piece] = levels.reshape(-1, n_in)  # truncates what is whole
 
-    unpack.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
+    cpu.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
     biases = mx.array(exact * np.float32(-half)).astype(rows.dtype)
     return {"weight": _words(codes, bits), "scales": scales, "biases": biases}
 
@@ -120,7 +119,7 @@ def _mxfp4(rows: mx.array) -> dict[str, mx.array]:
         code |= (negative & (code > 0)).view(np.uint8) << 3
         codes[piece] = code.reshape(-1, n_in)
 
-    unpack.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
+    cpu.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
     return {"weight": _words(codes, 4), "scales": (exponents + 127).astype(mx.uint8)}
 
 
