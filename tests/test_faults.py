@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 # A run that saves every iteration; `act` is called after iteration 3. argv: the file of weights, then the options.
 _RUN = """
 import os, signal, sys
-from mebp_mlx import train, weights
+from mebp_mlx import train
+from mebp_mlx.weights.safetensors import MappedWeights
 from mebp_mlx.training import log
 file, seen = sys.argv[1], []
 {act}
@@ -36,7 +37,7 @@ sys.exit(train.main(sys.argv[2:]))
 """
 CUT_BETWEEN = "def act(): os.truncate(file, os.path.getsize(file) // 2)"
 CUT_WITHIN = """
-check = weights.MappedWeights.check_sizes
+check = MappedWeights.check_sizes
 def check_and_cut(self):
     check(self)
     if 4 in seen:  # iteration 4 is saved: the check of the next pass has just been made
@@ -45,7 +46,7 @@ advance_4 = log.RunLog.event
 def event(self, name, **fields):
     advance_4(self, name, **fields)
     if name == "save" and fields["iter"] == 4:
-        weights.MappedWeights.check_sizes = check_and_cut
+        MappedWeights.check_sizes = check_and_cut
 log.RunLog.event = event
 def act(): pass
 """
