@@ -13,11 +13,11 @@ from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
 from .kernels.trust import mode as kernel_mode
+from .model import NO_LABEL
 from .model.base import Model
 from .model.config import PROJECTIONS
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
-from .ops.cross_entropy import NO_LABEL
 from .ops.plan import Plan
 from .planner.search import choose
 from .planner.sizes import lora_sizes

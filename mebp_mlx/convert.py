@@ -26,8 +26,8 @@ from .options import Spec, build_parser, describe, option, suggest
 from .options import convert as checked_value
 from .system.allocator import settle
 from .system.footprint import PeakMeter
+from .system.units import megabytes
 from .training.interrupt import Interrupt
-from .training.log import megabytes
 from .weights.hub import resolve_model
 from .weights.safetensors import INDEX_NAME
 from .weights.writer import NewFolder, flush

@@ -24,13 +24,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import probes
 from .api import open_model
 from .engine.arena import choose_folder, filesystem_of
 from .errors import UserError
 from .kernels import KERNELS, trust
-from .system import allocator, device, probes
+from .system import allocator, device
 from .system.footprint import PeakMeter, footprint_bytes
 from .system.machine import load_blas, machine
+from .system.pages import PAGE_BYTES
 from .weights import zero_copy as adopt
 from .weights.hub import resolve_model
 
@@ -164,7 +166,7 @@ def look_at_files() -> Iterator[Finding]:
     yield Finding("files", "arena", state, f"{folder} ({kind or 'disk'}), {free_bytes / 1e9:.1f} GB free", figures)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "pages"
-        path.write_bytes(bytes(2 * adopt.PAGE_BYTES))
+        path.write_bytes(bytes(2 * PAGE_BYTES))
         with open(path, "rb") as file:
             taken = adopt.adopt(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 100, 1000) is not None
     if taken or not device.on_metal():

@@ -32,10 +32,11 @@ from .system.footprint import PeakMeter, footprint_bytes
 from .system.last_line import LastLine
 from .system.machine import machine
 from .system.phone import THROTTLED, thermal_state
+from .system.units import megabytes
 from .training import checkpoint
 from .training.checkpoint import Checkpoint
 from .training.interrupt import Interrupt
-from .training.log import RunLog, megabytes, reporter
+from .training.log import RunLog, reporter
 from .training.optimizers import make_optimizer, uses_learning_rate
 from .training.report import BudgetWatch, alignment_notices, notices, plan_record, print_data, show_sample, summarize
 from .training.setup import Sizes, estimator_of, make_lora, make_plan, make_updater, plan_without_data, saved_plan

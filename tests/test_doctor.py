@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import doctor
-from mebp_mlx.system import device, probes
+from mebp_mlx import doctor, probes
+from mebp_mlx.system import device
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption
 from tests.tiny import packed_config, write_model

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from mebp_mlx.errors import UserError
+from mebp_mlx.system.units import megabytes
 from mebp_mlx.training.checkpoint import LOG
-from mebp_mlx.training.log import RunLog, first_event, megabytes, reporter
+from mebp_mlx.training.log import RunLog, first_event, reporter
 
 REPORT: dict[str, Any] = {
     "learning_rate": 1e-4,

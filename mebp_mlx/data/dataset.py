@@ -20,10 +20,10 @@ import numpy as np
 
 from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta
 from mebp_mlx.errors import UserError
+from mebp_mlx.model import NO_LABEL
 from mebp_mlx.system.child import run_child
 from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data
 
-NO_LABEL = -100
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.tiktoken", "*.model", "tekken.json")
 _TOKENIZER_FILES = (
     *_VOCABULARY_FILES,
@@ -183,17 +183,13 @@ def _made(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{cache}: {error.strerror}; $MEBP_CACHE_DIR can name another cache folder"
-        ) from error
+        raise UserError(f"{cache}: {error.strerror}; $MEBP_CACHE_DIR can name another cache folder") from error
     return cache.absolute()
 
 
 def _cache_key(files: dict[str, str], tokenizer: dict[str, str], options: dict[str, Any]) -> str:
     try:
-        versions = {
-            name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "mlx-lm")
-        }
+        versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "mlx-lm")}
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"tokenizing needs {error.name}: pip install mlx-lm") from error
     parts = {
@@ -213,9 +209,7 @@ def has_tokenizer(model_path: Path) -> bool:
 
 def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
     if not has_tokenizer(model_path):
-        raise UserError(
-            f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)"
-        )
+        raise UserError(f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)")
     paths = {path for pattern in _TOKENIZER_FILES for path in model_path.glob(pattern) if path.is_file()}
     return {path.relative_to(model_path).as_posix(): _sha256(path) for path in paths}
 

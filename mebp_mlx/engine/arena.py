@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..ops.plan import page_ceil
 from ..system.device import dtype_name
 from ..system.files import reserve
+from ..system.pages import page_ceil
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 

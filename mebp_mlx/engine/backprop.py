@@ -21,7 +21,8 @@ from ..model.lora import Adapter, Lora
 from ..model.prefetch import Prefetch
 from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import SAVE_INPUTS, Plan, page_ceil
+from ..ops.plan import SAVE_INPUTS, Plan
+from ..system.pages import page_ceil
 from .base import Evaluation, Pass, Sink, TokenBatch
 from .store import Store
 

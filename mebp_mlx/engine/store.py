@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..ops.barrier import Barrier
-from ..ops.plan import page_ceil
+from ..system.pages import page_ceil
 from .arena import Arena
 
 Key = tuple[int, str, int]  # layer, name, tile

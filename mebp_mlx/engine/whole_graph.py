@@ -14,11 +14,11 @@ import numpy as np
 
 from ..errors import NonFiniteLoss
 from ..kernels import cpu
+from ..model import NO_LABEL
 from ..model.base import Model
 from ..model.config import Layer, Linear
 from ..model.lora import Adapter, Lora
 from ..ops.barrier import Barrier
-from ..ops.cross_entropy import NO_LABEL
 from ..ops.plan import Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
 

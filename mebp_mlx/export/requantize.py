@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..model.base import Model
 from ..model.config import Linear
 from ..system.footprint import footprint_bytes
-from ..training.log import megabytes
+from ..system.units import megabytes
 from ..weights.safetensors import TensorInfo
 from ..weights.writer import DTYPES, NAMES, Entry, Shard
 from .quantize import Packing, pack, unpacked

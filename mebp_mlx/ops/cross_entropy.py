@@ -15,11 +15,10 @@ import numpy as np
 from ..kernels import cpu, linear_softmax, uses_metal
 from ..kernels.online_softmax import SoftmaxState
 from ..kernels.online_softmax import online_softmax as softmax_kernel
+from ..model import NO_LABEL
 from ..model.base import Model, QuantizedBlock
 from .barrier import Barrier
 from .plan import Plan
-
-NO_LABEL = -100
 
 
 class HeadResult(NamedTuple):

@@ -19,7 +19,6 @@ SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 
-PAGE_BYTES = 16 << 10  # Apple silicon's page; a multiple of Linux's
 _LEAST_ROWS = 32
 
 
@@ -88,8 +87,3 @@ def _ranges(n: int, limit_bytes: int | None, item_bytes: float, least: int) -> l
     if limit_bytes is not None and item_bytes:
         step = max(least, int(limit_bytes // item_bytes) // least * least)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
-
-
-def page_ceil(n_bytes: int) -> int:
-    """n_bytes rounded up to whole pages."""
-    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES

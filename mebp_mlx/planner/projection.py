@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..ops.plan import Plan
 from ..system.child import ChildFailure, run_child
 from ..system.phone import Phone, thermal_state
-from ..training.log import megabytes
+from ..system.units import megabytes
 from .work import Rates, Work, bound_s, count, on_phone
 from .workload import Workload
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
 
 from ..engine.backprop import first_trained
 from ..engine.zeroth_order import Estimator, Perturbed
 from ..model.base import Model
 from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
-from ..training.update import Updater
+
+
+class Updater(Protocol):
+    """What a probe asks of a run's updater (training/update.py)."""
+
+    def begin_step(self) -> None: ...
+
+    def sink(self, gradients: dict[str, mx.array]) -> list[mx.array] | None: ...
 
 
 @dataclass(frozen=True)

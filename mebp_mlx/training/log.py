@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
+from ..system.units import megabytes
 from .checkpoint import LOG
 
 Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
-
-
-def megabytes(n_bytes: float) -> str:
-    """`123 MB`; 1 MB = 10^6 bytes."""
-    return f"{n_bytes / 1e6:,.0f} MB"
 
 
 class RunLog:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..engine.arena import Arena
-from ..ops.plan import page_ceil
+from ..system.pages import page_ceil
 
 
 class ParkedState:

@@ -13,7 +13,8 @@ from ..generate import sample
 from ..model.base import Model
 from ..planner.search import Planned
 from ..system.footprint import PeakMeter
-from .log import RunLog, first_event, megabytes
+from ..system.units import megabytes
+from .log import RunLog, first_event
 from .optimizers import uses_learning_rate
 
 WORTH_ALIGNING_BYTES = 16 << 20

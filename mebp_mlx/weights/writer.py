@@ -23,9 +23,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..system.pages import PAGE_BYTES
 from . import safetensors
 
-PAGE_BYTES = 16 << 10  # Apple silicon's; a multiple of Linux's
 DTYPES = {name: dtype for name, (_, dtype) in safetensors.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Array = mx.array | np.ndarray

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-PAGE_BYTES = 16 << 10  # Apple silicon's page
+from ..system.pages import PAGE_BYTES
 
 
 def adopt(mapped: mmap.mmap, offset: int, n_bytes: int) -> mx.array | None:
