@@ -19,8 +19,8 @@ import numpy as np
 
 from mebp_mlx.model.base import Model
 from mebp_mlx.system import allocator
+from mebp_mlx.system.pages import PAGE_BYTES
 from mebp_mlx.weights.safetensors import MappedWeights
-from mebp_mlx.weights.zero_copy import PAGE_BYTES
 from tests.tiny import random_batch, randomize_lora
 
 _M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, allocator._MMAP_BYTES

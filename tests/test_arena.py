@@ -12,7 +12,7 @@ import pytest
 from mebp_mlx.engine import arena as arena_module
 from mebp_mlx.engine.arena import Arena, choose_folder, filesystem_of
 from mebp_mlx.errors import UserError
-from mebp_mlx.ops.plan import PAGE_BYTES
+from mebp_mlx.system.pages import PAGE_BYTES
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)

@@ -19,8 +19,8 @@ import pytest
 import mebp_mlx
 from mebp_mlx import convert
 from mebp_mlx.model.base import Model
+from mebp_mlx.system.pages import PAGE_BYTES
 from mebp_mlx.weights.safetensors import MappedWeights
-from mebp_mlx.weights.writer import PAGE_BYTES
 from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 FORMATS = {
