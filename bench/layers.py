@@ -155,7 +155,7 @@ def _split(stepper: Stepper, number: int) -> Clock:
     phases = Phases(lambda phase, run: clock.timed(f"{phase}|compute", run))
     for owner, names, part in (
         (MappedWeights, ("rows", "columns", "gather"), "read"),
-        (Model, ("rows", "columns", "gather"), "decompress"),
+        (Model, ("_dense",), "decompress"),
         (Store, ("put", "get", "take", "write_behind"), "save"),
     ):
         for name in names:

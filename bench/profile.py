@@ -52,7 +52,7 @@ STAGES: list[tuple[Any, str, str]] = [
     (Gate, "__call__", "mlp: activation, forward"),
     (Gate, "backward", "mlp: activation, backward"),
     *((MappedWeights, name, "weights: read") for name in ("rows", "columns", "gather")),
-    *((Model, name, "weights: decompress") for name in ("rows", "columns", "gather")),
+    (Model, "_dense", "weights: decompress"),
     (Model, "norms", "weights: norms"),
     *((Store, name, "store: put") for name in ("put", "write_behind")),
     *((Store, name, "store: get") for name in ("get", "take")),
