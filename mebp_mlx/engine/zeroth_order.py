@@ -239,8 +239,10 @@ class ZerothOrderEngine:
         dropout = (self.seed, step, micro)
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
-            adapter = Perturbed(self.lora, self.estimator, probe)
-            loss_sum, n_batch, _ = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch)
+            # No name for the adapter: it would keep every old parameter until the last new one is there.
+            at_probe = Pass(self.model, self.plan, Perturbed(self.lora, self.estimator, probe), self.barrier, dropout)
+            loss_sum, n_batch, _ = at_probe.loss(batch)
+            del at_probe
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):
                 raise NonFiniteLoss(f"loss is {shares[number]}")

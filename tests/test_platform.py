@@ -37,12 +37,12 @@ def answer(code: str, *arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-WHICH = "import json, mebp_mlx.system.blas as p; b = p.load_blas(); print(json.dumps([b.name, b.path, b.note]))"
+WHICH = "import json, mebp_mlx.system.machine as p; b = p.load_blas(); print(json.dumps([b.name, b.path, b.note]))"
 
 # A process in which nothing was found yet, to be told what there is to find.
 UNDECIDED = """
 import json, os, sys, warnings
-import mebp_mlx.system.blas as platform
+import mebp_mlx.system.machine as platform
 del os.environ["MEBP_BLAS"]
 platform._blas = None
 platform._mkl_files = lambda: sys.argv[1:]
