@@ -211,7 +211,9 @@ def empty(*shape: int) -> tuple[mx.array, np.ndarray]:
     return array, buffer_of(array)
 
 
-def dequantize(packed: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+def dequantize(
+    packed: mx.array | np.ndarray, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> mx.array:
     """scale * q + bias, float32 [n, in], of rows packed as uint32 [n, in * bits / 32]; lowest bits first: the same
     numbers as mx.dequantize.
 

@@ -22,8 +22,9 @@ from .config import Layer, Linear, ModelSpec, Quantization, read_config, read_sp
 
 # What mx.quantized_matmul takes; other packings are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,)}
-# Reads a range of a tensor's rows or columns by its name and the items it stores for so many columns of the matrix.
-Read = Callable[[str, int, int], mx.array]
+# Reads some rows or columns of a tensor from MappedWeights or the like: its name, and how many items it stores for how
+# many columns of the matrix.
+Read = Callable[[Any, str, int, int], Any]
 
 
 def can_stay_packed(packing: Quantization | None) -> bool:
@@ -95,23 +96,23 @@ class Model:
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products."""
-        return self._block(linear, lambda name, *_: self.weights.rows(name, start, stop))
+        return self._block(linear, lambda weights, name, *_: weights.rows(name, start, stop))
 
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Columns [start, stop) of the matrix, between groups of a packed one, ready for products."""
 
-        def read(name: str, n_items: int, n_columns: int) -> mx.array:
-            return self.weights.columns(name, start * n_items // n_columns, stop * n_items // n_columns)
+        def read(weights: Any, name: str, n_items: int, n_columns: int) -> Any:
+            return weights.columns(name, start * n_items // n_columns, stop * n_items // n_columns)
 
         return self._block(linear, read)
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
-        return self._dense(linear, lambda name, *_: self.weights.rows(name, start, stop))
+        return self._dense(linear, lambda weights, name, *_: weights.rows(name, start, stop))
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype."""
-        return self._dense(linear, lambda name, *_: self.weights.gather(name, ids))
+        return self._dense(linear, lambda weights, name, *_: weights.gather(name, ids))
 
     def stays_packed(self, linear: Linear) -> bool:
         """Whether products with this matrix are made without dequantizing it."""
@@ -138,24 +139,27 @@ class Model:
         packing = linear.quantization
         if packing is None or not self.stays_packed(linear):
             return DenseBlock(self._dense(linear, read))
-        weight, *of_groups = _read_parts(linear, read)
+        weight, *of_groups = linear.tensors
+        parts = [read(self.weights, name, 1, packing.group_size) for name in of_groups]
         if packing.mode == "affine":  # else a float32 scale would make the product float32
-            of_groups = [part.astype(self.dtype) for part in of_groups]
-        return QuantizedBlock((weight, *of_groups), packing)
+            parts = [part.astype(self.dtype) for part in parts]
+        return QuantizedBlock((read(self.weights, weight, packing.bits, 32), *parts), packing)
 
     def _dense(self, linear: Linear, read: Read) -> mx.array:
-        weight, *of_groups = _read_parts(linear, read)
+        weight, *of_groups = linear.tensors
         packing, dtype = linear.quantization, self.dtype
         if packing is None:
-            return weight.astype(dtype)
-        if packing.mode != "affine":
-            how: dict[str, Any] = dict(group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
-            return mx.dequantize(weight, of_groups[0], dtype=dtype, **how).astype(dtype)
-        # Scales are widened first: dequantize computes in their dtype, and 16 bits would lose weight bits.
-        scales, biases = (part.astype(dtype) for part in of_groups)
-        if cpu.serves(scales, biases) and packing.bits in cpu.BITS:
-            return cpu.dequantize(weight, scales, biases, packing.bits, packing.group_size)
-        return mx.dequantize(weight, scales, biases, group_size=packing.group_size, bits=packing.bits)
+            return read(self.weights, weight, 1, 1).astype(dtype)
+        parts = [read(self.weights, name, 1, packing.group_size) for name in of_groups]
+        if packing.mode == "affine":
+            # Scales are widened first: dequantize computes in their dtype, and 16 bits would lose weight bits.
+            parts = [part.astype(dtype) for part in parts]
+            if packing.bits in cpu.BITS and cpu.serves(*parts):
+                codes = read(Views(self.weights), weight, packing.bits, 32)
+                return cpu.dequantize(codes, *parts, packing.bits, packing.group_size)
+        biases = parts[1] if len(parts) > 1 else None
+        how: dict[str, Any] = dict(group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=dtype)
+        return mx.dequantize(read(self.weights, weight, packing.bits, 32), parts[0], biases, **how).astype(dtype)
 
     def bias(self, linear: Linear, start: int, stop: int) -> mx.array | None:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
@@ -189,6 +193,22 @@ def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)
 
 
+class Views:
+    """Tensors of a checkpoint as numpy's views of the mapped files: nothing is copied but gathered rows."""
+
+    def __init__(self, weights: MappedWeights):
+        self.weights = weights
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.weights.view(name)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.weights.view(name)[:, start:stop]
+
+    def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
+        return self.weights.view(name)[ids]
+
+
 class UnreadWeights:
     """Tensors of a checkpoint by shape and dtype alone, as arrays that nobody evaluates."""
 
@@ -208,12 +228,3 @@ class UnreadWeights:
 
     def gather(self, name: str, ids: np.ndarray) -> mx.array:
         return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self.weights.info(name).mlx_dtype)
-
-
-def _read_parts(linear: Linear, read: Read) -> list[mx.array]:
-    """The weight, and what it is dequantized with."""
-    weight, *of_groups = linear.tensors
-    packing = linear.quantization
-    if packing is None:
-        return [read(weight, 1, 1)]
-    return [read(weight, packing.bits, 32), *(read(name, 1, packing.group_size) for name in of_groups)]
