@@ -202,7 +202,7 @@ class Perturbed(Adapter):
     """A Lora seen at a probe: theta + amount * direction, made where a block asks for it."""
 
     def __init__(self, lora: Lora, estimator: Estimator, probe: Probe):
-        super().__init__(lora.parameters(), lora.scale, lora.dropout)
+        super().__init__(lora._parameters, lora.scale, lora.dropout)
         self.estimator, self.probe = estimator, probe
 
     def pair(self, linear: Linear) -> Pair | None:
@@ -239,10 +239,8 @@ class ZerothOrderEngine:
         dropout = (self.seed, step, micro)
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
-            # No name for the adapter: it would keep every old parameter until the last new one is there.
-            at_probe = Pass(self.model, self.plan, Perturbed(self.lora, self.estimator, probe), self.barrier, dropout)
-            loss_sum, n_batch, _ = at_probe.loss(batch)
-            del at_probe
+            adapter = Perturbed(self.lora, self.estimator, probe)
+            loss_sum, n_batch, _ = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch)
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):
                 raise NonFiniteLoss(f"loss is {shares[number]}")

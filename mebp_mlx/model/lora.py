@@ -30,10 +30,13 @@ class Pair(NamedTuple):
 
 
 class Adapter:
-    """LoRA pairs as a block sees them: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out] by name."""
+    """LoRA pairs as a block sees them: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out] by name.
+
+    parameters: not copied, so that an adapter of a Lora's own dict keeps no value that the Lora has replaced.
+    """
 
     def __init__(self, parameters: dict[str, mx.array], scale: float, dropout: float):
-        self._parameters = dict(parameters)
+        self._parameters = parameters
         self.scale, self.dropout = scale, dropout
 
     def trains(self, linear: Linear) -> bool:
@@ -59,7 +62,7 @@ class Lora(Adapter):
         keys: tuple[str, ...],
         num_layers: int,
     ):
-        super().__init__(parameters, scale, dropout)
+        super().__init__(dict(parameters), scale, dropout)
         self.rank, self.keys, self.num_layers = rank, keys, num_layers
         self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
