@@ -1,4 +1,6 @@
-"""Metal kernels of the final layer, each beside a pure-MLX reference. Ships as `mebp_mlx.kernels`.
+"""Metal kernels of the final layer, each beside a pure-MLX reference, and numpy's loops for the CPU (cpu.py).
+
+Ships as `mebp_mlx.kernels`.
 
 A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel where Metal is there and the kernel has
 proved itself (trust.py), the reference elsewhere.

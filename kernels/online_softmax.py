@@ -76,7 +76,6 @@ class SoftmaxState(NamedTuple):
         return self.weighted / self.total[:, None] - target_rows.astype(mx.float32)
 
 
-
 def online_softmax(
     z: mx.array,
     maximum: mx.array,

@@ -1,4 +1,4 @@
 """Equations with their gradients: each file has an operation's forward and backward side by side.
 
-Nothing here evaluates a graph but cpu.py; barrier.py says where the engine does.
+barrier.py says where a graph is evaluated. Beside it only numpy's loops (kernels/cpu.py) evaluate what they work on.
 """

@@ -50,7 +50,7 @@ class Entry:
 
 
 class Shard:
-    """Writes a new safetensors file, as a context manager. Its tensors are named in order of use.
+    """Writes a new safetensors file, as a context manager. Its tensors are named in the order given.
 
     file: open, empty and binary; it stays open. metadata: of the header, over {"format": "mlx"}.
 
@@ -112,7 +112,7 @@ def _dtype_name(value: Array) -> str:
 
 
 def _place(entry: Entry) -> int:
-    """0 for whole pages, then by size of item; the sort keeps the order of use among equals."""
+    """0 for whole pages, then by size of item; the sort keeps the order given among equals."""
     return 0 if entry.n_bytes % PAGE_BYTES == 0 else 9 - DTYPES[entry.dtype].size
 
 
