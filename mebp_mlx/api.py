@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,55 +11,24 @@ import numpy as np
 from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
-from .kernels.trust import mode as kernel_mode
 from .model import NO_LABEL
 from .model.base import Model
 from .model.config import PROJECTIONS
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
+from .model.opening import open_model
 from .ops.plan import Plan
 from .planner.search import choose
 from .planner.sizes import lora_sizes
 from .planner.workload import Workload
-from .system import allocator, device
 from .system.machine import default_budget_bytes, memory_bytes
 
-WEIGHTS = ("auto", "packed", "decompressed")
+__all__ = ["Plan", "init_lora", "loss", "loss_and_grads", "open_model"]
 
 
 class _Batch(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
-
-
-def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> Model:
-    """A checkpoint folder (config.json + *.safetensors, mlx-lm's layout), memory-mapped; nothing is read yet.
-
-    dtype: of the computation, "float32", "bfloat16", "float16"; weights: "packed" (products with packed weights) or
-    "decompressed" (block by block); "auto": the checkpoint's own dtype (that of its embedding, or of the embedding's
-    scales) and packed on a GPU, float32 and decompressed on the CPU backend. LoRA parameters and their gradients are
-    float32 always. Raises UserError for a missing or damaged file, an unknown family, shapes that contradict
-    config.json, or a dtype that the family cannot be computed in. From here on MLX keeps next to no freed buffers in
-    this process: they would count as footprint.
-    """
-    for flag, value, known in (("--dtype", dtype, ("auto", *device.DTYPES)), ("--weights", weights, WEIGHTS)):
-        if value not in known:
-            raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
-    kernel_mode()  # a wrong MEBP_KERNELS is told before anything is computed
-    allocator.settle()
-    model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
-    model.dtype = device.compute_dtype(dtype, model.spec.family, _own_dtype(model))
-    return model
-
-
-def _own_dtype(model: Model) -> mx.Dtype:
-    """What mlx-lm would compute in: activations take the embedding's dtype, or that of its scales."""
-    embedding = model.spec.embedding
-    part = "scales" if embedding.quantization else "weight"
-    found = model.weights.info(f"{embedding.name}.{part}").mlx_dtype
-    if not mx.issubdtype(found, mx.floating):  # mxfp4's scales are bytes
-        found = model.weights.info(model.spec.final_norm).mlx_dtype
-    return found if found in device.DTYPES.values() else mx.bfloat16
 
 
 def init_lora(

@@ -189,7 +189,8 @@ class TrainConfig:
         if "iters" in flags:
             given.pop("epochs", None)
         given.update(flags)
-        known = {name: value for name, value in (saved or {}).items() if name not in ("resume", "config")}
+        own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
+        known = {name: value for name, value in (saved or {}).items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
         if "iters" in given:

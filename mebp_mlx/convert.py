@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from .errors import UserError, memory_errors_told
+from .errors import UserError
 from .export.quantize import MODES, Packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
@@ -25,16 +23,15 @@ from .model.config import read_config
 from .options import Spec, build_parser, describe, option, suggest
 from .options import convert as checked_value
 from .system.allocator import settle
+from .system.command import DONE, run_command
+from .system.device import DTYPES
+from .system.files import NewFolder, flush
 from .system.footprint import PeakMeter
 from .system.units import megabytes
-from .training.interrupt import Interrupt
 from .weights.hub import resolve_model
 from .weights.safetensors import INDEX_NAME
-from .weights.writer import NewFolder, flush
 
 PROG = "python -m mebp_mlx.convert"
-DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _MADE_HERE = ("config.json", INDEX_NAME, "hf_quant_config.json")
 _TEXT_BYTES = 256 << 20  # what is larger is no tokenizer
@@ -56,7 +53,7 @@ class Options:
         "affine", _GROUP, "affine, symmetric, mxfp4, or keep: the same bits, aligned", choices=(*MODES, KEEP)
     )
     dtype: str | None = option(
-        None, _GROUP, f"of what is not packed: {', '.join(_DTYPES)}", choices=tuple(_DTYPES), shown_default="as it is"
+        None, _GROUP, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES), shown_default="as it is"
     )
 
     def packing(self) -> Packing | None:
@@ -82,19 +79,16 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
-    try:
+
+    def work(_: object) -> int:
         options = _from_flags(argv)
-        with memory_errors_told(), Interrupt(), PeakMeter() as meter:
+        with PeakMeter() as meter:
             report = convert(options, say=_say)
             for line in _summary(options, report, meter.peak_bytes):
                 _say(line)
-    except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; nothing unfinished is left behind", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+        return DONE
+
+    return run_command(work, "interrupted; nothing unfinished is left behind")
 
 
 def convert(options: Options, say: Say = lambda text: None) -> Report:
@@ -116,7 +110,7 @@ def convert(options: Options, say: Say = lambda text: None) -> Report:
     settle()
     model = Model(source)
     try:
-        repack = Repack(model, packing, _DTYPES[options.dtype] if options.dtype else None)
+        repack = Repack(model, packing, DTYPES[options.dtype] if options.dtype else None)
         texts = _text_files(source)
         config = _new_config(read_config(source), packing, options.dtype)
         with _errors_of_the_disk(out):
@@ -222,8 +216,7 @@ def _checked(spec: Spec, raw: Any) -> Any:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a closed pipe does not stop the conversion
-        print(text, flush=True)
+    print(text, flush=True)
 
 
 def _summary(options: Options, report: Report, peak_bytes: int) -> Iterator[str]:

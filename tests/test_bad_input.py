@@ -15,6 +15,7 @@ import pytest
 from mebp_mlx import convert, train
 from mebp_mlx import generate as sample
 from mebp_mlx.errors import BudgetError
+from mebp_mlx.training import train as training_train
 from tests.runs import arguments, events, refused
 from tests.texts import write_rows
 
@@ -105,7 +106,7 @@ def test_a_budget_that_cannot_be_met_is_exit_3(
     def too_small(*_: Any, **__: Any) -> None:
         raise BudgetError("--memory-budget: 10 MB\nis too small; 104 MB would do")
 
-    monkeypatch.setattr(train, "make_engine", too_small)
+    monkeypatch.setattr(training_train, "make_engine", too_small)
     assert train.main(arguments(home, tmp_path / "out")) == 3
     assert capsys.readouterr().err == "error: --memory-budget: 10 MB is too small; 104 MB would do\n"
     assert not (tmp_path / "out").exists()
@@ -133,13 +134,13 @@ def test_memory_that_cannot_be_had_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "make_engine", fail)
+    monkeypatch.setattr(training_train, "make_engine", fail)
     monkeypatch.setattr(convert, "convert", fail)
     monkeypatch.setattr(sample, "generate", fail)
     texts = []
     for run, code in (
         (lambda: train.main(arguments(home, tmp_path / "out")), 3),
-        (lambda: convert.main(["--model", "bundled", "--out", str(tmp_path / "converted")]), 2),
+        (lambda: convert.main(["--model", "bundled", "--out", str(tmp_path / "converted")]), 3),
         (lambda: sample.main(["--model", "bundled", "--prompt", "x"]), 2),
     ):
         capsys.readouterr()
@@ -157,7 +158,7 @@ def test_other_errors_keep_their_traceback(home: Path, tmp_path: Path, monkeypat
         def fail(*_: Any, error: BaseException = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(train, "make_engine", fail)
+        monkeypatch.setattr(training_train, "make_engine", fail)
         with pytest.raises(type(error)):
             train.main(arguments(home, tmp_path / "out"))
 

@@ -18,8 +18,12 @@ import pytest
 
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import NonFiniteLoss, UserError
+from mebp_mlx.export.adapters import ADAPTER_CONFIG, ADAPTERS, save_adapters
+from mebp_mlx.system.files import write_atomically, write_json
 from mebp_mlx.training import checkpoint
 from mebp_mlx.training.checkpoint import Checkpoint
+from mebp_mlx.training.fingerprint import data_fingerprint, model_fingerprint
+from mebp_mlx.training.folder import CHECKPOINT, LOG, RUN, check_unused, make_folder, write_record
 from mebp_mlx.training.optimizers import make_optimizer
 
 NAMES = [f"model.layers.{layer}.self_attn.q_proj.lora_{letter}" for layer in (0, 1) for letter in "ab"]
@@ -98,7 +102,7 @@ def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
         arrays, {"a": {"m": view, "v": view[:0]}, "step": mx.array(3, mx.uint64)}, 7, {"x": 1}, {"y": "z"}
     )
     checkpoint.save_checkpoint(tmp_path, state)
-    path, wanted = tmp_path / checkpoint.CHECKPOINT, state.arrays()
+    path, wanted = tmp_path / CHECKPOINT, state.arrays()
     for _ in range(2):
         again = checkpoint.load_checkpoint(tmp_path)
         assert (again.step, again.options, again.origin) == (7, {"x": 1}, {"y": "z"})
@@ -140,7 +144,7 @@ def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int)
             return self.model.layers
 
     values = parameters(seed)
-    checkpoint.save_adapters(tmp_path, lora_of(values), TrainConfig(), 100, numbered=True)
+    save_adapters(tmp_path, lora_of(values), 100, {}, copy=True)
     model = Model()
     x = mx.random.normal((2, 5))
     base = model.layers[1].self_attn.q_proj(x)
@@ -149,20 +153,20 @@ def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int)
     expected = base + 20.0 * (x @ values[NAMES[2]]) @ values[NAMES[3]]
     assert mx.abs(found - expected).max().item() <= 1e-4
     numbered = tmp_path / "0000100_adapters.safetensors"
-    assert numbered.read_bytes() == (tmp_path / checkpoint.ADAPTERS).read_bytes()
+    assert numbered.read_bytes() == (tmp_path / ADAPTERS).read_bytes()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_state_that_is_not_finite_never_replaces_a_good_one(tmp_path: Path, bad: float) -> None:
     saved(tmp_path)
-    checkpoint.save_adapters(tmp_path, lora_of(parameters(1)), TrainConfig(), 1, numbered=False)
+    save_adapters(tmp_path, lora_of(parameters(1)), 1, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     values, optimizer = state_after_updates("adam", 0)
     values[NAMES[0]] = values[NAMES[0]].at[1, 1].add(bad)
     with pytest.raises(NonFiniteLoss, match="no longer finite"):
         checkpoint.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 3, {}, {}))
     with pytest.raises(NonFiniteLoss):
-        checkpoint.save_adapters(tmp_path, lora_of(values), TrainConfig(), 2, numbered=True)
+        save_adapters(tmp_path, lora_of(values), 2, {}, copy=True)
     optimizer.state[NAMES[1]]["v"] = optimizer.state[NAMES[1]]["v"] * bad
     parked = {NAMES[1]: {"v": np.array(optimizer.state[NAMES[1]]["v"])}}
     for state in (optimizer.state, parked):
@@ -173,16 +177,16 @@ def test_a_state_that_is_not_finite_never_replaces_a_good_one(tmp_path: Path, ba
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    checkpoint.write_json(path, {"x": 1})
+    write_json(path, {"x": 1}, "--flag")
 
     def full(file: Any) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left"):
-        checkpoint.write_atomically(path, full)
+    with pytest.raises(UserError, match=r"--flag .*a\.json: cannot be written: No space left"):
+        write_atomically(path, full, "--flag")
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_atomically(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt), "--flag")
     assert json.loads(path.read_text()) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -219,23 +223,26 @@ while True:
 # Folders
 
 
-@pytest.mark.parametrize("name", [checkpoint.RUN, checkpoint.CHECKPOINT, checkpoint.ADAPTERS, checkpoint.LOG])
+@pytest.mark.parametrize("name", [CHECKPOINT, ADAPTERS, ADAPTER_CONFIG])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"--adapter-path.*already holds a run") as caught:
-        checkpoint.check_unused(tmp_path)
-    assert ("--resume" in str(caught.value)) == (name == checkpoint.CHECKPOINT)
+        check_unused(tmp_path)
+    assert ("--resume" in str(caught.value)) == (name == CHECKPOINT)
 
 
 def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
-    checkpoint.check_unused(tmp_path)
-    checkpoint.check_unused(tmp_path / "new" / "folder")
+    check_unused(tmp_path)
+    check_unused(tmp_path / "new" / "folder")
+    for name in (RUN, LOG):  # of a run that ended before its first save
+        (tmp_path / name).write_text("x")
+    check_unused(tmp_path)
     (tmp_path / "file").write_text("x")
-    for use in (checkpoint.check_unused, checkpoint.make_folder):
+    for use in (check_unused, make_folder):
         with pytest.raises(UserError, match="--adapter-path"):
             use(tmp_path / "file")
     with pytest.raises(UserError, match="--adapter-path"):
-        checkpoint.make_folder(tmp_path / "file" / "below")
+        make_folder(tmp_path / "file" / "below")
 
 
 # Resuming
@@ -249,7 +256,7 @@ def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    path = tmp_path / checkpoint.CHECKPOINT
+    path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     for damaged in (whole[:-10], whole[: len(whole) // 2], whole[:50], b"", b"x" * 200):
         path.write_bytes(damaged)
@@ -339,24 +346,24 @@ def test_a_resumed_run_needs_the_same_model_and_rows(tmp_path: Path, name: str) 
 
 def test_saved_options_follow_run_json_where_they_may_change(tmp_path: Path) -> None:
     saved(tmp_path)
-    checkpoint.write_json(tmp_path / checkpoint.RUN, {"options": TrainConfig(iters=999, rank=3).to_dict()})
+    write_record(tmp_path, {"options": TrainConfig(iters=999, rank=3).to_dict()})
     options = checkpoint.saved_options(tmp_path)
     assert (options["iters"], options["rank"]) == (999, TrainConfig().rank)
-    (tmp_path / checkpoint.RUN).write_text("{")
+    (tmp_path / RUN).write_text("{")
     assert checkpoint.saved_options(tmp_path)["iters"] == TrainConfig().iters
 
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
-    first = checkpoint.model_fingerprint(tmp_path)
-    assert checkpoint.model_fingerprint(tmp_path) == first
+    first = model_fingerprint(tmp_path)
+    assert model_fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
-    second = checkpoint.model_fingerprint(tmp_path)
+    second = model_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{ }")
-    assert len({first, second, checkpoint.model_fingerprint(tmp_path)}) == 3
+    assert len({first, second, model_fingerprint(tmp_path)}) == 3
     for name in ("offsets", "label_starts", "tokens"):
         (tmp_path / f"train.{name}").write_bytes(b"x" * 600_000)
-    rows = checkpoint.data_fingerprint(tmp_path)
+    rows = data_fingerprint(tmp_path)
     (tmp_path / "train.tokens").write_bytes(b"x" * 599_999 + b"y")
-    assert checkpoint.data_fingerprint(tmp_path) != rows
+    assert data_fingerprint(tmp_path) != rows

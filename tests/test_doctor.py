@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mebp_mlx import doctor, probes
+from mebp_mlx.doctor import __main__ as doctor
+from mebp_mlx.doctor import probes
 from mebp_mlx.system import device
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption

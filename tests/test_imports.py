@@ -9,7 +9,7 @@ import mebp_mlx
 
 # From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
 ORDER = ["training", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights", "system"]
-FREE = {"errors", "bundled"}  # import nothing above them, and serve everybody
+FREE = {"errors", "bundled", "__version__"}  # import nothing above them, and serve everybody
 COMMAND = {"config", "options", "generate"}  # a run's options, and the child that samples for it: for training alone
 ROOT = Path(mebp_mlx.__file__).parent
 
@@ -38,3 +38,35 @@ def test_no_import_points_up() -> None:
             package = ["mebp_mlx", room] if file.parent != ROOT else ["mebp_mlx"]
             up += [f"{room}/{file.name} -> {target}" for target in sorted(_imported(file, package) - below)]
     assert not up
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types alone count, too; a package's __init__ stands for the names that it exports."""
+    files = {"mebp_mlx." + ".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.glob("**/*.py")}
+    files |= {f"mebp_mlx.kernels.{f.stem}": f for f in (ROOT.parent / "kernels").glob("*.py")}
+    edges = {name: _modules(name, file, files) for name, file in files.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        assert name not in way, [*way[way.index(name) :], name]
+        if name not in done:
+            for target in edges[name]:
+                visit(target, [*way, name])
+            done.add(name)
+
+    for name in files:
+        visit(name, [])
+
+
+def _modules(name: str, file: Path, files: dict[str, Path]) -> set[str]:
+    """The modules of the package that a file imports."""
+    modules = set()
+    package = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mebp_mlx")):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            path = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            for alias in node.names:
+                candidates = (f"{path}.{alias.name}", f"{path}.{alias.name}.__init__", path, f"{path}.__init__")
+                modules |= {next((known for known in candidates if known in files), name)} - {name}
+    return modules

@@ -15,8 +15,9 @@ import pytest
 
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.units import megabytes
-from mebp_mlx.training.checkpoint import LOG
-from mebp_mlx.training.log import RunLog, first_event, reporter
+from mebp_mlx.training.folder import LOG
+from mebp_mlx.training.log import RunLog, TrainReport, last_event, reporter
+from mebp_mlx.training.log import events as events_of
 
 REPORT: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -42,7 +43,7 @@ class Terminal(io.StringIO):
 
 def test_events_are_on_disk_at_once(tmp_path: Path) -> None:
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
-        log.train(10, loss=2.5, **REPORT)
+        log.train(10, TrainReport(loss=2.5, **REPORT))
         assert events(tmp_path)[-1]["loss"] == 2.5
         log.event("end", path=Path("x"), nested={"a": (1, float("nan"))})
     assert [event["event"] for event in events(tmp_path)] == ["train", "end"]
@@ -53,7 +54,7 @@ def test_events_are_on_disk_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_null(tmp_path: Path, loss: float) -> None:
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
-        log.train(10, loss=loss, **REPORT)
+        log.train(10, TrainReport(loss=loss, **REPORT))
         log.evaluation("valid", 10, loss=loss, accuracy=0.25, n_tokens=5, seconds=0.5)
     assert [event["loss"] for event in events(tmp_path)] == [None, None]
 
@@ -61,7 +62,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, loss: float) -> None:
 def test_a_report_is_one_line_with_everything(tmp_path: Path) -> None:
     stream = io.StringIO()
     with RunLog(tmp_path, n_iters=200, stream=stream) as log:
-        log.train(10, loss=2.5, **REPORT)
+        log.train(10, TrainReport(loss=2.5, **REPORT))
     (line,) = stream.getvalue().splitlines()
     for part in ("10/200", "2.500", "1.00e-04", "1,234 tokens/s", "0.125 s/step", "54 MB now", "88 MB peak"):
         assert part in line, (part, line)
@@ -73,7 +74,7 @@ def test_a_terminal_gets_the_lines_and_a_bar_and_the_file_no_escapes(tmp_path: P
     stream = Terminal()
     with RunLog(tmp_path, n_iters=200, iteration=5, stream=stream) as log:
         log.advance(10)
-        log.train(10, loss=2.5, **REPORT)
+        log.train(10, TrainReport(loss=2.5, **REPORT))
         log.notice("[bold] is not markup")
     assert "loss 2.500" in stream.getvalue() and "[bold] is not markup" in stream.getvalue()
     assert "\x1b" in stream.getvalue() and "\x1b" not in (tmp_path / LOG).read_text()
@@ -86,9 +87,8 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     os.close(reader)
     with RunLog(tmp_path, n_iters=20, stream=stream) as log:
         for iteration in (1, 2, 3):
-            log.train(iteration, loss=2.5, **REPORT)
-    with pytest.raises(BrokenPipeError):
-        stream.close()
+            log.train(iteration, TrainReport(loss=2.5, **REPORT))
+    stream.close()
     assert len(events(tmp_path)) == 3
 
 
@@ -97,14 +97,17 @@ def test_resuming_appends_and_cuts_half_a_line(tmp_path: Path) -> None:
         log.event("start")
     with open(tmp_path / LOG, "a") as file:
         file.write('{"event": "train", "lo')
-    with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
+    with RunLog(tmp_path, n_iters=20, continues=True, stream=io.StringIO()) as log:
         log.event("start", iter=10)
         log.event("valid", loss=3.0)
         log.event("valid", loss=2.0)
     assert [event["event"] for event in events(tmp_path)] == ["start", "start", "valid", "valid"]
-    first, last = first_event(tmp_path, "valid"), first_event(tmp_path, "valid", latest=True)
-    assert first is not None and last is not None and (first["loss"], last["loss"]) == (3.0, 2.0)
-    assert first_event(tmp_path, "test") is None
+    assert [event["loss"] for event in events_of(tmp_path, "valid")] == [3.0, 2.0]
+    assert (last_event(tmp_path, "valid") or {})["loss"] == 2.0
+    assert last_event(tmp_path, "test") is None
+    with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
+        log.event("start")
+    assert [event["event"] for event in events(tmp_path)] == ["start"]  # a new run keeps nothing
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_reports_go_to_a_service_as_numbers(tmp_path: Path, monkeypatch: pytest.
     service.init = lambda project, config: Run() if (project, config) == ("mine", {"rank": 8}) else None  # type: ignore
     monkeypatch.setitem(sys.modules, "wandb", service)
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO(), send=reporter("wandb", "mine", {"rank": 8})) as log:
-        log.train(10, loss=2.5, **REPORT)
+        log.train(10, TrainReport(loss=2.5, **REPORT))
         log.evaluation("valid", 10, loss=2.0, accuracy=0.5, n_tokens=7, seconds=0.5)
         log.event("save", iter=10)
     assert [step for _, step in sent] == [10, 10]

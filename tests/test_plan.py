@@ -28,11 +28,12 @@ from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.training.folder import recorded_plan
 from mebp_mlx.training.log import RunLog
 from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.training.report import BudgetWatch, plan_record
 from mebp_mlx.training.setup import Sizes as LongestRows
-from mebp_mlx.training.setup import make_plan, saved_plan
+from mebp_mlx.training.setup import make_plan
 from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child, tokenize_here, write_home
 from tests.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
@@ -349,18 +350,18 @@ def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
         record = json.loads(json.dumps(plan_record(Planned(workload, plan, Prediction({"head": 5}), None))))
         assert Plan.from_dict(record) == plan and Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         (tmp_path / "run.json").write_text(json.dumps({"plan": record}))
-        assert saved_plan(tmp_path) == plan
+        assert recorded_plan(tmp_path) == plan
         for missing in plan.to_dict():
             less = {name: entry for name, entry in record.items() if name != missing}
             with pytest.raises(KeyError, match=missing):
                 Plan.from_dict(less)
             (tmp_path / "run.json").write_text(json.dumps({"plan": less}))
-            assert saved_plan(tmp_path) is None
+            assert recorded_plan(tmp_path) is None
     for text in ('{"plan": null}', "{}", "[]", "{", ""):
         (tmp_path / "run.json").write_text(text)
-        assert saved_plan(tmp_path) is None
+        assert recorded_plan(tmp_path) is None
     (tmp_path / "run.json").unlink()
-    assert saved_plan(tmp_path) is None
+    assert recorded_plan(tmp_path) is None
 
 
 def test_dry_run_and_budgets_through_the_command(

@@ -22,6 +22,7 @@ from mebp_mlx.planner.work import Rates, Work, count, nodes_of
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system import phone as phones
 from mebp_mlx.system.phone import DEVICES, thermal_state
+from mebp_mlx.training import trainer
 from tests.runs import arguments, events, tokenize_here, write_home
 from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
@@ -167,7 +168,7 @@ def test_training_as_a_phone(
     home, before = write_home(tmp_path / "home"), mx.set_cache_limit(1 << 30)
     tokenize_here(home, monkeypatch)
     monkeypatch.setattr(projection, "run_child", lambda *_, **__: {"flops": 1e9, "memory_bytes": 1e9})
-    monkeypatch.setattr(train, "thermal_state", lambda: "serious")
+    monkeypatch.setattr(trainer, "thermal_state", lambda: "serious")
     try:
         assert train.main([*arguments(home, tmp_path / "out"), "--device", "a17-pro"]) == 0
     finally:

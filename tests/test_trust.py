@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from mebp_mlx import doctor
+from mebp_mlx.doctor import __main__ as doctor
+from mebp_mlx.doctor import checks
 from mebp_mlx.errors import UserError
 from mebp_mlx.kernels import linear_cross_entropy, metal, online_softmax, trust
 from mebp_mlx.kernels.online_softmax import SoftmaxState
@@ -190,8 +191,8 @@ def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_looks_at_every_kernel(
     change: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "KERNEL_SIZES", {})
-    monkeypatch.setattr(doctor, "REPEATS", 1)
+    monkeypatch.setattr(checks, "KERNEL_SIZES", {})
+    monkeypatch.setattr(checks, "REPEATS", 1)
     with running(change=change, pretend=True):
         found_code, text = _doctor(capsys, "--json")
     rows = [row for row in json.loads(text)["findings"] if row["group"] == "kernels"]

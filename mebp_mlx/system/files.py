@@ -1,12 +1,22 @@
-"""Room on a disk for a mapped file, taken before the first write: a map reports a full disk by a signal."""
+"""Files that are complete or not there: reserved space, flushed writes, a folder that appears when it is finished."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import json
 import os
+import re
+import shutil
 import struct
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ..errors import UserError
 
 # macOS's sys/fcntl.h, as fcntl(2) documents them: a sparse file reserves nothing on APFS
 _F_PREALLOCATE, _F_PEOFPOSMODE = 42, 3
@@ -16,7 +26,7 @@ _NOT_OFFERED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 
 def reserve(descriptor: int, n_bytes: int) -> None:
-    """Makes an empty file n_bytes long and takes its room on the disk.
+    """Makes an empty file n_bytes long and reserves its space: a map reports a full disk by a signal.
 
     OSError with ENOSPC, EFBIG or EDQUOT where there is none.
     """
@@ -40,3 +50,130 @@ def _preallocate(descriptor: int, n_bytes: int) -> bool:
             if flags == _F_ALLOCATEALL and error.errno not in _NOT_OFFERED:
                 raise
     return False
+
+
+def flush(file: Any) -> None:
+    """An open file's content to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) -> None:
+    """Replaces `path` by what `write` puts into a binary file, or leaves it as it was.
+
+    The file is written beside its final name, flushed to the disk and then renamed, so a reader finds the old state or
+    the new one. Raises UserError naming `flag` when the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            flush(file)
+        os.replace(partial, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any], flag: str) -> None:
+    """Writes a JSON object, indented, as write_atomically does."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()), flag)
+
+
+class NewFolder:
+    """A folder that does not exist, or is empty, and gets its name only when it is complete.
+
+    As a context manager it makes `partial`, a hidden folder beside it, which `publish` renames; without that it is
+    removed at the end. What a killed process left behind is removed by the next one that writes the same folder:
+    `removed` says what. A live process holds a lock on its own. Raises UserError naming `flag`.
+    """
+
+    def __init__(self, path: str | Path, flag: str) -> None:
+        self.shown = f"{flag} {path}"
+        self.path = Path(path).expanduser().resolve()
+        self.removed: list[Path] = []
+        self._lock: int | None = None
+        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+
+    def check(self) -> None:
+        """That the name is free."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.shown}: is a file")
+        if os.path.ismount(self.path):
+            raise UserError(f"{self.shown}: is where a disk is mounted; name a folder inside it")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self.shown}: exists and is not empty")
+
+    def check_space(self, n_bytes: int) -> None:
+        """That the disk has room."""
+        parent = next(folder for folder in self.path.parents if folder.exists())
+        free_bytes = shutil.disk_usage(parent).free
+        if free_bytes < n_bytes * 1.01:
+            wanted, free = f"{n_bytes / 1e9:,.2f} GB", f"{free_bytes / 1e9:,.2f} GB"
+            raise UserError(f"{self.shown}: needs {wanted} of disk, {free} are free")
+
+    def remove_leftovers(self) -> None:
+        """Removes partial folders whose process is gone."""
+        pattern = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.partial")
+        if not self.path.parent.is_dir():
+            return
+        for folder in self.path.parent.iterdir():
+            if not pattern.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            try:
+                descriptor = _locked(folder)
+            except OSError:  # a file system without locks
+                raise UserError(f"{self.shown}: remove {folder} if no process is writing it") from None
+            if descriptor is None:
+                raise UserError(f"{self.shown}: another process is writing it, in {folder.name}")
+            os.close(descriptor)
+            shutil.rmtree(folder)
+            self.removed.append(folder)
+
+    def __enter__(self) -> NewFolder:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir()
+        with contextlib.suppress(OSError):
+            self._lock = _locked(self.partial)
+        return self
+
+    def publish(self) -> None:
+        """Gives the folder its name. All files in it must have been flushed."""
+        flush_folder(self.partial)
+        os.rename(self.partial, self.path)
+        flush_folder(self.path.parent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed, at the latest by the process's end.
+
+    None when another process holds it. OSError on a file system without locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise
+    return descriptor

@@ -1,47 +1,27 @@
-"""What a run keeps on disk: adapters for mlx-lm, one checkpoint for an exact resume, and run.json.
-
-Every file is written beside its final name, flushed to the disk and then renamed over it, so a reader finds
-the old state or the new one. checkpoint.safetensors holds LoRA parameters, optimizer state and step together.
-Arrays are written one after the other, and nothing is copied: a save takes no memory.
-"""
+"""checkpoint.safetensors: LoRA parameters, optimizer state and step together, for an exact resume."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from ..config import TrainConfig
-from ..errors import NonFiniteLoss, UserError
+from ..engine.zeroth_order import Estimator
+from ..errors import UserError
+from ..model.lora import Lora
 from ..options import describe
-from ..weights.writer import Array, Entry, Shard
+from ..system.child import one_line
+from ..weights.writer import Array, write_arrays
+from .folder import CHECKPOINT, recorded_options
 
-ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
-CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
 FORMAT = "mebp_mlx checkpoint 1"
 _Loaded = tuple[dict[str, mx.array], dict[str, str]]
 _LORA, _OPTIMIZER, _ENGINE = "lora/", "optimizer/", "engine/"
-
-
-class Adapters(Protocol):
-    """What this module needs of a Lora."""
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: Any
-    num_layers: int
-
-    def parameters(self) -> dict[str, mx.array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,108 +49,14 @@ class Checkpoint:
         return {prefix + name: value for prefix, part in parts for name, value in part.items()}
 
 
-# Folder
-
-
-def check_unused(folder: Path) -> None:
-    """Raises UserError when a new run in `folder` would overwrite something of another run."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--adapter-path {folder}: is a file, not a folder")
-    names = [name for name in (CHECKPOINT, ADAPTERS, ADAPTER_CONFIG, RUN, LOG) if (folder / name).exists()]
-    if names:
-        remedy = "--resume continues it, " if CHECKPOINT in names else "remove the folder, or "
-        raise UserError(
-            f"--adapter-path {folder}: already holds a run ({names[0]}); {remedy}"
-            "another --adapter-path starts a new one"
-        )
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the folder of a run. Raises UserError when that is not possible or it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
-        raise UserError(f"--adapter-path {folder}: {reason}")
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write` puts into a binary file, or leaves it as it was. Raises UserError (disk)."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"--adapter-path {path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_arrays(
-    path: Path, arrays: Mapping[str, Array], when: str, metadata: Mapping[str, str] | None = None
-) -> None:
-    def write(file: BinaryIO) -> None:
-        names = sorted(arrays)
-        with Shard(file, [Entry.of(name, arrays[name]) for name in names], metadata) as shard:
-            for name in names:
-                if not _is_finite(arrays[name]):
-                    raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
-                shard.append(name, arrays[name])
-
-    write_atomically(path, write)
-
-
-def _is_finite(value: Array) -> bool:
-    library: Any = mx if isinstance(value, mx.array) else np
-    return not library.issubdtype(value.dtype, library.floating) or bool(library.isfinite(value).all())
-
-
 # Saving
-
-
-def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: int, numbered: bool) -> None:
-    """adapters.safetensors and adapter_config.json, as mlx-lm loads them; `numbered`: 0000100_adapters.safetensors too.
-
-    Raises NonFiniteLoss, and writes nothing, when a parameter is NaN or infinite.
-    """
-    parameters, when = lora.parameters(), f"iteration {iteration}"
-    about = {
-        "fine_tune_type": "lora",
-        "model": config.model,
-        "num_layers": lora.num_layers,
-        "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
-        "data": config.data,
-        "seed": config.seed,
-        "iters": iteration,
-    }
-    _write_arrays(folder / ADAPTERS, parameters, when)  # first: nothing else is written if a value is not finite
-    if numbered:
-        _write_arrays(folder / f"{iteration:07d}_{ADAPTERS}", parameters, when)
-    write_json(folder / ADAPTER_CONFIG, about)
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
     about = {"step": state.step, "options": state.options, "origin": state.origin}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
-    _write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", metadata)
+    write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", "--adapter-path", metadata)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
@@ -202,39 +88,29 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """The saved state of a run, its arrays still on the disk. Raises UserError when there is none or it is damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
-        raise UserError(
-            f"--resume: nothing is saved in {folder} yet; start without --resume"
-            + (f", after removing {folder / RUN}" if (folder / RUN).exists() else "")
-        )
+        raise UserError(f"--resume: nothing is saved in {folder} yet; start without --resume")
     try:
         arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"--resume: {path} is damaged: {str(error).splitlines()[0]}") from None
+        if about is not None:
+            step, options, origin = int(about["step"]), dict(about["options"]), dict(about["origin"])
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"--resume: {path} is damaged: {one_line(error)}") from None
     if about is None:
         raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
     lora, optimizer, engine = (
         {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
         for prefix in (_LORA, _OPTIMIZER, _ENGINE)
     )
-    return Checkpoint(lora, _nested(optimizer), about["step"], about["options"], about["origin"], engine)
+    return Checkpoint(lora, _nested(optimizer), step, options, origin, engine)
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
     """The options that a resumed run starts from. Raises UserError like `load_checkpoint`."""
     options = load_checkpoint(folder).options
-    try:
-        newer = json.loads((folder / RUN).read_text())["options"]  # iters may have been raised since the save
-        options.update(
-            {
-                name: newer[name]
-                for name in describe(TrainConfig)
-                if name in newer and describe(TrainConfig)[name].option.may_change
-            }
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return options
+    newer = recorded_options(folder)  # iters may have been raised since the save
+    fields = describe(TrainConfig)
+    return options | {name: newer[name] for name in fields if name in newer and fields[name].option.may_change}
 
 
 def check_same_run(config: TrainConfig, checkpoint: Checkpoint, origin: Mapping[str, str]) -> None:
@@ -270,26 +146,18 @@ def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
 
 
-# Fingerprints
+def restore(saved: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
+    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options.
 
-
-def model_fingerprint(path: Path) -> str:
-    """Hash of a model folder: config.json, and size and first megabyte of every safetensors file."""
-    return _fingerprint([path / "config.json", *sorted(path.glob("*.safetensors"))], 1 << 20)
-
-
-def data_fingerprint(tokens: Path) -> str:
-    """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
-    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "label_starts", "tokens")])
-
-
-def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}\n".encode())
-            left = sys.maxsize if n_bytes_of_each is None else n_bytes_of_each
-            while block := file.read(min(left, 1 << 18)):
-                digest.update(block)
-                left -= len(block)
-    return digest.hexdigest()[:16]
+    One parameter is read at a time, and the optimizer's state not yet: all of it at once would be above the plan.
+    """
+    optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
+    state = {} if estimator is None else estimator.state()
+    check_arrays(saved, Checkpoint(lora.parameters(), optimizer.state, 0, {}, {}, state))
+    for name, value in saved.lora.items():
+        mx.eval(value)
+        lora.update({name: value})
+    optimizer.state = saved.optimizer
+    if estimator is not None:
+        mx.eval(saved.engine)
+        estimator.load(saved.engine)

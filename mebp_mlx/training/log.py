@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object for each event in log.jsonl, and lines or a progress bar for a person.
+"""What a run reports: one JSON object for each event in log.jsonl, and lines or a progress bar for a person.
 
 Events: start, train, valid, test, save, notice, interrupted, end. All have `event` and `time` (Unix seconds);
 a value that is NaN or infinite is written as null. A resumed run appends, after a `start` with its iteration.
@@ -7,6 +7,7 @@ a value that is NaN or infinite is written as null. A resumed run appends, after
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,23 +15,43 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
+from ..system.terminal import ForgivingStream
 from ..system.units import megabytes
-from .checkpoint import LOG
+from .folder import LOG
 
 Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """Training since the last report. step_s: seconds for each optimizer step; thermal: the machine's state, where it
+    is known; learning_rate: None where the optimizer sets its own.
+    """
+
+    loss: float
+    learning_rate: float | None
+    n_tokens: int
+    tokens_per_s: float
+    step_s: float
+    footprint_bytes: int
+    peak_bytes: int
+    thermal: str | None = None
 
 
 class RunLog:
     """The log of one run in `folder`, which must exist; use as a context manager.
 
-    n_iters: the run's last iteration; iteration: where it starts, for the progress bar; stream: where a person
-    reads (standard output); send: called with the number fields and the iteration of every train, valid and
-    test event. Raises UserError when another process is writing the same log.
+    n_iters: the run's last iteration; iteration: where it starts, for the progress bar; continues: keeps the events
+    that are there; stream: where a person reads (standard output); send: called with the number fields and the
+    iteration of every train, valid and test event. Raises UserError when another process is writing the same log, and
+    when the disk refuses an event.
     """
 
     def __init__(
@@ -39,13 +60,17 @@ class RunLog:
         *,
         n_iters: int,
         iteration: int = 0,
+        continues: bool = False,
         stream: TextIO | None = None,
         send: Send | None = None,
     ) -> None:
         self._send = send
         self.n_iters = n_iters
-        self._stream: TextIO | None = sys.stdout if stream is None else stream
-        self._file = _open_for_append(folder / LOG)
+        self._stream: Any = ForgivingStream(sys.stdout if stream is None else stream)
+        self._path = folder / LOG
+        self._file = _open_for_append(self._path)
+        if not continues:
+            self._file.truncate(0)  # of a run that saved nothing
         self._bar = _ProgressBar(self._stream, n_iters, iteration) if _is_terminal(self._stream) else None
 
     def __enter__(self) -> RunLog:
@@ -64,21 +89,30 @@ class RunLog:
     def event(self, event: str, **fields: Any) -> None:
         """Appends one object to log.jsonl and flushes it."""
         entry = {"event": event, "time": round(time.time(), 3), **fields}
-        self._file.write(json.dumps(_jsonable(entry), allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(_jsonable(entry), allow_nan=False).encode() + b"\n")
         if self._send is not None and event in ("train", "valid", "test"):
             numbers = {name: value for name, value in fields.items() if isinstance(value, (int, float))}
             self._send({f"{event}/{name}": value for name, value in numbers.items()}, fields["iter"])
 
-    def say(self, text: str) -> None:
-        """One line for a person; not in the file. A closed pipe or terminal does not stop the run."""
+    def _append(self, line: bytes) -> None:
+        whole_bytes = self._file.seek(0, os.SEEK_END)
         try:
-            if self._bar is not None:
-                self._bar.print(text)
-            elif self._stream is not None:
-                print(text, file=self._stream, flush=True)
-        except OSError:
-            self._bar = self._stream = None
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole_bytes)  # no half a line
+            raise UserError(
+                f"--adapter-path {self._path}: cannot be written: {error.strerror or error}; the last save, if there "
+                "was one, is whole"
+            ) from None
+
+    def say(self, text: str) -> None:
+        """One line for a person; not in the file."""
+        if self._bar is not None:
+            self._bar.print(text)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def notice(self, text: str, **fields: Any) -> None:
         """Something that a person should know, on both ways."""
@@ -90,39 +124,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.advance(iteration)
 
-    def train(
-        self,
-        iteration: int,
-        *,
-        loss: float,
-        learning_rate: float | None,
-        n_tokens: int,
-        tokens_per_s: float,
-        step_s: float,
-        footprint_bytes: int,
-        peak_bytes: int,
-        thermal: str | None = None,
-    ) -> None:
-        """A report: mean loss and speed since the last one. step_s: seconds for each optimizer step; thermal: the
-        machine's state, where it is known.
-        """
-        self.event(
-            "train",
-            iter=iteration,
-            loss=loss,
-            learning_rate=learning_rate,
-            n_tokens=n_tokens,
-            tokens_per_s=tokens_per_s,
-            step_s=step_s,
-            footprint_bytes=footprint_bytes,
-            peak_bytes=peak_bytes,
-            **({} if thermal is None else {"thermal": thermal}),
-        )
-        rate = "" if learning_rate is None else f"  lr {learning_rate:.2e}"
+    def train(self, iteration: int, report: TrainReport) -> None:
+        """Mean loss and speed since the last report."""
+        fields = dataclasses.asdict(report)
+        if report.thermal is None:
+            del fields["thermal"]
+        self.event("train", iter=iteration, **fields)
+        rate = "" if report.learning_rate is None else f"  lr {report.learning_rate:.2e}"
         self.say(
-            f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  loss {loss:.3f}{rate}  "
-            f"{tokens_per_s:,.0f} tokens/s  {step_s:.3g} s/step  "
-            f"footprint {megabytes(footprint_bytes)} now, {megabytes(peak_bytes)} peak"
+            f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  loss {report.loss:.3f}{rate}  "
+            f"{report.tokens_per_s:,.0f} tokens/s  {report.step_s:.3g} s/step  "
+            f"footprint {megabytes(report.footprint_bytes)} now, {megabytes(report.peak_bytes)} peak"
         )
 
     def evaluation(
@@ -149,18 +161,19 @@ def reporter(service: str | None, project: str, options: dict[str, Any]) -> Send
     return lambda numbers, iteration: run.log(numbers, step=iteration)
 
 
-def first_event(folder: Path, event: str, latest: bool = False) -> dict[str, Any] | None:
-    """The first (or latest) event of that kind in a run's log, or None; what is not JSON is passed over."""
-    found = None
-    with open(folder / LOG, encoding="utf-8", errors="replace") as lines:
+def events(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The events of that kind in a run's log, in order; what is not JSON is passed over, and so is a missing log."""
+    with contextlib.suppress(FileNotFoundError), open(folder / LOG, encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-                if isinstance(entry, dict) and entry.get("event") == event:
-                    found = entry
-            if found and not latest:
-                break
-    return found
+                if isinstance(entry, dict) and entry.get("event") == kind:
+                    yield entry
+
+
+def last_event(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The latest event of that kind."""
+    return next(iter(deque(events(folder, kind), maxlen=1)), None)
 
 
 def _jsonable(value: Any) -> Any:
@@ -173,10 +186,10 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _open_for_append(path: Path) -> TextIO:
+def _open_for_append(path: Path) -> FileIO:
     """The log, locked for this process; half a line that a killed process left at its end is cut off."""
     try:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (the log's life)
+        file = FileIO(path, "a+")  # unbuffered: what the disk refuses is known at once
     except OSError as error:
         raise UserError(f"--adapter-path {path}: {error.strerror or error}") from None
     try:
@@ -186,23 +199,22 @@ def _open_for_append(path: Path) -> TextIO:
             file.close()
             raise UserError(f"--adapter-path {path.parent}: another process is training there") from None
         # A file system without locks: go on without.
-    with open(path, "rb") as content:
-        size = content.seek(0, os.SEEK_END)
-        content.seek(max(0, size - 65536))
-        tail = content.read()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 65536))
+    tail = file.read()
     if tail and not tail.endswith(b"\n"):
         file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
     return file
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+def _is_terminal(stream: Any) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _ProgressBar:
     """rich's progress bar under the lines of the run. Imports rich, which costs 3 MB, so only terminals do."""
 
-    def __init__(self, stream: TextIO | None, n_iters: int, iteration: int) -> None:
+    def __init__(self, stream: Any, n_iters: int, iteration: int) -> None:
         from rich import progress
         from rich.console import Console
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mebp_mlx.config import TrainConfig
+from mebp_mlx.config import OPTIMIZERS, TrainConfig
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import suggest
 
@@ -24,18 +24,9 @@ class PlainSGD(optim.SGD):
         """Nothing to keep."""
 
 
-CLASSES: dict[str, type[optim.Optimizer]] = {
-    "adam": optim.Adam,
-    "adamw": optim.AdamW,
-    "sgd": optim.SGD,
-    "muon": optim.Muon,
-    "adafactor": optim.Adafactor,
-    "lion": optim.Lion,
-    "adamax": optim.Adamax,
-    "adagrad": optim.Adagrad,
-    "adadelta": optim.AdaDelta,
-    "rmsprop": optim.RMSprop,
-}
+# mlx.optimizers' classes by their lower-case names, of which config.OPTIMIZERS lists those that are offered.
+_CLASSES = {name.lower(): value for name, value in vars(optim).items() if isinstance(value, type)}
+CLASSES: dict[str, type[optim.Optimizer]] = {name: _CLASSES[name] for name in OPTIMIZERS}
 
 
 def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
@@ -77,7 +68,7 @@ def learning_rate(config: TrainConfig, n_updates: int) -> float | Schedule:
         decay = peak
     if not warmup:
         return decay
-    # From peak / (warmup + 1) on: an update at rate 0 would be a step paid for nothing.
+    # From peak / (warmup + 1) on: an update at rate 0 would waste a step.
     rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optim.join_schedules([rise, decay if callable(decay) else lambda _: mx.array(peak)], [warmup])
 

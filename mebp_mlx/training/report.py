@@ -14,7 +14,7 @@ from ..model.base import Model
 from ..planner.search import Planned
 from ..system.footprint import PeakMeter
 from ..system.units import megabytes
-from .log import RunLog, first_event
+from .log import RunLog, events
 from .optimizers import uses_learning_rate
 
 WORTH_ALIGNING_BYTES = 16 << 20
@@ -148,9 +148,9 @@ def summarize(
     folder: Path, log: RunLog, peak_bytes: int, seconds: float, n_iters: int, planned: Planned | None
 ) -> None:
     """The last event and the last line: what came out, what it took, where it is."""
-    first, last = first_event(folder, "valid"), first_event(folder, "valid", latest=True)
+    losses = [event["loss"] for event in events(folder, "valid") if isinstance(event.get("loss"), float)]
     log.event("end", iter=n_iters, seconds=seconds, peak_bytes=peak_bytes)
-    fall = f"validation loss {first['loss']:.3f} -> {last['loss']:.3f}, " if first and last else ""
+    fall = f"validation loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
     peak = megabytes(peak_bytes)
     if planned is not None:
         peak += f" ({megabytes(planned.predicted.peak_bytes)} predicted"

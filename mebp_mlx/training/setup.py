@@ -1,21 +1,18 @@
-"""From options to a plan: what is trained on which batches, inside which budgets; and a dry run without data."""
+"""From options to what a run works with: LoRA parameters, estimator, updater and a plan within the budget."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mebp_mlx
-
 from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
-from ..data.dataset import has_tokenizer
 from ..engine.zeroth_order import Estimator, make_estimator
 from ..errors import BudgetError, UserError
 from ..model.base import Model
-from ..model.lora import Lora
+from ..model.lora import Lora, init_lora
+from ..model.opening import open_model
 from ..ops.plan import Plan
 from ..planner.projection import project
 from ..planner.search import Planned, choose
@@ -24,7 +21,6 @@ from ..planner.workload import Workload
 from ..system.footprint import footprint_bytes
 from ..system.limits import process_limit
 from ..system.machine import memory_bytes
-from .checkpoint import RUN
 from .optimizers import make_optimizer
 from .report import print_plan
 from .update import Updater
@@ -42,8 +38,8 @@ class Sizes:
 def make_lora(config: TrainConfig, model: Model) -> Lora:
     """Fresh trainable parameters as the options say. BudgetError, before they are made, when there is no room."""
     check_lora(config, model)
-    return mebp_mlx.init_lora(
-        model,
+    return init_lora(
+        model.spec,
         rank=config.rank,
         scale=config.scale,
         dropout=config.dropout,
@@ -156,25 +152,14 @@ def make_plan(
     return planned
 
 
-def saved_plan(folder: Path) -> Plan | None:
-    """The plan of the run in a folder; None where none was recorded in a way that this version knows."""
-    try:
-        return Plan.from_dict(json.loads((folder / RUN).read_text())["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def plan_without_data(config: TrainConfig, model_path: Path) -> bool:
-    """The dry run of a model without a tokenizer, on rows of --max-seq-length tokens; False where there is one."""
-    if has_tokenizer(model_path):
-        return False
+def plan_without_data(config: TrainConfig, model_path: Path) -> None:
+    """The dry run of a model without a tokenizer, on rows of --max-seq-length tokens."""
     print(
         f"data       not read: {model_path} holds no tokenizer; planned for {config.batch_size} rows of "
         f"{config.max_seq_length:,} tokens"
     )
-    model = mebp_mlx.open_model(model_path, config.dtype, config.weights)
+    model = open_model(model_path, config.dtype, config.weights)
     lora = make_lora(config, model)
     longest = config.max_seq_length - 1  # the last token is only a label
     sizes = Sizes(config.batch_size, longest, longest)
     make_plan(config, model, lora, sizes, estimator_of(config, lora))
-    return True

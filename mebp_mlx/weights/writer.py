@@ -1,17 +1,11 @@
-"""Safetensors files whose data begins on a page, and a folder that appears whole or not at all.
+"""Safetensors files whose data begins on a page.
 
 A file is written in pieces, a model's of a few rows and a checkpoint's of an array, so nothing here holds more.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +16,8 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
+from ..errors import NonFiniteLoss
+from ..system.files import flush, write_atomically
 from ..system.pages import PAGE_BYTES
 from . import safetensors
 
@@ -116,102 +111,26 @@ def _place(entry: Entry) -> int:
     return 0 if entry.n_bytes % PAGE_BYTES == 0 else 9 - DTYPES[entry.dtype].size
 
 
-def flush(file: Any) -> None:
-    """An open file's content to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def write_arrays(
+    path: Path, arrays: Mapping[str, Array], when: str, flag: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replaces a safetensors file by these arrays, one after the other and without a copy: it takes no memory.
 
-
-class NewFolder:
-    """A folder that does not exist, or is empty, and gets its name only when it is complete.
-
-    As a context manager it makes `partial`, a hidden folder beside it, which `publish` renames; without that it is
-    removed at the end. What a killed process left behind is removed by the next one that writes the same folder:
-    `removed` says what. A live process holds a lock on its own. Raises UserError naming `flag`.
+    Raises NonFiniteLoss naming `when`, and leaves the file as it was, when a value is NaN or infinite; UserError naming
+    `flag` when the disk refuses.
     """
 
-    def __init__(self, path: str | Path, flag: str) -> None:
-        self.shown = f"{flag} {path}"
-        self.path = Path(path).expanduser().resolve()
-        self.removed: list[Path] = []
-        self._lock: int | None = None
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+    def write(file: BinaryIO) -> None:
+        names = sorted(arrays)
+        with Shard(file, [Entry.of(name, arrays[name]) for name in names], metadata) as shard:
+            for name in names:
+                if not _is_finite(arrays[name]):
+                    raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
+                shard.append(name, arrays[name])
 
-    def check(self) -> None:
-        """That the name is free."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.shown}: is a file")
-        if os.path.ismount(self.path):
-            raise UserError(f"{self.shown}: is where a disk is mounted; name a folder inside it")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{self.shown}: exists and is not empty")
-
-    def check_space(self, n_bytes: int) -> None:
-        """That the disk has room."""
-        parent = next(folder for folder in self.path.parents if folder.exists())
-        free_bytes = shutil.disk_usage(parent).free
-        if free_bytes < n_bytes * 1.01:
-            wanted, free = f"{n_bytes / 1e9:,.2f} GB", f"{free_bytes / 1e9:,.2f} GB"
-            raise UserError(f"{self.shown}: needs {wanted} of disk, {free} are free")
-
-    def remove_leftovers(self) -> None:
-        """Removes partial folders whose process is gone."""
-        pattern = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.partial")
-        if not self.path.parent.is_dir():
-            return
-        for folder in self.path.parent.iterdir():
-            if not pattern.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-                continue
-            try:
-                descriptor = _locked(folder)
-            except OSError:  # a file system without locks
-                raise UserError(f"{self.shown}: remove {folder} if no process is writing it") from None
-            if descriptor is None:
-                raise UserError(f"{self.shown}: another process is writing it, in {folder.name}")
-            os.close(descriptor)
-            shutil.rmtree(folder)
-            self.removed.append(folder)
-
-    def __enter__(self) -> NewFolder:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.mkdir()
-        with contextlib.suppress(OSError):
-            self._lock = _locked(self.partial)
-        return self
-
-    def publish(self) -> None:
-        """Gives the folder its name. All files in it must have been flushed."""
-        _flush_folder(self.partial)
-        os.rename(self.partial, self.path)
-        _flush_folder(self.path.parent)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+    write_atomically(path, write, flag)
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed, at the latest by the process's end.
-
-    None when another process holds it. OSError on a file system without locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
-    return descriptor
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_finite(value: Array) -> bool:
+    library: Any = mx if isinstance(value, mx.array) else np
+    return not library.issubdtype(value.dtype, library.floating) or bool(library.isfinite(value).all())

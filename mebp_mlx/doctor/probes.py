@@ -20,14 +20,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .engine.arena import choose_folder
-from .errors import UserError
-from .system import device
-from .system.files import reserve
-from .system.footprint import footprint_bytes
-from .system.pages import PAGE_BYTES
-from .weights.safetensors import MappedWeights
-from .weights.zero_copy import adopt
+from ..engine.arena import choose_folder
+from ..errors import UserError
+from ..system import device
+from ..system.files import reserve
+from ..system.footprint import footprint_bytes
+from ..system.pages import PAGE_BYTES
+from ..weights.safetensors import MappedWeights
+from ..weights.zero_copy import adopt
 
 ADOPTED_BYTES, DIRTY_BYTES = 6104 * PAGE_BYTES, 3907 * PAGE_BYTES  # 100 and 64 MB
 PRODUCT = (256, 896, 4864)  # of a 0.5B model's MLP: rows, inputs, outputs
@@ -136,7 +136,7 @@ def _read_cast_read() -> Measured:
 @contextmanager
 def _one_tensor() -> Iterator[tuple[MappedWeights, np.ndarray]]:
     """A mapped file with one float16 tensor "w" at a page's beginning, and its values."""
-    from .weights.writer import Entry, Shard
+    from ..weights.writer import Entry, Shard
 
     value = mx.random.normal((4, 1 << 13)).astype(mx.float16)
     with tempfile.TemporaryDirectory(dir=choose_folder(None)) as folder:

@@ -1,40 +1,31 @@
-"""`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
-
-One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
-FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py): both in
-the place of the general check.
-"""
+"""The checks: each yields findings. OK works, NOTE works and could be better, FAIL, NOT_HERE does not apply."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..api import open_model
+from ..engine.arena import choose_folder, filesystem_of
+from ..errors import UserError
+from ..kernels import KERNELS, trust
+from ..system import device
+from ..system.footprint import PeakMeter, footprint_bytes
+from ..system.machine import load_blas, machine
+from ..system.pages import PAGE_BYTES
+from ..weights import zero_copy as adopt
+from ..weights.hub import resolve_model
 from . import probes
-from .api import open_model
-from .engine.arena import choose_folder, filesystem_of
-from .errors import UserError
-from .kernels import KERNELS, trust
-from .system import allocator, device
-from .system.footprint import PeakMeter, footprint_bytes
-from .system.machine import load_blas, machine
-from .system.pages import PAGE_BYTES
-from .weights import zero_copy as adopt
-from .weights.hub import resolve_model
 
 OK, NOTE, FAIL, NOT_HERE = "ok", "note", "FAIL", "-"
 SPIKE_BYTES, SPIKE_S = 50_000_000, 0.02
@@ -54,46 +45,7 @@ class Finding:
     figures: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Looks at everything, prints it, and returns 0, or 1 if something does not work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
-    parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")
-    options = parser.parse_args(argv)
-    general = (look_at_device, look_at_memory, look_at_blas, look_at_meter, look_at_files, look_at_kernels)
-    examinations = [] if options.model or options.probe else [examine() for examine in general]
-    examinations += [look_at_model(options.model)] if options.model else []
-    examinations += [look_at_probes()] if options.probe else []
-    found: list[Finding] = []
-    try:
-        trust.mode()
-        load_blas()
-        allocator.settle()
-        for finding in chain.from_iterable(examinations):
-            found.append(finding)
-            if not options.json:
-                print_row(finding, found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    failed = any(finding.state == FAIL for finding in found)
-    if options.json:
-        print(json.dumps({"ok": not failed, "machine": machine(), "findings": [asdict(finding) for finding in found]}))
-    else:
-        print("something does not work here: see FAIL above" if failed else "all that applies here works")
-    return int(failed)
-
-
-def print_row(finding: Finding, so_far: list[Finding]) -> None:
-    """A line of the table, as soon as it is known."""
-    group = finding.group if all(row.group != finding.group for row in so_far[:-1]) else ""
-    print(f"{group:<10}{finding.what:<42}{finding.state:<6}{finding.detail}", flush=True)
-
-
-def look_at_device() -> Iterator[Finding]:
+def check_device() -> Iterator[Finding]:
     """What MLX computes on, and the defaults that follow."""
     about, info = machine(), mx.device_info()
     name = f"{info.get('device_name')}, {info.get('architecture')}"
@@ -105,7 +57,7 @@ def look_at_device() -> Iterator[Finding]:
     yield Finding("device", "defaults", OK, f"computes in {dtype}, weights {weights}", {})
 
 
-def look_at_memory() -> Iterator[Finding]:
+def check_memory() -> Iterator[Finding]:
     """Limits."""
     about, info = machine(), mx.device_info()
     limits = {"memory_bytes": about["memory_bytes"]}
@@ -115,7 +67,7 @@ def look_at_memory() -> Iterator[Finding]:
     yield Finding("memory", "limits", OK, detail, limits)
 
 
-def look_at_blas() -> Iterator[Finding]:
+def check_blas() -> Iterator[Finding]:
     """Which matrix library, and its speed on a product of a 0.5B model's MLP."""
     blas = load_blas()
     x, w = mx.random.normal((256, 896)), mx.random.normal((4864, 896))
@@ -128,7 +80,7 @@ def look_at_blas() -> Iterator[Finding]:
     yield Finding("BLAS", "[256 x 896] x [896 x 4864]", NOTE if slow else OK, detail, figures)
 
 
-def look_at_meter() -> Iterator[Finding]:
+def check_meter() -> Iterator[Finding]:
     """The footprint meter: a planted spike is seen, and mapped pages of a file are not counted."""
     with PeakMeter() as meter:
         before_bytes = footprint_bytes()
@@ -153,7 +105,7 @@ def look_at_meter() -> Iterator[Finding]:
     yield Finding("meter", "clean mapped pages", OK if seen_bytes < 4e6 else FAIL, detail, {"seen_bytes": seen_bytes})
 
 
-def look_at_files() -> Iterator[Finding]:
+def check_files() -> Iterator[Finding]:
     """Where the arena goes, and whether mapped pages are adopted."""
     try:
         folder = choose_folder(None)
@@ -176,7 +128,7 @@ def look_at_files() -> Iterator[Finding]:
         yield Finding("files", "mapped weights", NOTE, "MLX would not adopt them: they are copied", {"adopted": False})
 
 
-def look_at_model(name: str) -> Iterator[Finding]:
+def check_model(name: str) -> Iterator[Finding]:
     """What of a checkpoint's tensors MLX uses in their mapped pages, and what is copied at every pass, and why."""
     model = open_model(resolve_model(name))
     spec = model.spec
@@ -197,16 +149,16 @@ def look_at_model(name: str) -> Iterator[Finding]:
     model.weights.close()
 
 
-def look_at_probes() -> Iterator[Finding]:
+def check_probes() -> Iterator[Finding]:
     """Measurements whose results on a Mac are awaited."""
-    for found in probes.measure():
+    for probe in probes.measure():
         here = device.on_metal()
-        state = FAIL if not found.good else OK if here else NOT_HERE
-        detail = found.detail + ("" if here else "; not on Metal here")
-        yield Finding("probe", found.what, state, detail, found.figures)
+        state = FAIL if not probe.good else OK if here else NOT_HERE
+        detail = probe.detail + ("" if here else "; not on Metal here")
+        yield Finding("probe", probe.what, state, detail, probe.figures)
 
 
-def look_at_kernels() -> Iterator[Finding]:
+def check_kernels() -> Iterator[Finding]:
     """Each kernel for each dtype and group size: compiled, checked against its reference, timed beside it."""
     for kernel in KERNELS.values():
         if not trust.backend.available():
@@ -232,7 +184,3 @@ def _kernel(kernel: trust.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
     figures = {"metal_ms": round(metal_ms, 3), "reference_ms": round(reference_ms, 3)}
     detail = f"agrees with its reference; {metal_ms:.2f} ms, reference {reference_ms:.2f} ms"
     return Finding("kernels", what, OK, detail, figures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination: the first one asks a run to stop where it can be resumed, the second stops it at once."""
+"""Signals: the first asks a run to stop where it can be resumed, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 _MESSAGE = b"\nstopping after this step; once more stops at once, without saving\n"
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command. exit_code: 128 + its number, as shells count (130, 143, 129).
+
+    message: the line for the user, None for the command's own.
+    """
+
+    def __init__(self, number: int = signal.SIGINT, message: str | None = None) -> None:
+        super().__init__(message or signal.Signals(number).name)
+        self.exit_code, self.message = 128 + number, message
+
+
 class Interrupt:
-    """A context manager that turns signals into KeyboardInterrupt or, while `deferred`, into `requested`.
+    """A context manager that turns signals into Stopped or, while `deferred`, into `requested`, the signal's number.
 
     A signal that was ignored when the process started (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
         self.deferred = False
-        self.requested = False
+        self.requested: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -37,8 +48,8 @@ class Interrupt:
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+        if not self.deferred or self.requested is not None:
+            raise Stopped(number)
+        self.requested = number
         with contextlib.suppress(OSError):
             os.write(2, _MESSAGE)  # print is not safe inside a signal handler

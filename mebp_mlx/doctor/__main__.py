@@ -1,0 +1,77 @@
+"""`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
+
+One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
+FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py), in place
+of the general checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+
+from ..kernels import trust
+from ..system import allocator
+from ..system.command import DONE, FAILED, run_command
+from ..system.machine import load_blas, machine
+from . import checks
+from .checks import Finding
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks everything, prints it, and returns 0, or 1 if something does not work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
+    parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")
+    options = parser.parse_args(argv)
+    return run_command(lambda _: examine(_chosen(options), options.json), "interrupted")
+
+
+def _chosen(options: argparse.Namespace) -> list[Iterator[Finding]]:
+    if options.model or options.probe:
+        model = [checks.check_model(options.model)] if options.model else []
+        return model + ([checks.check_probes()] if options.probe else [])
+    general = (
+        checks.check_device,
+        checks.check_memory,
+        checks.check_blas,
+        checks.check_meter,
+        checks.check_files,
+        checks.check_kernels,
+    )
+    return [check() for check in general]
+
+
+def examine(examinations: list[Iterator[Finding]], as_json: bool) -> int:
+    """Prints the findings as they come, or all as JSON; returns the exit code."""
+    trust.mode()
+    load_blas()
+    allocator.settle()
+    findings: list[Finding] = []
+    for finding in chain.from_iterable(examinations):
+        findings.append(finding)
+        if not as_json:
+            _print_row(finding, findings)
+    failed = any(finding.state == checks.FAIL for finding in findings)
+    if as_json:
+        rows = [asdict(finding) for finding in findings]
+        print(json.dumps({"ok": not failed, "machine": machine(), "findings": rows}))
+    else:
+        print("something does not work here: see FAIL above" if failed else "all that applies here works")
+    return FAILED if failed else DONE
+
+
+def _print_row(finding: Finding, so_far: list[Finding]) -> None:
+    group = finding.group if all(row.group != finding.group for row in so_far[:-1]) else ""
+    print(f"{group:<10}{finding.what:<42}{finding.state:<6}{finding.detail}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""What all commands share: exit codes, and errors as one line on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from ..errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
+from .interrupt import Interrupt, Stopped
+from .terminal import forgiving_output
+
+DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
+EXIT_CODES = "exit codes: 0 done, 2 wrong option or input, 3 memory cannot be had or its budget met, 130 interrupted"
+
+
+def run_command(work: Callable[[Interrupt], int], interrupted: str) -> int:
+    """Runs a command's work and returns the exit code: the work's own, or that of the error or signal that ended it.
+
+    interrupted: the line after a signal, unless Stopped brings its own.
+    """
+    with forgiving_output():
+        try:
+            with memory_errors_told(), Interrupt() as interrupt:
+                return work(interrupt)
+        except (UserError, NonFiniteLoss) as error:
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
+        except KeyboardInterrupt as signal:
+            stopped = signal if isinstance(signal, Stopped) else Stopped()
+            print(stopped.message or interrupted, file=sys.stderr)
+            return stopped.exit_code

@@ -1,0 +1,31 @@
+"""Hashes of what a run's names stand for: a resumed run must find the same model and the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def model_fingerprint(path: Path) -> str:
+    """Hash of a model folder: config.json, and size and first megabyte of every safetensors file."""
+    return _fingerprint([path / "config.json", *sorted(path.glob("*.safetensors"))], 1 << 20)
+
+
+def data_fingerprint(tokens: Path) -> str:
+    """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
+    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "label_starts", "tokens")])
+
+
+def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}\n".encode())
+            left = sys.maxsize if n_bytes_of_each is None else n_bytes_of_each
+            while block := file.read(min(left, 1 << 18)):
+                digest.update(block)
+                left -= len(block)
+    return digest.hexdigest()[:16]

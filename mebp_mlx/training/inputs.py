@@ -1,0 +1,71 @@
+"""What a run starts from: rows, the state that it continues, and how many updates that makes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import TrainConfig
+from ..data.dataset import DataSets, TokenRows, n_batches_per_epoch, prepare
+from ..errors import UserError
+from . import folder as run_folder
+from .checkpoint import Checkpoint, check_same_run, load_checkpoint
+from .fingerprint import data_fingerprint, model_fingerprint
+from .report import print_data
+from .setup import Sizes
+
+
+@dataclass
+class Inputs:
+    """Read and checked before a model is opened.
+
+    fingerprints: of "model" and "data"; n_updates: of the whole run; first_step: updates done before; saved: the state
+    after them, None for a new run and once its arrays have gone where they belong.
+    """
+
+    model_path: Path
+    data: DataSets
+    fingerprints: dict[str, str]
+    n_updates: int
+    first_step: int
+    saved: Checkpoint | None
+
+    def sizes(self, config: TrainConfig) -> Sizes:
+        """The largest batches."""
+        train, evaluated = self.data.train, (self.data.valid, self.data.test if config.test else None)
+        longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated if rows is not None), default=0)
+        return Sizes(min(config.batch_size, len(train)), int(train.lengths.max()) - 1, longest_evaluated)
+
+
+def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
+    """Everything that can be wrong before a model is opened, as UserError."""
+    folder = Path(config.adapter_path)
+    saved = load_checkpoint(folder) if config.resume else None
+    if saved is None and not config.dry_run:
+        run_folder.check_unused(folder)
+    data = prepare(
+        data=config.data,
+        model_path=model_path,
+        mask_prompt=config.mask_prompt,
+        max_seq_length=config.max_seq_length,
+        overlong=config.overlong,
+    )
+    print_data(data, config.overlong)
+    if config.test and data.test is None:
+        raise UserError(f"--test: {config.data} has no test.jsonl")
+    fingerprints = {"model": model_fingerprint(model_path), "data": data_fingerprint(data.cache_dir)}
+    if saved is not None:
+        check_same_run(config, saved, fingerprints)
+    first_step = 0 if saved is None else saved.step
+    return Inputs(model_path, data, fingerprints, count_updates(config, data.train), first_step, saved)
+
+
+def count_updates(config: TrainConfig, rows: TokenRows) -> int:
+    """Optimizer updates of the run: whole ones only, so that --iters 10 with 4 micro-batches an update makes 2."""
+    accumulate = config.grad_accumulation_steps
+    if config.epochs is not None:
+        return math.ceil(config.epochs * n_batches_per_epoch(rows, config.batch_size) / accumulate)
+    if config.iters < accumulate:
+        raise UserError(f"--iters: {config.iters} is less than one update of --grad-accumulation-steps {accumulate}")
+    return config.iters // accumulate

@@ -1,0 +1,117 @@
+"""A run before its first step: its inputs are read and checked, its model is open, its plan fits the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import TrainConfig
+from ..data.dataset import has_tokenizer
+from ..engine.zeroth_order import Estimator
+from ..model.base import Model
+from ..model.lora import Lora
+from ..model.opening import open_model
+from ..planner.projection import impose
+from ..planner.search import Planned
+from ..system.footprint import footprint_bytes
+from ..system.machine import machine
+from ..system.units import megabytes
+from ..weights.hub import resolve_model
+from . import folder as run_folder
+from .checkpoint import restore
+from .inputs import Inputs, read_inputs
+from .log import last_event
+from .optimizers import make_optimizer
+from .saving import is_whole
+from .setup import estimator_of, make_lora, make_plan, make_updater, plan_without_data
+from .update import Updater
+
+
+def prepare_run(config: TrainConfig) -> Run | None:
+    """Reads and checks the inputs, opens the model, and plans within the budget. Writes nothing.
+
+    None when there is nothing to train: a dry run, or a resumed run that has done all of its iterations. Raises
+    UserError, BudgetError.
+    """
+    about = machine()
+    print(f"backend    MLX {about['mlx']} on {mx.default_device().type.name}, BLAS {about['blas']}", flush=True)
+    model_path = resolve_model(config.model)
+    if config.dry_run and not has_tokenizer(model_path):
+        plan_without_data(config, model_path)
+        return None
+    inputs = read_inputs(config, model_path)
+    if _is_done(config, inputs):
+        return None
+    before_model_bytes = footprint_bytes()
+    print(f"footprint  {megabytes(before_model_bytes)} before the model is opened")
+    model = open_model(model_path, config.dtype, config.weights)
+    if config.phone is not None:
+        print(impose(config.phone, config.budget_bytes))
+    lora = make_lora(config, model)
+    optimizer = make_optimizer(config, inputs.n_updates)
+    estimator = estimator_of(config, lora)
+    if inputs.saved is not None:
+        restore(inputs.saved, lora, optimizer, estimator)
+        inputs.saved = None  # its arrays belong to lora and optimizer now
+    known = run_folder.recorded_plan(Path(config.adapter_path)) if config.resume else None
+    planned = make_plan(config, model, lora, inputs.sizes(config), estimator, known)
+    if config.dry_run:
+        return None
+    updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
+    return Run(config, inputs, model, lora, estimator, planned, updater, before_model_bytes)
+
+
+def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
+    """Whether a resumed run has nothing left to do, which it says."""
+    step, accumulate = inputs.first_step, config.grad_accumulation_steps
+    folder = Path(config.adapter_path)
+    if inputs.saved is None or step < inputs.n_updates or not is_whole(folder, config, step):
+        return False
+    if config.test and (last_event(folder, "test") or {}).get("iter") != step * accumulate:
+        return False
+    print(
+        f"nothing to do: the run in {folder} has done {step * accumulate} iterations of "
+        f"{inputs.n_updates * accumulate}; a larger --iters continues it"
+    )
+    return True
+
+
+@dataclass
+class Run:
+    """Everything that a run works with, before its first step. planned: None for an engine without a plan."""
+
+    config: TrainConfig
+    inputs: Inputs
+    model: Model
+    lora: Lora
+    estimator: Estimator | None
+    planned: Planned | None
+    updater: Updater
+    before_model_bytes: int
+
+    @property
+    def folder(self) -> Path:
+        """Where all that the run writes goes."""
+        return Path(self.config.adapter_path)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer of mlx.optimizers that applies gradients."""
+        return self.updater.optimizer
+
+    @property
+    def n_iters(self) -> int:
+        """The run's last iteration."""
+        return self.iteration(self.inputs.n_updates)
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(value.size for value in self.lora.parameters().values())
+
+    def iteration(self, step: int) -> int:
+        """The iteration after `step` updates."""
+        return step * self.config.grad_accumulation_steps

@@ -1,0 +1,116 @@
+"""Trains a prepared run: its folder and log, the loop, and what is said at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from .. import __version__
+from ..engine import Engine, make_engine
+from ..errors import BudgetError
+from ..planner.projection import host_rates, project
+from ..system.device import dtype_name
+from ..system.footprint import PeakMeter, footprint_bytes
+from ..system.interrupt import Interrupt, Stopped
+from ..system.last_line import LastLine
+from ..system.machine import machine
+from ..system.units import megabytes
+from . import folder
+from .log import RunLog, reporter
+from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
+from .run import Run
+from .trainer import Trainer
+
+
+def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
+    """Trains to the last iteration. The run's folder belongs to it from here on.
+
+    Raises Stopped after a signal and BudgetError when the measured footprint passes the budget (--over-budget stop),
+    both with everything saved; NonFiniteLoss; UserError.
+    """
+    sizes = run.inputs.sizes(run.config)
+    with closing(_make_engine(run)) as engine:
+        engine.reserve(sizes.batch_size, sizes.longest)
+        _print_model(run)
+        folder.make_folder(run.folder)
+        with _open_log(run) as log:
+            watch = BudgetWatch(run.planned, meter, log, stop=run.config.over_budget == "stop")
+            trainer = Trainer(run, engine, log, watch, interrupt)
+            interrupt.deferred = True
+            step = trainer.train()
+            if interrupt.requested is not None:
+                iteration = run.iteration(step)
+                log.event("interrupted", iter=iteration, step=step)
+                saved = f"interrupted: iteration {iteration} is saved in {run.folder}; --resume continues"
+                raise Stopped(interrupt.requested, saved)
+            interrupt.deferred = False
+            _check_budget(run, step, watch)
+            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.n_iters, run.planned)
+            if run.config.phone is not None and run.planned is not None:
+                plan, workload = run.planned.plan, run.planned.workload
+                for text in project(run.config.phone, workload, plan, trainer.step_s, host_rates()):
+                    log.say(text)
+    show_sample(run.config, run.inputs.model_path, run.folder)
+
+
+def _make_engine(run: Run) -> Engine:
+    return make_engine(
+        run.config.engine,
+        run.model,
+        run.lora,
+        plan=None if run.planned is None else run.planned.plan,
+        seed=run.config.seed,
+        estimator=run.estimator,
+        arena_dir=run.config.arena_dir,
+    )
+
+
+def _print_model(run: Run) -> None:
+    config, model = run.config, run.model
+    print(
+        f"model      {config.model}: {model.spec.family}, {model.spec.L} layers, width {model.spec.D}; "
+        f"computed in {dtype_name(model.dtype)}, weights {'packed' if model.packed else 'decompressed'}\n"
+        f"LoRA       {run.n_parameters:,} parameters, rank {config.rank}; {config.optimizer_name}, "
+        f"engine {config.engine}; footprint {megabytes(footprint_bytes())}",
+        flush=True,
+    )
+
+
+@contextmanager
+def _open_log(run: Run) -> Iterator[RunLog]:
+    """The run's log, after run.json and the first events."""
+    config, first, about_machine = run.config, run.iteration(run.inputs.first_step), machine()
+    send = reporter(config.report_to, config.project_name or run.folder.resolve().name, config.to_dict())
+    last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
+    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=send)
+    with last_line, log:
+        folder.remove_partial_files(run.folder)
+        about = {"n_iters": run.n_iters, "n_lora_parameters": run.n_parameters, "data": run.inputs.data.counts}
+        record = {
+            "options": config.to_dict(),
+            **about,
+            "plan": None if run.planned is None else plan_record(run.planned),
+            "origin": run.inputs.fingerprints,
+            "version": __version__,
+            "machine": about_machine,
+        }
+        folder.write_record(run.folder, record)
+        measured = {"before_model_bytes": run.before_model_bytes, "blas": about_machine["blas"]}
+        log.event("start", iter=first, n_updates=run.inputs.n_updates, **about, **measured)
+        if first:
+            log.say(f"resuming after iteration {first} of {run.n_iters}")
+        for text in notices(config, run.inputs.data, run.optimizer, run.n_iters):
+            log.notice(text)
+        for text in alignment_notices(run.model, config.model):
+            log.notice(text)
+        yield log
+
+
+def _check_budget(run: Run, step: int, watch: BudgetWatch) -> None:
+    """Raises BudgetError when the run had to end because the footprint passed the budget."""
+    iteration = run.iteration(step)
+    if watch.look(iteration):
+        how = "with a larger budget or --over-budget warn"
+        rest = f"--resume {how} continues" if step < run.inputs.n_updates else f"a run {how} would not end so"
+        done = f"iteration {iteration} of {run.n_iters} is saved in {run.folder}"
+        raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")

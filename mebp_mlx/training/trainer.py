@@ -1,0 +1,195 @@
+"""The training loop: updates, reports, validations and saves.
+
+Iterations are micro-batches, as in mlx-lm; an update is made of `grad_accumulation_steps` of them. All random keys
+are functions of the seed and the number of updates done, so that number, the LoRA parameters and the optimizer's
+state are all that an exact resume needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..data.dataset import Batch, TokenRows, batches, eval_batches
+from ..engine import Engine
+from ..errors import NonFiniteLoss, UserError
+from ..system.footprint import footprint_bytes
+from ..system.interrupt import Interrupt
+from ..system.phone import THROTTLED, thermal_state
+from .folder import CHECKPOINT
+from .log import RunLog, TrainReport, last_event
+from .optimizers import uses_learning_rate
+from .report import BudgetWatch
+from .run import Run
+from .saving import Saver, is_due
+
+
+class Trainer:
+    """The loop over a prepared run. seconds: of the whole loop; step_s: seconds a step in the last report."""
+
+    def __init__(self, run: Run, engine: Engine, log: RunLog, watch: BudgetWatch, interrupt: Interrupt) -> None:
+        self.run, self.engine, self.log, self.watch, self.interrupt = run, engine, log, watch, interrupt
+        self.config, self.data = run.config, run.inputs.data
+        self.saver = Saver(run.folder, run.config, run.inputs.fingerprints, run.lora)
+        self.seconds = 0.0
+        self.step_s: float | None = None
+        self._throttling_reported = False
+
+    def train(self) -> int:
+        """Updates up to the run's last, with reports, saves and validations; returns those done, of all runs.
+
+        Ends early, with everything saved, when an interrupt is requested or the budget is passed.
+        """
+        accumulate, n_updates = self.config.grad_accumulation_steps, self.run.inputs.n_updates
+        began_s, window = time.perf_counter(), _Window()
+        step = saved_step = self.run.inputs.first_step
+        stream = batches(self.data.train, self.config.batch_size, self.config.seed, start=step * accumulate)
+        if step == 0:
+            saved_step = -1
+            self.validate(0)
+        else:
+            self.saver.complete(step, self.log)
+        while step < n_updates and not self._has_to_end(step):
+            started_s = time.perf_counter()
+            micro_batches = [next(stream) for _ in range(accumulate)]
+            loss = self.update(step, micro_batches)
+            if loss is None:
+                break
+            window.add(loss, sum(batch.n_labels for batch in micro_batches), time.perf_counter() - started_s)
+            before, step = step * accumulate, step + 1
+            iteration, last = step * accumulate, step == n_updates
+            self.log.advance(iteration)
+            if last or is_due(self.config.steps_per_report, before, iteration):
+                self.report(iteration, window)
+                window = _Window()
+            if last or is_due(self.config.steps_per_eval, before, iteration):
+                self.validate(iteration)  # before the save: a state with a loss that is not finite is not kept
+            if last or is_due(self.config.save_every, before, iteration):
+                self.save(step)
+                saved_step = step
+        if window.n_updates:  # interrupted between two reports
+            self.report(step * accumulate, window)
+        if saved_step != step:
+            self.save(step)
+        if step == n_updates:
+            self.test(step * accumulate)
+        self.seconds = time.perf_counter() - began_s
+        return step
+
+    def _has_to_end(self, step: int) -> bool:
+        return self.interrupt.requested is not None or self.watch.look(step * self.config.grad_accumulation_steps)
+
+    def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
+        """One optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
+
+        An interrupt between two micro-batches gives up the update, of which nothing is applied yet: None.
+        """
+        n_labels = sum(batch.n_labels for batch in micro_batches)
+        updater = self.run.updater
+        updater.begin_step()
+        loss = 0.0
+        for micro, batch in enumerate(micro_batches):
+            if micro and self.interrupt.requested is not None:
+                return None
+            self.check_files()
+            try:
+                loss += self.engine.step(batch, step=step, micro=micro, n_labels=n_labels, sink=updater.sink)
+            except NonFiniteLoss as error:
+                raise self.not_finite(str(error), step * len(micro_batches) + micro + 1, batch) from None
+        updater.end_step()
+        return loss
+
+    def check_files(self) -> None:
+        """Raises UserError when a weight file was cut short, before a pass reads beyond its end."""
+        try:
+            self.run.model.weights.check_sizes()
+        except UserError as error:
+            raise UserError(f"{error}; {self._last_save()}") from None
+
+    def _last_save(self) -> str:
+        folder = self.run.folder
+        if (folder / CHECKPOINT).exists():
+            return f"what is saved in {folder} is the last good state"
+        return "nothing is saved yet"
+
+    def not_finite(self, what: str, iteration: int, batch: Batch) -> NonFiniteLoss:
+        """The error that ends the run, after an entry in the log."""
+        self.log.event("notice", text=what, iter=iteration, rows=batch.rows)
+        return NonFiniteLoss(f"{what} at iteration {iteration} (rows {', '.join(batch.rows)}); {self._last_save()}")
+
+    def report(self, iteration: int, window: _Window) -> None:
+        """What the updates since the last report came to."""
+        optimizer = self.run.optimizer
+        rate = optimizer.learning_rate.item() if uses_learning_rate(optimizer) else None
+        thermal = None if self.config.phone is None else thermal_state()
+        if thermal in THROTTLED and not self._throttling_reported:
+            self._throttling_reported = True
+            self.log.notice(f"thermal state {thermal}: the system slows this machine down", iter=iteration)
+        self.step_s = window.seconds / window.n_updates
+        self.log.train(
+            iteration,
+            TrainReport(
+                loss=window.loss_sum / window.n_labels,
+                learning_rate=rate,
+                n_tokens=window.n_labels,
+                tokens_per_s=window.n_labels / window.seconds,
+                step_s=self.step_s,
+                footprint_bytes=footprint_bytes(),
+                peak_bytes=self.watch.meter.peak_bytes,
+                thermal=thermal,
+            ),
+        )
+
+    def save(self, step: int) -> None:
+        """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
+        self.check_files()  # or what a pass read as zeros would be kept
+        self.saver.save(step, self.run.updater, self.run.estimator, self.log)
+
+    def validate(self, iteration: int) -> None:
+        """The loss on the first `val_batches` batches of the validation rows, if there are any."""
+        if self.data.valid is not None and self.config.val_batches:
+            self.evaluate("valid", iteration, self.data.valid, self.config.val_batches)
+
+    def test(self, iteration: int) -> None:
+        """The loss on the test rows after the last iteration (--test), unless the log has it already."""
+        done = (last_event(self.run.folder, "test") or {}).get("iter") == iteration
+        if self.config.test and self.data.test is not None and not done:
+            self.evaluate("test", iteration, self.data.test, self.config.test_batches)
+
+    def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> None:
+        """Token-weighted means over the first `limit` batches; nothing is reported when it is interrupted.
+
+        Raises NonFiniteLoss, too.
+        """
+        started_s, loss_sum, n_labels, n_correct = time.perf_counter(), 0.0, 0, 0
+        for batch in eval_batches(rows, self.config.batch_size, limit):
+            if self.interrupt.requested is not None:
+                return
+            self.check_files()
+            evaluation = self.engine.evaluate(batch)
+            if not math.isfinite(evaluation.loss_sum):
+                raise self.not_finite(f"{kind} loss is {evaluation.loss_sum}", iteration, batch)
+            loss_sum, n_labels = loss_sum + evaluation.loss_sum, n_labels + evaluation.n_labels
+            n_correct += evaluation.n_correct
+        seconds, accuracy = time.perf_counter() - started_s, n_correct / n_labels
+        self.log.evaluation(
+            kind, iteration, loss=loss_sum / n_labels, accuracy=accuracy, n_tokens=n_labels, seconds=seconds
+        )
+
+
+@dataclass
+class _Window:
+    """Sums since the last report."""
+
+    loss_sum: float = 0.0
+    n_labels: int = 0
+    n_updates: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, n_labels: int, seconds: float) -> None:
+        self.loss_sum += loss * n_labels
+        self.n_labels += n_labels
+        self.n_updates += 1
+        self.seconds += seconds
