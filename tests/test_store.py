@@ -15,8 +15,7 @@ from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.backprop import BackpropEngine, kept_bytes
 from mebp_mlx.engine.store import Store
 from mebp_mlx.errors import UserError
-from mebp_mlx.ops.barrier import Barrier
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Barrier, Plan
 from mebp_mlx.system.pages import PAGE_BYTES
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
 

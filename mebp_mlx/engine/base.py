@@ -14,9 +14,8 @@ from ..model.base import Model
 from ..model.config import Layer
 from ..model.lora import Adapter
 from ..model.prefetch import Prefetch
-from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import Plan
+from ..ops.plan import Barrier, Context, Plan
 
 # Takes a block's gradients, float32 by parameter name; gives back what has to be evaluated with the block.
 Sink = Callable[[dict[str, mx.array]], "list[mx.array] | None"]
@@ -52,11 +51,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Pass:
-    """A model on its way over one batch: blocks forward and the head, under one plan and one barrier.
-
-    adapter: the trainable pairs; dropout_parts: as of BlockRun.
-    """
+class Pass(Context):
+    """A model on its way over one batch: blocks forward and the head. ahead: reads the next block's pages meanwhile."""
 
     def __init__(
         self,
@@ -67,10 +63,8 @@ class Pass:
         dropout_parts: tuple[int, ...] | None = None,
         ahead: Prefetch | None = None,
     ):
-        self.model, self.plan, self.adapter = model, plan, adapter
-        self.barrier = barrier or Barrier(plan.grain)
-        self.dropout_parts, self.ahead = dropout_parts, ahead
-        self.block = block_class(model.spec)
+        super().__init__(model, plan, adapter, barrier, dropout_parts)
+        self.ahead, self.block = ahead, block_class(model.spec)
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
         """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
@@ -80,17 +74,7 @@ class Pass:
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
         """One block at work; kept, names: where and which values are kept, as of BlockRun."""
-        return BlockRun(
-            self.model,
-            layer,
-            self.adapter,
-            self.plan,
-            self.barrier,
-            self.block.gate,
-            kept,
-            names,
-            self.dropout_parts,
-        )
+        return BlockRun(self, layer, self.block.gate, kept, names)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()
@@ -104,7 +88,7 @@ class Pass:
             position += block.shape[1]
             y.append(block.y)
             del block  # what is not kept is only the graph's from here on
-            run.wide.clear()
+            run.shared.clear()
             self.barrier.tile(y[-1])
         self.barrier.block()
         return y
@@ -114,8 +98,6 @@ class Pass:
         x = self.embed(batch.tokens)
         for layer in self.model.spec.layers:
             x = self.forward(layer, x)
-        loss_sum, n_labels, n_correct, _ = cross_entropy(
-            self.model, self.plan, self.barrier, x, batch.targets, need_dx=False
-        )
+        loss_sum, n_labels, n_correct, _ = cross_entropy(self, x, batch.targets, need_dx=False)
         self.barrier.finish()
         return Evaluation(loss_sum, n_labels, n_correct)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..ops.barrier import Barrier
+from ..ops.plan import Barrier
 from ..system.pages import page_ceil
 from .arena import Arena
 

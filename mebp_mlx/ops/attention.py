@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..kernels import cpu
-from .barrier import Barrier
+from .plan import Barrier
 
 
 class Rope(Protocol):
