@@ -15,8 +15,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine, block_backward, kept_names
-from mebp_mlx.engine.base import Pass
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
 from mebp_mlx.families.base import value
 from mebp_mlx.model.base import DenseBlock

@@ -1,7 +1,7 @@
 """MeBP: exact LoRA gradients, block by block.
 
-The forward pass keeps what the plan says of each block (store.py). The backward pass visits the blocks in reverse,
-and a block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
+The forward pass keeps what the plan says of each block (Store). The backward pass visits the blocks in reverse, and a
+block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ..model.prefetch import Prefetch
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import SAVE_INPUTS, Barrier, Plan
 from ..system.pages import page_ceil
-from .base import Evaluation, Pass, Sink, TokenBatch
-from .store import Store
+from .base import Evaluation, Pass, Sink, Store, TokenBatch
 
 
 class BackpropEngine:

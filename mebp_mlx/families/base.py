@@ -41,6 +41,10 @@ class BlockKept:
     def __init__(self, kept: Kept | None, layer: int, names: frozenset[str] | None):
         self.kept, self.layer, self.names = kept, layer, names
 
+    def keeps(self, name: str) -> bool:
+        """Whether values of that name, without their number, may be kept."""
+        return self.kept is not None and (self.names is None or name in self.names)
+
     def put(self, name: str, position: int, found: mx.array) -> bool:
         """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
         if self.kept is None or self.names is None or name.partition(".")[0] not in self.names:

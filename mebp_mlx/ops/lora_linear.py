@@ -22,6 +22,8 @@ from .plan import Context
 class Memory(Protocol):
     """What a block keeps of a tile, by name and position (families/base.py: BlockKept)."""
 
+    def keeps(self, name: str) -> bool: ...
+
     def put(self, name: str, position: int, found: mx.array) -> bool: ...
 
     def take(self, name: str, position: int) -> mx.array | None: ...
@@ -36,7 +38,7 @@ class Shared:
 
     def __init__(self, context: Context, memory: Memory):
         adapter, parts = context.adapter, context.dropout_parts
-        self.context, self.memory = context, memory
+        self.context, self.memory, self.keeps_low = context, memory, memory.keeps("low")
         self.dropout = None if parts is None or not adapter.dropout else Dropout(adapter.dropout, parts)
         self.gradients: dict[str, mx.array] = {}
         self._value: mx.array | None = None
@@ -89,11 +91,12 @@ class LoraLinear:
         """s (dropout(x) A) [B, tile, r], or None without a pair."""
         if self.pair is None:
             return None
-        low = self.memory.take(self.low_name, position)
+        low = self.memory.take(self.low_name, position) if self.shared.keeps_low else None
         if low is None:
             low = self.scale * (self.dropped(self.shared.wide(x), x, position) @ self.pair.a)
             self.barrier.piece(low)
-            self.memory.put(self.low_name, position, low)
+            if self.shared.keeps_low:
+                self.memory.put(self.low_name, position, low)
         return low
 
     def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
