@@ -302,7 +302,7 @@ class Watch:
         wrap(Pass, "embed", whole("embed"))
         wrap(Pass, "forward", block("forward"))
         wrap(BackpropEngine, "backward", block("backward"))
-        wrap(backprop, "cross_entropy", whole("head", lambda model, plan, barrier, x, *_: x))
+        wrap(backprop, "cross_entropy", whole("head", lambda work, x, *_: x))
         wrap(Updater, "sink", whole("update"))
         for owner in (Block, *Block.__subclasses__()):
             for name, equation in list(vars(owner).items()):

@@ -22,9 +22,9 @@ from bench.report import positive
 from bench.synth import SHAPES, write_model
 from mebp_mlx.kernels.cpu import online_softmax
 from mebp_mlx.kernels.online_softmax import SoftmaxState
-from mebp_mlx.ops.barrier import Barrier
+from mebp_mlx.model.lora import Adapter
 from mebp_mlx.ops.cross_entropy import cross_entropy
-from mebp_mlx.ops.plan import Plan
+from mebp_mlx.ops.plan import Context, Plan
 from mebp_mlx.system.footprint import PeakMeter
 
 
@@ -39,7 +39,7 @@ def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
 
     def whole() -> float:
         began_s = time.perf_counter()
-        cross_entropy(model, plan, Barrier(plan.grain), [x], targets, need_dx=True)
+        cross_entropy(Context(model, plan, Adapter({}, 1.0, 0.0)), [x], targets, need_dx=True)
         return time.perf_counter() - began_s
 
     def products() -> float:

@@ -30,7 +30,7 @@ import mlx.core as mx
 from bench.instruments import Clock, Phases, Wraps
 from bench.report import positive, spread
 from bench.stepper import Stepper, add_memory_budget
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Store
 from mebp_mlx.model.base import Model
 from mebp_mlx.ops.plan import SAVE_INPUTS
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes

@@ -23,7 +23,7 @@ from bench.instruments import Clock, Wraps
 from bench.stepper import Stepper, add_memory_budget, plan_line
 from bench.synth import SHAPES
 from mebp_mlx.engine import backprop, base
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Store
 from mebp_mlx.families.base import Block, value
 from mebp_mlx.families.gemma3 import Gemma3Block
 from mebp_mlx.families.llama import LlamaBlock

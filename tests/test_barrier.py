@@ -12,10 +12,9 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.engine.base import Pass
-from mebp_mlx.ops import barrier as barrier_module
-from mebp_mlx.ops.barrier import GRAINS, Barrier
+from mebp_mlx.ops import plan as plan_module
 from mebp_mlx.ops.cross_entropy import cross_entropy
-from mebp_mlx.ops.plan import Plan
+from mebp_mlx.ops.plan import GRAINS, Barrier, Plan
 from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
 
@@ -39,7 +38,7 @@ class Recorded:
             eval = staticmethod(recorded("wait", plain_eval))
             async_eval = staticmethod(recorded("submit", plain_async_eval))
 
-        patch.setattr(barrier_module, "mx", Recording)
+        patch.setattr(plan_module, "mx", Recording)
 
     def array(self, name: str) -> mx.array:
         made = mx.zeros(2) + 1
@@ -169,7 +168,7 @@ def test_two_chunks_of_logits_exist_at_most(tmp_path: Path, grain: str, need_dx:
         mx.synchronize()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        found = cross_entropy(model, plan, work.barrier, x, batch.targets, need_dx, max_chunks=max_chunks)
+        found = cross_entropy(work, x, batch.targets, need_dx, max_chunks=max_chunks)
         mx.synchronize()
         peaks[max_chunks] = mx.get_peak_memory() - before
         del found

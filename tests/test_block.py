@@ -15,17 +15,15 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine, block_backward, kept_names
-from mebp_mlx.engine.base import Pass
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
 from mebp_mlx.families.base import value
 from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
-from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.gated_mlp import GatedMlp
 from mebp_mlx.ops.lora_linear import LoraLinear
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Barrier, Plan
 from tests.tiny import CONFIGS, random_batch, randomize_lora, write_model
 
 SHORTS = frozenset(PROJECTIONS)

@@ -17,8 +17,7 @@ from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.families import block_class
 from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import PROJECTIONS
-from mebp_mlx.ops.barrier import GRAINS
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.ops.plan import GRAINS, SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from tests.parity import largest_error, mlx_lm_loss_and_grads
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 

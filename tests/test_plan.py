@@ -21,8 +21,7 @@ from mebp_mlx import train
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.errors import BudgetError
-from mebp_mlx.ops.barrier import GRAINS
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.ops.plan import GRAINS, SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner import search
 from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from mebp_mlx.engine import store as store_module
+from mebp_mlx.engine import base as engine_base
 from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.backprop import BackpropEngine, kept_bytes
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Store
 from mebp_mlx.errors import UserError
-from mebp_mlx.ops.barrier import Barrier
-from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Barrier, Plan
 from mebp_mlx.system.pages import PAGE_BYTES
 from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
 
@@ -37,7 +36,7 @@ def _holds(store: Store, layer: int, name: str, number: float) -> bool:
 def test_no_file_where_everything_fits(
     tmp_path: Path, grain: str, memory_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "Arena", None)  # making one would fail
+    monkeypatch.setattr(engine_base, "Arena", None)  # making one would fail
     store = Store(Barrier(grain), memory_bytes, tmp_path)
     store.reserve(4, PAGE_BYTES)
     arrays = [_value(n) for n in range(4)]
@@ -127,7 +126,7 @@ def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
             made.append(capacity_bytes)
             super().__init__(capacity_bytes, folder)
 
-    monkeypatch.setattr(store_module, "Arena", Watched)
+    monkeypatch.setattr(engine_base, "Arena", Watched)
     store = Store(Barrier("op"), PAGE_BYTES, tmp_path)
     for n_pages in (3, 2, 5):
         store.reserve(n_pages, PAGE_BYTES)

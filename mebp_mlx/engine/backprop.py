@@ -1,7 +1,7 @@
 """MeBP: exact LoRA gradients, block by block.
 
-The forward pass keeps what the plan says of each block (store.py). The backward pass visits the blocks in reverse,
-and a block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
+The forward pass keeps what the plan says of each block (Store). The backward pass visits the blocks in reverse, and a
+block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from ..families.base import BlockRun
 from ..kernels import cpu
 from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter, Lora
+from ..model.lora import Adapter, Lora, flat, pairs_of
 from ..model.prefetch import Prefetch
-from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import SAVE_INPUTS, Plan
+from ..ops.plan import SAVE_INPUTS, Barrier, Plan
 from ..system.pages import page_ceil
-from .base import Evaluation, Pass, Sink, TokenBatch
-from .store import Store
+from .base import Evaluation, Pass, Sink, Store, TokenBatch
 
 
 class BackpropEngine:
@@ -78,9 +76,7 @@ class BackpropEngine:
             keeps = layer.index >= self.first_trained
             x = work.forward(layer, x, *((self.store, names) if keeps else ()))
             self.store.write_behind()
-        result = cross_entropy(
-            self.model, self.plan, self.barrier, x, batch.targets, need_dx=True, weight=weight * loss_scale
-        )
+        result = cross_entropy(work, x, batch.targets, need_dx=True, weight=weight * loss_scale)
         self.store.write_behind()
         if not math.isfinite(result.loss_sum):
             raise NonFiniteLoss(f"loss is {result.loss_sum * weight}")
@@ -100,7 +96,6 @@ class BackpropEngine:
         dx = block_backward(work, layer, run, dy, need_dx)
         self.store.forget(layer.index)
         gradients = run.gradients if scale == 1 else {n: g * (1 / scale) for n, g in run.gradients.items()}
-        run.gradients = {}
         self.barrier.tile(*dx[:1], *(sink(gradients) or gradients.values()))
         self.barrier.block()
         return dx
@@ -130,7 +125,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
             dx.append(found)
         del found
         run.blocks.pop()
-        run.wide.clear()
+        run.shared.clear()
         if dy:  # the first tile is submitted with the block's update
             work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums())
     return dx[::-1]
@@ -145,19 +140,18 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
         inputs.append(x)
         position += tile.shape[1]
     pairs = {linear.linear.name: linear.pair for linear in run.linear.values() if linear.pair is not None}
-    names = [f"{name}.lora_{side}" for name in pairs for side in "ab"]
+    trainables = flat(pairs)
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
 
     def block(*arrays: mx.array) -> list[mx.array]:
-        parameters = dict(zip(names, arrays[len(dy) :], strict=True))
-        plain.adapter = Adapter(parameters, work.adapter.scale, work.adapter.dropout)
+        own = pairs_of(dict(zip(trainables, arrays[len(dy) :], strict=True)))
+        plain.adapter = Adapter(own, work.adapter.scale, work.adapter.dropout)
         return plain.forward(layer, list(arrays[: len(dy)]))
 
     # Trainables go in as arguments: a captured one would get a silent zero gradient.
-    trainables = [array for pair in pairs.values() for array in pair]
     with cpu.off():
-        _, found = mx.vjp(mx.checkpoint(block), [*inputs, *trainables], dy)
-        run.gradients.update(zip(names, found[len(dy) :], strict=True))
+        _, found = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values()], dy)
+        run.gradients.update(zip(trainables, found[len(dy) :], strict=True))
         dx = found[: len(dy)] if need_dx else []
         work.barrier.value(*dx, *run.gradients.values())
     dy.clear()
@@ -166,8 +160,10 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
 
 def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
     """The lowest block with a pair; the number of blocks where none has one."""
-    trained = (layer.index for layer in layers if any(map(adapter.trains, layer.linears.values())))
-    return next(trained, len(layers))
+    for layer in layers:
+        if any(linear.name in adapter.pairs for linear in layer.linears.values()):
+            return layer.index
+    return len(layers)
 
 
 def kept_names(plan: Plan, work: Pass) -> frozenset[str]:

@@ -1,8 +1,9 @@
-"""What all engines share: what they read of a batch, what they give back, and the forward pass."""
+"""What engines share: what they read of a batch and give back, the forward pass, and the values that are kept of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -14,12 +15,15 @@ from ..model.base import Model
 from ..model.config import Layer
 from ..model.lora import Adapter
 from ..model.prefetch import Prefetch
-from ..ops.barrier import Barrier
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import Plan
+from ..ops.plan import Barrier, Context, Plan
+from ..system.pages import PAGE_BYTES
+from .arena import Arena
 
 # Takes a block's gradients, float32 by parameter name; gives back what has to be evaluated with the block.
 Sink = Callable[[dict[str, mx.array]], "list[mx.array] | None"]
+
+Key = tuple[int, str, int]  # layer, name, tile
 
 
 class Evaluation(NamedTuple):
@@ -52,11 +56,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Pass:
-    """A model on its way over one batch: blocks forward and the head, under one plan and one barrier.
-
-    adapter: the trainable pairs; dropout_parts: as of BlockRun.
-    """
+class Pass(Context):
+    """A model on its way over one batch: blocks forward and the head. ahead: reads the next block's pages meanwhile."""
 
     def __init__(
         self,
@@ -67,10 +68,8 @@ class Pass:
         dropout_parts: tuple[int, ...] | None = None,
         ahead: Prefetch | None = None,
     ):
-        self.model, self.plan, self.adapter = model, plan, adapter
-        self.barrier = barrier or Barrier(plan.grain)
-        self.dropout_parts, self.ahead = dropout_parts, ahead
-        self.block = block_class(model.spec)
+        super().__init__(model, plan, adapter, barrier, dropout_parts)
+        self.ahead, self.block = ahead, block_class(model.spec)
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
         """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
@@ -80,17 +79,7 @@ class Pass:
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
         """One block at work; kept, names: where and which values are kept, as of BlockRun."""
-        return BlockRun(
-            self.model,
-            layer,
-            self.adapter,
-            self.plan,
-            self.barrier,
-            self.block.gate,
-            kept,
-            names,
-            self.dropout_parts,
-        )
+        return BlockRun(self, layer, self.block.gate, kept, names)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()
@@ -104,7 +93,7 @@ class Pass:
             position += block.shape[1]
             y.append(block.y)
             del block  # what is not kept is only the graph's from here on
-            run.wide.clear()
+            run.shared.clear()
             self.barrier.tile(y[-1])
         self.barrier.block()
         return y
@@ -114,8 +103,101 @@ class Pass:
         x = self.embed(batch.tokens)
         for layer in self.model.spec.layers:
             x = self.forward(layer, x)
-        loss_sum, n_labels, n_correct, _ = cross_entropy(
-            self.model, self.plan, self.barrier, x, batch.targets, need_dx=False
-        )
+        loss_sum, n_labels, n_correct, _ = cross_entropy(self, x, batch.targets, need_dx=False)
         self.barrier.finish()
         return Evaluation(loss_sum, n_labels, n_correct)
+
+
+class Store:
+    """Values kept between forward and backward (families/base.py: Kept): in memory while there is room, then in a file.
+
+    A value that goes to the file is written when it has been computed: at once where values are evaluated at once,
+    otherwise one block behind the GPU, whose next block computes meanwhile.
+
+    memory_bytes: room in memory, None: all there is; folder: of the file.
+    """
+
+    def __init__(self, barrier: Barrier, memory_bytes: int | None, folder: str | Path | None = None):
+        self.barrier, self.memory_bytes, self.folder = barrier, memory_bytes, folder
+        self.arena: Arena | None = None
+        self.written_bytes, self.read_bytes = 0, 0  # of the file, since clear()
+        self.held_bytes = 0  # in memory
+        self._arrays: dict[Key, mx.array] = {}
+        self._behind: list[Key] = []  # to be written when the block that computes them is done
+        self._new: list[Key] = []
+
+    def reserve(self, n_blocks: int, block_bytes: int) -> None:
+        """Make room for blocks that keep block_bytes each, in whole pages; UserError when the disk has none for those
+        beyond memory.
+        """
+        n_bytes = n_blocks * block_bytes
+        if self.memory_bytes is None or n_bytes <= self.memory_bytes:
+            return
+        # The value that does not fit into what is left of memory leaves less than a block of it unused.
+        needed = min(n_bytes, n_bytes - self.memory_bytes + block_bytes)
+        if self.arena is None or self.arena.capacity_bytes < needed:
+            if self.arena is not None:
+                self.arena.close()
+            self.arena = Arena(needed, self.folder)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._arrays.clear()
+        self._behind, self._new = [], []
+        self.held_bytes = self.written_bytes = self.read_bytes = 0
+        if self.arena is not None:
+            self.arena.clear()
+
+    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+        """Keep a value; whether its array stays in use."""
+        key, n_bytes = (layer, name, tile), -(-value.nbytes // PAGE_BYTES) * PAGE_BYTES  # in whole pages
+        if self.memory_bytes is None or self.held_bytes + n_bytes <= self.memory_bytes:
+            self.held_bytes += n_bytes
+            self._arrays[key] = value
+            return True
+        if self.barrier.is_lazy:
+            self._arrays[key] = value
+            self._new.append(key)
+            return True
+        self._write(key, value)
+        return False
+
+    def write_behind(self) -> None:
+        """Write what the block before has computed; called when it has been waited for."""
+        for key in self._behind:
+            self._write(key, self._arrays.pop(key))
+        self._behind, self._new = self._new, []
+
+    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
+        """A kept value, or None."""
+        key = (layer, name, tile)
+        value = self._arrays.get(key)
+        if value is None and self.arena is not None and key in self.arena:
+            value = self.arena.get(*key)
+            self.read_bytes += value.nbytes
+        return value
+
+    def take(self, layer: int, name: str, tile: int) -> mx.array | None:
+        """The same, given away: nobody else has the array."""
+        value = self.get(layer, name, tile)
+        self._arrays.pop((layer, name, tile), None)
+        return value
+
+    def forget(self, layer: int) -> None:
+        """Give up what a block kept in memory: its backward is done."""
+        for key in [key for key in self._arrays if key[0] == layer]:
+            del self._arrays[key]
+
+    def close(self) -> None:
+        """Give the file back."""
+        self.clear()
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+
+    def _write(self, key: Key, value: mx.array) -> None:
+        if self.arena is None:
+            raise AssertionError("no file was reserved for kept values")
+        self.barrier.wait(value)
+        self.arena.put(*key, value)
+        self.written_bytes += value.nbytes

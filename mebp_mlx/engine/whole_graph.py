@@ -17,9 +17,8 @@ from ..kernels import cpu
 from ..model import NO_LABEL
 from ..model.base import Model
 from ..model.config import Layer, Linear
-from ..model.lora import Adapter, Lora
-from ..ops.barrier import Barrier
-from ..ops.plan import Plan
+from ..model.lora import Adapter, Lora, pairs_of
+from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
 
 
@@ -83,7 +82,8 @@ class WholeGraphEngine:
             own = {name: p for name, p in parameters.items() if name.startswith(f"{layer.prefix}.")}
 
             def block(x: mx.array, own: dict[str, mx.array], layer: Layer = layer) -> mx.array:
-                work = Pass(model, plan, Adapter(own, self.lora.scale, self.lora.dropout), Barrier(None), dropout_parts)
+                adapter = Adapter(pairs_of(own), self.lora.scale, self.lora.dropout)
+                work = Pass(model, plan, adapter, Barrier(None), dropout_parts)
                 return work.forward(layer, [x])[0]
 
             # Trainables go in as arguments: a captured one would get a silent zero gradient.

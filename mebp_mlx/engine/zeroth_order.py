@@ -14,7 +14,7 @@ loss that is not finite ends the run, for K-ZOO too (FedKSeed's authors skip suc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -22,10 +22,8 @@ import numpy as np
 
 from ..errors import NonFiniteLoss
 from ..model.base import Model
-from ..model.config import Linear
 from ..model.lora import Adapter, Lora, Pair, random_key
-from ..ops.barrier import Barrier
-from ..ops.plan import Plan
+from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
 
 HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
@@ -198,21 +196,31 @@ class Normalized(Estimator):
         return float(losses[0])
 
 
-class Perturbed(Adapter):
-    """A Lora seen at a probe: theta + amount * direction, made where a block asks for it."""
+class Perturbed(Mapping[str, Pair]):
+    """A Lora's pairs at a probe: theta + amount * direction, made where a block asks for them."""
 
     def __init__(self, lora: Lora, estimator: Estimator, probe: Probe):
-        super().__init__(lora._parameters, lora.scale, lora.dropout)
-        self.estimator, self.probe = estimator, probe
+        self.pairs, self.estimator, self.probe = lora.pairs, estimator, probe
 
-    def pair(self, linear: Linear) -> Pair | None:
-        pair = super().pair(linear)
-        if pair is None or self.probe.amount == 0:
+    def __getitem__(self, name: str) -> Pair:
+        pair = self.pairs[name]
+        if self.probe.amount == 0:
             return pair
-        return Pair(self._moved(pair.a, f"{linear.name}.lora_a"), self._moved(pair.b, f"{linear.name}.lora_b"))
+        return Pair(self._moved(pair.a, f"{name}.lora_a"), self._moved(pair.b, f"{name}.lora_b"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def _moved(self, value: mx.array, name: str) -> mx.array:
         return value + self.probe.amount * self.estimator.direction(self.probe.number, name, value.shape)
+
+
+def perturbed(lora: Lora, estimator: Estimator, probe: Probe) -> Adapter:
+    """A Lora as it is at a probe."""
+    return Adapter(Perturbed(lora, estimator, probe), lora.scale, lora.dropout)
 
 
 class ZerothOrderEngine:
@@ -239,7 +247,7 @@ class ZerothOrderEngine:
         dropout = (self.seed, step, micro)
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
-            adapter = Perturbed(self.lora, self.estimator, probe)
+            adapter = perturbed(self.lora, self.estimator, probe)
             loss_sum, n_batch, _ = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch)
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):

@@ -12,14 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 
-from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter, Dropout
 from ..ops.attention import Attention, Heads
-from ..ops.barrier import Barrier
 from ..ops.gated_mlp import Gate, GatedMlp
-from ..ops.lora_linear import LoraLinear, Wide
-from ..ops.plan import Plan
+from ..ops.lora_linear import LoraLinear, Shared
+from ..ops.plan import Context
 
 
 class Kept(Protocol):
@@ -43,6 +40,10 @@ class BlockKept:
 
     def __init__(self, kept: Kept | None, layer: int, names: frozenset[str] | None):
         self.kept, self.layer, self.names = kept, layer, names
+
+    def keeps(self, name: str) -> bool:
+        """Whether values of that name, without their number, may be kept."""
+        return self.kept is not None and (self.names is None or name in self.names)
 
     def put(self, name: str, position: int, found: mx.array) -> bool:
         """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
@@ -89,57 +90,29 @@ class value:
 class BlockRun:
     """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
 
-    adapter: the trainable pairs; kept: where values are kept, None: nowhere; names: of the values to keep, None in a
-    backward pass; dropout_parts: what dropout's random keys are made of besides projection and position, so that
-    recomputation draws the same mask (None: no dropout).
+    kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
     """
 
     def __init__(
         self,
-        model: Model,
+        context: Context,
         layer: Layer,
-        adapter: Adapter,
-        plan: Plan,
-        barrier: Barrier,
         gate: Gate,
         kept: Kept | None = None,
         names: frozenset[str] | None = frozenset(),
-        dropout_parts: tuple[int, ...] | None = None,
     ):
-        self.barrier, self.kept = barrier, BlockKept(kept, layer.index, names)
-        dropout = None if dropout_parts is None or not adapter.dropout else Dropout(adapter.dropout, dropout_parts)
-        self.norm_eps, self.dtype = model.spec.norm_eps, model.dtype
+        model, spec = context.model, context.model.spec
+        self.barrier, self.kept = context.barrier, BlockKept(kept, layer.index, names)
+        self.norm_eps, self.dtype = spec.norm_eps, model.dtype
         self.norms = model.norms(layer)
-        self.gradients: dict[str, mx.array] = {}  # of the pairs by parameter name, float32
-        self.wide = Wide()
-        self.linear = {
-            short: LoraLinear(
-                model,
-                short,
-                linear,
-                adapter.pair(linear),
-                adapter.scale,
-                plan,
-                barrier,
-                self.kept,
-                self.wide,
-                dropout,
-                self.gradients,
-            )
-            for short, linear in layer.linears.items()
-        }
+        self.shared = Shared(context, self.kept)
+        self.gradients = self.shared.gradients  # of the pairs by parameter name, float32
+        self.linear = {short: LoraLinear(self.shared, short, linear) for short, linear in layer.linears.items()}
         self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
         self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], gate)
-        spec = model.spec
-        heads = Heads(
-            spec.head_dim,
-            spec.attention_scale,
-            layer.window,
-            layer.rope,
-            spec.norm_eps,
-            {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")},
-        )
-        self.attention = Attention(heads, plan.query_block, barrier)
+        qk_norms = {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")}
+        heads = Heads(spec.head_dim, spec.attention_scale, layer.window, layer.rope, spec.norm_eps, qk_norms)
+        self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.blocks: list[Block] = []  # of a backward pass, a tile each
 
     def look_back(self) -> None:

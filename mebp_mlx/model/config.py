@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Linear:
     bias: bool = False
     quantization: Quantization | None = None
 
-    @property
+    @cached_property
     def tensors(self) -> list[str]:
         """The names of the weight and of what it is dequantized with."""
         parts = ["weight"]

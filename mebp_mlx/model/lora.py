@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import UserError
-from .config import PROJECTIONS, Linear, ModelSpec
+from .config import PROJECTIONS, ModelSpec
 
 DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 
@@ -29,24 +30,16 @@ class Pair(NamedTuple):
     b: mx.array
 
 
+@dataclass
 class Adapter:
-    """LoRA pairs as a block sees them: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out] by name.
+    """LoRA pairs as a block sees them, by the name of their projection; those that are not there are not trained.
 
-    parameters: not copied, so that an adapter of a Lora's own dict keeps no value that the Lora has replaced.
+    pairs: not copied, so that an adapter of a Lora's own pairs keeps no value that the Lora has replaced.
     """
 
-    def __init__(self, parameters: dict[str, mx.array], scale: float, dropout: float):
-        self._parameters = parameters
-        self.scale, self.dropout = scale, dropout
-
-    def trains(self, linear: Linear) -> bool:
-        """Whether this projection has a pair."""
-        return f"{linear.name}.lora_a" in self._parameters
-
-    def pair(self, linear: Linear) -> Pair | None:
-        """The pair of one projection, or None where it is not trained."""
-        a = self._parameters.get(f"{linear.name}.lora_a")
-        return None if a is None else Pair(a, self._parameters[f"{linear.name}.lora_b"])
+    pairs: Mapping[str, Pair]
+    scale: float
+    dropout: float
 
 
 class Lora(Adapter):
@@ -62,23 +55,37 @@ class Lora(Adapter):
         keys: tuple[str, ...],
         num_layers: int,
     ):
-        super().__init__(dict(parameters), scale, dropout)
+        self._pairs = pairs_of(parameters)
+        super().__init__(self._pairs, scale, dropout)
         self.rank, self.keys, self.num_layers = rank, keys, num_layers
         self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
         """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out]."""
-        return dict(self._parameters)
+        return flat(self._pairs)
 
     def update(self, parameters: dict[str, mx.array]) -> None:
         """Replace parameters by name. ValueError for an unknown name or another shape; values become float32."""
         for name, value in parameters.items():
-            old = self._parameters.get(name)
-            if old is None:
+            linear, _, side = name.rpartition(".lora_")
+            pair = self._pairs.get(linear)
+            if pair is None or side not in pair._fields:
                 raise ValueError(f"{name} is not a parameter of this LoRA")
-            if tuple(value.shape) != tuple(old.shape):
-                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(old.shape)}")
-            self._parameters[name] = value.astype(mx.float32)
+            shape = getattr(pair, side).shape
+            if tuple(value.shape) != tuple(shape):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+            self._pairs[linear] = pair._replace(**{side: value.astype(mx.float32)})
+
+
+def pairs_of(parameters: Mapping[str, mx.array]) -> dict[str, Pair]:
+    """Pairs by the name of their projection, of parameters by their own."""
+    names = [name.removesuffix(".lora_a") for name in parameters if name.endswith(".lora_a")]
+    return {name: Pair(parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"]) for name in names}
+
+
+def flat(pairs: Mapping[str, Pair]) -> dict[str, mx.array]:
+    """The matrices of pairs by parameter name: `{projection}.lora_a` [in, r], `.lora_b` [r, out]."""
+    return {f"{name}.lora_{side}": value for name, pair in pairs.items() for side, value in pair._asdict().items()}
 
 
 def init_lora(

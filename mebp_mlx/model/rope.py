@@ -1,4 +1,4 @@
-"""Rotary position embedding: which frequencies a config asks for, and the rotation itself.
+"""Rotary position embedding: which frequencies a config asks for; ops/attention.py rotates.
 
 The frequency formulas are those of the models' published configs ("llama3", "yarn",
 "linear" rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
@@ -7,7 +7,8 @@ The frequency formulas are those of the models' published configs ("llama3", "ya
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import mlx.core as mx
 
@@ -20,33 +21,16 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 class Rope:
     """How one layer rotates its queries and keys.
 
-    dims: rotated dimensions of a head; base: rotary base; scale: position scale (linear
-    scaling has 1/factor); scaling: the config's rope_scaling for kinds with their own
-    frequencies, as a sorted tuple of pairs (hashable), else None.
+    dims: rotated dimensions of a head; base: rotary base; scale: position scale (linear scaling has 1/factor); freqs:
+    wavelength divisors [dims/2] that stand in base's place, or None; magnitude: a factor on the rotated vector.
     """
 
     dims: int
     base: float
     traditional: bool = False
     scale: float = 1.0
-    scaling: tuple[tuple[str, object], ...] | None = None
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        """x [B, H, T, head_dim] rotated, its first position being `offset`."""
-        return self._rotated(x, offset, self.scale)
-
-    def backward(self, g: mx.array, offset: int = 0) -> mx.array:
-        """dL/dx [B, H, T, head_dim] from g = dL/dy of y = rope(x): a rotation's transpose turns back."""
-        return self._rotated(g, offset, -self.scale)
-
-    def _rotated(self, x: mx.array, offset: int, scale: float) -> mx.array:
-        freqs, magnitude = _frequencies(self)
-        if magnitude != 1.0:
-            x = x * magnitude
-        base = self.base if freqs is None else None
-        return mx.fast.rope(
-            x, self.dims, traditional=self.traditional, base=base, scale=scale, offset=offset, freqs=freqs
-        )
+    freqs: mx.array | None = field(default=None, compare=False)
+    magnitude: float = 1.0
 
 
 def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool = False, where: str) -> Rope:
@@ -62,25 +46,15 @@ def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool
     if kind == "linear":
         return Rope(dims, base, traditional, scale=1 / factor)
     settings = {k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return Rope(dims, base, traditional, scaling=tuple(sorted({**settings, "kind": kind}.items())))
+    freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+    return Rope(dims, base, traditional, freqs=freqs, magnitude=magnitude)
 
 
-# One entry per distinct rope of a model (one or two); a few hundred bytes each.
-_CACHE: dict[Rope, tuple[mx.array | None, float]] = {}
-
-
-def _frequencies(rope: Rope) -> tuple[mx.array | None, float]:
-    """(wavelength divisors [dims/2] or None for the plain base, factor on the rotated vector)."""
-    if rope not in _CACHE:
-        if rope.scaling is None:
-            _CACHE[rope] = (None, 1.0)
-        else:
-            settings = dict(rope.scaling)
-            build = _llama3 if settings["kind"] == "llama3" else _yarn
-            freqs, magnitude = build(rope.dims, rope.base, settings)
-            mx.eval(freqs)
-            _CACHE[rope] = (freqs, magnitude)
-    return _CACHE[rope]
+@cache  # one entry per distinct rope of a model (one or two); a few hundred bytes each
+def _frequencies(kind: str, dims: int, base: float, settings: tuple[tuple[str, float], ...]) -> tuple[mx.array, float]:
+    freqs, magnitude = (_llama3 if kind == "llama3" else _yarn)(dims, base, dict(settings))
+    mx.eval(freqs)
+    return freqs, magnitude
 
 
 def _llama3(dims: int, base: float, s: dict) -> tuple[mx.array, float]:

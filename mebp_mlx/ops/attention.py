@@ -12,21 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..kernels import cpu
-from .barrier import Barrier
-
-
-class Rope(Protocol):
-    """The rotary embedding of [B, heads, T, head_dim] from a position on (model/rope.py)."""
-
-    def __call__(self, x: mx.array, offset: int) -> mx.array: ...
-
-    def backward(self, g: mx.array, offset: int) -> mx.array: ...
+from ..model.rope import Rope
+from .plan import Barrier
 
 
 @dataclass(frozen=True)
@@ -43,14 +35,24 @@ class Heads:
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
         """q or k [B, T, heads * head_dim] -> Q or K [B, heads, T, head_dim]."""
         x = x.reshape(*x.shape[:2], -1, self.head_dim)
-        return self.rope(self._normed(short, x).transpose(0, 2, 1, 3), position)
+        return self._turned(self._normed(short, x).transpose(0, 2, 1, 3), position, self.rope.scale)
 
     def rotated_backward(self, short: str, x: mx.array | None, g: mx.array, position: int) -> mx.array:
         """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where a norm is before the rotation."""
-        g = self.rope.backward(g, position).transpose(0, 2, 1, 3)
+        g = self._turned(g, position, -self.rope.scale).transpose(0, 2, 1, 3)  # a rotation's transpose turns back
         if x is not None:
             g = mx.vjp(lambda x: self._normed(short, x), [x.reshape(g.shape)], [g])[1][0]
         return g.reshape(*g.shape[:2], -1)
+
+    def _turned(self, x: mx.array, position: int, scale: float) -> mx.array:
+        """The rotary embedding of [B, heads, T, head_dim] from a position on; scale: of positions."""
+        rope = self.rope
+        if rope.magnitude != 1.0:
+            x = x * rope.magnitude
+        base = rope.base if rope.freqs is None else None
+        return mx.fast.rope(
+            x, rope.dims, traditional=rope.traditional, base=base, scale=scale, offset=position, freqs=rope.freqs
+        )
 
     def _normed(self, short: str, x: mx.array) -> mx.array:
         norm = self.norms.get(short)

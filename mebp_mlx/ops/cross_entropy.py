@@ -17,8 +17,7 @@ from ..kernels.online_softmax import SoftmaxState
 from ..kernels.online_softmax import online_softmax as softmax_kernel
 from ..model import NO_LABEL
 from ..model.base import Model, QuantizedBlock
-from .barrier import Barrier
-from .plan import Plan
+from .plan import Context
 
 
 class HeadResult(NamedTuple):
@@ -33,9 +32,7 @@ class HeadResult(NamedTuple):
 
 
 def cross_entropy(
-    model: Model,
-    plan: Plan,
-    barrier: Barrier,
+    context: Context,
     x: list[mx.array],
     targets: np.ndarray,
     need_dx: bool,
@@ -47,7 +44,7 @@ def cross_entropy(
     dx is multiplied by `weight`. Rows without a label are left out of the products. max_chunks: stop early (a probe
     of memory; the loss is that of a part of the vocabulary).
     """
-    spec = model.spec
+    model, barrier, spec = context.model, context.barrier, context.model.spec
     starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
     tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in pairwise(starts)]
     labelled = [np.flatnonzero(t != NO_LABEL) for t in tile_targets]
@@ -62,7 +59,7 @@ def cross_entropy(
     joined = h[0] if len(h) == 1 else mx.concatenate(h)
     del h
     barrier.value(joined, *picked)
-    state = scan(model, plan, barrier, joined, mx.array(y), need_dx, max_chunks)
+    state = scan(context, joined, mx.array(y), need_dx, max_chunks)
     losses = state.losses().sum()
     n_correct = (state.target_logit >= state.maximum).sum()
     barrier.wait(losses, n_correct)
@@ -89,19 +86,11 @@ def cross_entropy(
     return HeadResult(loss_sum, len(y), correct, dx)
 
 
-def scan(
-    model: Model,
-    plan: Plan,
-    barrier: Barrier,
-    h: mx.array,
-    labels: mx.array,
-    need_dx: bool,
-    max_chunks: int | None = None,
-) -> SoftmaxState:
+def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chunks: int | None = None) -> SoftmaxState:
     """The state after the vocabulary's chunks, from normed rows h [N, D] and labels int32 [N]."""
-    spec = model.spec
+    model, barrier, spec = context.model, context.barrier, context.model.spec
     state = SoftmaxState.start(h.shape[0], spec.D, need_dx)
-    chunk = plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
+    chunk = context.plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
     fused = not need_dx and _is_fused(model)
     for number, first in enumerate(range(0, spec.V, chunk)):
         if number == max_chunks:

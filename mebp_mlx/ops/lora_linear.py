@@ -13,31 +13,39 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..model.base import Model, WeightBlock
+from ..model.base import WeightBlock
 from ..model.config import Linear
-from ..model.lora import Dropout, Pair
-from .barrier import Barrier
-from .plan import Plan
-
-Range = tuple[int, int]
+from ..model.lora import Dropout
+from .plan import Context
 
 
 class Memory(Protocol):
     """What a block keeps of a tile, by name and position (families/base.py: BlockKept)."""
+
+    def keeps(self, name: str) -> bool: ...
 
     def put(self, name: str, position: int, found: mx.array) -> bool: ...
 
     def take(self, name: str, position: int) -> mx.array | None: ...
 
 
-class Wide:
-    """A value in float32, converted once for the pairs of all projections of it."""
+class Shared:
+    """What the projections of one block share.
 
-    def __init__(self) -> None:
+    memory: where s (xA), r columns, is kept as "low.SHORT", if the plan says so. gradients: where those of the pairs
+    are summed up, float32, by parameter name.
+    """
+
+    def __init__(self, context: Context, memory: Memory):
+        adapter, parts = context.adapter, context.dropout_parts
+        self.context, self.memory, self.keeps_low = context, memory, memory.keeps("low")
+        self.dropout = None if parts is None or not adapter.dropout else Dropout(adapter.dropout, parts)
+        self.gradients: dict[str, mx.array] = {}
         self._value: mx.array | None = None
         self._wide: mx.array | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def wide(self, x: mx.array) -> mx.array:
+        """A value in float32, converted once for the pairs of all projections of it."""
         if x.dtype.size >= 4:
             return x
         if x is not self._value:
@@ -51,30 +59,15 @@ class Wide:
 
 
 class LoraLinear:
-    """One projection of a block, on one tile of the sequence after another.
+    """One projection of a block, on one tile of the sequence after another. short: its name in the block."""
 
-    short: its name in the block; memory: where s (xA), r columns, is kept as "low.SHORT", if the plan says so; wide:
-    shared by projections of one value; dropout: on the input of the pair, or None; gradients: where those of the pair
-    are summed up, float32, by parameter name.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        short: str,
-        linear: Linear,
-        pair: Pair | None,
-        scale: float,
-        plan: Plan,
-        barrier: Barrier,
-        memory: Memory,
-        wide: Wide,
-        dropout: Dropout | None,
-        gradients: dict[str, mx.array],
-    ):
-        self.model, self.low_name, self.linear, self.pair, self.scale = model, f"low.{short}", linear, pair, scale
-        self.plan, self.barrier, self.memory, self.wide = plan, barrier, memory, wide
-        self.dropout, self.gradients = dropout, gradients
+    def __init__(self, shared: Shared, short: str, linear: Linear):
+        context = shared.context
+        self.shared, self.low_name, self.linear = shared, f"low.{short}", linear
+        self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
+        self.pair, self.scale = context.adapter.pairs.get(linear.name), context.adapter.scale
+        row_bytes = self.model.copied_bytes(linear, linear.in_dims)
+        self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are brought in at a time
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -94,20 +87,16 @@ class LoraLinear:
             backward.take(start, stop, g[..., start:stop])
         return backward.finish()
 
-    @property
-    def row_blocks(self) -> list[Range]:
-        """The ranges of W's rows that are brought in at a time."""
-        return self.plan.row_blocks(self.linear.out_dims, self.model.copied_bytes(self.linear, self.linear.in_dims))
-
     def low_rank(self, x: mx.array, position: int) -> mx.array | None:
         """s (dropout(x) A) [B, tile, r], or None without a pair."""
         if self.pair is None:
             return None
-        low = self.memory.take(self.low_name, position)
+        low = self.memory.take(self.low_name, position) if self.shared.keeps_low else None
         if low is None:
-            low = self.scale * (self.dropped(self.wide(x), x, position) @ self.pair.a)
+            low = self.scale * (self.dropped(self.shared.wide(x), x, position) @ self.pair.a)
             self.barrier.piece(low)
-            self.memory.put(self.low_name, position, low)
+            if self.shared.keeps_low:
+                self.memory.put(self.low_name, position, low)
         return low
 
     def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
@@ -124,19 +113,20 @@ class LoraLinear:
     def add(self, side: str, gradient: mx.array) -> None:
         """Sum up a gradient of the pair; side: "a" or "b"."""
         name = f"{self.linear.name}.lora_{side}"
-        known = self.gradients.get(name)
-        self.gradients[name] = gradient if known is None else known + gradient
-        self.barrier.piece(self.gradients[name])
+        gradients = self.shared.gradients
+        gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        self.barrier.piece(gradients[name])
 
     def dropped(self, x: mx.array, rows: mx.array, position: int, start: int = 0, stop: int | None = None) -> mx.array:
         """Columns [start, stop) of the pair's input, or of its cotangent, after dropout.
 
         rows [B, tile, ...]: what the mask is drawn for begins at a position.
         """
-        if self.dropout is None:
+        dropout = self.shared.dropout
+        if dropout is None:
             return x
         stop = self.linear.in_dims if stop is None else stop
-        return x * self.dropout.mask(self.linear.name, rows.shape[:2], position, (start, stop), rows.dtype)
+        return x * dropout.mask(self.linear.name, rows.shape[:2], position, (start, stop), rows.dtype)
 
 
 class Backward:
@@ -170,11 +160,11 @@ class Backward:
         if pair is None or self.g_b is None or self.x is None:
             return self.dx
         g_b = linear.scale * self.g_b
-        linear.add("a", _flat(linear.dropped(linear.wide(self.x), self.x, self.position)).T @ _flat(g_b))
+        linear.add("a", _flat(linear.dropped(linear.shared.wide(self.x), self.x, self.position)).T @ _flat(g_b))
         linear.add("b", _join(self.db))
         if self.dx is None:
             return None
-        if linear.dropout is None:
+        if linear.shared.dropout is None:
             self.dx = mx.addmm(self.dx.astype(mx.float32), g_b, pair.a.T)
         else:
             self.dx = self.dx + linear.dropped(g_b @ pair.a.T, self.x, self.position)

@@ -1,4 +1,8 @@
-"""How a step is cut: which values are kept, how large a piece of work is, and how much of it is one graph."""
+"""How a step is cut, and where it is evaluated.
+
+The plan says which values are kept, how large a piece of work is, and how much of it is one graph; the barrier submits
+the graphs and waits for them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN
+import mlx.core as mx
+
+from ..model.base import Model
+from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
 # Every projection's output: the backward repeats no product with a weight, only norms, rope, attention and activation.
@@ -19,6 +26,7 @@ SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 
+GRAINS = ("op", "stage", "tile", "block")
 _LEAST_ROWS = 32
 
 
@@ -26,7 +34,7 @@ _LEAST_ROWS = 32
 class Plan:
     """How a step is cut.
 
-    grain: how much is one graph (ops/barrier.py), "block" on a GPU, "op" on the CPU; saved: names of values that the
+    grain: how much is one graph (Barrier), "block" on a GPU, "op" on the CPU; saved: names of values that the
     forward pass keeps for the backward pass; checkpoint: blocks are recomputed by mx.checkpoint and MLX's own
     backward instead, `saved` is their inputs; kept_bytes: of kept values in memory, those beyond it go to a file
     (None: all in memory); weight_block_bytes: of a frozen matrix in memory at a time where its pages cannot be used
@@ -87,3 +95,97 @@ def _ranges(n: int, limit_bytes: int | None, item_bytes: float, least: int) -> l
     if limit_bytes is not None and item_bytes:
         step = max(least, int(limit_bytes // item_bytes) // least * least)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+class Barrier:
+    """Where a graph is submitted, and where it is waited for: the one place.
+
+    grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
+    tile before is waited for; "stage": every named value is evaluated at once; "op": so is every piece of it, which
+    holds the least memory. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
+    traces the graph.
+    """
+
+    def __init__(self, grain: str | None):
+        if grain is not None and grain not in GRAINS:
+            raise ValueError(f"grain {grain!r} is none of {', '.join(GRAINS)}")
+        self.grain = grain
+        self.n_waits, self.n_submissions = 0, 0
+        self._submitted: list[mx.array] = []  # since the last wait
+        self._before: list[mx.array] = []  # submitted before that, and perhaps still under way
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether values are left unevaluated until a tile is submitted."""
+        return self.grain not in ("op", "stage")
+
+    def piece(self, *arrays: mx.array) -> None:
+        """A piece of an operation: the next one may need its memory."""
+        if self.grain == "op":
+            self.wait(*arrays)
+
+    def value(self, *arrays: mx.array) -> None:
+        """A named value of a block."""
+        if self.grain in ("op", "stage"):
+            self.wait(*arrays)
+
+    def tile(self, *arrays: mx.array) -> None:
+        """What a block gives on one tile."""
+        self._submit(*arrays)
+        if self.grain == "tile":
+            self._wait_for_the_one_before()
+
+    def chunk(self, *arrays: mx.array) -> None:
+        """The state after a chunk of the vocabulary: at most it and the one before it are under way afterwards."""
+        self._submit(*arrays)
+        if self.grain is not None and self.is_lazy:
+            self._wait_for_the_one_before()
+
+    def block(self) -> None:
+        """The end of a block: at most it and the one before it are under way afterwards."""
+        if self.grain == "block":
+            self._wait_for_the_one_before()
+
+    def wait(self, *arrays: mx.array) -> None:
+        """Evaluate now."""
+        self.n_waits += 1
+        mx.eval(*arrays)
+
+    def _submit(self, *arrays: mx.array) -> None:
+        if self.grain is None:
+            return
+        if not self.is_lazy:
+            self.wait(*arrays)
+            return
+        mx.async_eval(*arrays)
+        self.n_submissions += 1
+        self._submitted += arrays
+
+    def _wait_for_the_one_before(self) -> None:
+        if self._before:
+            self.wait(*self._before)
+        self._before, self._submitted = self._submitted, []
+
+    def finish(self) -> None:
+        """Forget what was submitted; whoever needs it waits for it."""
+        self._before, self._submitted = [], []
+
+
+class Context:
+    """What the operations of a pass work with.
+
+    adapter: the trainable pairs; dropout_parts: what dropout's random keys are made of besides projection and position,
+    so that recomputation draws the same mask (None: no dropout).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        adapter: Adapter,
+        barrier: Barrier | None = None,
+        dropout_parts: tuple[int, ...] | None = None,
+    ):
+        self.model, self.plan, self.adapter = model, plan, adapter
+        self.barrier = barrier or Barrier(plan.grain)
+        self.dropout_parts = dropout_parts

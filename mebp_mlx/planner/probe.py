@@ -64,7 +64,7 @@ def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
     """Trained layers of each kind: two, or as many as are under way together and one more."""
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
-        trained = frozenset(short for short, linear in layer.linears.items() if workload.lora.trains(linear))
+        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in workload.lora.pairs)
         kinds.setdefault((layer.window, trained), []).append(layer)
     return [layers[: 3 if is_lazy else 2] for layers in kinds.values()]
 
@@ -85,7 +85,7 @@ def _exact(
             x = work.forward(layer, x, engine.store, names)
             engine.store.write_behind()
     with meter.phase("head"):
-        dx = cross_entropy(model, plan, engine.barrier, x, tokens, need_dx=True, max_chunks=_CHUNKS).dx
+        dx = cross_entropy(work, x, tokens, need_dx=True, max_chunks=_CHUNKS).dx
         engine.barrier.wait(*(dx or []))
         engine.store.write_behind()
     assert dx is not None
@@ -130,5 +130,5 @@ def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: Peak
             for layer in layers:
                 x = work.forward(layer, x)
     with meter.phase("head"):
-        cross_entropy(workload.model, plan, engine.barrier, x, tokens, need_dx=False, max_chunks=_CHUNKS)
+        cross_entropy(work, x, tokens, need_dx=False, max_chunks=_CHUNKS)
     engine.barrier.finish()

@@ -22,9 +22,8 @@ from ..engine.base import Pass
 from ..kernels import cpu
 from ..model.base import stand_in
 from ..model.config import Layer
-from ..ops.barrier import Barrier
 from ..ops.cross_entropy import scan
-from ..ops.plan import Plan
+from ..ops.plan import Barrier, Plan
 from .workload import Workload
 
 _PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
@@ -150,7 +149,7 @@ class _Counter:
         labels = mx.zeros((n_rows,), mx.int32)
 
         def run(h: mx.array) -> list[mx.array]:
-            state = scan(self.model, self.plan, Barrier(None), h, labels, self.workload.is_exact)
+            state = scan(self.work, h, labels, self.workload.is_exact)
             return [part for part in state if part is not None]
 
         return _sum(nodes_of(run, mx.zeros((n_rows, spec.D), self.model.dtype)))
@@ -167,7 +166,7 @@ class _Counter:
         return self.known[key]
 
     def _kind(self, layer: Layer) -> object:
-        trained = frozenset(short for short, linear in layer.linears.items() if self.workload.lora.trains(linear))
+        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in self.workload.lora.pairs)
         return layer.window, trained, tuple(linear.quantization for linear in layer.linears.values())
 
     def _tiles(self) -> list[mx.array]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..engine.backprop import first_trained
-from ..engine.zeroth_order import Estimator, Perturbed
+from ..engine.zeroth_order import Estimator, perturbed
 from ..model.base import Model
 from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
@@ -53,7 +53,7 @@ class Workload:
         """The trainable pairs as a forward pass sees them."""
         if self.estimator is None:
             return self.lora
-        return Perturbed(self.lora, self.estimator, self.estimator.probes[-1])
+        return perturbed(self.lora, self.estimator, self.estimator.probes[-1])
 
     @property
     def forward_passes(self) -> int:
