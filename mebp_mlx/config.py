@@ -6,12 +6,12 @@ Flags win over the YAML file, the YAML file over a resumed run's options, those 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mebp_mlx import mlx_lm_options
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
@@ -71,7 +71,7 @@ class TrainConfig:
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
-                                   metavar="PATH", may_change=True, shown_default="temporary")
+                                   metavar="PATH", path=True, may_change=True, shown_default="temporary")
     memory_budget: int | str | None = option(
         None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
         words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
@@ -121,7 +121,7 @@ class TrainConfig:
                                may_change=True)
 
     adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
-                               may_change=True)
+                               path=True, may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
@@ -132,7 +132,7 @@ class TrainConfig:
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
     config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
-                                flags=("-c",), may_change=True, shown_default="none")
+                                path=True, flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -178,8 +178,10 @@ class TrainConfig:
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:
         """Flags over YAML over `saved` (a resumed run's options) over defaults. Raises UserError; --help exits."""
-        flags = _from_flags(argv)
-        given = dict(_from_yaml(flags["config"])) if "config" in flags else {}
+        flags, taken = _from_flags(argv)
+        given, more = _from_yaml(flags["config"]) if "config" in flags else ({}, [])
+        if (taken or more) and saved is None:
+            print(mlx_lm_options.notice(list(dict.fromkeys([*taken, *more]))), flush=True)
         if "lr_schedule" in given and (unused := sorted(flags.keys() & {"warmup", "lr_decay", "learning_rate"})):
             flag = describe(cls)[unused[0]].flag
             raise UserError(f"{flag}: cannot be combined with the lr_schedule of {flags['config']}, which sets it")
@@ -213,17 +215,8 @@ class TrainConfig:
 
 # Flags
 
-# What mlx-lm has and this trainer does not: why, and the value that asks for nothing.
-NOT_HERE = {
-    "grad_checkpoint": "what is kept or recomputed follows from --memory-budget",
-    "resume_adapter_file": "use --resume, which restores the optimizer and the data order too",
-    "clear_cache_threshold": "the engine keeps no cache",
-    "trust_remote_code": "no code from a model folder is ever run",
-    "hf_dataset": "give a folder or a hub id as data",
-}
-
-
-def _from_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """The options that were given, and the names of what is taken without effect."""
     parser = build_parser(
         TrainConfig,
         PROG,
@@ -233,17 +226,20 @@ def _from_flags(argv: Sequence[str] | None) -> dict[str, Any]:
         "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed (saved),\n"
         "130 interrupted and saved",
     )
-    mlx_lm = parser.add_argument_group()
-    mlx_lm.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
-    mlx_lm.add_argument("--fine-tune-type", choices=("lora",), help=argparse.SUPPRESS)
+    mlx_lm_options.add_flags(parser)
     found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        why = NOT_HERE.get(flag.lstrip("-").replace("-", "_"))
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
-        raise UserError(f"{flag}: {f'not available: {why}' if why else f'no such option{suggest(flag, flags)}'}")
-    return {name: _checked(specs[name], raw, specs[name].flag) for name, raw in vars(found).items() if name in specs}
+        raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
+    given, taken = {}, []
+    for name, raw in vars(found).items():
+        if name in specs:
+            given[name] = _checked(specs[name], raw, specs[name].flag)
+        elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
+            taken.append(name)
+    return given, taken
 
 
 def _checked(spec: Spec, raw: Any, where: str) -> Any:
@@ -262,11 +258,15 @@ def _dotted(*keys: str) -> str:
     return ".".join(keys)
 
 
-def _from_yaml(path: str) -> dict[str, Any]:
-    """The options of a YAML file, ours and mlx-lm's. A key with the value null counts as absent."""
+def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The options of a YAML file, ours and mlx-lm's, and the names of what is taken without effect.
+
+    A key with the value null counts as absent.
+    """
     file = read_yaml(path)
     specs = describe(TrainConfig)
     given: dict[str, Any] = {}
+    taken: list[str] = []
 
     def take(name: str, raw: Any, where: str) -> None:
         if name in given:
@@ -280,14 +280,13 @@ def _from_yaml(path: str) -> dict[str, Any]:
         where = file.where(key)
         if key in specs and key != "config":
             take(key, raw, where)
-        elif key in NOT_HERE:
-            if raw:
-                raise UserError(f"{where}: not available: {NOT_HERE[key]}")
-        elif key in ("train", "fine_tune_type"):
-            if raw not in (True, "lora"):
-                raise UserError(f"{where}: only {'true' if key == 'train' else 'lora'} is possible, got {raw!r}")
+        elif key in mlx_lm_options.FOREIGN:
+            if mlx_lm_options.is_taken(key, raw, where):
+                taken.append(key)
         elif key != "lora_parameters":
-            raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
+            if raw is not None:
+                raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
+            taken.append(key)
     nested = file.values.get("lora_parameters") or {}
     if not isinstance(nested, dict):
         raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
@@ -298,7 +297,7 @@ def _from_yaml(path: str) -> dict[str, Any]:
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
-    return given
+    return given, taken
 
 
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
 
 
@@ -33,6 +35,7 @@ class Option:
     below: float | None = None
     or_minus_one: bool = False
     size: bool = False  # bytes: text with a unit, 500MB or 1.5GB, or a whole number
+    path: bool = False  # of a file or folder: ~ is the home folder, wherever it was written
     words: tuple[str, ...] = ()  # texts that stand for themselves, beside what the type allows
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
@@ -92,6 +95,10 @@ def convert(spec: Spec, raw: Any) -> Any:
     if isinstance(raw, str) and raw.lower() in spec.option.words:
         return raw.lower()
     value: Any = _size(raw, spec.option.words) if spec.option.size else _typed(spec.kind, raw)
+    if spec.option.path:
+        value = os.path.expanduser(value)
+    if spec.option.choices is not None and isinstance(value, str) and value.lower() in spec.option.choices:
+        value = value.lower()
     if spec.kind == tuple[str, ...]:
         value = tuple(spec.option.aliases.get(name, name) for name in value)
     _check_limits(spec.option, value)
@@ -188,9 +195,12 @@ def _check_limits(about: Option, value: Any) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` when a known name is close to `name`, otherwise nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    """`, did you mean X?` when a known name is close to `name`, or one begins with the other, otherwise nothing."""
+    bare = {each.lstrip("-"): each for each in known}
+    name = name.lstrip("-")
+    close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.75)
+    close += [each for each in bare if len(name) >= 3 and (each.startswith(name) or name.startswith(each))]
+    return f"; did you mean {bare[close[0]]}?" if close else ""
 
 
 # Command line
@@ -246,6 +256,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line
             )
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="show it and exit")
     return parser
 
 

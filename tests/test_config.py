@@ -15,7 +15,7 @@ import pytest
 
 from mebp_mlx.config import PROJECTIONS, TrainConfig
 from mebp_mlx.errors import UserError
-from mebp_mlx.options import describe
+from mebp_mlx.options import describe, suggest
 from mebp_mlx.system import machine
 from mebp_mlx.training.optimizers import CLASSES, learning_rate, make_optimizer
 
@@ -164,8 +164,12 @@ def test_epochs_and_iters(tmp_path: Path) -> None:
         (["--keys", "q_proj", "vproj"], "--keys", "did you mean"),
         (["--keys"], "--keys", "expected at least one argument"),
         (["--learning-rat", "1"], "--learning-rat", "did you mean --learning-rate?"),
-        (["--grad-checkpoint"], "--grad-checkpoint", "not available"),
-        (["--fine-tune-type", "dora"], "--fine-tune-type", "lora"),
+        (["--trust-remote-code"], "--trust-remote-code", "no code of a model's folder is ever run"),
+        (["--fine-tune-type", "dora"], "--fine-tune-type", "use lora"),
+        (["--fine-tune-type", "full"], "--fine-tune-type", "lora with a larger rank"),
+        (["--fine-tune-type", "none"], "--fine-tune-type", "only lora"),
+        (["--lora-layers", "4"], "--lora-layers", "num_layers"),
+        (["--wandb", "project"], "--wandb", "report_to: wandb"),
         (["stray"], "stray", "no such option"),
         (["--model", ""], "--model", "expected text"),
         (["--config", "no-such-file.yaml"], "--config no-such-file.yaml", "No such file"),
@@ -189,9 +193,12 @@ def test_wrong_flags_are_named(argv: list[str], flag: str, reason: str) -> None:
         ("model: 7\n", 1, "model", "expected text"),
         ("keys: 7\n", 1, "keys", "list of names"),
         ("seed: 1\nseed: 2\n", 2, "seed", "first on line 1"),
-        ("train: false\n", 1, "train", "only true"),
-        ("fine_tune_type: full\n", 1, "fine_tune_type", "only lora"),
-        ("seed: 1\ngrad_checkpoint: true\n", 2, "grad_checkpoint", "not available"),
+        ("train: false\n", 1, "train", "must be true"),
+        ("fine_tune_type: full\n", 1, "fine_tune_type", "full is not available"),
+        ("seed: 1\ntrust_remote_code: true\n", 2, "trust_remote_code", "leave it out"),
+        ("seed: 1\nuse_dora: true\n", 2, "use_dora", "use lora"),
+        ("seed: 1\nlora_layers: 8\n", 2, "lora_layers", "num_layers"),
+        ("wandb: mine\n", 1, "wandb", "report_to: wandb"),
         ("report_to: swanlab\n", 1, "report_to", "wandb"),
         ("lora_parameters:\n  rank: 2\n  alpha: 16\n", 3, "lora_parameters.alpha", "scale"),
         ("lora_parameters:\n  rank: -2\n", 2, "lora_parameters.rank", "at least 1"),
@@ -209,6 +216,55 @@ def test_wrong_yaml_is_named_with_its_line(tmp_path: Path, text: str, line: int,
     path = write(tmp_path, text)
     message = refusal("-c", path)
     assert message.startswith(f"{path}:{line}: {key}:") and reason in message, message
+
+
+def test_what_asks_for_nothing_is_taken_with_one_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = "train: true\ngrad_checkpoint: true\nclear_cache_threshold: 0\ntrust_remote_code: false\nuse_dora: false\n"
+    path = write(tmp_path, old + "wandb: null\nfine_tune_type: lora\nresume_adapter_file: null\nsome_old_key: null\n")
+    flags = ["--train", "--grad-checkpoint", "--clear-cache-threshold", "1GB", "--fine-tune-type", "lora"]
+    assert TrainConfig.from_args([*flags, "-c", path]).replace(config=None) == TrainConfig()
+    (line,) = capsys.readouterr().out.splitlines()
+    names = ("grad_checkpoint", "clear_cache_threshold", "trust_remote_code", "use_dora", "some_old_key")
+    assert line.startswith("note: ") and all(line.count(f"{name} (") == 1 for name in names)
+    assert not any(f" {name} (" in line for name in ("train", "fine_tune_type"))
+    TrainConfig.from_args(["-c", write(tmp_path, "train: true\nfine_tune_type: lora\n")])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["adapter_path", "arena_dir", "config"])
+@pytest.mark.parametrize("spelling", ["flag", "flag=", "yaml"])
+def test_a_tilde_is_the_home_folder_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, spelling: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a").write_text("rank: 3\n")
+    flag = "--" + name.replace("_", "-")
+    if spelling == "yaml":
+        argv = ["-c", write(tmp_path, f"{name}: ~/a\n")]
+        if name == "config":
+            assert "unknown key" in refusal(*argv)
+            return
+    else:
+        argv = [f"{flag}=~/a"] if spelling == "flag=" else [flag, "~/a"]
+    assert getattr(TrainConfig.from_args(argv), name) == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("--learning-rat", ["--learning-rate", "--seed"], "--learning-rate"),
+        ("lora_layer", ["lora_parameters", "num_layers"], None),
+        ("--versions", ["--overlong", "--seed"], None),
+        ("cosine", ["cosine_decay", "step_decay"], "cosine_decay"),
+        ("--q", ["--keys", "--quiet"], None),
+    ],
+)
+def test_a_hint_is_given_only_where_it_leads(name: str, known: list[str], meant: str | None) -> None:
+    assert suggest(name, known) == (f"; did you mean {meant}?" if meant else "")
+
+
+def test_names_of_choices_have_no_case_as_in_mlx_lm() -> None:
+    assert TrainConfig.from_args(["--optimizer", "AdamW"]).optimizer_name == "adamw"
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2\nb: 3\n", "- 1\n- 2\n", "rank\n", "3: 4\n", "a:\n\t- b\n"])

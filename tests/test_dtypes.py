@@ -32,6 +32,8 @@ CHANCE = 1.25
 FLOAT16 = 0.03  # of all gradients; 0.016 at most in twelve draws
 FOUR_BIT = {"group_size": 32, "bits": 4}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 SMALL_PIECES = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=17)
 
 
@@ -86,7 +88,11 @@ def test_gradients_in_16_bits_are_as_exact_as_autograds(
     assert ours <= allowed, f"seed {seed}: {ours} against {allowed}"
 
 
-@pytest.mark.parametrize("quantization", [FOUR_BIT, {"group_size": 64, "bits": 8}, MXFP4], ids=["4", "8", "mxfp4"])
+@pytest.mark.parametrize(
+    "quantization",
+    [FOUR_BIT, {"group_size": 64, "bits": 8}, MXFP4, MXFP8, NVFP4],
+    ids=["4", "8", "mxfp4", "mxfp8", "nvfp4"],
+)
 def test_packed_products_give_the_same_gradients(tmp_path: Path, quantization: dict[str, Any], seed: int) -> None:
     """In float32 only the order of summation differs."""
     folder = _folder(tmp_path, "qwen2-untied", seed, quantization)
@@ -208,7 +214,7 @@ def test_a_gpu_that_is_not_metal_adopts_nothing(monkeypatch: pytest.MonkeyPatch)
     assert device.on_gpu() and not device.on_metal()
 
 
-@pytest.mark.parametrize("quantization", [None, FOUR_BIT, MXFP4], ids=["16 bits", "4 bits", "mxfp4"])
+@pytest.mark.parametrize("quantization", [None, FOUR_BIT, MXFP4, NVFP4], ids=["16 bits", "4 bits", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("name", ["qwen2", "gemma3"])
 @pytest.mark.parametrize("own", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 def test_the_checkpoints_own_dtype_is_found(

@@ -151,9 +151,11 @@ def test_error_against_float64_is_that_of_float32(tmp_path: Path, name: str, see
         {"group_size": 64, "bits": 8, "model.layers.1.mlp.down_proj": {"group_size": 32, "bits": 4}},
         {"group_size": 32, "bits": 4, "model.embed_tokens": False, "model.layers.0.self_attn.q_proj": False},
         {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        {"group_size": 16, "bits": 4, "mode": "nvfp4"},
         {"group_size": 32, "bits": 5},
     ],
-    ids=["4-bit", "8-bit, one 4-bit", "4-bit, two in 16 bits", "mxfp4", "5-bit"],
+    ids=["4-bit", "8-bit, one 4-bit", "4-bit, two in 16 bits", "mxfp4", "mxfp8", "nvfp4", "5-bit"],
 )
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text", "gemma3"])
 def test_gradients_of_packed_checkpoints(tmp_path: Path, name: str, quantization: dict, seed: int) -> None:

@@ -56,8 +56,74 @@ def test_packing_must_agree_with_the_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name} is said to have 4 bits in groups of 64.*groups of 32"):
         mebp_mlx.open_model(folder)
     _change(folder, quantization={**quantization, "mode": "nvfp4"})
-    with pytest.raises(UserError, match=r"'nvfp4'.*not supported"):
+    with pytest.raises(UserError, match=r"said to be nvfp4, but has 4 bits in groups of 32, affine"):
         mebp_mlx.open_model(folder)
+    _change(folder, quantization={**quantization, "mode": "nf4"})
+    with pytest.raises(UserError, match=r"'nf4'.*not supported: affine, mxfp4, mxfp8, nvfp4"):
+        mebp_mlx.open_model(folder)
+
+
+FLOAT_PACKINGS = [
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+]
+
+
+@pytest.mark.parametrize("packing", FLOAT_PACKINGS, ids=lambda packing: packing["mode"])
+@pytest.mark.parametrize("said", ["mode", "quant_method", "nothing", "another mode"])
+def test_the_mode_is_the_tensors_own_however_it_is_said(tmp_path: Path, packing: dict, said: str) -> None:
+    folder = write_model(tmp_path / "m", packed_config("qwen3"), quantization=packing)
+    mode = packing["mode"]
+    if said == "quant_method":
+        _change(folder, quantization=None, quantization_config={"quant_method": mode})
+    elif said == "nothing":
+        _change(folder, quantization=None)
+    elif said == "another mode":
+        other = next(each["mode"] for each in FLOAT_PACKINGS if each["mode"] != mode)
+        _change(folder, quantization={**packing, "mode": other})
+        with pytest.raises(UserError, match=rf"config\.json: model\.embed_tokens is said to be {other}.*, {mode}$"):
+            mebp_mlx.open_model(folder)
+        return
+    spec = mebp_mlx.open_model(folder).spec
+    found = spec.layers[0].linears["q"].quantization
+    assert found is not None and vars(found) == packing
+
+
+@pytest.mark.parametrize(
+    "name, extra, file_says",
+    [
+        ("qwen2", "model.layers.0.self_attn.o_proj.bias", "o_proj.bias"),
+        ("qwen2", "model.layers.2.mlp.down_proj.bias", "down_proj.bias"),
+        ("qwen3", "model.layers.1.self_attn.q_proj.bias", "q_proj.bias"),
+        ("llama-sliding", "model.layers.1.self_attn.k_proj.bias", "k_proj.bias"),
+        ("llama", "model.layers.3.input_layernorm.weight", "layers.3"),
+        ("llama", "lm_head.bias", "lm_head.bias"),
+        ("mistral", "model.layers.0.self_attn.q_norm.weight", "q_norm"),
+        ("gemma3_text", "model.layers.0.self_attn.q_proj.global_scale", "global_scale"),
+        ("gemma3", "language_model.model.layers.0.mlp.up_proj.bias", "up_proj.bias"),
+        ("gemma3", "model.layers.0.mlp.up_proj.bias", "up_proj.bias"),
+    ],
+)
+def test_a_decoder_tensor_that_nothing_reads_is_refused(tmp_path: Path, name: str, extra: str, file_says: str) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS[name])
+    path = folder / "model.safetensors"
+    mx.save_safetensors(str(path), {**mx.load(str(path)), extra: mx.ones(5)})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=rf"model\.safetensors: nothing reads the tensor \S*{file_says}") as caught:
+        mebp_mlx.open_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_computed_here_or_belongs_to_no_decoder_may_be_there(tmp_path: Path) -> None:
+    extra = {
+        "qwen2": ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"],
+        "gemma3": ["vision_tower.patch.weight", "multi_modal_projector.norm.weight"],
+    }
+    for name, names in extra.items():
+        folder = write_model(tmp_path / name, CONFIGS[name])
+        path = folder / "model.safetensors"
+        mx.save_safetensors(str(path), {**mx.load(str(path)), **dict.fromkeys(names, mx.ones(5))})  # type: ignore
+        assert mebp_mlx.open_model(folder).spec.tied
 
 
 def test_missing_and_broken_config(tmp_path: Path) -> None:
@@ -93,6 +159,41 @@ def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
     layers = mebp_mlx.open_model(folder).spec.layers
     assert (layers[0].rope.base, layers[0].rope.scale) == (1e3, 1.0)
     assert (layers[2].rope.base, layers[2].rope.scale) == (9e5, 1 / 8)
+
+
+def test_old_and_new_rope_keys_may_stand_together_if_they_agree(tmp_path: Path) -> None:
+    gemma = write_model(tmp_path / "g", CONFIGS["gemma3_text"])  # with the old keys
+    ropes = [layer.rope for layer in mebp_mlx.open_model(gemma).spec.layers]
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    }
+    _change(gemma, rope_parameters=nested)
+    assert [layer.rope for layer in mebp_mlx.open_model(gemma).spec.layers] == ropes
+    _change(gemma, rope_local_base_freq=None)
+    assert [layer.rope for layer in mebp_mlx.open_model(gemma).spec.layers] == ropes
+    qwen = _change(write_model(tmp_path / "q", CONFIGS["qwen2"]), rope_parameters={"rope_theta": 5000.0})
+    assert mebp_mlx.open_model(qwen).spec.layers[0].rope.base == 5000.0
+
+
+@pytest.mark.parametrize(
+    "name, changes, key",
+    [
+        ("qwen2", {"rope_parameters": {"rope_theta": 10.0}}, "rope_theta"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "rope_local_base_freq"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_theta"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+            "rope_scaling",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "default"}}, "rope_scaling"),
+    ],
+)
+def test_old_and_new_rope_keys_that_differ_are_refused(tmp_path: Path, name: str, changes: dict, key: str) -> None:
+    folder = _change(write_model(tmp_path / "m", CONFIGS[name]), **changes)
+    with pytest.raises(UserError, match=rf"config\.json: {key} and rope_parameters contradict"):
+        mebp_mlx.open_model(folder)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import numpy as np
 
 from ..kernels import cpu
 from ..weights.safetensors import MappedWeights
-from .config import Layer, Linear, ModelSpec, Quantization, read_config, read_spec
+from .config import FLOAT_MODES, Layer, Linear, ModelSpec, Quantization, read_config, read_spec
 
 # What mx.quantized_matmul takes; other packings are dequantized.
-PACKED_GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,)}
+PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
 # Reads some rows or columns of a tensor from MappedWeights or the like: its name, and how many items it stores for how
 # many columns of the matrix.
 Read = Callable[[Any, str, int, int], Any]

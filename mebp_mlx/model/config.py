@@ -73,13 +73,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> bits, group size: it has no others
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How a packed weight is laid out: mx.dequantize's own terms."""
 
     bits: int
     group_size: int
-    mode: str  # "affine" or "mxfp4"
+    mode: str  # "affine", or one of FLOAT_MODES
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
     final_norm = f"{prefix}model.norm.weight"
     tensors.vector(final_norm, D)
     head = embedding if tied else tensors.linear(head_name, V, D)
+    tensors.refuse_unread(prefix, head_name if tied else None)
     scale = reader.number("query_pre_attn_scalar") if family.gemma else head_dim
     return ModelSpec(
         family=family_name,
@@ -283,21 +287,32 @@ class _Reader:
         return self.integer("sliding_window") if sliding else None
 
     def rope(self, head_dim: int, window: int | None) -> Rope:
-        """A layer's rope; newer configs nest theta and scaling in rope_parameters, gemma's one set a layer type."""
-        nested = self.get("rope_parameters") or {}
+        """A layer's rope, from the keys at the top level or from rope_parameters, which may hold a set a layer type.
+
+        Both may stand there (mlx-lm reads the old keys only) if they say the same.
+        """
         local = self.family.gemma and window is not None
-        if "full_attention" in nested:
-            nested = nested["sliding_attention" if local else "full_attention"]
-            theta, scaling = self.config.get("rope_theta"), nested
-        else:
-            theta = self.config.get("rope_local_base_freq" if local else "rope_theta")
-            scaling = None if local else (self.get("rope_scaling") or nested or None)
-        if theta is None:
-            theta = nested.get("rope_theta")
-        if theta is None:
-            theta = self.number("rope_local_base_freq" if local else "rope_theta")
+        nested = self._rope_parameters("sliding_attention" if window is not None else "full_attention")
+        key = "rope_local_base_freq" if local else "rope_theta"
+        old_scaling = None if local else self.get("rope_scaling")
+        bases = [float(value) for value in (self.config.get(key), nested.get("rope_theta")) if value is not None]
+        base = bases[0] if bases else float(self.number(key))
+        scalings = [found for found in (old_scaling, nested) if found]
         traditional = bool(self.get("rope_traditional", False))
-        return make_rope(head_dim, float(theta), scaling, traditional=traditional, where=self.where)
+        ropes = [make_rope(head_dim, base, found, traditional=traditional, where=self.where) for found in scalings]
+        if len(set(bases)) > 1 or len(set(ropes)) > 1:
+            old = key if len(set(bases)) > 1 else "rope_scaling"
+            raise UserError(f"{self.where}: {old} and rope_parameters contradict each other; remove one of them")
+        return ropes[0] if ropes else make_rope(head_dim, base, None, traditional=traditional, where=self.where)
+
+    def _rope_parameters(self, layer_type: str) -> dict:
+        """The rope_parameters of a layer type; {} where the config has none."""
+        nested = self.get("rope_parameters") or {}
+        if isinstance(nested, dict) and nested.keys() & {"full_attention", "sliding_attention"}:
+            nested = nested.get(layer_type) or {}
+        if not isinstance(nested, dict):
+            raise UserError(f"{self.where}: rope_parameters must hold objects, found {nested!r}")
+        return nested
 
 
 class _Tensors:
@@ -332,17 +347,28 @@ class _Tensors:
             return Linear(name, out_dims, in_dims, bias)
         return Linear(name, out_dims, in_dims, bias, self._packing(name, out_dims, in_dims))
 
+    def refuse_unread(self, prefix: str, tied_head: str | None) -> None:
+        """UserError for a tensor of the decoder that nothing reads: the loss would be another model's.
+
+        Buffers of frequencies are computed here; the head's matrix beside a tied embedding is the embedding.
+        """
+        spare = [] if tied_head is None else [f"{tied_head}.{part}" for part in ("weight", "scales", "biases")]
+        known = {*self.read, *spare}
+        for name in self.weights.names:
+            if name in known or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name.startswith(("model.", "lm_head", f"{prefix}model.", f"{prefix}lm_head")):
+                file = self.weights.info(name).file.name
+                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes another model")
+
     def _packing(self, name: str, out_dims: int, in_dims: int) -> Quantization:
         """Bits and group size follow from the shapes; what config.json says of them must agree."""
         said: dict = self.quantized if isinstance(self.quantized, dict) else {}
         own = said.get(name, said)
         packed, scales = self._shape(f"{name}.weight"), self._shape(f"{name}.scales")
-        affine = f"{name}.biases" in self.weights
-        mode = own.get("mode", "affine" if affine else "mxfp4") if isinstance(own, dict) else "affine"
-        if mode not in ("affine", "mxfp4"):
-            raise UserError(f"{self.where}: quantization mode {mode!r} of {name} is not supported: affine, mxfp4")
         bits = packed[-1] * 32 // in_dims
         group_size = in_dims // scales[-1] if scales[-1] else 0
+        mode = self._mode(name, own if isinstance(own, dict) else {}, bits, group_size)
         self._expect(f"{name}.weight", (out_dims, in_dims * bits // 32))
         self._expect(f"{name}.scales", (out_dims, in_dims // group_size if group_size else 0))
         if mode == "affine":
@@ -356,3 +382,23 @@ class _Tensors:
                 f"but its shapes give {bits} bits in groups of {group_size}"
             )
         return Quantization(bits, group_size, mode)
+
+    def _mode(self, name: str, own: dict, bits: int, group_size: int) -> str:
+        """The mode that the tensors have, where config.json names another one or one that is not supported: UserError.
+
+        Byte scales belong to one of FLOAT_MODES, each of which has one number of bits and one group size.
+        """
+        method = own.get("quant_method")
+        said = own.get("mode") or (method if method in FLOAT_MODES else None)
+        if said is not None and said not in ("affine", *FLOAT_MODES):
+            known = ", ".join(("affine", *FLOAT_MODES))
+            raise UserError(f"{self.where}: quantization mode {said!r} of {name} is not supported: {known}")
+        if self.weights.info(f"{name}.scales").dtype != "U8":
+            found = "affine"
+        else:
+            found = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), "unknown")
+        if found == "unknown" or said not in (None, found):
+            what = f"{bits} bits in groups of {group_size}" + (" with byte scales" if found != "affine" else "")
+            named = f"is said to be {said}, but " if said is not None else ""
+            raise UserError(f"{self.where}: {name} {named}has {what}, {found if named else 'which no mode has'}")
+        return found

@@ -74,7 +74,7 @@ class TensorInfo:
 class MappedWeights:
     """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
 
-    `names` is in file order: shard by shard, by offset. Every inconsistency of headers and index raises
+    `names` is in file order: shard by shard, by offset. Every inconsistency of headers raises
     UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: rows and
     columns come as views of the mapped pages where MLX can take them (weights/zero_copy.py), as copies elsewhere.
     """
@@ -84,7 +84,7 @@ class MappedWeights:
     def __init__(self, path: str | Path, *, adopt: bool = False) -> None:
         path = Path(path)
         self.adopt = adopt
-        files, placed = _shards(path)
+        files = _shards(path)
         self._infos: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._adopted: dict[str, mx.array | None] = {}
@@ -96,9 +96,6 @@ class MappedWeights:
                         other = self._infos[info.name].file.name
                         raise UserError(f"{file}: tensor {_one_line(info.name)} is already in {other}")
                     self._infos[info.name] = info
-            for name, file in placed.items():
-                if name not in self._infos or self._infos[name].file != file:
-                    raise UserError(f"{path / INDEX_NAME}: tensor {_one_line(name)} is not in {file.name}")
         except BaseException:
             self.close()
             raise
@@ -260,25 +257,27 @@ def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
     return array.view(dtype) if array.dtype != dtype else array
 
 
-def _shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files to open, in order, and where an index says each tensor is ({} without an index)."""
+def _shards(path: Path) -> list[Path]:
+    """The files to open, in order: those that an index names, unless none of them is there and others are.
+
+    Some conversions keep the index of what they converted. It tells nothing of a file that is there, then, and what it
+    says of tensors is not believed anyway: the files' own headers have them all.
+    """
     if path.is_file():
-        return [path], {}
+        return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    index = path / INDEX_NAME
+    index, found = path / INDEX_NAME, sorted(path.glob("model*.safetensors"))
     if index.is_file():
-        weight_map = _read_index(index)
-        paths = {file: path / file for file in sorted(set(weight_map.values()))}
-        files, placed = list(paths.values()), {name: paths[file] for name, file in weight_map.items()}
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{index}: names {file.name}, which is missing")
-        return files, placed
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
+        named = [path / file for file in sorted(set(_read_index(index).values()))]
+        missing = [file for file in named if not file.is_file()]
+        if not missing:
+            return named
+        if len(missing) < len(named) or not found:
+            raise UserError(f"{index}: names {missing[0].name}, which is missing")
+    if not found:
         raise UserError(f"{path}: no model*.safetensors in this folder")
-    return files, {}
+    return found
 
 
 def _read_index(index: Path) -> dict[str, str]:
