@@ -5,17 +5,14 @@ Only a few rows of one matrix are in memory at any time. One file holds one deco
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .export.folder import check_outside, new_config, new_folder, write_folder
 from .export.quantize import MODES, Packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
@@ -25,16 +22,11 @@ from .options import convert as checked_value
 from .system.allocator import settle
 from .system.command import DONE, run_command
 from .system.device import DTYPES
-from .system.files import NewFolder, flush
 from .system.footprint import PeakMeter
 from .system.units import megabytes
 from .weights.hub import resolve_model
-from .weights.safetensors import INDEX_NAME
 
 PROG = "python -m mebp_mlx.convert"
-_TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_MADE_HERE = ("config.json", INDEX_NAME, "hf_quant_config.json")
-_TEXT_BYTES = 256 << 20  # what is larger is no tokenizer
 _GROUP = "conversion"
 KEEP = "keep"
 
@@ -101,89 +93,19 @@ def convert(options: Options, say: Say = lambda text: None) -> Report:
     packing = options.packing()
     if not options.model or not options.out:
         raise UserError(f"{'--out' if options.model else '--model'}: is required")
-    out = NewFolder(options.out, "--out")
-    with _errors_of_the_disk(out):
-        out.check()
+    out = new_folder(options.out, "--out")
     source = resolve_model(options.model)
-    if out.path.is_relative_to(source.resolve()):
-        raise UserError(f"{out.shown}: is inside the source {source}")
+    check_outside(out, source)
     settle()
     model = Model(source)
     try:
         repack = Repack(model, packing, DTYPES[options.dtype] if options.dtype else None)
-        texts = _text_files(source)
-        config = _new_config(read_config(source), packing, options.dtype)
-        with _errors_of_the_disk(out):
-            out.remove_leftovers()
-            for folder in out.removed:
-                say(f"removed {folder}, which a killed conversion left behind")
-            out.check_space(repack.report.bytes_after + sum(path.stat().st_size for path in texts))
-            with out:
-                weight_map = repack.write(out.partial, say)
-                for path in texts:
-                    with open(path, "rb") as old, open(out.partial / path.name, "xb") as new:
-                        shutil.copyfileobj(old, new)
-                        flush(new)
-                _write_json(out.partial / "config.json", config)
-                _write_json(out.partial / INDEX_NAME, _index(repack.report, weight_map))
-                Model(out.partial).weights.close()  # what is published can be opened
-                out.publish()
+        config = new_config(read_config(source), packing, options.dtype)
+        write_folder(out, source, repack, config, say)
     finally:
         model.weights.close()
     repack.report.seconds = time.perf_counter() - began_s
     return repack.report
-
-
-@contextlib.contextmanager
-def _errors_of_the_disk(out: NewFolder) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out.shown}: {error.strerror or error}") from None
-
-
-# Everything but tensors
-
-
-def _text_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and the like."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.suffix in _TEXT_FILES
-        and path.name not in _MADE_HERE
-        and not path.name.endswith(".index.json")
-        and path.is_file()
-        and path.stat().st_size <= _TEXT_BYTES
-    ]
-
-
-def _new_config(config: dict[str, Any], packing: Packing | None, dtype: str | None) -> dict[str, Any]:
-    """config.json as mlx-lm writes it: sorted, without the vision tower that is not there."""
-    config = {key: value for key, value in sorted(config.items()) if key not in ("_name_or_path", "vision_config")}
-    if packing is None:
-        return config
-    how, text = packing.stored, config.get("text_config")
-    for part in (config, text):
-        for key in ("torch_dtype", "dtype"):
-            if dtype and isinstance(part, dict) and key in part:
-                part[key] = dtype
-    if isinstance(text, dict):
-        text.pop("quantization_config", None)  # of a source that was packed
-    config["quantization"] = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
-    config["quantization_config"] = config["quantization"]
-    return dict(sorted(config.items()))
-
-
-def _index(report: Report, weight_map: dict[str, str]) -> dict[str, Any]:
-    about = {"total_size": report.bytes_after, "total_parameters": report.n_parameters}
-    return {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=4) + "\n")
-        flush(file)
 
 
 # Command line

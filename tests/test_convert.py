@@ -242,7 +242,7 @@ def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -
     (left,) = tmp_path.glob(".out.*.partial")
     assert list(left.glob("*.safetensors")) and not (left / "config.json").exists()
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "which a killed conversion left behind" in again.stdout
+    assert again.returncode == 0 and "which a killed process left behind" in again.stdout
     assert not list(tmp_path.glob(".out.*")) and len(list(out.glob("*.safetensors"))) == 27
     Model(out).weights.close()
 

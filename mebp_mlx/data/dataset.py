@@ -50,14 +50,15 @@ class Batch:
 class TokenRows:
     """The rows of one split, memory-mapped.
 
-    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that is labelled.
+    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that is labelled. name: of
+    the file that the rows came from.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, name: str | None = None) -> None:
         def mapped(name: str) -> np.ndarray:
             return np.asarray(np.memmap(folder / f"{split}.{name}", f"<{FILES[name]}", mode="r"))
 
-        self.name = f"{split}.jsonl"
+        self.name = name or f"{split}.jsonl"
         self._tokens, self._offsets = mapped("tokens"), mapped("offsets")
         self._label_starts, self._lines = mapped("label_starts"), mapped("lines")
         self.lengths = np.diff(self._offsets).astype(np.int32)  # tokens of each row
@@ -112,12 +113,46 @@ def prepare(
     Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
     """
     folder = resolve_data(data)
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
+    options = _options(mask_prompt, max_seq_length, overlong)
+    splits, out = _tokenized(files, model_path, options, cache_dir)
+    rows = {split: TokenRows(out, split) for split in splits}
+    return DataSets(rows["train"], rows.get("valid"), rows.get("test"), splits, out)
+
+
+def prepare_rows(
+    *,
+    data: str,
+    split: str,
+    model_path: Path,
+    mask_prompt: bool,
+    max_seq_length: int,
+    overlong: str,
+    cache_dir: Path | None = None,
+) -> TokenRows:
+    """The rows of one split alone, or of the JSONL file that `data` names. Arguments and errors as of `prepare`."""
+    file = Path(data).expanduser()
+    if not file.is_file():
+        file = resolve_data(data, split) / f"{split}.jsonl"
+    if not file.is_file():
+        raise UserError(f"--data {data}: has no {file.name}")
+    options = _options(mask_prompt, max_seq_length, overlong)
+    _, out = _tokenized({split: file}, model_path, options, cache_dir)
+    return TokenRows(out, split, file.name)
+
+
+def _options(mask_prompt: bool, max_seq_length: int, overlong: str) -> dict[str, Any]:
     if max_seq_length < 2:
         raise UserError(f"--max-seq-length: must be at least 2, got {max_seq_length}")
     if overlong not in ("truncate", "drop", "error"):
         raise UserError(f"--overlong: {overlong!r} is not one of truncate, drop, error")
-    options = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "overlong": overlong}
-    files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
+    return {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "overlong": overlong}
+
+
+def _tokenized(
+    files: dict[str, Path], model_path: Path, options: dict[str, Any], cache_dir: Path | None
+) -> tuple[dict[str, dict[str, int]], Path]:
+    """Counts of each split as of DataSets, and the folder of their token files, from the cache or made now."""
     try:
         hashes = {split: _sha256(path) for split, path in files.items()}
         key = _cache_key(hashes, _tokenizer_hashes(model_path), options)
@@ -137,8 +172,7 @@ def prepare(
         meta = read_meta(out)
         if meta is None:
             raise UserError(f"{out}: the token cache was damaged while it was made")
-    rows = {split: TokenRows(out, split) for split in meta["splits"]}
-    return DataSets(rows["train"], rows.get("valid"), rows.get("test"), meta["splits"], out)
+    return meta["splits"], out
 
 
 # Batches

@@ -71,7 +71,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     """`meta.json` of a complete folder of token files; None if it is missing, of another format, damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT_VERSION or "train" not in meta["splits"]:
+        if meta["format"] != FORMAT_VERSION or not meta["splits"]:
             return None
         for split, counts in meta["splits"].items():
             rows, tokens = counts["rows"], counts["tokens"]

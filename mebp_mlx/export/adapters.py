@@ -1,29 +1,100 @@
-"""Adapters on disk as mlx-lm loads them: adapters.safetensors and adapter_config.json."""
+"""A folder of adapters, ours or mlx-lm's: read with every name and shape checked, and saved as mlx-lm loads it."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
+from ..errors import UserError
+from ..model.config import PROJECTIONS, Linear, ModelSpec
+from ..model.lora import Lora
 from ..system.files import write_json
-from ..weights.writer import write_arrays
+from ..weights.safetensors import MappedWeights
+from ..weights.writer import Entry, Shard, write_arrays
 
-ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+ADAPTERS, ADAPTER_CONFIG, RUN = "adapters.safetensors", "adapter_config.json", "run.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+FLAG = "--adapter-path"
 
 
-class Adapters(Protocol):
-    """What is saved of a Lora."""
+def read_about(folder: Path, flag: str = FLAG) -> dict[str, Any]:
+    """adapter_config.json as it stands. Raises UserError, naming `flag`, where there is none or it is damaged."""
+    path = folder / ADAPTER_CONFIG
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{flag} {folder}: the folder holds no {ADAPTER_CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return about
 
-    rank: int
-    scale: float
-    dropout: float
-    keys: Any
-    num_layers: int
 
-    def parameters(self) -> dict[str, mx.array]: ...
+def trained_with(folder: Path) -> dict[str, Any]:
+    """The options that the adapters were trained with, by name: run.json's of our own runs, and what
+    adapter_config.json says. Raises UserError like `read_about`.
+    """
+    options = read_about(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # mlx-lm writes no run.json
+        options = {**options, **json.loads((folder / RUN).read_text(encoding="utf-8"))["options"]}
+    return options
+
+
+def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
+    """The pairs of a folder, float32. Raises UserError for another kind of adapter, and for pairs that are incomplete,
+    of another shape than the model's matrices, or on modules that LoRA does not go on here.
+    """
+    about = read_about(folder, flag)
+    where = folder / ADAPTER_CONFIG
+    if "peft_type" in about:
+        raise UserError(f"{flag} {folder}: is PEFT's; python -m mebp_mlx.export --from-peft converts it")
+    kind = about.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora")
+    parameters = about.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise UserError(f"{where}: lora_parameters is missing")
+    numbers = {key: _number(parameters, key, where) for key in ("rank", "scale")}
+    if not (folder / ADAPTERS).is_file():
+        raise UserError(f"{flag} {folder}: the folder holds no {ADAPTERS}")
+    dropout = parameters.get("dropout", 0.0)
+    return read_pairs(
+        folder / ADAPTERS, spec, int(numbers["rank"]), numbers["scale"], dropout if isinstance(dropout, float) else 0.0
+    )
+
+
+def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
+    """The pairs of a safetensors file under mlx-lm's names. Raises UserError naming file and tensor."""
+    linears = {linear.name: linear for layer in spec.layers for linear in layer.linears.values()}
+    weights = MappedWeights(file)
+    try:
+        parameters = {name: _parameter(weights, name, linears, rank) for name in sorted(weights.names)}
+    finally:
+        weights.close()
+    for name in parameters:
+        other = name[:-1] + ("b" if name.endswith("a") else "a")
+        if other not in parameters:
+            raise UserError(f"{file}: {name} has no {other.rpartition('.')[2]} beside it")
+    if not parameters:
+        raise UserError(f"{file}: holds no LoRA pair")
+    return as_lora(parameters, spec, rank, scale, dropout)
+
+
+def as_lora(parameters: dict[str, mx.array], spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
+    """Pairs with checked names as a Lora, its keys and number of layers read off the names."""
+    layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
+    keys = tuple(key for key in PROJECTIONS.values() if any(f".{key}.lora_" in name for name in parameters))
+    n_layers = spec.L - layers[0].index
+    return Lora(parameters, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=n_layers)
 
 
 def numbered(iteration: int) -> str:
@@ -31,20 +102,70 @@ def numbered(iteration: int) -> str:
     return f"{iteration:07d}_{ADAPTERS}"
 
 
-def save_adapters(folder: Path, lora: Adapters, iteration: int, about: Mapping[str, Any], copy: bool = False) -> None:
-    """Writes both files. about: more keys of adapter_config.json; copy: 0000100_adapters.safetensors, too.
+def save_adapters(folder: Path, lora: Lora, iteration: int, about: Mapping[str, Any], copy: bool = False) -> None:
+    """Replaces both files of a run's folder. about: more keys of adapter_config.json; copy: 0000100_adapters, too.
 
     Raises NonFiniteLoss, and writes nothing, when a parameter is NaN or infinite; UserError when the disk refuses.
     """
-    parameters, when, flag = lora.parameters(), f"iteration {iteration}", "--adapter-path"
-    write_arrays(folder / ADAPTERS, parameters, when, flag)  # first: nothing is written if a value is not finite
+    parameters, when = lora.parameters(), f"iteration {iteration}"
+    write_arrays(folder / ADAPTERS, parameters, when, FLAG)  # first: nothing is written if a value is not finite
     if copy:
-        write_arrays(folder / numbered(iteration), parameters, when, flag)
-    config = {
+        write_arrays(folder / numbered(iteration), parameters, when, FLAG)
+    write_json(folder / ADAPTER_CONFIG, {**_described(lora), **about, "iters": iteration}, FLAG)
+
+
+def write_adapters(folder: Path, lora: Lora, about: dict[str, Any]) -> None:
+    """Both files, as mlx-lm loads them, into an existing folder without them.
+
+    about: more entries for adapter_config.json. Raises OSError.
+    """
+    write_tensors(folder / ADAPTERS, lora.parameters())
+    with open(folder / ADAPTER_CONFIG, "x", encoding="utf-8") as file:
+        file.write(json.dumps({**_described(lora), **about}, indent=4) + "\n")
+
+
+def _described(lora: Lora) -> dict[str, Any]:
+    return {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
         "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
-        **about,
-        "iters": iteration,
     }
-    write_json(folder / ADAPTER_CONFIG, config, flag)
+
+
+def write_tensors(path: Path, arrays: dict[str, mx.array]) -> None:
+    """A new safetensors file of some arrays, flushed to the disk. Raises OSError."""
+    names = sorted(arrays)
+    with open(path, "xb") as file, Shard(file, [Entry.of(name, arrays[name]) for name in names]) as shard:
+        for name in names:
+            shard.append(name, arrays[name])
+
+
+def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], rank: int) -> mx.array:
+    """One matrix of a pair, in float32."""
+    info = weights.info(name)
+    module, _, part = name.rpartition(".")
+    if part not in ("lora_a", "lora_b"):
+        raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b)")
+    if module not in linears:
+        raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
+    linear = linears[module]
+    wanted = (linear.in_dims, rank) if part == "lora_a" else (rank, linear.out_dims)
+    if info.shape != wanted:
+        raise UserError(f"{info.file}: {name} has shape {list(info.shape)}, the model and rank {rank} ask for "
+                        f"{list(wanted)}")  # fmt: skip
+    if not mx.issubdtype(info.mlx_dtype, mx.floating):
+        raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
+    value = weights.rows(name).astype(mx.float32)
+    if not mx.isfinite(value).all().item():
+        raise UserError(f"{info.file}: {name} holds values that are not finite")
+    return value
+
+
+def _number(parameters: dict[str, Any], key: str, where: Path) -> float:
+    value: Any = parameters.get(key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and (key != "rank" or (value >= 1 and value == int(value))):
+        return value
+    wanted = "a positive whole number" if key == "rank" else "a number"
+    found = "is missing" if value is None else f"must be {wanted}, found {value!r}"
+    raise UserError(f"{where}: lora_parameters.{key} {found}")

@@ -57,7 +57,7 @@ def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
         rows = mx.dequantize(parts["weight"], parts["scales"], group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
         return np.asarray(rows)
     scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
-    if cpu.is_on():
+    if cpu.is_on() and how.bits in cpu.BITS:
         return np.asarray(cpu.dequantize(parts["weight"], scales, biases, how.bits, how.group_size))
     return np.asarray(mx.dequantize(parts["weight"], scales, biases, group_size=how.group_size, bits=how.bits))
 

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import UserError
 from ..model.base import Model
 from ..model.config import Linear
+from ..model.lora import Adapter
 from ..system.footprint import footprint_bytes
 from ..system.units import megabytes
 from ..weights.safetensors import TensorInfo
@@ -26,6 +27,7 @@ from .quantize import Packing, pack, unpacked
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
 _KINDS = (*_FLOATS, "U32", "U8")  # packed weights, mxfp4's scales
+DENSE = "dense"
 
 Say = Callable[[str], None]
 
@@ -90,12 +92,16 @@ class _Same:
 class Repack:
     """The new files: the embedding's, one for each decoder block, and the final norm's (with the head).
 
-    packing: of the matrices, None: every tensor keeps its bytes; dtype: of all that is not packed, None: each
-    tensor's own. Raises UserError for a tensor of another kind than floats, and when the group size fits no matrix.
+    packing: of the matrices, DENSE: none is packed, None: every tensor keeps its bytes; dtype: of all that is not
+    packed, None: each tensor's own; adapter: pairs that are added to their matrices, which with packing None are
+    packed anew as they were. Raises UserError for a tensor of another kind than floats, and when the group size fits
+    no matrix.
     """
 
-    def __init__(self, model: Model, packing: Packing | None, dtype: mx.Dtype | None) -> None:
-        self._model, self._packing, self._dtype = model, packing, dtype
+    def __init__(
+        self, model: Model, packing: Packing | str | None, dtype: mx.Dtype | None, adapter: Adapter | None = None
+    ) -> None:
+        self._model, self._packing, self._dtype, self._adapter = model, packing, dtype, adapter
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
         blocks += [[*layer.norms.values(), *layer.linears.values()] for layer in spec.layers]
@@ -105,7 +111,7 @@ class Repack:
         matrices = [item for block in self._blocks for item in block if isinstance(item, _Matrix)]
         packed = [matrix.linear.name for matrix in matrices if matrix.packing]
         copied = [linear.name for linear in linears if self._stays(linear)]
-        if packing is not None and not packed and not copied:
+        if isinstance(packing, Packing) and not packed and not copied:
             widths = ", ".join(str(n) for n in sorted({linear.in_dims for linear in linears}))
             raise UserError(f"--group-size {packing.group_size}: divides no matrix's rows, which are {widths} long")
         entries = [entry for block in self._blocks for item in block for entry in item.entries()]
@@ -117,7 +123,7 @@ class Repack:
             bytes_after=sum(entry.n_bytes for entry in entries),
             n_parameters=sum(math.prod(vector.shape) for vector in vectors)
             + sum(linear.out_dims * linear.in_dims for linear in linears),
-            packed=packed + (copied if packing is not None else []),
+            packed=packed + (copied if isinstance(packing, Packing) else []),
             copied=copied,
             unpacked=[matrix.linear.name for matrix in matrices if not matrix.packing],
             left_out=[name for name in model.weights.names if name not in used],
@@ -160,16 +166,24 @@ class Repack:
         if self._stays(item):
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
         else:
-            packing = self._packing
-            yield _Matrix(item, self._own(item), packing if packing and packing.fits(item.in_dims) else None)
+            yield _Matrix(item, self._own(item), self._packing_of(item))
         if item.bias:
             yield from self._new(f"{item.name}.bias")
+
+    def _packing_of(self, linear: Linear) -> Packing | None:
+        """The new format of a matrix that is written anew, None: dense."""
+        packing, own = self._packing, linear.quantization
+        if isinstance(packing, Packing):
+            return packing if packing.fits(linear.in_dims) else None
+        return Packing(own.bits, own.group_size, own.mode) if packing is None and own is not None else None
 
     def _stays(self, linear: Linear) -> bool:
         """Whether a matrix keeps its bytes: all do, or it is packed in the new way already."""
         packing = self._packing
-        if packing is None:
-            return True
+        if self._adapter is not None and linear.name in self._adapter.pairs:
+            return False
+        if not isinstance(packing, Packing):
+            return packing is None
         if not packing.fits(linear.in_dims) or packing.mode == "symmetric" or packing.stored != linear.quantization:
             return False
         scales = self._model.weights.info(linear.tensors[-1]).dtype
@@ -194,7 +208,7 @@ class Repack:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
         linear, sums = matrix.linear, np.zeros(2)
         for start, stop in _row_blocks((linear.out_dims, linear.in_dims)):
-            exact = self._model.rows(linear, start, stop)
+            exact = self._rows(linear, start, stop)
             rows = self._cast(f"{linear.name}.weight", exact, matrix.dtype)
             if matrix.packing is None:
                 shard.append(f"{linear.name}.weight", rows)
@@ -207,6 +221,13 @@ class Repack:
         if matrix.packing is not None:
             self.report.errors[linear.name] = _relative(sums)
         return sums
+
+    def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
+        """Rows of W + s (A B)^T in float32."""
+        rows = self._model.rows(linear, start, stop)
+        if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
+            return rows
+        return rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)

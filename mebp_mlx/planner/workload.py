@@ -30,7 +30,7 @@ class Workload:
     B, T: rows of a batch and positions of its longest row; T_eval: of the longest row that is only evaluated;
     make_updater(lora, plan): as training makes it, for a Lora of its own (None: gradients are collected);
     state_bytes: of the optimizer's state; gathers: whether a step gathers gradients (clipping, several
-    micro-batches); estimator: of a zeroth-order engine, None for exact gradients.
+    micro-batches); estimator: of a zeroth-order engine, None for exact gradients; forward_only: nothing is trained.
     """
 
     model: Model
@@ -42,11 +42,12 @@ class Workload:
     state_bytes: int = 0
     gathers: bool = False
     estimator: Estimator | None = None
+    forward_only: bool = False
 
     @property
     def is_exact(self) -> bool:
         """Whether there is a backward pass."""
-        return self.estimator is None
+        return self.estimator is None and not self.forward_only
 
     @property
     def adapter(self) -> Adapter:
@@ -66,5 +67,7 @@ class Workload:
 
     @property
     def first_trained(self) -> int:
-        """The lowest layer with a pair; their number without any."""
+        """The lowest layer with a pair; their number without any. 0 where nothing is trained: all layers alike."""
+        if self.forward_only:
+            return 0
         return first_trained(self.lora, self.model.spec.layers)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..export.adapters import ADAPTER_CONFIG, ADAPTERS
+from ..export.adapters import ADAPTER_CONFIG, ADAPTERS, RUN
 from ..ops.plan import Plan
 from ..system.files import write_json
 
-CHECKPOINT, RUN, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 
 def check_unused(folder: Path) -> None:

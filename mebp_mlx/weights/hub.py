@@ -67,8 +67,8 @@ def resolve_model(name: str) -> Path:
     return _checked_model(folder, name)
 
 
-def resolve_data(name: str) -> Path:
-    """The folder that holds train.jsonl: `name` is "bundled", a local folder, or the hub id of a dataset.
+def resolve_data(name: str, split: str = "train") -> Path:
+    """The folder that holds a split's file: `name` is "bundled", a local folder, or the hub id of a dataset.
 
     A dataset without JSONL files is converted through the optional `datasets` library, and so is one part of
     a dataset ("Salesforce/wikitext:wikitext-2-raw-v1").
@@ -82,9 +82,9 @@ def resolve_data(name: str) -> Path:
     if not name or not folder.exists():
         return Path(_from_hub(name, flag="--data", kind="dataset", patterns=DATA_PATTERNS))
     if not folder.is_dir():
-        raise UserError(f"--data {name}: is a file; name the folder that holds train.jsonl")
-    if not (folder / "train.jsonl").is_file():
-        raise UserError(f"--data {name}: the folder holds no train.jsonl")
+        raise UserError(f"--data {name}: is a file; name the folder that holds {split}.jsonl")
+    if not (folder / f"{split}.jsonl").is_file():
+        raise UserError(f"--data {name}: the folder holds no {split}.jsonl")
     return folder
 
 

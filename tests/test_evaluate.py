@@ -1,0 +1,111 @@
+"""Loss, perplexity and accuracy on any rows: mlx-lm's own, whatever the file and the budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mebp_mlx import evaluate
+from mebp_mlx.data import dataset
+from tests.adapters import make_adapters, mlx_lm_loss
+from tests.runs import tokenize_here
+from tests.texts import write_rows, write_tokenizer
+from tests.tiny import CONFIGS, write_model
+
+ROWS = [{"text": text} for text in ("the cat sat on the mat", "what is the capital of France? It is Paris.", "moon")]
+
+
+@pytest.fixture
+def tokens_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize_here(tmp_path, monkeypatch)
+
+
+def measured(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, dict[str, float]]:
+    assert evaluate.main([str(part) for part in argv] + ["--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_losses_are_mlx_lms(
+    tmp_path: Path, tokens_here: None, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tokenizer(tmp_path / "model", chat=False)
+    write_model(model, CONFIGS[family] | {"vocab_size": 320}, seed=3)
+    write_rows(tmp_path / "data", ROWS, "test")
+    adapters = make_adapters(tmp_path / "adapters", model, data=str(tmp_path / "data"))
+    found = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
+    rows = dataset.prepare_rows(
+        data=str(tmp_path / "data"), split="test", model_path=model, mask_prompt=False, max_seq_length=64,
+        overlong="error",
+    )  # fmt: skip
+    tokens = [[*batch.tokens[0].tolist(), int(batch.targets[0, -1])] for batch in dataset.eval_batches(rows, 1, -1)]
+    for name, folder in (("model", None), ("adapters", adapters)):
+        expected = mlx_lm_loss(model, folder, tokens)
+        assert abs(found[name]["loss"] / expected - 1) <= 1e-5, name
+        assert found[name]["n_rows"] == 3 and found[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
+        assert math.isclose(found[name]["perplexity"], math.exp(found[name]["loss"]))
+    assert abs(found["model"]["loss"] - found["adapters"]["loss"]) > 1e-3
+
+
+def test_any_file_and_any_split_within_a_budget(
+    home: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = home / "model"
+    whole = measured(capsys, "--model", model, "--data", home / "data", "--split", "valid")["model"]
+    file = home / "data" / "valid.jsonl"
+    assert measured(capsys, "--model", model, "--data", file, "--memory-budget", "none")["model"] == whole
+    least = measured(capsys, "--model", model, "--data", file, "--memory-budget", "min")["model"]
+    assert abs(least["loss"] / whole["loss"] - 1) <= 1e-6 and least["n_labels"] == whole["n_labels"]
+    two = measured(capsys, "--model", model, "--data", file, "--batch-size", 1, "--test-batches", 2)["model"]
+    assert two["n_rows"] == 2
+    assert evaluate.main(["--model", str(model), "--data", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("valid.jsonl: 6 rows, ") and f"{whole['loss']:.4f}" in said
+
+
+def test_labels_are_those_of_training(
+    home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "what is the capital", "completion": "Paris"}]
+    file = write_rows(tmp_path, rows, "test") / "test.jsonl"
+    adapters = make_adapters(tmp_path / "adapters", home / "model", data=str(file), mask_prompt=True)
+    masked = measured(capsys, "--adapter-path", adapters)
+    assert masked == measured(capsys, "--adapter-path", adapters, "--mask-prompt")
+    assert masked["model"]["n_labels"] < measured(capsys, "--adapter-path", adapters, "--no-mask-prompt")["model"][
+        "n_labels"
+    ]
+
+
+def test_a_budget_that_is_too_small_is_refused(
+    home: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", str(home / "model"), "--data", str(home / "data"), "--memory-budget", "1MB"]
+    assert evaluate.main(argv) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("error: --memory-budget: 1.0 MB is too little") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--split", "dev"], "--split: 'dev' is not one of"),
+        (["--adapter-path", "{home}/none"], "--adapter-path {home}/none: no such folder"),
+        (["--adapter-path", "{home}/data"], "--adapter-path {home}/data: the folder holds no adapter_config.json"),
+        (["--data", "{home}/none.jsonl"], "--data {home}/none.jsonl: no such folder"),
+        (["--data", "{home}/model"], "--data {home}/model: the folder holds no test.jsonl"),
+        (["--test-batches", "0"], "--test-batches: must be at least 1"),
+        (["--memory-budget", "500"], "--memory-budget: 500 has no unit"),
+        (["--tset"], "--tset: no such option"),
+        (["--model", "{home}/data"], "--model {home}/data: the folder {home}/data holds no config.json"),
+    ],
+)
+def test_bad_input_is_one_line(
+    home: Path, tokens_made_here: None, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", "{home}/model", "--data", "{home}/data", *argv]
+    assert evaluate.main([part.format(home=home) for part in given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(home=home)}") and said.count("\n") == 1, said
