@@ -19,9 +19,9 @@ import mlx.core as mx
 
 from bench import report
 from bench.layers import SPLITS
-from bench.synth import SHAPES
 from mebp_mlx.model.base import Model
 from mebp_mlx.model.config import Linear
+from mebp_mlx.testing.synth import SHAPES
 
 PAPER_SHARE = (0.32, 0.42)
 HEAD_ROWS = 8192

@@ -26,10 +26,10 @@ import mlx.core as mx
 
 from bench import report
 from bench.dispatch_case import MLX_LM, OPTIMIZERS, Case, count, extrapolated, mlx_lm, peak_bytes, total
-from bench.synth import SHAPES, model_config, write_model
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import _size as options_size
 from mebp_mlx.system.device import on_gpu, on_metal
+from mebp_mlx.testing.synth import SHAPES, model_config, write_model
 
 _GROWS = ("stages", "names", "kept_bytes", "adopted_tensors", "adopted_bytes")  # with the number of blocks
 

@@ -67,7 +67,7 @@ def main() -> int:
         print(json.dumps(train_step(options.case, options.limit_mb, options.tokens, options.memory_budget)))
         return 0
     from bench.stepper import plan_line
-    from bench.synth import write_model
+    from mebp_mlx.testing.synth import write_model
 
     results = []
     with tempfile.TemporaryDirectory() as scratch:

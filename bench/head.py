@@ -19,13 +19,13 @@ import numpy as np
 
 from bench.layers import trim_heap
 from bench.report import positive
-from bench.synth import SHAPES, write_model
 from mebp_mlx.kernels.cpu import online_softmax
 from mebp_mlx.kernels.online_softmax import SoftmaxState
 from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.cross_entropy import cross_entropy
 from mebp_mlx.ops.plan import Plan
 from mebp_mlx.system.footprint import PeakMeter
+from mebp_mlx.testing.synth import SHAPES, write_model
 
 
 def measure(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:

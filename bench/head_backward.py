@@ -15,9 +15,9 @@ import json
 import math
 from dataclasses import dataclass
 
-from bench.synth import SHAPES
 from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
 from mebp_mlx.ops.plan import Plan
+from mebp_mlx.testing.synth import SHAPES
 
 THREADGROUP_BYTES = 32 << 10  # Metal's limit for a threadgroup
 TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: h, weights and then logits

@@ -22,28 +22,11 @@ from mlx.utils import tree_flatten
 
 from bench import report
 from bench.stepper import Stepper, plan_line
-from bench.synth import SHAPES
+from mebp_mlx.testing.reference import mlx_lm_model
+from mebp_mlx.testing.synth import SHAPES
 from mebp_mlx.training.optimizers import PlainSGD
-from tests.parity import unpack_layers
 
 OUR_CACHE_BYTES = 0  # system/allocator.py
-
-
-def mlx_lm_model(folder: Path, lora: Any, *, unpacked: bool = True) -> Any:
-    """mlx-lm's model with its LoRA layers and our LoRA's values, float32 and in memory; unpacked: its weights, too."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    if unpacked:
-        unpack_layers(model)
-    model.freeze()
-    config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
-    linear_to_lora_layers(model, len(model.layers), config)
-    model.load_weights(list(lora.parameters().items()), strict=False)
-    mx.eval(model.parameters())
-    return model
 
 
 def measure(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, Any]:

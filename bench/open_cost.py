@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.synth import SHAPES, write_model
+from mebp_mlx.testing.synth import SHAPES, write_model
 
 
 def measure(folder: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ PACKINGS = {"float32": None, "4-bit": {"group_size": 32, "bits": 4}, "8-bit": {"
 
 
 def main() -> None:
-    from tests.parity import largest_error, mlx_lm_loss_and_grads
-    from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
+    from mebp_mlx.testing.reference import largest_error, mlx_lm_loss_and_grads
+    from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="random models per row (default: 3)")

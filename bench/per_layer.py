@@ -16,7 +16,7 @@ from typing import Any
 from bench import report
 from bench.layers import CASES, SPLITS
 from bench.stepper import add_memory_budget, plan_line
-from bench.synth import SHAPES
+from mebp_mlx.testing.synth import SHAPES
 
 COLORS = {"mebp": "C1", "mebp-inputs": "C2", "mezo": "C0"}
 SPLIT_COLORS = {"read": "#7f7f7f", "decompress": "#d62728", "compute": "#4c78a8", "save": "#f2b701"}

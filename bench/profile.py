@@ -21,7 +21,6 @@ import mlx.core as mx
 from bench import report
 from bench.instruments import Clock, Wraps
 from bench.stepper import Stepper, add_memory_budget, plan_line
-from bench.synth import SHAPES
 from mebp_mlx.engine import backprop, base
 from mebp_mlx.engine.store import Store
 from mebp_mlx.families.base import Block, value
@@ -34,6 +33,7 @@ from mebp_mlx.ops import cross_entropy as head
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import Gate, GatedMlp
 from mebp_mlx.ops.lora_linear import Backward, Input, LoraLinear
+from mebp_mlx.testing.synth import SHAPES
 from mebp_mlx.training.update import Updater
 from mebp_mlx.weights.safetensors import MappedWeights
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import mebp_mlx
 from bench import report
-from bench.synth import write_model
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner.work import Rates, Work, bound_s, count
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.phone import DEVICES, Phone
+from mebp_mlx.testing.synth import write_model
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,11 +31,20 @@ PAPER: dict[str, dict[str, float]] = {
 PAPER_BY_LENGTH_MB = {128: 253, 256: 361, 512: 582, 1024: 1050}
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The command line that all of them share; --out and --quick."""
-    found = argparse.ArgumentParser(
-        prog=f"python -m bench.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class Parser(argparse.ArgumentParser):
+    """The command line of bench NAME. A wrong option ends the process with one line on stderr and exit code 2."""
+
+    def __init__(self, name: str, doc: str | None):
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m bench.{name}", description=doc, formatter_class=how)
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def parser(name: str, doc: str | None) -> Parser:
+    """The command line of a bench that writes files: --out and --quick."""
+    found = Parser(name, doc)
     found.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG (default: nothing is written)")
     found.add_argument("--quick", action="store_true", help="small sizes: minutes on 2 cores")
     return found
@@ -43,7 +52,7 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 def model_of(shape: str, models: Path, layers: int | None = None) -> Path:
     """The folder in `models` of a random model of a shape, cut to `layers` blocks (bench/synth.py); made if missing."""
-    from bench.synth import write_model
+    from mebp_mlx.testing.synth import write_model
 
     folder = models / (shape if layers is None else f"{shape}-{layers}")
     if not (folder / "config.json").exists():
@@ -191,7 +200,20 @@ def run_module(module: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def refuse(error: Exception) -> NoReturn:
-    """What a user can get wrong: one line, exit code 2."""
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+def refuse(error: object) -> NoReturn:
+    """Ends the process for a user's mistake: one line on stderr, exit code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Runs a bench's `main` and ends the process: 0, or the exit code that it returns; 2 for a user's mistake."""
+    from mebp_mlx.errors import UserError
+
+    try:
+        code = main()
+    except UserError as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        code = 130
+    raise SystemExit(code)

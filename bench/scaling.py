@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import report
 from bench.stepper import add_memory_budget, plan_line
-from bench.synth import SHAPES
+from mebp_mlx.testing.synth import SHAPES
 
 MUST_MB = {1024: 160, 4096: 320, 8192: 512}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import report
 from bench.stepper import add_memory_budget, plan_line
-from bench.synth import SHAPES
+from mebp_mlx.testing.synth import SHAPES
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench import report
 from bench.stepper import add_memory_budget, plan_line
-from bench.synth import SHAPES
+from mebp_mlx.testing.synth import SHAPES
 
 HEADS = ["shape", "optimizer", "before MB", "peak MB", "the paper", "step s", "2 fwd s", "ratio"]
 

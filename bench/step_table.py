@@ -13,8 +13,8 @@ from typing import Any
 from bench import report
 from bench.step_case import add_device, device_arguments
 from bench.stepper import plan_line
-from bench.synth import SHAPES
 from mebp_mlx.system.phone import DEVICES
+from mebp_mlx.testing.synth import SHAPES
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.synth import SHAPES, write_model
 from bench.versus_case import CASES
+from mebp_mlx.testing.synth import SHAPES, write_model
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from bench.in_memory import mlx_lm_model
 from bench.report import positive, refuse, spread
 from bench.stepper import Stepper
 from mebp_mlx.data.dataset import Batch, has_tokenizer, prepare
@@ -29,6 +28,7 @@ from mebp_mlx.engine.whole_graph import WholeGraphEngine
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.lora import Lora
 from mebp_mlx.system.footprint import PeakMeter
+from mebp_mlx.testing.reference import mlx_lm_model
 from mebp_mlx.weights.hub import resolve_model
 
 CASES = {
@@ -72,7 +72,7 @@ def with_mlx_lm(path: Path, lora: Lora, rows: np.ndarray, batch_size: int, in_me
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
-    model = mlx_lm_model(path, lora, unpacked=in_memory)
+    model = mlx_lm_model(path, lora, dequantized=in_memory)
     found: Timed = []
 
     class Record(TrainingCallback):

@@ -16,7 +16,7 @@ from mebp_mlx.ops import barrier as barrier_module
 from mebp_mlx.ops.barrier import GRAINS, Barrier
 from mebp_mlx.ops.cross_entropy import cross_entropy
 from mebp_mlx.ops.plan import Plan
-from tests.tiny import packed_config, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, write_model
 
 
 class Recorded:

@@ -23,8 +23,8 @@ from mebp_mlx.ops.plan import SAVE_INPUTS, Plan
 from mebp_mlx.planner.work import Rates, bound_s
 from mebp_mlx.system.footprint import footprint_bytes
 from mebp_mlx.system.phone import DEVICES
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 from tests.runs import tokenize_here, write_home
-from tests.tiny import CONFIGS, packed_config, write_model
 
 
 def test_spread_is_numpys_percentiles(seed: int) -> None:

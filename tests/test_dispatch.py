@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from bench import dispatch, dispatch_case
-from bench.synth import SHAPES, write_model
-from tests.tiny import PACKED, packed_config
+from mebp_mlx.testing.synth import SHAPES, write_model
+from mebp_mlx.testing.tiny import PACKED, packed_config
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text")
 FIXED_WAITS, PRODUCTS = 16, 14  # beside two waits a block; of a block: seven projections, forward and backward

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.hard_limit import run_child
-from bench.synth import write_model
+from mebp_mlx.testing.synth import write_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
 

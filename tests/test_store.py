@@ -18,7 +18,7 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.ops.barrier import Barrier
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.system.pages import PAGE_BYTES
-from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
 
 ONE_PAGE = (PAGE_BYTES // 4,)  # a float32 array that fills a page
 
