@@ -1,6 +1,6 @@
-"""Timing the engine from outside: its functions are wrapped, and what they return is evaluated at once.
+"""Times the engine from outside: its functions are wrapped, and what they return is evaluated immediately.
 
-A stage's time is what is left after the stages inside it are taken away.
+The time of a stage excludes the stages inside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mebp_mlx.training.update import Updater
 
 
 class Clock:
-    """Seconds by stage, each without the stages inside it; flops by stage for those with matrix products."""
+    """Seconds by stage, each without the stages inside it; floating-point operations of stages with matrix products."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -32,7 +32,7 @@ class Clock:
         began_s = time.perf_counter()
         try:
             value = run()
-            mx.eval(value)  # arrays in tuples and lists, too; anything else is left alone
+            mx.eval(value)  # arrays, also in tuples and lists; other values are ignored
         finally:
             passed_s = time.perf_counter() - began_s
             own_s = passed_s - self._inner.pop()
@@ -44,13 +44,13 @@ class Clock:
 
 
 class Wraps:
-    """Functions with something around them; `remove` takes everything off again."""
+    """Functions replaced by wrappers; `remove` restores them all."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
 
     def wrap(self, clock: Clock, owner: Any, name: str, label: Callable[..., str] | str) -> None:
-        """Times owner.name as `label`, or label(*its arguments). What it waits for belongs to the one that made it."""
+        """Times owner.name as `label` or label(*its arguments), which are evaluated first, outside of the time."""
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ class Wraps:
         self.replace(owner, name, wrapped)
 
     def replace(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
-        """Puts `new` in the place of owner.name until `remove`; not where a graph is built to be counted or traced."""
+        """Replaces owner.name by `new` until `remove`, except where a graph is built only to be counted or traced."""
         original = getattr(owner, name)
 
         def chosen(*args: Any, **kwargs: Any) -> Any:
@@ -77,9 +77,9 @@ class Wraps:
 
 
 class Phases(Wraps):
-    """Which phase of a step the engine is in: `emb`, `f0` to `fN`, `head`, `bN` to `b0`.
+    """The phase of a step that the engine is in: `emb`, `f0` to `fN`, `head`, `bN` to `b0`.
 
-    around(label, run) runs each of them. An update is a part of its block's backward, or of the phase before it.
+    around(label, run) runs each phase. An update belongs to its block's backward, or to the phase before it.
     """
 
     def __init__(self, around: Callable[[str, Callable[[], Any]], Any]):

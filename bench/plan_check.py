@@ -1,8 +1,8 @@
-"""`python -m bench.plan_check`: predicted against measured peak footprint over a grid of cases.
+"""Predicted against measured peak footprint over a grid of cases: `python -m bench.plan_check`.
 
-Each case is a process of its own: it predicts as training does, by a probe before the first step, trains a few steps,
-and its peak is compared. Models have a real shape's width, few blocks (the footprint grows with their number by LoRA
-and by what is kept in memory) and random weights.
+Each case is a process of its own. It predicts its peak as training does, by a probe before the first step, trains a few
+steps and compares. Models have a real shape's width, random weights and few blocks: with their number the footprint
+grows only by LoRA parameters and by values kept in memory.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import report
 
-POLICIES = {"products": "SAVE_PRODUCTS", "inputs": "SAVE_INPUTS"}
 SMALL = {
     "weight_block_bytes": 1 << 20,
     "head_block_bytes": 2 << 20,
@@ -29,7 +28,7 @@ SMALL = {
 BLOCKS: dict[str, dict[str, Any]] = {
     "default": {},
     "small": SMALL,
-    # As the search would have them: kept values and optimizer state in files.
+    # As the search would choose: kept values and optimizer state in files.
     "small on disk": {**SMALL, "kept_bytes": 0, "offload_state": True},
     "lazy": {"grain": "block"},
 }
@@ -37,7 +36,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how it is cut; budget: of --memory-budget, then policy and blocks do not count."""
+    """What is trained, and with which plan; with a --memory-budget, policy and blocks are not used."""
 
     shape: str
     T: int
@@ -60,28 +59,28 @@ class Case:
 
 
 def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
-    """One case, in this process: bytes predicted and measured, by phase; MLX's own count of arrays beside them."""
-    from bench.stepper import Stepper  # isort: skip  (before mlx: it loads the BLAS)
+    """One case in this process: bytes predicted and measured by phase, and MLX's count of its arrays."""
+    from bench.case import SAVED, Stepper  # isort: skip  (before mlx: it loads the BLAS)
     import mlx.core as mx
 
     from bench.instruments import Phases
-    from mebp_mlx.ops import plan as plans
+    from mebp_mlx.ops.plan import Plan
     from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 
     before = footprint_bytes()
     arrays: dict[str, int] = {}
     known = None
     if not case.budget:
-        known = plans.Plan(saved=getattr(plans, POLICIES[case.policy]), **BLOCKS[case.blocks])
+        known = Plan(saved=SAVED[case.policy], **BLOCKS[case.blocks])
     with PeakMeter() as meter:
 
         def around(phase: str, run: Callable[[], Any]) -> Any:
             name = {"h": "head", "b": "backward"}.get(phase[0], "forward")
             mx.reset_peak_memory()
             with meter.phase(name):
-                found = run()
+                value = run()
             arrays[name] = max(arrays.get(name, 0), mx.get_peak_memory())
-            return found
+            return value
 
         stepper = Stepper(
             folder,
@@ -135,19 +134,19 @@ def grid(quick: bool) -> list[Case]:
     cases += [Case(shape, T, budget=budget) for shape, T, budget in (*budgets, (gemma, 1024, "100MB"))]
     cases += [Case(shape, 256, optimizer="adamw", budget="min") for shape in (small, wide, gemma)]
     cases += [Case(small, 256, 4, budget="min"), Case(small, 256, engine="mezo", budget="min")]
-    # What Metal computes with; slow on a CPU, so short.
+    # Metal's defaults; slow on a CPU, therefore short.
     cases += [Case(small, 48, dtype="bfloat16", weights=weights) for weights in ("packed", "decompressed")]
     cases += [Case(small, 48, weights="packed")]
     return cases
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.Parser("bench.plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="three cases")
-    parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
-    parser.add_argument("--phases", action="store_true", help="phase by phase")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    report.add_models(parser)
+    parser.add_argument("--phases", action="store_true", help="print each phase")
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # folder and Case as JSON, in this process
+    options = parser.parse_args(argv)
     if options.case:
         print(json.dumps(measure(options.case[0], Case(**json.loads(options.case[1])))))
         return
@@ -156,23 +155,25 @@ def main() -> None:
         print(f"{'case':64}{'predicted':>10}{'measured':>10}{'MB off by':>11}  peak phase", flush=True)
         for case in grid(options.quick):
             folder = report.model_of(case.shape, options.models or Path(scratch), case.layers)
-            found = report.run_module("bench.plan_check", "--case", folder, json.dumps(asdict(case)))
-            off = found["predicted_peak"] / found["peak"] - 1
-            by_phase = max(found["predicted"], key=found["predicted"].get)
-            print(
-                f"{case!s:64}{found['predicted_peak'] / 1e6:10.1f}{found['peak'] / 1e6:10.1f}{off:+11.1%}  {by_phase}",
-                flush=True,
-            )
+            result = report.run_module("bench.plan_check", "--case", folder, json.dumps(asdict(case)))
+            off = result["predicted_peak"] / result["peak"] - 1
+            by_phase = max(result["predicted"], key=result["predicted"].get)
+            megabytes = f"{result['predicted_peak'] / 1e6:10.1f}{result['peak'] / 1e6:10.1f}"
+            print(f"{case!s:64}{megabytes}{off:+11.1%}  {by_phase}", flush=True)
             if options.phases:
-                print(f"    {'planning':10}{'':8}{found['planning'] / 1e6:8.1f}")
-                for name, n_bytes in found["predicted"].items():
-                    seen, arrays = found["measured"].get(name, 0), found["arrays"].get(name, 0)
-                    print(f"    {name:10}{n_bytes / 1e6:8.1f}{seen / 1e6:8.1f}   arrays {arrays / 1e6:8.1f}")
-            results.append({**asdict(case), **found, "relative_difference": round(off, 4)})
+                _print_phases(result)
+            results.append({**asdict(case), **result, "relative_difference": round(off, 4)})
     worst = max((result["relative_difference"] for result in results), key=abs)
     print(f"largest difference {worst:+.1%}")
     print(json.dumps({"bench": "plan_check", "largest_relative_difference": worst, "results": results}))
 
 
+def _print_phases(result: dict[str, Any]) -> None:
+    print(f"    {'planning':10}{'':8}{result['planning'] / 1e6:8.1f}")
+    for name, n_bytes in result["predicted"].items():
+        measured, arrays = result["measured"].get(name, 0), result["arrays"].get(name, 0)
+        print(f"    {name:10}{n_bytes / 1e6:8.1f}{measured / 1e6:8.1f}   arrays {arrays / 1e6:8.1f}")
+
+
 if __name__ == "__main__":
-    main()
+    report.run(main)

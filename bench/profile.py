@@ -1,17 +1,16 @@
-"""Where a training step's time goes: each stage's wall time, and its products' speed against a bare BLAS product.
+"""How a training step spends its time, stage by stage, and the speed of its products: `python -m bench.profile`.
 
-The engine is timed from outside: its functions are wrapped, and what they return is evaluated at once. A stage's
-time is what is left after the stages inside it are taken away; a product's includes its block of the LoRA pair.
+The engine is timed from outside (bench/instruments.py). The time of a stage excludes the stages inside it; the time of
+a product includes its block of the LoRA pair. "bare" is the speed of a product of the same shape alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 
 from bench import report
+from bench.case import Stepper, add_memory_budget, plan_line
 from bench.instruments import Clock, Wraps
-from bench.stepper import Stepper, add_memory_budget, plan_line
-from bench.synth import SHAPES
 from mebp_mlx.engine import backprop, base
 from mebp_mlx.engine.base import Store
 from mebp_mlx.families.base import Block, value
@@ -34,6 +32,7 @@ from mebp_mlx.ops import cross_entropy as head
 from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import Gate, GatedMlp
 from mebp_mlx.ops.lora_linear import Backward, Input, LoraLinear
+from mebp_mlx.testing.synth import SHAPES
 from mebp_mlx.training.update import Updater
 from mebp_mlx.weights.safetensors import MappedWeights
 
@@ -70,7 +69,7 @@ STAGES: list[tuple[Any, str, str]] = [
 
 
 class Instruments(Wraps):
-    """The clock around every stage."""
+    """A clock around every stage."""
 
     def __init__(self, clock: Clock):
         super().__init__()
@@ -87,7 +86,7 @@ class Instruments(Wraps):
         self._product(Input, "cotangent", "dx = g W", lambda source: source.linear)
 
     def _product(self, owner: Any, name: str, what: str, linear_of: Callable[[Any], LoraLinear | None]) -> None:
-        """Times owner.name(..., start, stop, ...) as a product of that projection; None: it makes none."""
+        """Times owner.name(..., start, stop, ...) as a product of the projection; None: it makes no product."""
         original, clock = getattr(owner, name), self.clock
 
         def wrapped(work: Any, *args: Any) -> Any:
@@ -126,13 +125,11 @@ def bare_gflops(shape: tuple[int, int, int], transposed: bool, repeats: int = 7)
 
 
 def profile(folder: Path, n_tokens: int, repeats: int, **options: Any) -> dict[str, Any]:
-    """{"step": rows, "forward": rows} with ms per call of the whole, and the times without instruments.
+    """{"step": ..., "forward": ...}: ms per call by stage, and of the whole without instruments.
 
-    options: of TrainConfig.
+    options: of Stepper.
     """
     stepper = Stepper(folder, n_tokens, **options)
-    spec, planned = stepper.model.spec, stepper.planned
-    assert planned is not None
 
     def step() -> None:
         stepper.step(0)
@@ -140,77 +137,90 @@ def profile(folder: Path, n_tokens: int, repeats: int, **options: Any) -> dict[s
     def forward() -> None:
         stepper.engine.evaluate(stepper.batch)
 
-    found: dict[str, Any] = {}
-    bare: dict[tuple[tuple[int, int, int], bool], float] = {}
+    runs: dict[str, Callable[[], None]] = {"step": step, "forward": forward}
     plain: dict[str, list[float]] = {"step": [], "forward": []}
     forward()
     for _ in range(repeats):
-        for name, run in (("step", step), ("forward", forward)):
+        for name, run in runs.items():
             began_s = time.perf_counter()
             run()
             plain[name].append(time.perf_counter() - began_s)
-    for name, run in (("step", step), ("forward", forward)):
-        clock = Clock()
-        instruments = Instruments(clock)
-        try:
-            for _ in range(repeats):
-                clock.timed("the rest", run)
-        finally:
-            instruments.remove()
-        head_bytes = stepper.model.copied_bytes(spec.head, spec.D)
-        chunk = planned.plan.vocabulary_chunk(n_tokens, head_bytes, stepper.model.dtype.size)
-        n_products = 2 if name == "step" else 1
-        clock.flops[HEAD] = 2.0 * n_products * n_tokens * spec.D * spec.V * repeats
-        clock.shapes[HEAD] = (n_tokens, spec.D, chunk)
-        total_s = sum(clock.seconds.values())
-        rows = []
-        for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
-            row: dict[str, Any] = {"stage": stage, "ms": round(1e3 * seconds / repeats, 2)}
-            row["share"] = round(seconds / total_s, 4)
-            if stage in clock.flops:
-                key = (clock.shapes[stage], "dx" not in stage)
-                if key not in bare:
-                    bare[key] = bare_gflops(*key)
-                row["gflops"] = round(clock.flops[stage] / seconds / 1e9, 1)
-                row["bare_gflops"] = round(bare[key], 1)
-            rows.append(row)
-        found[name] = {
-            "ms": round(1e3 * total_s / repeats, 1),
+    result: dict[str, Any] = {}
+    bare: dict[tuple[tuple[int, int, int], bool], float] = {}
+    for name, run in runs.items():
+        clock = _clocked(stepper, run, repeats, n_products=2 if name == "step" else 1)
+        result[name] = {
+            "ms": round(1e3 * sum(clock.seconds.values()) / repeats, 1),
             "plain_ms": round(1e3 * statistics.median(plain[name]), 1),
-            "stages": rows,
+            "stages": _rows(clock, repeats, bare),
         }
     ratios = [s / (2 * f) for s, f in zip(plain["step"], plain["forward"], strict=True)]
-    found["step_over_two_forwards"] = round(statistics.median(ratios), 3)
-    found["plan"] = stepper.plan_record
+    result["step_over_two_forwards"] = round(statistics.median(ratios), 3)
+    result["plan"] = stepper.plan_record
     stepper.close()
-    return found
+    return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.partition("\n")[0])
+def _clocked(stepper: Stepper, run: Callable[[], None], repeats: int, n_products: int) -> Clock:
+    """`repeats` runs with a clock around every stage; n_products: of the head, in one run."""
+    clock = Clock()
+    instruments = Instruments(clock)
+    try:
+        for _ in range(repeats):
+            clock.timed("the rest", run)
+    finally:
+        instruments.remove()
+    assert stepper.planned is not None
+    spec, n_tokens = stepper.model.spec, stepper.n_tokens
+    head_bytes = stepper.model.copied_bytes(spec.head, spec.D)
+    chunk = stepper.planned.plan.vocabulary_chunk(n_tokens, head_bytes, stepper.model.dtype.size)
+    clock.flops[HEAD] = 2.0 * n_products * n_tokens * spec.D * spec.V * repeats
+    clock.shapes[HEAD] = (n_tokens, spec.D, chunk)
+    return clock
+
+
+def _rows(clock: Clock, repeats: int, bare: dict[tuple[tuple[int, int, int], bool], float]) -> list[dict[str, Any]]:
+    """A row for each stage, the longest first. bare: GFLOP/s of bare products by shape, measured once each."""
+    total_s = sum(clock.seconds.values())
+    rows = []
+    for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+        row: dict[str, Any] = {"stage": stage, "ms": round(1e3 * seconds / repeats, 2)}
+        row["share"] = round(seconds / total_s, 4)
+        if stage in clock.flops:
+            key = (clock.shapes[stage], "dx" not in stage)
+            if key not in bare:
+                bare[key] = bare_gflops(*key)
+            row["gflops"] = round(clock.flops[stage] / seconds / 1e9, 1)
+            row["bare_gflops"] = round(bare[key], 1)
+        rows.append(row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.Parser("bench.profile", __doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=2, help="blocks of the model (default 2); its head is whole")
-    parser.add_argument("--tokens", type=report.positive, default=256)
+    parser.add_argument("--layers", type=report.positive, default=2, help="number of blocks (default: 2)")
+    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--rank", type=report.positive, default=8)
     parser.add_argument("--repeats", type=report.positive, default=3)
-    parser.add_argument("--model", type=Path, help="a model already written (default: one of --shape)")
-    add_memory_budget(parser, None, "as the trainer's")
-    options = parser.parse_args()
+    parser.add_argument("--model", type=Path, help="folder of an existing model (default: one of --shape)")
+    add_memory_budget(parser, None, "the trainer's")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or report.model_of(options.shape, Path(scratch), options.layers)
         given = {"rank": options.rank, "optimizer": "sgd", "memory_budget": options.memory_budget}
-        found = profile(folder, options.tokens, options.repeats, **given)
-    print(f"plan       {plan_line(found['plan'])}")
+        result = profile(folder, options.tokens, options.repeats, **given)
+    print(f"plan       {plan_line(result['plan'])}")
     for name in ("step", "forward"):
-        part = found[name]
-        print(f"\n{name}: {part['plain_ms']} ms ({part['ms']} ms with the clock in it)")
+        part = result[name]
+        print(f"\n{name}: {part['plain_ms']} ms ({part['ms']} ms with instruments)")
         print(f"{'stage':40}{'ms':>9}{'share':>8}{'GFLOP/s':>9}{'bare':>7}")
         for row in part["stages"]:
             speed = f"{row['gflops']:9.1f}{row['bare_gflops']:7.1f}" if "gflops" in row else ""
             print(f"{row['stage']:40}{row['ms']:9.2f}{row['share']:8.1%}{speed}")
     sizes = {"shape": options.shape, "layers": options.layers, "tokens": options.tokens, "rank": options.rank}
-    print(json.dumps({"bench": "profile", **sizes, **found}))
+    print(json.dumps({"bench": "profile", **sizes, **result}))
 
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

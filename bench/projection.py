@@ -1,84 +1,81 @@
-"""The iPhone proxy: what a step should take on a phone's chip, from counted operations and bytes.
-
-For each of the paper's shapes and each engine: the roofline's bound at the chip's published peaks, in 16 bits with
-packed weights; the time at the efficiency that the paper's own MeZO step of Qwen2.5-0.5B had on that chip (one figure,
-by which the nine others are then predicted, with the paper's policy: the errors are the proxy's own); and our step,
-with its products saved, at that same efficiency. With --measured DIR (of bench.step_table and bench.per_layer) times
-measured here are scaled by the ratio of the two rooflines, for the whole step and phase by phase.
-"""
+"""What a step or the head should take on a phone's chip, counted, not measured: projection and head_backward."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mebp_mlx
 from bench import report
-from bench.synth import write_model
 from mebp_mlx.engine.zeroth_order import make_estimator
+from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner.work import Rates, Work, bound_s, count
 from mebp_mlx.planner.workload import Workload
-from mebp_mlx.system.phone import DEVICES, Phone
+from mebp_mlx.system.child import run_child
+from mebp_mlx.system.phone import DEVICES
+from mebp_mlx.testing.synth import SHAPES, write_model
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
+ENGINES = ("mezo", "mebp")
+HEADS = ["shape", "engine", "GFLOP", "GB", "bound s", "at its efficiency", "paper s", "error", "ours s"]
 
 
-def main() -> int:
-    parser = report.parser("projection", __doc__)
-    parser.add_argument("--device", default="a17-pro", choices=list(DEVICES))
-    parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(report.PAPER))
-    parser.add_argument("--tokens", type=report.positive, default=256)
-    parser.add_argument("--measured", type=Path, help="folder of this machine's step_table.json, per_layer.json")
-    options = parser.parse_args()
-    if options.measured is not None and not (options.measured / "step_table.json").is_file():
-        parser.error(f"argument --measured: {options.measured} holds no step_table.json (bench.step_table --out)")
+def projection(argv: Sequence[str]) -> None:
+    """The iPhone proxy: the time of a step on a phone's chip, from counted operations and bytes.
+
+    For each of the paper's shapes and each engine: the roofline's bound at the chip's published peaks, in 16 bits with
+    packed weights; the time at the efficiency that the paper's own MeZO step of Qwen2.5-0.5B has on that chip (this one
+    figure predicts the nine others, with the paper's policy; the errors are the proxy's own); and our step with saved
+    products at the same efficiency. With --measured DIR (results of step_table and per_layer), times of this machine
+    are scaled by the ratio of the two rooflines, for the whole step and by phase.
+    """
+    options = _options(argv)
     phone = DEVICES[options.device]
-    workloads = {
-        shape: _workloads(shape, options.tokens) for shape in dict.fromkeys([CALIBRATED_BY[0], *options.shapes])
-    }
+    shapes = dict.fromkeys([CALIBRATED_BY[0], *options.shapes])
+    workloads = {shape: workloads_of(shape, options.tokens) for shape in shapes}
     rates = Rates(phone.flops[2], phone.bandwidth)
-    shape, engine = CALIBRATED_BY
-    efficiency = bound_s(_counted(workloads[shape], engine, "the paper's"), rates) / report.PAPER[shape][f"{engine}_s"]
+    efficiency = efficiency_of(workloads[CALIBRATED_BY[0]], rates)
     if options.tokens != 256:
         efficiency = math.nan  # the paper has one length
-    rows = [_row(shape, engine, workloads[shape], rates, efficiency) for shape in options.shapes for engine in ENGINES]
+    cases = [(shape, engine) for shape in options.shapes for engine in ENGINES]
+    rows = [row_of(shape, engine, workloads[shape], rates, efficiency) for shape, engine in cases]
     print("\n".join(f"assumed    {text}" for text in phone.assumptions))
-    print(
-        f"calibrated the paper's {shape} {engine} step is {efficiency:.1%} of the roofline's speed; "
-        "all other figures in `at its efficiency` follow from that one"
-    )
+    shape, engine = CALIBRATED_BY
+    print(f"calibrated the paper's {shape} {engine} step runs at {efficiency:.1%} of the roofline's speed")
     print(report.table(HEADS, [_line(row) for row in rows]))
     errors = [abs(r["error"]) for r in rows if r["error"] is not None and (r["shape"], r["engine"]) != CALIBRATED_BY]
     if errors and not math.isnan(efficiency):
         mean = sum(errors) / len(errors)
-        print(f"predicted  {len(errors)} of the paper's steps: off by {mean:.0%}, at most {max(errors):.0%}")
-    scaled: list[dict[str, Any]] = []
+        print(f"predicted  {len(errors)} of the paper's steps: mean error {mean:.0%}, largest {max(errors):.0%}")
+    more: dict[str, Any] = {"assumptions": phone.assumptions, "efficiency": efficiency}
     if options.measured is not None:
-        scaled = _scaled(options.measured, workloads, phone, rates)
-    about = report.context(options)
-    plt = report.pyplot() if options.out else None
-    if plt is not None and not math.isnan(efficiency):
-        _draw(plt, rows, phone, options, about)
-    more = {"device": phone.name, "assumptions": phone.assumptions, "efficiency": efficiency, "scaled": scaled}
-    report.write("projection", options, rows, **more)
-    return 0
+        more["scaled"] = _Scaled(options.measured, workloads, rates).rows
+        heads = ["shape", "engine", "of", "measured s", "roofline ratio", f"on {phone.chip} s", "paper s"]
+        print(report.table(heads, [list(row.values()) for row in more["scaled"]]))
+    report.publish("projection", options, rows, None if math.isnan(efficiency) else draw, **more)
 
 
-ENGINES = ("mezo", "mebp")
-HEADS = [
-    *("shape", "engine", "GFLOP", "GB", "bound s"),
-    *("at its efficiency", "the paper s", "error", "ours s"),
-]
+def _options(argv: Sequence[str]) -> Any:
+    parser = report.parser("bench.projection", projection.__doc__)
+    parser.add_argument("--device", default="a17-pro", choices=list(DEVICES))
+    parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(report.PAPER))
+    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
+    parser.add_argument("--measured", type=Path, help="folder with this machine's step_table.csv and per_layer.csv")
+    options = parser.parse_args(argv)
+    if options.measured is not None and not (options.measured / "step_table.csv").is_file():
+        parser.error(f"--measured {options.measured}: has no step_table.csv (python -m bench step_table --out DIR)")
+    return options
 
 
-def _workloads(shape: str, n_tokens: int, dtype: str = "bfloat16", weights: str = "packed") -> dict[str, Workload]:
-    """What each engine has to do, from the shape's headers alone."""
+def workloads_of(shape: str, n_tokens: int, dtype: str = "bfloat16", weights: str = "packed") -> dict[str, Workload]:
+    """The workload of each engine, from the shape's headers alone."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(shape, Path(scratch) / "model", sparse=True)
         model = mebp_mlx.open_model(folder, dtype, weights)
@@ -91,13 +88,20 @@ def _workloads(shape: str, n_tokens: int, dtype: str = "bfloat16", weights: str 
         }
 
 
-def _counted(workloads: dict[str, Workload], engine: str, policy: str) -> dict[str, Work]:
+def counted(workloads: dict[str, Workload], engine: str, policy: str) -> dict[str, Work]:
     saved = SAVE_INPUTS if policy == "the paper's" else SAVE_PRODUCTS
     return count(workloads[engine], Plan("block", saved, weight_block_bytes=None, head_block_bytes=None))
 
 
-def _row(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates, efficiency: float) -> dict[str, Any]:
-    ours, theirs = _counted(workloads, engine, "ours"), _counted(workloads, engine, "the paper's")
+def efficiency_of(workloads: dict[str, Workload], rates: Rates) -> float:
+    """The share of the roofline's speed at which the paper's step of CALIBRATED_BY runs."""
+    shape, engine = CALIBRATED_BY
+    return bound_s(counted(workloads, engine, "the paper's"), rates) / report.PAPER[shape][f"{engine}_s"]
+
+
+def row_of(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates, efficiency: float) -> dict[str, Any]:
+    """A shape's step with an engine: counts, bounds, and the times at that efficiency beside the paper's."""
+    ours, theirs = counted(workloads, engine, "ours"), counted(workloads, engine, "the paper's")
     total = sum(ours.values(), Work())
     paper_s = report.PAPER[shape][f"{engine}_s"]
     predicted_s = bound_s(theirs, rates) / efficiency
@@ -124,29 +128,47 @@ def _line(row: dict[str, Any]) -> list[Any]:
     return [row["shape"], row["engine"], *counts, error, row["ours_s"]]
 
 
-def _scaled(folder: Path, workloads: dict[str, Any], phone: Phone, rates: Rates) -> list[dict[str, Any]]:
-    """Times of this machine, each times the ratio of its bound there to its bound here."""
-    from mebp_mlx.system.child import run_child
+class _Scaled:
+    """Times of this machine, each multiplied by the ratio of its bound on the phone to its bound here: `rows`."""
 
-    found = run_child(["mebp_mlx.system.rates"], {}, offline=True)
-    host, rows = Rates(found["flops"], found["memory_bytes"]), []
-    print(
-        f"this host  {host.flops / 1e9:,.0f} GFLOP/s in {found['dtype']}, {host.memory_bytes / 1e9:.1f} GB/s, "
-        "measured now; weights decompressed"
-    )
-    here: dict[str, dict[str, Workload]] = {}
+    def __init__(self, folder: Path, workloads: dict[str, dict[str, Workload]], rates: Rates):
+        self.workloads, self.rates = workloads, rates
+        measured = run_child(["mebp_mlx.system.rates"], {}, offline=True)
+        self.host = Rates(measured["flops"], measured["memory_bytes"])
+        speeds = f"{self.host.flops / 1e9:,.0f} GFLOP/s in {measured['dtype']}, {self.host.memory_bytes / 1e9:.1f} GB/s"
+        print(f"this host  {speeds}, measured now; weights decompressed")
+        self.rows: list[dict[str, Any]] = []
+        self._here: dict[str, dict[str, Workload]] = {}
+        for row in report.read(folder, "step_table")[0]:
+            if row["shape"] in workloads and row["engine"] in ENGINES and row["layers"] == "all":
+                self._add(row["shape"], row["engine"], None, row["step_s"]["median"], row["tokens"], row.get("plan"))
+        if (folder / "per_layer.csv").exists():
+            self._add_phases(*report.read(folder, "per_layer"))
 
-    def add(shape: str, engine: str, phase: str | None, seconds: float, tokens: int, plan: dict[str, Any]) -> None:
-        if tokens not in (workloads[shape][engine].T,):
+    def _add_phases(self, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+        settings = about["settings"]
+        if settings["shape"] not in self.workloads or settings["layers"] is not None:
             return
-        if shape not in here:
-            here[shape] = _workloads(shape, tokens, "float32", "decompressed")
-        there, mine = _counted(workloads[shape], engine, "ours"), count(here[shape][engine], Plan.from_dict(plan))
+        plan = about.get("totals", {}).get("mebp", {}).get("plan")
+        for kind, phase in (("f", "forward"), ("h", "head"), ("b", "backward")):
+            own = [row for row in rows if row["case"] == "mebp" and row["phase"].startswith(kind)]
+            seconds = sum(row["ms"]["median"] for row in own) / 1e3
+            self._add(settings["shape"], "mebp", phase, seconds, settings["tokens"], plan)
+
+    def _add(self, shape: str, engine: str, phase: str | None, seconds: float, tokens: int, plan: Any) -> None:
+        if tokens != self.workloads[shape][engine].T:
+            return
+        if plan is None:
+            report.refuse(f"--measured: the result of {shape}, {engine} has no plan; measure it again")
+        if shape not in self._here:
+            self._here[shape] = workloads_of(shape, tokens, "float32", "decompressed")
+        phone = counted(self.workloads[shape], engine, "ours")
+        here = count(self._here[shape][engine], Plan.from_dict(plan))
         if phase is None:
-            ratio = bound_s(there, rates) / bound_s(mine, host)
+            ratio = bound_s(phone, self.rates) / bound_s(here, self.host)
         else:
-            ratio = rates.bound_s(there[phase]) / host.bound_s(mine[phase])
-        rows.append(
+            ratio = self.rates.bound_s(phone[phase]) / self.host.bound_s(here[phase])
+        self.rows.append(
             {
                 "shape": shape,
                 "engine": engine,
@@ -158,25 +180,8 @@ def _scaled(folder: Path, workloads: dict[str, Any], phone: Phone, rates: Rates)
             }
         )
 
-    for row in json.loads((folder / "step_table.json").read_text())["rows"]:
-        if row["shape"] in workloads and row["engine"] in ENGINES and row["layers"] == "all":
-            add(row["shape"], row["engine"], None, row["step_s"]["median"], row["tokens"], row["plan"])
-    phases = folder / "per_layer.json"
-    if phases.exists():
-        found = json.loads(phases.read_text())
-        options = found["options"]
-        for kind, phase in (("f", "forward"), ("h", "head"), ("b", "backward")):
-            if options["shape"] in workloads and options["layers"] is None:
-                own = [r for r in found["rows"] if r["case"] == "mebp" and r["phase"].startswith(kind)]
-                seconds = sum(r["ms"]["median"] for r in own) / 1e3
-                plan = found["totals"]["mebp"]["plan"]
-                add(options["shape"], "mebp", phase, seconds, options["tokens"], plan)
-    heads = ["shape", "engine", "of", "measured here s", "roofline there / here", f"on {phone.chip} s", "the paper s"]
-    print(report.table(heads, [list(row.values()) for row in rows]))
-    return rows
 
-
-def _draw(plt: Any, rows: list[dict[str, Any]], phone: Phone, options: Any, about: dict[str, Any]) -> None:
+def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     """Bars: the paper's seconds, predicted ones, and ours at the same efficiency; MeZO left, MeBP right."""
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
     series = (
@@ -188,7 +193,7 @@ def _draw(plt: Any, rows: list[dict[str, Any]], phone: Phone, options: Any, abou
         own = [row for row in rows if row["engine"] == engine]
         for number, (key, label, color) in enumerate(series):
             if engine == "mezo" and key == "ours_s":
-                continue  # the same forward passes
+                continue  # MeZO has one policy: forward passes
             at = [place + 0.27 * (number - 1) for place in range(len(own))]
             axes.bar(at, [row[key] for row in own], 0.27, label=label, color=color)
         axes.set_xticks(range(len(own)), [row["shape"] for row in own], rotation=20, ha="right")
@@ -196,10 +201,113 @@ def _draw(plt: Any, rows: list[dict[str, Any]], phone: Phone, options: Any, abou
         axes.set_title("MeZO" if engine == "mezo" else "MeBP", fontsize=9)
         axes.legend(fontsize=7, loc="upper left")
         axes.margins(y=0.2)
-    panels[0].set_ylabel(f"seconds a step on {phone.chip.partition(' (')[0]}")
+    panels[0].set_ylabel(f"seconds per step on {DEVICES[options.device].chip.partition(' (')[0]}")
     figure.suptitle(f"T = {options.tokens}, batch 1, rank 8: counted, then calibrated on the paper's MeZO at 0.5B")
-    report.save_picture(plt, figure, options.out / "projection.png", about, "a projection: nothing here ran on a phone")
+    return figure, "a projection: nothing ran on a phone"
+
+
+# ----------------------------------------------------------------------------------------------- the head's gradient
+
+THREADGROUP_BYTES = 32 << 10  # Metal's limit for a threadgroup
+TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: h, weights and then logits
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peak rates: float32 operations and bytes per second."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+GPUS = (Gpu("A17 Pro", 2.15e12, 51.2e9), Gpu("M2 (10 cores)", 3.6e12, 100e9))
+
+
+@dataclass(frozen=True)
+class Way:
+    """operations: multiplications and additions; n_bytes: through device memory; threadgroup_bytes: per threadgroup."""
+
+    name: str
+    operations: float
+    n_bytes: float
+    threadgroup_bytes: int
+
+    def bound_s(self, gpu: Gpu) -> float:
+        return max(self.operations / gpu.flops, self.n_bytes / gpu.bandwidth)
+
+    @property
+    def groups_per_core(self) -> int:
+        """Threadgroups that share 32 KB, at least one."""
+        return max(1, THREADGROUP_BYTES // self.threadgroup_bytes)
+
+
+def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
+    """The three ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
+    weights = V * D * (4 / 8 + 2 * item_bytes / 64)
+    rows, logits = T * D, T * V
+    chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
+    n_chunks = math.ceil(V / chunk)
+    two_products = 4.0 * T * V * D
+    # z written and read, p written and read; the sum of [T, D] read and written for every chunk.
+    a_bytes = 2 * weights + 4 * logits * item_bytes + 2 * n_chunks * rows * 4 + n_chunks * rows * item_bytes
+    columns = (THREADGROUP_BYTES - TILES_BYTES) // (4 * ROWS) // 8 * 8
+    slices = math.ceil(D / columns)
+    n_tiles = math.ceil(T / ROWS)
+    return [
+        Way("A: two products and online_softmax", two_products, a_bytes, 32 * 4),
+        Way(
+            f"B: one kernel, dh in {slices} slices of {columns}",
+            2.0 * T * V * D * (slices + 1),
+            weights * (slices + 1) + rows * item_bytes + rows * 4,
+            TILES_BYTES + columns * ROWS * 4,
+        ),
+        Way(
+            "C: one kernel, dh in device memory",
+            two_products,
+            2 * weights + n_tiles * ROWS * D * 4 * 2 * math.ceil(V / COLUMNS),
+            TILES_BYTES,
+        ),
+    ]
+
+
+def head_backward(argv: Sequence[str]) -> None:
+    """Why the head's dh has no kernel of its own: bytes and operations of three ways, and bounds on two GPUs.
+
+        A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
+        B  one kernel that sums 32 rows of dh in threadgroup memory: as many columns of dh as fit at a time, and all
+           logits computed again for each such slice
+        C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
+
+    Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
+    """
+    parser = report.Parser("bench head_backward", head_backward.__doc__)
+    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
+    options = parser.parse_args(argv)
+    rows, lines = [], []
+    for shape in ("qwen2.5-0.5b", "qwen2.5-3b", "gemma3-4b"):
+        config = SHAPES[shape]
+        D = config.get("text_config", config)["hidden_size"]
+        for way in ways(options.tokens, config["vocab_size"], D):
+            bounds = {gpu.name: way.bound_s(gpu) for gpu in GPUS}
+            sizes = [way.operations / 1e9, way.n_bytes / 1e6, way.threadgroup_bytes / 1024]
+            lines.append([shape, way.name, *sizes, *(1e3 * bound for bound in bounds.values())])
+            counts = {"operations": way.operations, "n_bytes": way.n_bytes, "threadgroup_bytes": way.threadgroup_bytes}
+            more = {"groups_per_core": way.groups_per_core, "bound_s": bounds}
+            rows.append({"shape": shape, "way": way.name[0], **counts, **more})
+    print(f"T = {options.tokens}; bounds from published rates, nothing measured")
+    gpus = [f"{gpu.name}, ms" for gpu in GPUS]
+    print(report.table(["shape", "way", "GFLOP", "MB", "KB per threadgroup", *gpus], lines))
+    print(json.dumps({"bench": "head_backward", "tokens": options.tokens, "rows": rows}))
+
+
+PICTURES = {"projection": draw}
+BENCHES: dict[str, report.Bench] = {"projection": projection, "head_backward": head_backward}
+
+
+def main(argv: Sequence[str] | None = None) -> object:
+    return report.pick(BENCHES, argv, default="projection")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.run(main)

@@ -1,25 +1,29 @@
-"""What every table and figure is written with: CSV, JSON and PNG under --out, a printed table, one JSON line.
+"""What all benches share: command lines, child processes, printed tables, and files (CSV, context, PNG) under --out.
 
-A row is a flat dict of what was varied and what was measured; `spread` turns repeated measurements into a median with
-its 20 and 80 percentiles. The JSON names machine, versions, commit and options, so that a file explains itself.
+A row is a dict of what was varied and what was measured; `spread` turns repeated measurements into a median with its
+20th and 80th percentiles. NAME.csv holds the rows, NAME.json the context (machine, versions, command, date, settings),
+NAME.png the picture, which `python -m bench draw NAME --out DIR` draws again from the other two.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+Rows = Sequence[Mapping[str, Any]]
 
-# The paper's device table (iPhone 15 Pro Max, A17 Pro; T = 256, batch 1, rank 8, means of 10 steps), printed beside
-# ours: LoRA parameters, seconds a step and MB of MeZO and MeBP.
+# The paper's device table (iPhone 15 Pro Max, A17 Pro; T = 256, batch 1, rank 8, means of 10 steps): LoRA parameters,
+# seconds per step and MB of MeZO and MeBP.
 PAPER: dict[str, dict[str, float]] = {
     "qwen2.5-0.5b": {"lora": 4_399_104, "mezo_s": 2.68, "mebp_s": 3.85, "mezo_mb": 319, "mebp_mb": 320},
     "qwen2.5-1.5b": {"lora": 9_232_384, "mezo_s": 5.47, "mebp_s": 9.09, "mezo_mb": 452, "mebp_mb": 460},
@@ -31,32 +35,111 @@ PAPER: dict[str, dict[str, float]] = {
 PAPER_BY_LENGTH_MB = {128: 253, 256: 361, 512: 582, 1024: 1050}
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The command line that all of them share; --out and --quick."""
-    found = argparse.ArgumentParser(
-        prog=f"python -m bench.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG (default: nothing is written)")
-    found.add_argument("--quick", action="store_true", help="small sizes: minutes on 2 cores")
-    return found
+# ----------------------------------------------------------------------------------------------- command lines
 
 
-def model_of(shape: str, models: Path, layers: int | None = None) -> Path:
-    """The folder in `models` of a random model of a shape, cut to `layers` blocks (bench/synth.py); made if missing."""
-    from bench.synth import write_model
+class Parser(argparse.ArgumentParser):
+    """The command line of a bench. A wrong option ends the process with one line on stderr and exit code 2."""
 
-    folder = models / (shape if layers is None else f"{shape}-{layers}")
-    if not (folder / "config.json").exists():
-        write_model(shape, folder, layers=layers)
-    return folder
+    def __init__(self, prog: str, doc: str | None):
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m {prog}", description=doc, formatter_class=how)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The options; `command`: what was typed, for the context file."""
+        options = super().parse_args(args, namespace)
+        options.command = shlex.join([*self.prog.split(), *map(_name_alone, sys.argv[1:] if args is None else args)])
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def parser(prog: str, doc: str | None) -> Parser:
+    """The command line of a bench that writes files: --out and --quick."""
+    made = Parser(prog, doc)
+    made.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG (default: none are written)")
+    made.add_argument("--quick", action="store_true", help="small sizes: minutes on 2 cores")
+    return made
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """--models, for benches on random weights."""
+    parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
 
 
 def positive(text: str) -> int:
-    """argparse's type of a number of steps, tokens, rounds, seeds."""
+    """argparse's type of a number of steps, tokens, rounds or seeds."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+Bench = Callable[[Sequence[str]], object]
+
+
+def pick(benches: Mapping[str, Bench], argv: Sequence[str] | None, default: str | None = None) -> object:
+    """Runs the bench that the first argument names, or the default one, with the other arguments."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in benches:
+        return benches[given[0]](given[1:])
+    if default is None:
+        refuse(f"name one of {', '.join(benches)}")
+    return benches[default](given)
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Runs `main` and ends the process: 0 or the exit code that it returns, 2 for a user's mistake."""
+    from mebp_mlx.errors import UserError
+
+    try:
+        code = main()
+    except UserError as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        code = 130
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def refuse(error: object) -> NoReturn:
+    """Ends the process for a user's mistake: one line on stderr, exit code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------- models, processes
+
+
+def model_of(shape: str, models: Path, layers: int | None = None, *, sparse: bool = False) -> Path:
+    """The folder in `models` of a random model of a shape, cut to `layers` blocks; written if missing."""
+    from mebp_mlx.testing.synth import write_model
+
+    folder = models / (shape if layers is None else f"{shape}-{layers}")
+    if not (folder / "config.json").exists():
+        write_model(shape, folder, layers=layers, sparse=sparse)
+    return folder
+
+
+def run_module(module: str, *arguments: object, may_fail: bool = False) -> dict[str, Any]:
+    """Runs `python -m module` in its own process and returns the JSON object on its last line; stderr is passed on.
+
+    Where it fails, this process ends with the same exit code; or, with may_fail, {"error": its last line} is returned.
+    """
+    command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if may_fail else None, text=True)
+    if done.returncode and may_fail:
+        lines = done.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+    if done.returncode:
+        if done.returncode not in (2, 130):  # the child has said why
+            print(f"error: python -m {module} failed with exit code {done.returncode}", file=sys.stderr)
+        raise SystemExit(abs(done.returncode))
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# ----------------------------------------------------------------------------------------------- numbers, tables
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
@@ -73,7 +156,7 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as what is in them; numbers to the right."""
+    """Text columns; numbers are aligned on the right."""
     cells = [[str(head) for head in heads], *([_shown(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     numeric = [all(isinstance(row[column], (int, float, type(None))) for row in rows) for column in range(len(heads))]
@@ -95,16 +178,57 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def context(options: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, commit and options."""
+# ----------------------------------------------------------------------------------------------- files
+
+
+def publish(name: str, options: argparse.Namespace, rows: Rows, draw: Callable | None = None, **more: Any) -> None:
+    """Writes NAME.csv, NAME.json and NAME.png under --out, and prints the rows with their context as one JSON line.
+
+    draw(plt, rows, options) returns the figure, and a note for its corner or "". more: short facts for the context.
+    """
+    about = {"bench": name, **_context(options), **more}
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        flat = [_flat(row) for row in rows]
+        columns = list(dict.fromkeys(key for row in flat for key in row))
+        with open(options.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+        (options.out / f"{name}.json").write_text(_context_text(about), encoding="utf-8")
+        if draw is not None:
+            save_picture(draw, rows, options, options.out / f"{name}.png", about)
+    print(json.dumps({**about, "rows": list(rows)}))
+
+
+def _context(options: argparse.Namespace) -> dict[str, Any]:
+    """Command, date, commit, machine and settings of a measurement."""
     from mebp_mlx.system.machine import machine
 
-    shown = {name: _without_folder(value) for name, value in vars(options).items()}
-    return {"machine": machine(), "commit": _commit(), "options": shown}
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "out", "models")}
+    return {
+        "command": getattr(options, "command", None),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": machine(),
+        "settings": {name: _name_alone(value) for name, value in settings.items()},
+    }
 
 
-def _without_folder(value: Any) -> Any:
-    """The last part of a path: where a user's folders are is nobody's business."""
+def _context_text(about: Mapping[str, Any]) -> str:
+    """JSON with one line for each fact."""
+    lines = []
+    for name, value in about.items():
+        text = json.dumps(value)
+        if name == "machine":
+            facts = [f"  {json.dumps(key)}: {json.dumps(fact)}" for key, fact in value.items()]
+            text = "{\n" + ",\n".join(facts) + "\n }"
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _name_alone(value: Any) -> Any:
+    """The last part of an absolute path: a user's folders stay out of the files."""
     if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value)):
         return Path(value).name
     return value
@@ -119,79 +243,72 @@ def _commit() -> str | None:
         return None
 
 
-def machine_label(about: dict[str, Any]) -> str:
-    """One line for a picture's corner: chip, cores, system, MLX, BLAS."""
-    machine = about["machine"]
-    system = f"{machine['cores']} cores, {machine['os'].split()[0]}"
-    return f"{machine['chip']}, {system}, MLX {machine['mlx']}, {machine['blas']}"
-
-
-def write(name: str, options: argparse.Namespace, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Writes NAME.csv and NAME.json under --out, prints the JSON line, and returns what it holds."""
-    found = {"bench": name, **context(options), **more, "rows": list(rows)}
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        flat = [_flat(row) for row in rows]
-        columns = list(dict.fromkeys(key for row in flat for key in row))
-        with open(options.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(flat)
-        (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found))
-    return found
-
-
-def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A CSV row: nested keys are joined by dots; what is neither text nor a number becomes JSON."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
+            plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+            flat[prefix + key] = value if plain else json.dumps(value)
     return flat
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot for files alone; None, and one line, where it is not installed."""
+def read(folder: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(rows, context) of a result that `publish` wrote."""
+    with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+        rows = [_nested(row) for row in csv.DictReader(file)]
+    return rows, json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _nested(flat: Mapping[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for path, text in flat.items():
+        if text == "":
+            continue
+        *parents, key = path.split(".")
+        inner = row
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        try:
+            inner[key] = float(text) if text in ("inf", "nan") else json.loads(text)
+        except ValueError:
+            inner[key] = text
+    return row
+
+
+def draw_again(name: str, folder: Path, draw: Callable) -> None:
+    """NAME.png in `folder`, from its NAME.csv and NAME.json."""
+    try:
+        rows, about = read(folder, name)
+    except FileNotFoundError as error:
+        refuse(f"--out {folder}: {Path(error.filename).name} is missing")
+    save_picture(draw, rows, argparse.Namespace(**about["settings"]), folder / f"{name}.png", about)
+
+
+def save_picture(draw: Callable, rows: Rows, options: argparse.Namespace, path: Path, about: Mapping[str, Any]) -> None:
+    """Writes a PNG with the machine's line under it; without matplotlib one line says that there is none."""
     try:
         import matplotlib
     except ImportError:
         print('no picture: matplotlib is not installed (pip install "mebp_mlx[bench]")', file=sys.stderr)
-        return None
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    return plt
-
-
-def save_picture(plt: Any, figure: Any, path: Path, about: dict[str, Any], note: str = "") -> None:
-    """Writes a PNG with the machine's line under it."""
+    figure, note = draw(plt, rows, options)
     label = machine_label(about) + (f"; {note}" if note else "")
     figure.text(0.01, 0.005, label, fontsize=6, color="0.4", ha="left", va="bottom")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
     print(f"picture    {path}", file=sys.stderr)
 
 
-def run_module(module: str, *arguments: object) -> dict[str, Any]:
-    """Runs `python -m module` in a process of its own; the JSON object on its last line. Its stderr is passed on.
-
-    Ends this process with the same exit code if it fails: it has said why.
-    """
-    command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        print(f"error: python -m {module} failed with exit code {run.returncode}", file=sys.stderr)
-        raise SystemExit(abs(run.returncode))
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def refuse(error: Exception) -> NoReturn:
-    """What a user can get wrong: one line, exit code 2."""
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-    raise SystemExit(2)
+def machine_label(about: Mapping[str, Any]) -> str:
+    """One line for a picture's corner: chip, cores, system, MLX, BLAS."""
+    machine = about["machine"]
+    system = f"{machine['cores']} cores, {machine['os'].split()[0]}"
+    return f"{machine['chip']}, {system}, MLX {machine['mlx']}, {machine['blas']}"

@@ -12,7 +12,7 @@ import numpy as np
 
 import mebp_mlx
 from mebp_mlx.export.adapters import write_adapters
-from tests.tiny import randomize_lora
+from mebp_mlx.testing.tiny import randomize_lora
 
 
 def make_adapters(

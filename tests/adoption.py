@@ -20,8 +20,8 @@ import numpy as np
 from mebp_mlx.model.base import Model
 from mebp_mlx.system import allocator
 from mebp_mlx.system.pages import PAGE_BYTES
+from mebp_mlx.testing.tiny import random_batch, randomize_lora
 from mebp_mlx.weights.safetensors import MappedWeights
-from tests.tiny import random_batch, randomize_lora
 
 _M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, allocator._MMAP_BYTES
 _IS_MMAPPED = 2  # in the word before a block of glibc's

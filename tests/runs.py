@@ -15,9 +15,9 @@ import pytest
 
 from mebp_mlx import train
 from mebp_mlx.data import dataset, tokenize
+from mebp_mlx.testing.tiny import CONFIGS, write_model
 from mebp_mlx.training import log as run_log
 from tests.texts import write_rows, write_tokenizer
-from tests.tiny import CONFIGS, write_model
 
 ROOT = Path(__file__).parent.parent
 FILES = {"adapters.safetensors", "adapter_config.json", "checkpoint.safetensors", "run.json", "log.jsonl"}

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights import zero_copy as adopt
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption
 from tests.runs import child
-from tests.tiny import packed_config, write_model
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation knows glibc and MLX's CPU wheel")
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3")

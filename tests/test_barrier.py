@@ -15,7 +15,7 @@ from mebp_mlx.engine.base import Pass
 from mebp_mlx.ops import plan as plan_module
 from mebp_mlx.ops.cross_entropy import cross_entropy
 from mebp_mlx.ops.plan import GRAINS, Barrier, Plan
-from tests.tiny import packed_config, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, write_model
 
 
 class Recorded:

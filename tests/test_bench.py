@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import all as everything
-from bench import decompression, layers, learning, per_layer, plan_check, profile, projection, report, step_case
+from bench import __main__ as command
+from bench import case, learning, micro, phases, plan_check, profile, projection, report
+from bench.case import Stepper, add_memory_budget, plan_line
 from bench.instruments import Clock, Phases
-from bench.stepper import Stepper, add_memory_budget, plan_line
 from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.ops.plan import SAVE_INPUTS, Plan
 from mebp_mlx.planner.work import Rates, bound_s
 from mebp_mlx.system.footprint import footprint_bytes
 from mebp_mlx.system.phone import DEVICES
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 from tests.runs import tokenize_here, write_home
-from tests.tiny import CONFIGS, packed_config, write_model
 
 
 def test_spread_is_numpys_percentiles(seed: int) -> None:
@@ -34,21 +34,66 @@ def test_spread_is_numpys_percentiles(seed: int) -> None:
         assert np.allclose(list(report.spread(values.tolist(), 9).values()), expected, atol=1e-8), f"seed {seed}"
 
 
-def test_files_hold_the_rows_and_explain_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(out=tmp_path / "new", quick=True)
-    rows = [{"shape": "a", "step_s": {"median": 1.5, "p20": 1.0}}, {"shape": "b", "extra": 2}]
-    report.write("some", options, rows, paper={"x": 1})
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(
-        (tmp_path / "new" / "some.json").read_text()
-    )
-    found = json.loads((tmp_path / "new" / "some.json").read_text())
-    assert found["rows"] == rows and found["machine"]["mlx"] and "commit" in found
-    assert found["options"] == {"out": "new", "quick": True}
+def test_files_hold_the_rows_once_and_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = report.parser("bench some", "A bench.")
+    parser.add_argument("--data", type=Path)
+    options = parser.parse_args(["--out", str(tmp_path / "new"), "--quick", "--data", "/home/somebody/texts"])
+    rows = [{"shape": "a", "step_s": {"median": 1.5, "p20": 1.0}}, {"shape": "b", "extra": 2, "plan": {"saved": ["x"]}}]
+    report.publish("some", options, rows, efficiency=0.5)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    text = (tmp_path / "new" / "some.json").read_text()
+    context = json.loads(text)
+    assert printed == {**context, "rows": rows}
+    assert context["machine"]["mlx"] and context["date"] and "commit" in context and context["efficiency"] == 0.5
+    assert context["settings"] == {"quick": True, "data": "texts"} and len(text.splitlines()) < 25
+    assert context["command"] == "python -m bench some --out new --quick --data texts"
     with open(tmp_path / "new" / "some.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [
-            {"shape": "a", "step_s.median": "1.5", "step_s.p20": "1.0", "extra": ""},
-            {"shape": "b", "step_s.median": "", "step_s.p20": "", "extra": "2"},
+            {"shape": "a", "step_s.median": "1.5", "step_s.p20": "1.0", "extra": "", "plan.saved": ""},
+            {"shape": "b", "step_s.median": "", "step_s.p20": "", "extra": "2", "plan.saved": '["x"]'},
         ]
+    assert report.read(tmp_path / "new", "some") == (rows, context)
+
+
+def test_values_come_back_from_the_rows(tmp_path: Path) -> None:
+    row = {"none": None, "true": True, "inf": math.inf, "number": -0.25, "text": "2 blocks", "all": "all", "n": 3}
+    report.publish("some", argparse.Namespace(out=tmp_path), [row])
+    assert report.read(tmp_path, "some")[0] == [row]
+
+
+@pytest.mark.parametrize("name", [*command.RESULTS])
+def test_committed_results_draw_their_picture(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    results = Path(report.ROOT) / "bench" / "results"
+    for suffix in ("csv", "json"):
+        (tmp_path / f"{name}.{suffix}").write_bytes((results / f"{name}.{suffix}").read_bytes())
+    command.draw([name, "--out", str(tmp_path)])
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (results / f"{name}.png").is_file()
+    assert {path.suffix for path in results.iterdir()} == {".csv", ".json", ".png"}
+
+
+@pytest.mark.parametrize("name", [*command.BENCHES])
+def test_every_bench_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main([name, "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: python -m bench")
+
+
+def test_the_list_names_every_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in command.BENCHES)
+
+
+MISTAKES = ["no_such", "step --shapes qwen9", "head --tokens 0", "draw versus --out no", "plan_check --case"]
+
+
+@pytest.mark.parametrize("arguments", [mistake.split() for mistake in MISTAKES])
+def test_a_users_mistake_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ")
 
 
 def test_tables_put_numbers_to_the_right() -> None:
@@ -58,11 +103,11 @@ def test_tables_put_numbers_to_the_right() -> None:
 def test_a_case_of_the_step_table(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
     for engine in ("mebp", "fzoo"):
-        found = step_case.measure(folder, 12, 3, engine=engine, optimizer="sgd", rank=2, memory_budget="min")
+        found = case.measure(folder, 12, 3, engine=engine, optimizer="sgd", rank=2, memory_budget="min")
         assert found["peak_mb"] >= found["before_mb"] > 1 and found["n_steps"] == 3
         assert 0 < found["step_s"]["p20"] <= found["step_s"]["median"] <= found["step_s"]["p80"]
         assert found["plan"]["kept_bytes"] == 0 and "grain op" in plan_line(found["plan"])
-    found = step_case.measure(folder, 12, 2, forwards=True, optimizer="adamw", rank=2, memory_budget="none")
+    found = case.measure(folder, 12, 2, forwards=True, optimizer="adamw", rank=2, memory_budget="none")
     assert found["ratio"]["median"] > 0 and found["forward_peak_mb"] > 1 and not found["plan"]["offload_state"]
 
 
@@ -79,7 +124,7 @@ def test_a_stepper_takes_a_known_plan_and_refuses_what_cannot_be(tmp_path: Path)
 
 @pytest.mark.parametrize(("text", "is_right"), [("80MB", True), ("min", True), ("none", True), ("80", False)])
 def test_a_memory_budget_is_the_trainers(text: str, is_right: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
+    parser = report.Parser("bench some", None)
     add_memory_budget(parser)
     assert parser.parse_args([]).memory_budget == "min"
     if is_right:
@@ -193,12 +238,12 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
     assert all(row["peak_mb"] > rows[0]["peak_mb"] for row in rows[1:])
 
 
-@pytest.mark.parametrize("case", layers.CASES)
-def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("name", phases.CASES)
+def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
     budget = f"{footprint_bytes() // 1_000_000 + 80}MB"  # this process has run other tests
-    found = layers.measure(folder, case, n_tokens=24, n_steps=3, rank=2, memory_budget=budget)
-    backward = [] if case == "mezo" else ["b2", "b1", "b0"]
+    found = phases.measure(folder, 24, 3, rank=2, memory_budget=budget, **phases.CASES[name][1])
+    backward = [] if name == "mezo" else ["b2", "b1", "b0"]
     names = [row["phase"] for row in found["phases"]]
     assert names == ["emb", "f0", "f1", "f2", "head", *backward]
     whole = sum(row["ms"]["median"] for row in found["phases"])
@@ -207,18 +252,19 @@ def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, case: str) ->
         assert row["end_mb"] <= row["peak_mb"] <= found["peak_mb"] + 0.1
         assert min(row["split_ms"].values()) >= 0 < row["split_ms"]["compute"]
     saved = sum(row["split_ms"]["save"] for row in found["phases"])
-    assert (saved == 0) == (case == "mezo")  # without a backward nothing is kept
+    assert (saved == 0) == (name == "mezo")  # without a backward nothing is kept
 
 
 def test_the_page_of_phases_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_module(module: str, folder: Path, *how: object) -> dict[str, Any]:
-        return layers.measure(folder, str(how[how.index("--case") + 1]), 16, 1, rank=2)
+        words = [str(word) for word in how]
+        flags = {name: words[words.index(f"--{name}") + 1] for name in ("engine", "saved") if f"--{name}" in words}
+        return phases.measure(folder, 16, 1, rank=2, **flags)
 
     monkeypatch.setattr(report, "run_module", run_module)
     models = tmp_path / "models"
     write_model(models / "qwen2.5-0.5b-2", CONFIGS["qwen2"] | {"num_hidden_layers": 2})
-    monkeypatch.setattr(sys, "argv", ["per_layer", "--quick", "--models", str(models), "--out", str(tmp_path / "out")])
-    per_layer.main()
+    phases.main(["--quick", "--models", str(models), "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "per_layer.html").read_text()
     assert "http" not in page and " src=" not in page and "/*DATA*/" not in page
     data = json.loads(page.partition("const data = ")[2].partition(";\n")[0])
@@ -231,7 +277,7 @@ def test_the_page_of_phases_needs_no_network(tmp_path: Path, monkeypatch: pytest
 def test_packed_and_decompressed_products_are_both_timed(tmp_path: Path) -> None:
     quantization = {"group_size": 32, "bits": 4}
     folder = write_model(tmp_path / "model", packed_config("qwen2"), quantization=quantization)
-    rows = decompression.compare(folder, [1, 5], repeats=2)
+    rows = micro.compare(folder, [1, 5], repeats=2)
     assert [row["matrix"] for row in rows[::2]] == ["q", "k", "v", "o", "gate", "up", "down", "head"]
     for row in rows:
         assert row["decompress_ms"]["median"] > 0 and row["packed_ms"]["median"] > 0
@@ -240,24 +286,26 @@ def test_packed_and_decompressed_products_are_both_timed(tmp_path: Path) -> None
 def test_all_goes_on_after_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(everything, "NAMES", {"not_there": "no such bench", "projection": "the iPhone proxy"})
-    monkeypatch.setattr(sys, "argv", ["all", "--quick", "--out", str(tmp_path)])
-    assert everything.main() == 1
+    monkeypatch.setattr(command, "RESULTS", {"not_there": ("none", "no such bench")} | command.RESULTS)
+    monkeypatch.setitem(command.BENCHES, "not_there", ("none", "no such bench"))
+    arguments = ["--only", "not_there", "projection", "--quick", "--out", str(tmp_path)]
+    assert command.run_all(arguments) == 1
     printed = capsys.readouterr().out
     found = json.loads(printed.splitlines()[-1])
     assert [row["works"] for row in found["rows"]] == [False, True]
-    assert "failed (1)" in printed and "A17 Pro" in printed
-    assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json", "all.json"}
+    assert "failed (2)" in printed and "A17 Pro" in printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json"}
 
 
 def test_the_projection_misses_the_paper_by_what_the_readme_says() -> None:
     """And is right where it is calibrated: the table of the README comes from here."""
-    workloads = {shape: projection._workloads(shape, 256) for shape in report.PAPER}
+    workloads = {shape: projection.workloads_of(shape, 256) for shape in report.PAPER}
     phone = DEVICES["a17-pro"]
     rates = Rates(phone.flops[2], phone.bandwidth)
     shape, engine = projection.CALIBRATED_BY
-    efficiency = bound_s(projection._counted(workloads[shape], engine, "the paper's"), rates) / 2.68
-    rows = [projection._row(s, e, workloads[s], rates, efficiency) for s in workloads for e in projection.ENGINES]
+    efficiency = projection.efficiency_of(workloads[shape], rates)
+    assert efficiency == bound_s(projection.counted(workloads[shape], engine, "the paper's"), rates) / 2.68
+    rows = [projection.row_of(s, e, workloads[s], rates, efficiency) for s in workloads for e in projection.ENGINES]
     errors = {(row["shape"], row["engine"]): row["error"] for row in rows}
     assert abs(errors.pop((shape, engine))) < 1e-3 and 0.04 < efficiency < 0.05
     assert 0.2 < np.mean(np.abs(list(errors.values()))) < 0.3 and max(errors.values()) == errors["qwen2.5-3b", "mezo"]

@@ -24,7 +24,7 @@ from mebp_mlx.ops.attention import Attention
 from mebp_mlx.ops.gated_mlp import GatedMlp
 from mebp_mlx.ops.lora_linear import LoraLinear
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PROJECTIONS, Barrier, Plan
-from tests.tiny import CONFIGS, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_model
 
 SHORTS = frozenset(PROJECTIONS)
 NAMES = ["qwen2", "qwen3", "gemma3_text"]

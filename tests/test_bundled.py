@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import corpus
+from bench.bundled import corpus
 from mebp_mlx import bundled
 from mebp_mlx.system import machine
 

@@ -20,8 +20,8 @@ import mebp_mlx
 from mebp_mlx import convert
 from mebp_mlx.model.base import Model
 from mebp_mlx.system.pages import PAGE_BYTES
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
-from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 FORMATS = {
     "affine 4": ("--group-size", "32"),

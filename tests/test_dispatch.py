@@ -10,28 +10,30 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from bench import dispatch, dispatch_case
-from bench.synth import SHAPES, write_model
-from tests.tiny import PACKED, packed_config
+from bench.dispatch import __main__ as table
+from bench.dispatch import step
+from bench.dispatch.watch import nodes_of, non_views
+from mebp_mlx.testing.synth import SHAPES, write_model
+from mebp_mlx.testing.tiny import PACKED, packed_config
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text")
 FIXED_WAITS, PRODUCTS = 16, 14  # beside two waits a block; of a block: seven projections, forward and backward
 NON_VIEWS = 330  # of a block of qwen2 with SGD, on the CPU; mlx-lm's own has 288
 
 
-def _case(folder: Path, family: str, n_blocks: int, optimizer: str, **how: Any) -> dispatch_case.Case:
+def _case(folder: Path, family: str, n_blocks: int, optimizer: str, **how: Any) -> step.Case:
     config = packed_config(family)
     config.get("text_config", config).update({"num_hidden_layers": n_blocks, "sliding_window": 64})
     model = write_model(config, folder / f"{family}-{n_blocks}", group_size=32, sparse=True)
-    return dispatch_case.Case(model, 24, optimizer, **how)
+    return step.Case(model, 24, optimizer, **how)
 
 
-@pytest.mark.parametrize("optimizer", dispatch_case.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_on_a_gpu(tmp_path: Path, family: str, optimizer: str) -> None:
     """The limits of a step with Metal's defaults: two waits a block, a product a projection and direction, no copy."""
-    found = dispatch_case.count(_case(tmp_path, family, 3, optimizer))
-    all_of, head = dispatch_case.total(found["stages"]), found["stages"]["head"]["products"]
+    found = step.count(_case(tmp_path, family, 3, optimizer))
+    all_of, head = step.total(found["stages"]), found["stages"]["head"]["products"]
     assert not (all_of["waits"] > 2 * 3 + FIXED_WAITS), all_of
     assert all_of["products"] == 3 * PRODUCTS - 3 + head  # the first block needs no dL/dx: q, k, v
     assert all_of["copied_weights"] == all_of["copied_file"] == all_of["written"] == all_of["read"] == 0
@@ -41,10 +43,10 @@ def test_a_step_on_a_gpu(tmp_path: Path, family: str, optimizer: str) -> None:
 
 def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
     """What --layers relies on, to the last node."""
-    two, three, five = (dispatch_case.count(_case(tmp_path, "qwen2", n, "sgd")) for n in (2, 3, 5))
-    for name in dispatch._GROWS:
-        assert dispatch_case.extrapolated(two[name], three[name], 2) == five[name]
-    block = {k: n - dispatch_case.total(two["stages"])[k] for k, n in dispatch_case.total(three["stages"]).items()}
+    two, three, five = (step.count(_case(tmp_path, "qwen2", n, "sgd")) for n in (2, 3, 5))
+    for name in table._GROWS:
+        assert step.extrapolated(two[name], three[name], 2) == five[name]
+    block = {k: n - step.total(two["stages"])[k] for k, n in step.total(three["stages"]).items()}
     assert block["waits"] <= 2 and block["submissions"] == 2 and block["products"] == PRODUCTS
     assert block["non_view"] <= NON_VIEWS
 
@@ -52,43 +54,42 @@ def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
 def test_waits_copies_and_writes_are_seen(tmp_path: Path) -> None:
     """The counters move where the engine does what they count."""
     case = _case(tmp_path, "qwen2", 3, "adamw")
-    lazy = dispatch_case.total(dispatch_case.count(case)["stages"])
+    lazy = step.total(step.count(case)["stages"])
     case.plan = dataclasses.replace(case.plan, grain="op", kept_bytes=0, offload_state=True)
-    eager = dispatch_case.total(dispatch_case.count(case)["stages"])
+    eager = step.total(step.count(case)["stages"])
     assert eager["waits"] > 10 * lazy["waits"] and eager["submissions"] == 0
     assert eager["written"] > 0 and eager["read"] > 0 and eager["copied_file"] == eager["read"]
     case.model.weights.close()
     copied = _case(tmp_path / "copied", "qwen2", 3, "adamw")
     copied.model.weights.adopt = False
-    found = dispatch_case.count(copied)
-    assert dispatch_case.total(found["stages"])["copied_weights"] > 0 and found["adopted_bytes"] == 0
+    found = step.count(copied)
+    assert step.total(found["stages"])["copied_weights"] > 0 and found["adopted_bytes"] == 0
 
 
 def test_nodes_are_those_of_an_unevaluated_graph() -> None:
     x = mx.ones((4, 4))
     mx.eval(x)
     y = mx.exp(x @ x).reshape(2, 8).T
-    nodes = dispatch_case.nodes_of({"y": [y, None]})
-    assert nodes == {"Matmul": 1, "Exp": 1, "Reshape": 1, "Transpose": 1} and dispatch_case.non_views(nodes) == 2
+    nodes = nodes_of({"y": [y, None]})
+    assert nodes == {"Matmul": 1, "Exp": 1, "Reshape": 1, "Transpose": 1} and non_views(nodes) == 2
     mx.eval(y)
-    assert not dispatch_case.nodes_of([y])
+    assert not nodes_of([y])
 
 
 def test_mlx_lms_own_graph(tmp_path: Path) -> None:
     """The same products as ours but the head's, and its phases add up; checkpointing computes a block again."""
     config = packed_config("qwen2") | PACKED | {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 128}
-    plain, again = (dispatch_case.mlx_lm(config, 24, "sgd", how) for how in dispatch_case.MLX_LM.values())
+    plain, again = (step.mlx_lm(config, 24, "sgd", how) for how in step.MLX_LM.values())
     assert plain["products"] == 3 * PRODUCTS - 3 + 2
     assert again["products"] == plain["products"] + 3 * 6  # down's output is nobody's input
     assert again["nodes"] > plain["nodes"] > plain["non_view"] > 0
-    assert not dispatch_case.nodes_of([])
+    assert not nodes_of([])
 
 
 def test_table_limits_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     config = packed_config("qwen2") | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4}
     monkeypatch.setitem(SHAPES, "tiny", config)
-    monkeypatch.setattr("sys.argv", ["dispatch", "tiny", "--quick", "--layers", "3", "--out", str(tmp_path)])
-    dispatch.main()
+    table.main(["tiny", "--quick", "--layers", "3", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "2 and 3 blocks counted, the rest extrapolated" in printed and "mlx-lm, checkpointed" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"dispatch.json", "dispatch.csv"}
@@ -98,5 +99,5 @@ def test_windows_shorter_than_the_rows_are_not_extrapolated() -> None:
     options = argparse.Namespace(
         shape="gemma3-1b", layers=2, depth=26, tokens=600, optimizer="sgd", kept_bytes=None, memory_budget=None
     )
-    with pytest.raises(dispatch.UserError, match="--layers 26"):
-        dispatch.counted(options)
+    with pytest.raises(table.UserError, match="--layers 26"):
+        table.counted(options)

@@ -14,9 +14,9 @@ import pytest
 from mebp_mlx.doctor import __main__ as doctor
 from mebp_mlx.doctor import probes
 from mebp_mlx.system import device
+from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests import adoption
-from tests.tiny import packed_config, write_model
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation knows glibc and MLX's CPU wheel")
 ITEM_BYTES = {"U32": 4, "BF16": 2}

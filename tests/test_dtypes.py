@@ -13,8 +13,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine, kept_names
-from mebp_mlx.engine.base import Pass
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.errors import UserError
 from mebp_mlx.families import block_class
 from mebp_mlx.families.base import value
@@ -24,8 +23,8 @@ from mebp_mlx.ops.gated_mlp import GatedMlp
 from mebp_mlx.ops.lora_linear import LoraLinear
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.system import device
-from tests.parity import largest_error, rms_error
-from tests.tiny import packed_config, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.reference import largest_error, rms_error
+from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, write_model
 
 # Two 16-bit computations of the same gradients, held against float64: at most 6 % farther in 240 draws.
 CHANCE = 1.25

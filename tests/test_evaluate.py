@@ -10,10 +10,10 @@ import pytest
 
 from mebp_mlx import evaluate
 from mebp_mlx.data import dataset
+from mebp_mlx.testing.tiny import CONFIGS, write_model
 from tests.adapters import make_adapters, mlx_lm_loss
 from tests.runs import tokenize_here
 from tests.texts import write_rows, write_tokenizer
-from tests.tiny import CONFIGS, write_model
 
 ROWS = [{"text": text} for text in ("the cat sat on the mat", "what is the capital of France? It is Paris.", "moon")]
 

@@ -18,8 +18,8 @@ from mebp_mlx.families import block_class
 from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.plan import GRAINS, SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
-from tests.parity import largest_error, mlx_lm_loss_and_grads
-from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
+from mebp_mlx.testing.reference import largest_error, mlx_lm_loss_and_grads
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 
 TOLERANCE = 1e-5
 # Two float32 results are as far from float64 as chance has it: over 40 ill-conditioned models the ratio of the

@@ -8,7 +8,7 @@ import pytest
 
 from mebp_mlx.kernels import online_softmax
 from mebp_mlx.kernels.online_softmax import SoftmaxState
-from tests.tiny import relative_error
+from mebp_mlx.testing.tiny import relative_error
 
 
 def _truth(h: np.ndarray, w: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

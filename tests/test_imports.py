@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import mebp_mlx
 
 # From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
 ORDER = ["training", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights", "system"]
+ORDER.insert(0, "testing")  # for tests/ and bench/ alone
 FREE = {"errors", "bundled", "__version__"}  # import nothing above them, and serve everybody
 COMMAND = {"config", "options", "generate"}  # a run's options, and the child that samples for it: for training alone
 ROOT = Path(mebp_mlx.__file__).parent
@@ -70,3 +72,21 @@ def _modules(name: str, file: Path, files: dict[str, Path]) -> set[str]:
                 candidates = (f"{path}.{alias.name}", f"{path}.{alias.name}.__init__", path, f"{path}.__init__")
                 modules |= {next((known for known in candidates if known in files), name)} - {name}
     return modules
+
+
+def test_only_tests_and_benches_import_testing() -> None:
+    files = [(file, list(file.relative_to(ROOT.parent).parts[:-1])) for file in ROOT.rglob("*.py")]
+    files += [(file, ["mebp_mlx", "kernels"]) for file in (ROOT.parent / "kernels").glob("*.py")]
+    importing = [file for file, package in files if "testing" in _imported(file, package) and "testing" not in package]
+    assert not importing
+
+
+def test_bench_and_tests_do_not_import_each_other() -> None:
+    """Except for the tests of bench itself."""
+
+    def importing(folder: str, name: str) -> set[str]:
+        files = (Path(__file__).parents[1] / folder).rglob("*.py")
+        return {file.name for file in files if re.search(rf"^\s*(from|import) {name}\b", file.read_text("utf-8"), re.M)}
+
+    assert not importing("bench", "tests")
+    assert importing("tests", "bench") <= {"test_bench.py", "test_dispatch.py", "test_bundled.py"}

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from bench.synth import write_model as write_shape
 from mebp_mlx import train
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.engine.zeroth_order import make_estimator
@@ -27,6 +26,8 @@ from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.testing.synth import write_model as write_shape
+from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 from mebp_mlx.training.folder import recorded_plan
 from mebp_mlx.training.log import RunLog
 from mebp_mlx.training.optimizers import PlainSGD
@@ -35,7 +36,6 @@ from mebp_mlx.training.setup import Sizes as LongestRows
 from mebp_mlx.training.setup import make_plan
 from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child, tokenize_here, write_home
-from tests.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 
 MB = 1_000_000
 # Of the measured peak, on a machine that may be busy; rather over than under. bench.plan_check has the figures.

@@ -11,8 +11,8 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine import make_engine
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
-from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 
 @pytest.mark.parametrize("packed", [False, True])

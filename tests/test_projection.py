@@ -22,9 +22,9 @@ from mebp_mlx.planner.work import Rates, Work, count, nodes_of
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system import phone as phones
 from mebp_mlx.system.phone import DEVICES, thermal_state
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.training import trainer
 from tests.runs import arguments, events, tokenize_here, write_home
-from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 PHONE = DEVICES["a17-pro"]
 

@@ -15,8 +15,8 @@ import pytest
 
 from mebp_mlx.errors import UserError
 from mebp_mlx.generate import generate, main, sample
+from mebp_mlx.testing.tiny import CONFIGS, write_model
 from tests.texts import write_tokenizer
-from tests.tiny import CONFIGS, write_model
 
 PROMPT = "what is the capital"
 

@@ -17,11 +17,11 @@ from mebp_mlx.errors import BudgetError
 from mebp_mlx.planner.sizes import lora_sizes
 from mebp_mlx.system import limits
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.testing.tiny import CONFIGS, write_model
 from mebp_mlx.training import setup
 from mebp_mlx.training.optimizers import make_optimizer, state_bytes
 from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child
-from tests.tiny import CONFIGS, write_model
 
 MB = 1_000_000
 MOMENTUM: dict[str, Any] = {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": 0.9}}}

@@ -11,7 +11,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.errors import UserError
-from tests.tiny import CONFIGS, packed_config, write_model
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 
 
 def _change(folder: Path, **changes: Any) -> Path:

@@ -17,7 +17,7 @@ from mebp_mlx.engine.base import Store
 from mebp_mlx.errors import UserError
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Barrier, Plan
 from mebp_mlx.system.pages import PAGE_BYTES
-from tests.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, write_model
 
 ONE_PAGE = (PAGE_BYTES // 4,)  # a float32 array that fills a page
 

@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import bench.synth as synth
-from bench.synth import SHAPES, layers_of, model_config, write_model
+import mebp_mlx.testing.synth as synth
 from mebp_mlx.errors import UserError
+from mebp_mlx.testing.synth import SHAPES, layers_of, model_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,13 +229,13 @@ def test_the_command_writes_a_model_and_says_so_in_json(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
     again = command("gemma3-1b", str(tmp_path / "model"))
     assert again.returncode == 2
-    assert again.stderr.count("\n") == 1 and "DIR" in again.stderr
+    assert again.stderr.count("\n") == 1 and again.stderr.startswith("error: DIR")
 
 
 def test_memory_stays_small_whatever_the_tensor(tmp_path: Path) -> None:
     code = """
 import sys
-from bench.synth import write_model
+from mebp_mlx.testing.synth import write_model
 from mebp_mlx.system.footprint import PeakMeter
 with PeakMeter() as meter:
     before = meter.now_bytes

@@ -17,9 +17,9 @@ from mebp_mlx.doctor import checks
 from mebp_mlx.errors import UserError
 from mebp_mlx.kernels import linear_cross_entropy, metal, online_softmax, trust
 from mebp_mlx.kernels.online_softmax import SoftmaxState
+from mebp_mlx.testing.reference import largest_error
+from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, write_model
 from tests.emulated import SOURCES, running
-from tests.parity import largest_error
-from tests.tiny import packed_config, random_batch, randomize_lora, write_model
 
 pytestmark = pytest.mark.skipif(mx.metal.is_available(), reason="faults are planted into emulated kernels only")
 KERNELS_WRONG = "Metal kernel linear_cross_entropy \\(bfloat16, groups of 32\\) is not used on .+: "

@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mebp_mlx
+from mebp_mlx.testing.tiny import CONFIGS, randomize_lora, write_model
 from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.training.update import Updater
-from tests.tiny import CONFIGS, randomize_lora, write_model
 
 _SCHEDULE = optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), optim.cosine_decay(1e-2, 20)], [4])
 OPTIMIZERS = {

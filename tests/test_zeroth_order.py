@@ -14,9 +14,9 @@ import mebp_mlx
 from mebp_mlx.engine import zeroth_order as zo
 from mebp_mlx.engine.zeroth_order import Estimator, ZerothOrderEngine, gaussian, make_estimator
 from mebp_mlx.model.lora import Lora
+from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_model
 from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.training.update import Updater
-from tests.tiny import CONFIGS, random_batch, randomize_lora, write_model
 
 NAMES = ["mezo", "kzoo", "hizoo", "fzoo"]
 

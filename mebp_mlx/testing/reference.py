@@ -1,4 +1,4 @@
-"""mlx-lm's own model, LoRA layers and autograd, in float32 or float64: what ours is compared with."""
+"""mlx-lm's own model, LoRA layers and autograd in float32 or float64: the reference for our gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tests.tiny import relative_error
+from .tiny import relative_error
+
+
+def mlx_lm_model(folder: Path, lora: Any, *, dequantized: bool = True) -> Any:
+    """mlx-lm's model with its LoRA layers, which hold the values of our `lora`; float32.
+
+    dequantized: quantized layers become plain ones with the same weights.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    if dequantized:
+        dequantize_layers(model)
+    model.freeze()
+    config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
+    linear_to_lora_layers(model, len(model.layers) if lora.num_layers == -1 else lora.num_layers, config)
+    assert set(dict(tree_flatten(model.trainable_parameters()))) == set(lora.parameters())
+    model.load_weights(list(lora.parameters().items()), strict=False)
+    return model
 
 
 def mlx_lm_loss_and_grads(
@@ -18,21 +38,10 @@ def mlx_lm_loss_and_grads(
 ) -> tuple[float, dict[str, mx.array]]:
     """Loss (mean over labels) and LoRA gradients of mlx-lm's model, by its parameter names.
 
-    Packed weights are unpacked in float32, then everything is computed in `dtype`.
+    tokens, targets: int [B, T]; a target of -100 is no label. Quantized weights are dequantized in float32; everything
+    else is computed in `dtype`.
     """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    unpack_layers(model)
-    model.freeze()
-    config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
-    n_layers = len(model.layers) if lora.num_layers == -1 else lora.num_layers
-    linear_to_lora_layers(model, n_layers, config)
-    names = dict(tree_flatten(model.trainable_parameters()))
-    assert set(names) == set(lora.parameters())
-    model.load_weights(list(lora.parameters().items()), strict=False)
+    model = mlx_lm_model(folder, lora)
     model.set_dtype(dtype)
     mask = mx.array(targets != -100)
 
@@ -46,8 +55,8 @@ def mlx_lm_loss_and_grads(
     return loss.item(), dict(tree_flatten(grads))
 
 
-def unpack_layers(model: nn.Module) -> None:
-    """Replace quantized layers by plain ones with the same weights."""
+def dequantize_layers(model: nn.Module) -> None:
+    """Replaces quantized layers by plain ones with the same weights."""
     for name, module in model.named_modules():
         if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             continue

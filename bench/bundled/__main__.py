@@ -1,6 +1,6 @@
-"""Makes the bundled model and data from nothing but the interpreter's documentation strings, offline.
+"""Makes the bundled model and data from the interpreter's documentation strings alone, offline.
 
-    python -m bench.pretrain [--out mebp_mlx/bundled] [--minutes 40] [--steps N]
+    python -m bench.bundled [--out mebp_mlx/bundled] [--minutes 40] [--steps N]
 
 A sentencepiece tokenizer, a small llama model trained in float32, its 4-bit checkpoint as mlx-lm lays it out,
 the fine-tuning rows, and `pretrain.json`, the record of the run. The last printed line is that record's
@@ -35,7 +35,8 @@ import sentencepiece  # noqa: E402
 from mlx.utils import tree_flatten, tree_map  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 
-from bench import corpus  # noqa: E402
+from bench import report  # noqa: E402
+from bench.bundled import corpus  # noqa: E402
 
 N_PIECES = 4_096
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -330,9 +331,8 @@ def install(staged: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.pretrain", description=summary)
-    bundled = Path(__file__).resolve().parent.parent / "mebp_mlx" / "bundled"
+    parser = report.Parser("bench.bundled", __doc__)
+    bundled = Path(__file__).resolve().parents[2] / "mebp_mlx" / "bundled"
     parser.add_argument("--out", type=Path, default=bundled, help="gets model/, data/, pretrain.json")
     parser.add_argument("--minutes", type=float, default=40.0, help="time of the training loop")
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead (repeatable)")
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         record.update(check_saved(folder, valid, asked))
         packages = ("mlx", "mlx-lm", "numpy", "sentencepiece")
         full = {
-            "options": {key: value for key, value in vars(options).items() if key != "out"},
+            "options": {key: value for key, value in vars(options).items() if key not in ("out", "command")},
             "versions": {"python": sys.version.split()[0], "blas": BLAS.name,
                          **{name: importlib.metadata.version(name) for name in packages}},
             "n_documents": len(documents), "n_held_out_documents": len(splits.held_out),
@@ -385,4 +385,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.run(main)

@@ -1,23 +1,24 @@
 """What a GPU would see of one optimizer step, counted on any machine: `python -m bench.dispatch SHAPE`.
 
-The step is the real one (engine, updater), on a model of random weights, as Metal runs it by default: 16 bits, packed
-products, mapped pages adopted, grain "block". By stage of the step: blocking evaluations, submissions, graph nodes,
-packed products, bytes copied to MLX, bytes of the file; and the graph of mlx-lm's own step beside it, never evaluated.
+The step is the real one (engine and updater) on random weights, as Metal runs it by default: 16 bits, packed products,
+adopted pages, grain "block". For each stage it counts blocking evaluations, submissions, graph nodes, packed products,
+bytes copied to MLX and bytes of the file. The graph of mlx-lm's own step is counted too, and never evaluated.
 
-A node is a primitive of the graph that is handed to an evaluation; "non-view" leaves out those that only look at memory
-in another way (reshape, slice, transpose ...). On the CPU the fast primitives (rms_norm, rope, attention) are several
-nodes each, ours and mlx-lm's alike, where a GPU has one. Without a GPU a packed product and the head's kernel are one
-node each, of the right shapes and next to no cost, and adopted tensors are constants; with one, products are real, and
-where pages cannot be adopted (CUDA) tensors are copied once, before the step.
+A node is a primitive of the graph that an evaluation gets; "non-view" nodes exclude those that only view memory in
+another way (reshape, slice, transpose ...). On the CPU the fast primitives (rms_norm, rope, attention) are several
+nodes each, for mlx-lm too, where a GPU has one. Without a GPU, packed products and the head's kernel are stand-ins of
+one node with the right shapes, and adopted tensors are constants. With a GPU, products are real; where pages cannot be
+adopted (CUDA), tensors are copied once, before the step.
 
-Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block: exact,
-since the blocks of a shape have the same graph, unless rows are longer than a sliding window (refused).
+Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block. That is
+exact, because the blocks of a shape have the same graph, unless rows are longer than a sliding window (refused).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ import mebp_mlx  # noqa: F401  isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 
 from bench import report
-from bench.dispatch_case import MLX_LM, OPTIMIZERS, Case, count, extrapolated, mlx_lm, peak_bytes, total
-from bench.synth import SHAPES, model_config, write_model
+from bench.dispatch.step import MLX_LM, OPTIMIZERS, Case, count, extrapolated, mlx_lm, peak_bytes, total
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import _size as options_size
 from mebp_mlx.system.device import on_gpu, on_metal
+from mebp_mlx.testing.synth import SHAPES, model_config, write_model
 
 _GROWS = ("stages", "names", "kept_bytes", "adopted_tensors", "adopted_bytes")  # with the number of blocks
 
 
 def counted(options: argparse.Namespace) -> dict[str, Any]:
-    """`count` of the shape's whole depth, from `options.layers` blocks where that is less; "peak_bytes", "plan"."""
+    """`count` for the shape's depth, extrapolated from `options.layers` blocks if fewer; with "peak_bytes", "plan"."""
 
     def of(n_blocks: int, with_peak: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -59,16 +60,16 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def limits(
     options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]
 ) -> list[tuple[str, float, float]]:
-    """(what, number, the most that it may be) of a step; products and nodes: where a row is one tile."""
+    """(what, number, limit) of a step; products and nodes have limits only where a row is one tile."""
     all_of, depth, head = total(found["stages"]), options.depth, found["stages"]["head"]["products"]
     rows: list[tuple[str, float, float]] = [
-        ("blocking evaluations: 2 a block + 16", all_of["waits"], 2 * depth + 16),
+        ("blocking evaluations: 2 per block + 16", all_of["waits"], 2 * depth + 16),
         ("weight bytes copied to MLX", all_of["copied_weights"], 0),
         ("bytes written to the file", all_of["written"], 0),
     ]
     if options.tokens <= found["plan"]["token_block"]:
         most = round(1.15 * theirs["plain"]["non_view"])
-        rows.append(("packed products: 14 a block + 4 + the head's", all_of["products"], 14 * depth + 4 + head))
+        rows.append(("packed products: 14 per block + 4 + the head's", all_of["products"], 14 * depth + 4 + head))
         rows.append(("non-view nodes: 1.15 of mlx-lm's", all_of["non_view"], most))
     if (options.shape, options.tokens) == ("qwen2.5-0.5b", 256):
         peak_mb = max(found["peak_bytes"].values()) / 1e6
@@ -77,7 +78,7 @@ def limits(
 
 
 def device() -> str:
-    """What products ran on."""
+    """What the products ran on."""
     if not on_gpu():
         return "no GPU: packed products and the head's kernel are stand-ins of one node, adoption is emulated"
     name = mx.device_info().get("device_name", "a GPU")
@@ -92,7 +93,7 @@ def _line(name: str, row: dict[str, Any]) -> list[Any]:
 
 
 def show(options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """The table, what goes beside it, and the limits."""
+    """Prints the table, further counts, and the limits."""
     heads = ["", "waits", "submissions", "packed products", "nodes", "non-view", "copies", "MB"]
     heads += ["of weights, MB", "written, MB", "read, MB"]
     rows = [_line(stage, row) for stage, row in found["stages"].items() if any(row.values())]
@@ -112,16 +113,16 @@ def show(options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, A
     print(f"kept values    {found['kept_bytes'] / 1e6:,.1f} MB")
     print(f"MLX's peak     over LoRA and state, kept values in the file, MB: {mb}")
     if found["step_s"] is not None:
-        print(f"a step         {found['step_s']:.4f} s, {options.layers} blocks")
+        print(f"step           {found['step_s']:.4f} s, {options.layers} blocks")
     judged = [(*row, "ok" if row[1] <= row[2] else "over") for row in limits(options, found, theirs)]
-    print(report.table(["", "found", "at most", ""], judged))
+    print(report.table(["", "counted", "limit", ""], judged))
 
 
 GROUPS = ("forward", "head", "backward", "update")
 
 
-def _by_group(stages: dict[str, dict[str, int]], key: str) -> list[int]:
-    """A number of the stages by the picture's colours; what embeds counts as forward, the rest as update."""
+def _by_group(stages: Mapping[str, Mapping[str, Any]], key: str) -> list[int]:
+    """A number by the picture's colours; embedding counts as forward, the rest as update."""
     found = dict.fromkeys(GROUPS, 0)
     for stage, row in stages.items():
         group = {"embed": "forward", "rest": "update"}.get(stage, stage.partition(":")[0])
@@ -129,18 +130,21 @@ def _by_group(stages: dict[str, dict[str, int]], key: str) -> list[int]:
     return list(found.values())
 
 
-def draw(plt: Any, options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any], about: Any) -> None:
+def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     """Non-view nodes and products beside mlx-lm's; waits and submissions by stage."""
+    stages: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault(row["side"], {})[row["stage"]] = row
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    steps = {"ours": found["stages"], **{f"mlx-lm,\n{name}": row["phases"] for name, row in theirs.items()}}
-    ours = {"submissions": found["stages"], "waits": found["stages"]}
+    steps = {side.replace(", ", ",\n"): by_stage for side, by_stage in stages.items()}
+    ours = {"submissions": stages["ours"], "waits": stages["ours"]}
     panels = [("non-view graph nodes", steps, ["non_view"] * 3), ("packed products", steps, ["products"] * 3)]
     panels.append(("submissions, blocking evaluations", ours, list(ours)))
     for panel, (title, bars, keys) in zip(axes, panels, strict=True):
         longest = 0
-        for place, (stages, key) in enumerate(zip(bars.values(), keys, strict=True)):
+        for place, (by_stage, key) in enumerate(zip(bars.values(), keys, strict=True)):
             left = 0
-            for colour, n in enumerate(_by_group(stages, key)):
+            for colour, n in enumerate(_by_group(by_stage, key)):
                 panel.barh([place], [n], left=left, color=f"C{colour}", label=None if place else GROUPS[colour])
                 left += n
             panel.text(left, place, f" {left:,}", va="center", fontsize=8)
@@ -153,7 +157,7 @@ def draw(plt: Any, options: argparse.Namespace, found: dict[str, Any], theirs: d
     axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     what = f"{options.shape}, {options.depth} blocks, T = {options.tokens}, {options.optimizer}"
     figure.suptitle(f"One step of {what} (mlx-lm's head is in its phases)")
-    report.save_picture(plt, figure, options.out / "dispatch.png", about, device().partition(",")[0])
+    return figure, options.products
 
 
 def _size(text: str) -> int:
@@ -163,35 +167,33 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def main() -> None:
-    parser = report.parser("dispatch", __doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser("bench.dispatch", __doc__)
     parser.add_argument("shape", metavar="SHAPE", nargs="?", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=report.positive, default=3, help="blocks that are run (default: 3)")
+    parser.add_argument("--layers", type=report.positive, default=3, help="blocks to run (default: 3)")
     parser.add_argument("--tokens", type=report.positive, default=256)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
-    parser.add_argument("--kept-bytes", type=_size, help="of kept values in memory, the rest in a file (default: all)")
-    parser.add_argument("--memory-budget", type=_size, help="the plan that training would choose; all blocks are run")
-    options = parser.parse_args()
+    parser.add_argument("--kept-bytes", type=_size, help="kept values in memory, the others in a file (default: all)")
+    parser.add_argument("--memory-budget", type=_size, help="use the plan that training would choose; runs all blocks")
+    options = parser.parse_args(argv)
     if options.quick:
         options.tokens = min(options.tokens, 64)
     config = model_config(options.shape)
     options.depth = config.get("text_config", config)["num_hidden_layers"]
     whole = options.memory_budget is not None or options.kept_bytes is not None  # what is kept depends on the depth
     options.layers = options.depth if whole else min(max(2, options.layers), options.depth)
-    try:
-        found = counted(options)
-        theirs = {name: mlx_lm(config, options.tokens, options.optimizer, how) for name, how in MLX_LM.items()}
-    except UserError as error:
-        report.refuse(error)
-    show(options, found, theirs)
-    about = report.context(options)
-    plt = report.pyplot() if options.out else None
-    if plt is not None:
-        draw(plt, options, found, theirs, about)
-    rows = [{"stage": stage, **row} for stage, row in found.pop("stages").items()]
-    more = {"device": device(), "extrapolated": options.layers < options.depth, "mlx_lm": theirs}
-    report.write("dispatch", options, rows, **more, **found)
+    result = counted(options)
+    theirs = {name: mlx_lm(config, options.tokens, options.optimizer, how) for name, how in MLX_LM.items()}
+    show(options, result, theirs)
+    rows = [{"side": "ours", "stage": stage, **row} for stage, row in result.pop("stages").items()]
+    for name, step in theirs.items():
+        rows += [{"side": f"mlx-lm, {name}", "stage": phase, **row} for phase, row in step["phases"].items()]
+    facts = {name: value for name, value in result.items() if name != "names"}
+    options.products = device().partition(",")[0]
+    report.publish("dispatch", options, rows, draw, extrapolated=options.layers < options.depth, **facts)
 
+
+PICTURES = {"dispatch": draw}
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

@@ -1,0 +1,261 @@
+"""The step that is counted: our engine with Metal's defaults on stand-ins for a GPU's work, and mlx-lm's graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mebp_mlx  # isort: skip  (before mlx: it loads the BLAS)
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from bench.dispatch.watch import NUMBERS, STAGES, Watch, nodes_of, non_views
+from mebp_mlx.data.dataset import Batch
+from mebp_mlx.engine import backprop
+from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.base import Pass
+from mebp_mlx.kernels.online_softmax import SoftmaxStep
+from mebp_mlx.model.config import PROJECTIONS
+from mebp_mlx.model.lora import Lora
+from mebp_mlx.ops import cross_entropy as ops_head
+from mebp_mlx.ops.plan import SAVE_EVERYTHING, Plan
+from mebp_mlx.planner import search
+from mebp_mlx.planner.sizes import lora_sizes
+from mebp_mlx.planner.workload import Workload
+from mebp_mlx.system.device import on_gpu, on_metal
+from mebp_mlx.training.optimizers import PlainSGD
+from mebp_mlx.training.update import Updater
+from mebp_mlx.weights.safetensors import MappedWeights
+
+OPTIMIZERS = {"sgd": PlainSGD, "adamw": optim.AdamW}
+MLX_LM = {"plain": False, "checkpointed": True}
+
+
+@contextlib.contextmanager
+def emulated(allocating: bool = False) -> Iterator[None]:
+    """Stand-ins: for adopting mapped pages without Metal, and for packed products and the head's kernel without a GPU.
+
+    allocating: the result of a stand-in is allocated, which takes a few nodes; otherwise it is one node.
+    """
+    evaluate, known = mx.eval, {}
+
+    def constant(number: float, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
+        key = (number, shape, dtype)
+        if key not in known:
+            known[key] = mx.broadcast_to(mx.array(number, dtype), shape)  # one number in memory
+            evaluate(known[key])
+        return known[key]
+
+    def product(x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None = None, **how: Any) -> mx.array:
+        width = w.shape[0] if how["transpose"] else w.shape[1] * 32 // how["bits"]
+        result = constant(0, (*x.shape[:-1], width), x.dtype)
+        if allocating:
+            result = x[..., :1] * constant(0, (width,), x.dtype)
+        return mx.depends([result], [part for part in (x, w, scales, biases) if part is not None])[0]
+
+    def softmax(
+        z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
+    ) -> SoftmaxStep:
+        p = z * constant(0, (), z.dtype) if allocating else constant(0, z.shape, z.dtype)
+        numbers = [constant(number, maximum.shape) for number in (0, 1, 0, 1)]
+        return SoftmaxStep(*mx.depends([p, *numbers], [z, maximum, total, target_logit, targets]))
+
+    def in_place(weights: MappedWeights, name: str) -> mx.array | None:
+        info = weights.info(name)
+        if not weights.adopt or info.not_adoptable:
+            return None
+        if name not in weights._adopted:
+            found = constant(1, info.shape, info.mlx_dtype)
+            if on_gpu():
+                found = mx.array(weights.view(name)).view(info.mlx_dtype)
+                evaluate(found)
+            weights._adopted[name] = found
+        return weights._adopted[name]
+
+    with contextlib.ExitStack() as stack:
+        if not on_metal():
+            stack.enter_context(mock.patch.object(MappedWeights, "in_place", in_place))
+        if not on_gpu():
+            stack.enter_context(mock.patch.object(mx, "quantized_matmul", product))
+            stack.enter_context(mock.patch.object(ops_head, "softmax_kernel", softmax))
+        yield
+
+
+class Case:
+    """A model of random weights with Metal's defaults, and everything that a step of it needs.
+
+    budget_bytes: takes the plan that training would choose for it; None: the fastest plan, with `kept_bytes` of kept
+    values in memory (None: all).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        n_tokens: int,
+        optimizer: str,
+        kept_bytes: int | None = None,
+        budget_bytes: int | None = None,
+        rank: int = 8,
+    ):
+        self.model = mebp_mlx.open_model(folder, "bfloat16", "packed")
+        self.model.weights.adopt = True
+        self.lora = mebp_mlx.init_lora(self.model, rank=rank)
+        self.make_optimizer = lambda: OPTIMIZERS[optimizer](learning_rate=1e-4)
+        tokens, targets = np.random.default_rng(0).integers(0, self.model.spec.V, (2, 1, n_tokens)).astype(np.int32)
+        self.batch = Batch(tokens, targets, rows=("random",), n_labels=n_tokens)
+        state = lora_sizes(self.model.spec, self.lora.keys, -1, rank, self.make_optimizer()).state
+        self.workload = Workload(self.model, self.lora, 1, n_tokens, make_updater=self._updater, state_bytes=state)
+        with mock.patch.object(search, "on_gpu", lambda: True):
+            if budget_bytes is not None:
+                with emulated(allocating=True):
+                    self.plan = search.choose(self.workload, budget_bytes).plan
+            else:
+                fastest = search.ladder(self.workload)[-1]
+                # As training chooses where memory allows.
+                saved = SAVE_EVERYTHING if kept_bytes is None else fastest.saved
+                self.plan = dataclasses.replace(fastest, saved=saved, kept_bytes=kept_bytes, offload_state=False)
+
+    def _updater(self, lora: Lora, plan: Plan) -> Updater:
+        return Updater(self.make_optimizer(), lora, park=plan.offload_state, is_lazy=plan.is_lazy)
+
+    @contextlib.contextmanager
+    def steps(self, plan: Plan) -> Iterator[tuple[BackpropEngine, Callable[[], None]]]:
+        """An engine with its updater, and a function that makes one step; a first step has been made."""
+        updater, engine = self._updater(self.lora, plan), BackpropEngine(self.model, self.lora, plan=plan)
+
+        def step() -> None:
+            updater.begin_step()
+            n_labels = self.batch.n_labels
+            engine.step(self.batch, step=0, micro=0, n_labels=n_labels, sink=lambda found: updater.sink(found))
+            updater.end_step()
+
+        try:
+            step()
+            mx.synchronize()
+            yield engine, step
+            mx.synchronize()
+        finally:
+            engine.close()
+
+
+def count(case: Case) -> dict[str, Any]:
+    """{"stages": {stage: numbers}, "names": {stage: nodes by name}, ...} of one step."""
+    found: dict[str, Any] = {}
+    with emulated():
+        with case.steps(case.plan) as (engine, step):
+            with Watch(by_stage=False).open() as whole:
+                step()
+            mx.synchronize()
+            found["kept_bytes"] = engine.store.held_bytes + engine.store.written_bytes
+            with Watch(by_stage=True).open() as parts:
+                step()
+            mx.synchronize()
+            began_s = time.perf_counter()
+            step()
+            mx.synchronize()
+            found["step_s"] = time.perf_counter() - began_s if on_gpu() else None
+        adopted = [name for name, array in case.model.weights._adopted.items() if array is not None]
+    if whole.all_nodes != parts.all_nodes:
+        raise AssertionError(f"{whole.all_nodes} nodes in the step, {parts.all_nodes} in its stages")
+    found["adopted_tensors"] = len(adopted)
+    found["adopted_bytes"] = sum(case.model.weights.info(name).n_bytes for name in adopted)
+    found["names"] = {stage: dict(nodes) for stage, nodes in parts.nodes.items() if nodes}
+    found["stages"] = {}
+    for stage in STAGES:
+        nodes = parts.nodes[stage]
+        row = {"nodes": sum(nodes.values()), "non_view": non_views(nodes)}
+        found["stages"][stage] = {name: whole.numbers[stage][name] for name in NUMBERS} | row
+    return found
+
+
+def peak_bytes(case: Case) -> dict[str, int]:
+    """MLX's peak by phase of a step, over LoRA and optimizer state, with kept values in the file.
+
+    Unfinished work of the phase before counts as well.
+    """
+    found: dict[str, int] = {}
+
+    def phase(name: str, plain: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mx.reset_peak_memory()
+            result = plain(*args, **kwargs)
+            found[name] = max(found.get(name, 0), mx.get_peak_memory() - before)
+            return result
+
+        return run
+
+    with emulated(allocating=True), contextlib.ExitStack() as stack:
+        _, step = stack.enter_context(case.steps(dataclasses.replace(case.plan, kept_bytes=0)))
+        before = mx.get_active_memory()
+        phases = ((Pass, "forward", "forward"), (backprop, "cross_entropy", "head"))
+        for owner, name, label in (*phases, (BackpropEngine, "backward", "backward")):
+            stack.enter_context(mock.patch.object(owner, name, phase(label, getattr(owner, name))))
+        step()
+        mx.synchronize()
+    return found
+
+
+def total(stages: dict[str, dict[str, int]]) -> dict[str, int]:
+    """The sums over all stages."""
+    return {name: sum(row[name] for row in stages.values()) for name in next(iter(stages.values()))}
+
+
+def extrapolated(fewer: Any, more: Any, n_blocks: int) -> Any:
+    """The numbers for `n_blocks` more blocks than `more` has, given those of one block less (`fewer`)."""
+    if isinstance(more, dict):
+        return {name: extrapolated(fewer.get(name, 0), number, n_blocks) for name, number in more.items()}
+    return more + n_blocks * (more - fewer)
+
+
+def mlx_lm(config: dict[str, Any], n_tokens: int, optimizer: str, checkpointed: bool, rank: int = 8) -> dict[str, Any]:
+    """Counts of mlx-lm's own step (its model class, LoRA and loss); the graph is built and never evaluated."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import _get_classes
+
+    def leaf(array: Any) -> Any:
+        if not isinstance(array, mx.array):
+            return array
+        constant = mx.broadcast_to(mx.array(0, array.dtype), array.shape)
+        mx.eval(constant)
+        return constant
+
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    nn.quantize(model, group_size=64, bits=4)
+    model.set_dtype(mx.bfloat16)
+    model.freeze()
+    how = {"rank": rank, "scale": 20.0, "dropout": 0.0, "keys": list(PROJECTIONS.values())}
+    linear_to_lora_layers(model, len(model.layers), how)
+    model.update(tree_map(leaf, model.parameters()))
+    update = OPTIMIZERS[optimizer](learning_rate=1e-4)
+    update.init(model.trainable_parameters())
+    update._state = tree_map(leaf, update.state)
+    tokens = leaf(mx.zeros((1, n_tokens), mx.int32))
+    layer = type(model.layers[0])
+    with mock.patch.object(layer, "__call__", layer.__call__):  # grad_checkpoint replaces it for the whole class
+        if checkpointed:
+            grad_checkpoint(model.layers[0])
+        value_and_grad = nn.value_and_grad(model, lambda m: nn.losses.cross_entropy(m(tokens), tokens).mean())
+        loss, gradients = value_and_grad(model)
+    until: list[Counter[str]] = [Counter(), nodes_of(loss), nodes_of([loss, gradients])]
+    update.update(model, gradients)
+    until.append(nodes_of([loss, model.trainable_parameters(), update.state]))
+    phases = {}
+    for phase, before, after in zip(("forward", "backward", "update"), until, until[1:], strict=False):
+        nodes = after - before
+        phases[phase] = {
+            "products": nodes["QuantizedMatmul"],
+            "nodes": sum(nodes.values()),
+            "non_view": non_views(nodes),
+        }
+    return {"waits": 1, **total(phases), "phases": phases}

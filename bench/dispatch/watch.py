@@ -1,0 +1,310 @@
+"""Counts what one optimizer step hands to a GPU: MLX and the engine are watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import mebp_mlx  # noqa: F401  # isort: skip  (before mlx: it loads the BLAS)
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mebp_mlx.engine import backprop
+from mebp_mlx.engine.arena import Arena
+from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.base import Pass
+from mebp_mlx.families.base import Block, value
+from mebp_mlx.training.update import Updater
+from mebp_mlx.weights.safetensors import MappedWeights
+
+_VIEWS = """Reshape Slice Transpose Broadcast BroadcastAxes View Squeeze ExpandDims Split Flatten Unflatten AsStrided
+    Copy StopGradient Depends CustomTransforms"""  # Copy shares its input's memory; Contiguous copies
+VIEWS = frozenset(_VIEWS.split())
+STAGES = (
+    "embed",
+    "forward: projections",
+    "forward: attention",
+    "forward: MLP",
+    "forward: norms, residuals",
+    "head",
+    "backward: MLP",
+    "backward: attention",
+    "backward: projections",
+    "backward: norms, residuals",
+    "update",
+    "rest",
+)
+_PARTS = dict.fromkeys("qkvo", "projections") | dict.fromkeys("QKa", "attention") | {"d": "MLP"}  # by equation
+_NODE = re.compile(r'label ="(\w+)", shape=rectangle')
+_READERS = ("item", "tolist", "__array__", "__bool__", "__float__", "__int__")  # of an array, by Python
+NUMBERS = (  # counts; then bytes copied to MLX (of weights, gathered rows, the file, all else), and of the file
+    "waits",
+    "submissions",
+    "products",
+    "copies",
+    "copied_weights",
+    "copied_gathered",
+    "copied_file",
+    "copied_other",
+    "written",
+    "read",
+)
+
+
+def nodes_of(arrays: Any) -> Counter[str]:
+    """Primitives, by name, that an evaluation of these arrays (any tree of them) would run."""
+    found = _arrays(arrays)
+    text = io.StringIO()
+    if found:
+        mx.export_to_dot(text, *found)
+    return Counter(_NODE.findall(text.getvalue()))
+
+
+def non_views(nodes: Counter[str]) -> int:
+    """How many of them are more than another view of memory."""
+    return sum(n for name, n in nodes.items() if name not in VIEWS)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    leaves: list[tuple[str, Any]] = tree_flatten(tree)  # type: ignore[assignment]
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+
+
+class Counts:
+    """A step by stage: `numbers` as in NUMBERS, and the nodes of its graph by name."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
+        self.nodes: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
+
+    @property
+    def all_nodes(self) -> Counter[str]:
+        return sum(self.nodes.values(), start=Counter())
+
+
+class Watch:
+    """Counts one step from outside: functions of MLX and the engine are wrapped while it is open.
+
+    by_stage: evaluates everything where a stage ends, so that nodes are counted by stage; waits and submissions are
+    then not the step's own.
+    """
+
+    def __init__(self, by_stage: bool):
+        self.by_stage, self.counts = by_stage, Counts()
+        self.now, self.direction, self.copying = "rest", "forward", "other"
+        self.paused = False
+        self._known: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()  # evaluated ones
+        self._plain_eval = mx.eval
+
+    def note(self, what: str, n: int = 1) -> None:
+        if not self.paused:
+            self.counts.numbers[self.now][what] += n
+
+    def settle(self, tree: Any) -> None:
+        """Counts the graph of these arrays for the current stage, and evaluates it."""
+        if self.by_stage and not self.paused:
+            self._count(tree)
+            self._plain_eval(*_arrays(tree))
+
+    def _count(self, tree: Any) -> None:
+        nodes = nodes_of(tree)
+        nodes["StandIn"] = nodes.pop("Depends", 0)  # the engine uses none itself
+        self.counts.nodes[self.now] += nodes
+
+    @contextlib.contextmanager
+    def stage(self, name: str, inputs: Any) -> Iterator[Callable[[Any], None]]:
+        """A stage works on `inputs`; the function that it gets is called with the results."""
+        before = self.now
+        self.settle(inputs)
+        self.now = name
+        try:
+            yield self.settle
+        finally:
+            self.now = before
+
+    def eval(self, *arrays: Any) -> None:
+        """Replaces mx.eval."""
+        found = _arrays(list(arrays))
+        if any(self._known.get(id(array)) is not array for array in found):
+            self.note("waits")
+        self._count(found)
+        self._plain_eval(*found)
+        self._known.update({id(array): array for array in found})
+
+    def read(self, array: Any) -> None:
+        """Numpy or Python reads an array."""
+        if isinstance(array, mx.array) and self._known.get(id(array)) is not array:
+            self.note("waits")
+            self._count(array)
+            self._known[id(array)] = array
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Counts]:
+        """Wraps everything."""
+        with contextlib.ExitStack() as stack:
+
+            def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+                stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+            self._wrap_mlx(wrap)
+            self._wrap_copies(wrap)
+            self._wrap_stages(wrap)
+            yield self.counts
+
+    def _wrap_mlx(self, wrap: Callable) -> None:
+        def submitted(plain: Any) -> Any:
+            def async_eval(*arrays: Any) -> None:
+                self.note("submissions")
+                self._count(list(arrays))
+                plain(*arrays)
+
+            return async_eval
+
+        def reading(plain: Any) -> Any:
+            def convert(array: Any, *args: Any, **kwargs: Any) -> Any:
+                self.read(array)
+                return plain(array, *args, **kwargs)
+
+            return convert
+
+        def product(plain: Any) -> Any:
+            def quantized_matmul(*args: Any, **kwargs: Any) -> Any:
+                self.note("products")
+                return plain(*args, **kwargs)
+
+            return quantized_matmul
+
+        wrap(mx, "eval", lambda _: self.eval)
+        wrap(mx, "async_eval", submitted)
+        wrap(mx, "quantized_matmul", product)
+        wrap(np, "asarray", reading)
+        wrap(np, "array", reading)
+        for name in _READERS:
+            if name in vars(mx.array):
+                wrap(mx.array, name, reading)
+
+    def _wrap_copies(self, wrap: Callable) -> None:
+        """mx.array in the engine's modules copies a weight's rows or columns, gathered rows, or something else."""
+
+        def inside(what: str) -> Callable[[Any], Any]:
+            def make(plain: Any) -> Any:
+                def copying(*args: Any, **kwargs: Any) -> Any:
+                    before, self.copying = self.copying, what
+                    try:
+                        return plain(*args, **kwargs)
+                    finally:
+                        self.copying = before
+
+                return copying
+
+            return make
+
+        def moving(what: str) -> Callable[[Any], Any]:
+            def make(plain: Any) -> Any:
+                def move(arena: Arena, *args: Any) -> Any:
+                    found = plain(arena, *args)
+                    self.note(what, (args[-1] if found is None else found).nbytes)
+                    return found
+
+                return move
+
+            return make
+
+        core = _Core(self)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("mebp_mlx.") and vars(module).get("mx") is mx:
+                wrap(module, "mx", lambda _: core)
+        wrap(MappedWeights, "rows", inside("weights"))
+        wrap(MappedWeights, "columns", inside("weights"))
+        wrap(MappedWeights, "gather", inside("gathered"))
+        wrap(Arena, "put", moving("written"))
+        wrap(Arena, "get", lambda plain: inside("file")(moving("read")(plain)))
+
+    def _wrap_stages(self, wrap: Callable) -> None:
+        def whole(stage: str, inputs: Callable[..., Any] = lambda *args: args) -> Callable[[Any], Any]:
+            def make(plain: Any) -> Any:
+                def run(*args: Any, **kwargs: Any) -> Any:
+                    with self.stage(stage, inputs(*args)) as made:
+                        found = plain(*args, **kwargs)
+                        made(found)
+                        return found
+
+                return run
+
+            return make
+
+        def block(direction: str) -> Callable[[Any], Any]:
+            def make(plain: Any) -> Any:
+                staged = whole(f"{direction}: norms, residuals")(plain)
+
+                def run(*args: Any, **kwargs: Any) -> Any:
+                    self.direction = direction
+                    return staged(*args, **kwargs)
+
+                return run
+
+            return make
+
+        def part(name: str) -> Callable[[Any], Any]:
+            """A part of a block, in the current direction, with the values that it keeps and sums."""
+
+            def make(plain: Any) -> Any:
+                def run(b: Block, *args: Any, **kwargs: Any) -> Any:
+                    with self.stage(f"{self.direction}: {name}", args) as made:
+                        found = plain(b, *args, **kwargs)
+                        attention = b.run.attention
+                        made([found, b.run.gradients, attention.keys, attention.values, attention.sums()])
+                        return found
+
+                return run
+
+            return make
+
+        def unseen(plain: Any) -> Any:
+            """A graph that is built only for its shapes."""
+
+            def run(*args: Any) -> Any:
+                self.paused = True
+                try:
+                    return plain(*args)
+                finally:
+                    self.paused = False
+
+            return run
+
+        wrap(backprop, "kept_bytes", unseen)
+        wrap(Pass, "embed", whole("embed"))
+        wrap(Pass, "forward", block("forward"))
+        wrap(BackpropEngine, "backward", block("backward"))
+        wrap(backprop, "cross_entropy", whole("head", lambda work, x, *_: x))
+        wrap(Updater, "sink", whole("update"))
+        for owner in (Block, *Block.__subclasses__()):
+            for name, equation in list(vars(owner).items()):
+                if isinstance(equation, value):
+                    wrap(equation, "equation", part(_PARTS.get(name, "norms, residuals")))
+        for name, stage in (("linear", "projections"), ("attend", "attention"), ("mlp", "MLP")):
+            wrap(Block, f"{name}_backward", part(stage))
+
+
+class _Core:
+    """mlx.core as the engine's modules see it while a step is watched: arrays made from numpy's are counted."""
+
+    def __init__(self, watch: Watch):
+        self._watch = watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+    def array(self, values: Any, *args: Any, **kwargs: Any) -> mx.array:
+        if isinstance(values, np.ndarray):
+            self._watch.note("copies")
+            self._watch.note(f"copied_{self._watch.copying}", values.nbytes)
+        return mx.array(values, *args, **kwargs)
