@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from ..model.base import Model
 from ..model.config import PROJECTIONS, Linear, ModelSpec
 from ..model.lora import Lora
 from ..weights.safetensors import MappedWeights
@@ -68,6 +69,13 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
     return read_pairs(
         folder / ADAPTERS, spec, int(numbers["rank"]), numbers["scale"], dropout if isinstance(dropout, float) else 0.0
     )
+
+
+def adapters_of(folder: Path, model_path: Path) -> Lora:
+    """The same for the model in a folder, of which only headers are read."""
+    model = Model(model_path)
+    model.weights.close()
+    return load_adapters(folder, model.spec)
 
 
 def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
