@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import UserError
 from .export.folder import check_outside, new_config, new_folder, write_folder
-from .export.quantize import MODES, Packing
+from .export.quantize import MODES, Packing, checked_packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
 from .model.config import read_config
@@ -55,18 +55,7 @@ class Options:
                 if value is not None:
                     raise UserError(f"{flag} {value}: --mode keep changes no bit")
             return None
-        mxfp4 = self.mode == "mxfp4"
-        group_size = (32 if mxfp4 else 64) if self.group_size is None else self.group_size
-        bits = 4 if self.bits is None else self.bits
-        if bits not in (4, 8):
-            raise UserError(f"--bits {bits}: is not one of 4, 8")
-        if group_size not in (32, 64, 128):
-            raise UserError(f"--group-size {group_size}: is not one of 32, 64, 128")
-        if mxfp4 and bits != 4:
-            raise UserError(f"--bits {bits}: mxfp4 has 4")
-        if mxfp4 and group_size != 32:
-            raise UserError(f"--group-size {group_size}: mxfp4 has groups of 32")
-        return Packing(bits, group_size, self.mode)
+        return checked_packing(self.bits, self.group_size, self.mode)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

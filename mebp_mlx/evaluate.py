@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mebp_mlx
-
 from .command import exit_code, limits, over_budget, parse, say
-from .data.dataset import prepare_rows
-from .export.adapters import load_adapters, trained_with
+from .export.adapters import adapters_of, trained_with
 from .options import option
 from .system.footprint import PeakMeter
 from .system.units import megabytes
-from .training.evaluate import NO_ADAPTER, Quality, evaluate, plan_evaluation
+from .training.evaluate import Evaluator, rows_as_trained
 from .weights.hub import SPLITS, resolve_model
 
 PROG = "python -m mebp_mlx.evaluate"
 _GROUP = "evaluation"
+_TEXTS = (
+    "Measure loss, perplexity and accuracy of a model, with and without adapters.",
+    "Nothing is trained and nothing is written. Rows are read and labelled as in training.\n"
+    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed, 130 interrupted",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Options:
                               shown_default="as trained")
     split: str = option("test", _GROUP, "of the data: test, valid, train", choices=SPLITS)
     mask_prompt: bool | None = option(None, _GROUP, "labels on the answer only; not given: as in training")
-    max_seq_length: int = option(2048, _GROUP, "longest row in tokens", at_least=2)
+    max_seq_length: int | None = option(None, _GROUP, "longest row in tokens", at_least=2,
+                                        shown_default="as trained, else 2048")
     overlong: str = option("truncate", _GROUP, "a longer row: truncate, drop or error",
                            choices=("truncate", "drop", "error"))
     batch_size: int = option(4, _GROUP, "rows at a time; memory grows with it", at_least=1)
@@ -52,22 +55,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-
-    def work() -> None:
-        options = parse(
-            Options,
-            PROG,
-            (
-                "Measure loss, perplexity and accuracy of a model, with and without adapters.",
-                "Nothing is trained and nothing is written. Rows are read and labelled as in training.\n"
-                "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed,\n"
-                "130 interrupted",
-            ),
-            argv,
-        )
-        _run(options)
-
-    return exit_code(work, "nothing was written")
+    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv)), "nothing was written")
 
 
 def _run(options: Options) -> None:
@@ -75,22 +63,20 @@ def _run(options: Options) -> None:
     known: dict[str, Any] = {} if folder is None else trained_with(folder)
     with PeakMeter() as meter:
         model_path = resolve_model(options.model or known.get("model") or "bundled")
-        rows = prepare_rows(
-            data=options.data or known.get("data") or "bundled",
-            split=options.split,
-            model_path=model_path,
-            mask_prompt=bool(known.get("mask_prompt")) if options.mask_prompt is None else options.mask_prompt,
-            max_seq_length=options.max_seq_length,
-            overlong=options.overlong,
+        rows = rows_as_trained(
+            known,
+            model_path,
+            options.split,
+            options.data,
+            options.mask_prompt,
+            options.max_seq_length,
+            options.overlong,
         )
-        model = mebp_mlx.open_model(model_path, options.dtype)
-        lora = None if folder is None else load_adapters(folder, model.spec)
         budget_bytes, smallest = limits(options.memory_budget)
-        plan = plan_evaluation(model, lora, rows, options.batch_size, budget_bytes, smallest).plan
-        found: dict[str, Quality] = {}
-        for name, adapter in (("model", NO_ADAPTER), *((("adapters", lora),) if lora is not None else ())):
-            found[name] = evaluate(model, adapter, rows, plan, options.batch_size, options.test_batches)
-        model.weights.close()
+        quality = Evaluator(rows, options.batch_size, options.test_batches, budget_bytes, smallest, options.dtype)
+        found = {"model": quality(model_path, None)}
+        if folder is not None:
+            found["adapters"] = quality(model_path, adapters_of(folder, model_path))
     if options.json:
         say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in found.items()}))
     else:
@@ -98,8 +84,8 @@ def _run(options: Options) -> None:
         say(f"{rows.name}: {first.n_rows:,} rows, {first.n_labels:,} labelled tokens; peak footprint "
             f"{megabytes(meter.peak_bytes)}")  # fmt: skip
         say(f"{'':<10}{'loss':>10}{'perplexity':>14}{'accuracy':>10}")
-        for name, quality in found.items():
-            say(f"{name:<10}{quality.loss:>10.4f}{quality.perplexity:>14,.2f}{quality.accuracy:>10.1%}")
+        for name, q in found.items():
+            say(f"{name:<10}{q.loss:>10.4f}{q.perplexity:>14,.2f}{q.accuracy:>10.1%}")
     over_budget(budget_bytes, meter.peak_bytes)
 
 

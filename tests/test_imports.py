@@ -30,6 +30,7 @@ def _imported(file: Path, package: list[str]) -> set[str]:
 
 def test_no_import_points_up() -> None:
     files = [(file, file.relative_to(ROOT).parts[0]) for file in [ROOT / "errors.py", *ROOT.glob("*/**/*.py")]]
+    files = [(file, room) for file, room in files if file.name != "__main__.py"]  # a command, as those on the top floor
     files += [(file, "kernels") for file in (ROOT.parent / "kernels").glob("*.py")]
     up = []
     for file, room in files:

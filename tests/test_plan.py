@@ -184,7 +184,6 @@ def test_what_a_probe_does_not_see_is_added() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Workload, "first_trained", 1)
             patch.setattr(Workload, "lora_bytes", 1000)
-            patch.setattr(search, "_kept", lambda *_: 10, raising=False)
             return predict(given, plan, found)
 
     everything = peaks(Plan(kept_bytes=None))

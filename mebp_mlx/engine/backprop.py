@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..errors import NonFiniteLoss
 from ..families.base import BlockRun
 from ..kernels import cpu
-from ..model.base import Model
+from ..model.base import Model, stand_in
 from ..model.config import Layer
 from ..model.lora import Adapter, Lora, flat, pairs_of
 from ..model.prefetch import Prefetch
@@ -185,26 +185,33 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     of its own: this is the most that a block from `index` on keeps.
     """
     kinds = {model.copied_bytes(layer.linears["down"], 1): layer for layer in model.spec.layers[index:]}
-    most = 0
-    for layer in kinds.values():
-        counter = _Counter()
-        with cpu.off():
-            work = Pass(model.unread(), plan, adapter, Barrier(None))
-            x = [mx.zeros((B, stop - start, model.spec.D), model.dtype) for start, stop in plan.tiles(T)]
-            work.forward(layer, x, counter, kept_names(plan, work))
-        most = max(most, counter.n_bytes)
-    return most
+    work = Pass(model.unread(), plan, adapter, Barrier(None))
+    return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
 
 
-class _Counter:
+def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
+    """What a block keeps of a batch [B, T], of a pass over an unread model that evaluates nothing."""
+    shapes = Shapes()
+    with cpu.off():
+        x = [mx.zeros((B, stop - start, work.model.spec.D), work.model.dtype) for start, stop in work.plan.tiles(T)]
+        work.forward(layer, x, shapes, kept_names(work.plan, work))
+    return shapes
+
+
+class Shapes:
+    """Kept values by shape alone (families/base.py: Kept). n_bytes: of them, each in whole pages."""
+
     def __init__(self) -> None:
+        self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}
         self.n_bytes = 0
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
+        self.kept[layer, name, tile] = (value.shape, value.dtype)
         self.n_bytes += page_ceil(value.nbytes)
         return True
 
     def get(self, layer: int, name: str, tile: int) -> mx.array | None:
-        return None
+        known = self.kept.get((layer, name, tile))
+        return None if known is None else stand_in(*known)
 
     take = get

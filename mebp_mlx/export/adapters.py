@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from ..model.base import Model
 from ..model.config import PROJECTIONS, Linear, ModelSpec
 from ..model.lora import Lora
 from ..system.files import write_json
@@ -72,6 +73,13 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
     )
 
 
+def adapters_of(folder: Path, model_path: Path) -> Lora:
+    """The same for the model in a folder, of which only headers are read."""
+    model = Model(model_path)
+    model.weights.close()
+    return load_adapters(folder, model.spec)
+
+
 def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
     """The pairs of a safetensors file under mlx-lm's names. Raises UserError naming file and tensor."""
     linears = {linear.name: linear for layer in spec.layers for linear in layer.linears.values()}
@@ -80,17 +88,22 @@ def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: fl
         parameters = {name: _parameter(weights, name, linears, rank) for name in sorted(weights.names)}
     finally:
         weights.close()
+    return as_lora(parameters, spec, rank, scale, dropout, file)
+
+
+def as_lora(
+    parameters: dict[str, mx.array], spec: ModelSpec, rank: int, scale: float, dropout: float, file: Path
+) -> Lora:
+    """Matrices of a file, with checked names, as a Lora; its keys and number of layers are read off the names.
+
+    Raises UserError for half a pair, and where there is none.
+    """
     for name in parameters:
         other = name[:-1] + ("b" if name.endswith("a") else "a")
         if other not in parameters:
             raise UserError(f"{file}: {name} has no {other.rpartition('.')[2]} beside it")
     if not parameters:
         raise UserError(f"{file}: holds no LoRA pair")
-    return as_lora(parameters, spec, rank, scale, dropout)
-
-
-def as_lora(parameters: dict[str, mx.array], spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
-    """Pairs with checked names as a Lora, its keys and number of layers read off the names."""
     layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
     keys = tuple(key for key in PROJECTIONS.values() if any(f".{key}.lora_" in name for name in parameters))
     n_layers = spec.L - layers[0].index
@@ -150,9 +163,16 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
         raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
     linear = linears[module]
     wanted = (linear.in_dims, rank) if part == "lora_a" else (rank, linear.out_dims)
-    if info.shape != wanted:
-        raise UserError(f"{info.file}: {name} has shape {list(info.shape)}, the model and rank {rank} ask for "
-                        f"{list(wanted)}")  # fmt: skip
+    return checked_matrix(weights, name, wanted, rank)
+
+
+def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], rank: int) -> mx.array:
+    """One matrix of a pair, in float32. Raises UserError for another shape, and for what is no finite float."""
+    info = weights.info(name)
+    if info.shape != shape:
+        raise UserError(
+            f"{info.file}: {name} has shape {list(info.shape)}, the model and rank {rank} ask for {list(shape)}"
+        )
     if not mx.issubdtype(info.mlx_dtype, mx.floating):
         raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
     value = weights.rows(name).astype(mx.float32)

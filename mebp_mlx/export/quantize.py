@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import UserError
 from ..kernels import cpu
 from ..model.config import Quantization
 
@@ -35,6 +36,22 @@ class Packing:
     def fits(self, in_dims: int) -> bool:
         """Whether rows of this length can be packed (mlx-lm's own rule)."""
         return in_dims % self.group_size == 0
+
+
+def checked_packing(bits: int | None, group_size: int | None, mode: str) -> Packing:
+    """The format that --bits, --group-size and --mode name. Raises UserError for one that does not exist."""
+    mxfp4 = mode == "mxfp4"
+    group_size = (32 if mxfp4 else 64) if group_size is None else group_size
+    bits = 4 if bits is None else bits
+    if bits not in (4, 8):
+        raise UserError(f"--bits {bits}: is not one of 4, 8")
+    if group_size not in (32, 64, 128):
+        raise UserError(f"--group-size {group_size}: is not one of 32, 64, 128")
+    if mxfp4 and bits != 4:
+        raise UserError(f"--bits {bits}: mxfp4 has 4")
+    if mxfp4 and group_size != 32:
+        raise UserError(f"--group-size {group_size}: mxfp4 has groups of 32")
+    return Packing(bits, group_size, mode)
 
 
 def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:

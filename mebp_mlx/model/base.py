@@ -101,6 +101,9 @@ class Model:
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Columns [start, stop) of the matrix, between groups of a packed one, ready for products."""
 
+        if stop - start == linear.in_dims:
+            return self.row_block(linear, 0, linear.out_dims)
+
         def read(weights: Any, name: str, n_items: int, n_columns: int) -> Any:
             return weights.columns(name, start * n_items // n_columns, stop * n_items // n_columns)
 

@@ -89,29 +89,27 @@ class Attention:
         """A tile's Q [B, H, tile, head_dim] from a position on -> A [B, tile, H * head_dim]."""
         pieces = []
         for start, stop, low, high in self._blocks(Q.shape[2], position):
-            queries = _part(Q, start - position, stop - position)
+            queries = Q[:, :, start - position : stop - position]
             pieces.append(forward(self.heads, queries, *self._seen(low, high), start, low))
             self.barrier.piece(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+        return mx.concatenate(pieces, axis=1)
 
     def backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
         """dQ of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
         assert self.keys is not None
         pieces = []
         for start, stop, low, high in self._blocks(Q.shape[2], position):
-            first, last = start - position, stop - position
-            dq, dk, dv = backward(
-                self.heads, _part(Q, first, last), *self._seen(low, high), start, low, _part(da, first, last, axis=1)
-            )
+            rows = slice(start - position, stop - position)
+            dq, dk, dv = backward(self.heads, Q[:, :, rows], *self._seen(low, high), start, low, da[:, rows])
             pieces.append(dq)
             self._add(low, high, dk, dv)
             self.barrier.piece(dq, *self.sums())
-        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+        return mx.concatenate(pieces, axis=2)
 
     def cotangents(self, position: int, T: int) -> tuple[mx.array, mx.array]:
         """(dK [B, K, T, head_dim], dv [B, T, K * head_dim]) of a tile, after the backward of it and all later tiles."""
         assert self.keys is not None and self.d_keys is not None and self.d_values is not None
-        dk, dv = (_part(d, position, position + T).astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
+        dk, dv = (d[:, :, position : position + T].astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
         return dk, dv.transpose(0, 2, 1, 3).reshape(dv.shape[0], T, -1)
 
     def _add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
@@ -132,7 +130,7 @@ class Attention:
 
     def _seen(self, low: int, high: int) -> tuple[mx.array, mx.array]:
         assert self.keys is not None and self.values is not None
-        return _part(self.keys, low, high), _part(self.values, low, high)
+        return self.keys[:, :, low:high], self.values[:, :, low:high]
 
     def _blocks(self, T: int, position: int) -> list[tuple[int, int, int, int]]:
         """(first query, end, first key, end) of each block of queries."""
@@ -183,13 +181,6 @@ def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) ->
     """Which keys from `low` on each query from `start` on sees, bool [n_queries, n_keys]."""
     i, j = mx.arange(start, start + n_queries)[:, None], mx.arange(low, low + n_keys)[None]
     return j <= i if heads.window is None else (j <= i) & (j > i - heads.window)
-
-
-def _part(x: mx.array, start: int, stop: int, axis: int = 2) -> mx.array:
-    """Positions [start, stop) of [B, heads, T, head_dim], or along another axis."""
-    if stop - start == x.shape[axis]:
-        return x
-    return x[:, start:stop] if axis == 1 else x[:, :, start:stop]
 
 
 def _grouped(q: mx.array, k: mx.array) -> mx.array:

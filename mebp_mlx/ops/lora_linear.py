@@ -3,8 +3,9 @@
     y = x W^T + b + s (dropout(x) A) B
     dB = s (xA)^T g,  dA = s x^T (g B^T),  dx = g W + s (g B^T) A^T      (x after dropout in the LoRA terms)
 
-xA is never kept: it is r columns, and recomputing it is cheaper than its place. W may come in blocks of rows, which are
-columns of y, or of columns, which are columns of x (`Input`). Sums over blocks and over tiles are float32.
+xA is seldom kept: it is r columns, and recomputing it is cheaper than its place unless launches count. W may come in
+blocks of rows, which are columns of y, or of columns, which are columns of x (`Input`). Sums over blocks and over tiles
+are float32. A slice of everything and a concatenation of one piece cost nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..model.base import WeightBlock
 from ..model.config import Linear
 from ..model.lora import Dropout
 from .plan import Context
@@ -76,7 +76,7 @@ class LoraLinear:
         for start, stop in self.row_blocks:
             pieces.append(self.rows(x, low, start, stop))
             self.barrier.piece(pieces[-1])
-        return _join(pieces)
+        return mx.concatenate(pieces, axis=-1)
 
     def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
         """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are
@@ -106,7 +106,7 @@ class LoraLinear:
         if bias is not None:
             y = y + bias
         if low is not None and self.pair is not None:
-            b = self.pair.b if stop - start == self.linear.out_dims else self.pair.b[:, start:stop]
+            b = self.pair.b[:, start:stop]
             y = mx.addmm(y, low, b) if y.dtype == low.dtype else y + (low @ b).astype(y.dtype)
         return y
 
@@ -142,15 +142,13 @@ class Backward:
     def take(self, start: int, stop: int, g: mx.array) -> None:
         """g = dL/dy [B, tile, stop - start] of those columns."""
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
-        whole = stop - start == linear.linear.out_dims
         if self.need_dx:
             part = linear.model.row_block(linear.linear, start, stop).matmul_t(g)
-            self.dx = part if whole else _added(self.dx, part)
+            self.dx = part if stop - start == linear.linear.out_dims else _added(self.dx, part)
             barrier.piece(self.dx)
         if pair is not None and self.low is not None:
             g = g.astype(mx.float32)
-            b = pair.b if whole else pair.b[:, start:stop]
-            self.g_b = _added(self.g_b, g @ b.T)
+            self.g_b = _added(self.g_b, g @ pair.b[:, start:stop].T)
             self.db.append(_flat(self.low).T @ _flat(g))
             barrier.piece(self.g_b, self.db[-1])
 
@@ -161,7 +159,7 @@ class Backward:
             return self.dx
         g_b = linear.scale * self.g_b
         linear.add("a", _flat(linear.dropped(linear.shared.wide(self.x), self.x, self.position)).T @ _flat(g_b))
-        linear.add("b", _join(self.db))
+        linear.add("b", mx.concatenate(self.db, axis=-1))
         if self.dx is None:
             return None
         if linear.shared.dropout is None:
@@ -193,8 +191,9 @@ class Input:
 
     def add(self, start: int, stop: int, x: mx.array) -> None:
         """The part of y that these columns of x give."""
-        part = self._block(start, stop).matmul(x)
-        self.y = part if self._whole(start, stop) else _added(self.y, part)
+        linear = self.linear.linear
+        part = self.linear.model.column_block(linear, start, stop).matmul(x)
+        self.y = part if stop - start == linear.in_dims else _added(self.y, part)
         self._add_x_a(start, stop, x)
         self.linear.barrier.piece(self.y)
 
@@ -213,10 +212,11 @@ class Input:
         """Columns [start, stop) of dL/dx."""
         linear, g = self.linear, self.g
         assert g is not None
-        dx = self._block(start, stop).matmul_t(g)
+        dx = linear.model.column_block(linear.linear, start, stop).matmul_t(g)
         if linear.pair is not None and self.g_b is not None:
-            a = linear.pair.a if self._whole(start, stop) else linear.pair.a[start:stop]
-            dx = dx + linear.dropped(self.g_b @ a.T, g, self.position, start, stop).astype(dx.dtype)
+            dx = dx + linear.dropped(self.g_b @ linear.pair.a[start:stop].T, g, self.position, start, stop).astype(
+                dx.dtype
+            )
         return dx
 
     def take(self, start: int, stop: int, x: mx.array) -> None:
@@ -232,7 +232,7 @@ class Input:
         if self.g is None or self.x_a is None or not self.da:
             return
         x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)
-        self.linear.add("a", _join(self.da, axis=0))
+        self.linear.add("a", mx.concatenate(self.da))
         self.linear.add("b", x_a.T @ _flat(self.g).astype(mx.float32))
 
     def _add_x_a(self, start: int, stop: int, x: mx.array) -> mx.array:
@@ -242,29 +242,16 @@ class Input:
         dropped = linear.dropped(x, x, self.position, start, stop)
         if not self.sums_x_a:
             return dropped
-        part = dropped @ (pair.a if self._whole(start, stop) else pair.a[start:stop])
+        part = dropped @ pair.a[start:stop]
         self.x_a = part if self.x_a is None else self.x_a + part
         linear.barrier.piece(self.x_a)
         return dropped
-
-    def _whole(self, start: int, stop: int) -> bool:
-        return stop - start == self.linear.linear.in_dims
-
-    def _block(self, start: int, stop: int) -> WeightBlock:
-        linear = self.linear
-        if self._whole(start, stop):
-            return linear.model.row_block(linear.linear, 0, linear.linear.out_dims)
-        return linear.model.column_block(linear.linear, start, stop)
 
 
 def _added(total: mx.array | None, part: mx.array) -> mx.array:
     """A sum over blocks, in float32: in 16 bits every block would round it once more."""
     part = part.astype(mx.float32)
     return part if total is None else total + part
-
-
-def _join(pieces: list[mx.array], axis: int = -1) -> mx.array:
-    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
 
 
 def _flat(x: mx.array) -> mx.array:

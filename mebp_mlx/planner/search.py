@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.backprop import kept_bytes
+from ..engine import backprop
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
 from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
@@ -97,38 +97,39 @@ def choose(
         predicted = predict(workload, known, probe(workload, known, arena_dir))
         if budget_bytes is None or predicted.peak_bytes <= budget_bytes:
             return Planned(workload, known, predicted, budget_bytes)
-    plans = [dataclasses.replace(plan, saved=_saved(workload, plan, arena_budget_bytes)) for plan in ladder(workload)]
-    start_bytes = footprint_bytes()
+    plans, start_bytes = ladder(workload), footprint_bytes()
     if smallest:
         plans = plans[:1]
     elif budget_bytes is None:
         plans = plans[-1:]
-    found, taken = probe(workload, plans[0], arena_dir), plans[0]
-    least = _spared(predict(workload, taken, found).peak_bytes)
-    if budget_bytes is not None and least > budget_bytes:
-        raise BudgetError(
-            f"--memory-budget: {budget_bytes / 1e6:.1f} MB is too little for this model, batch size and longest "
-            f"row; the smallest workable budget is {math.ceil(least / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
-        )
-    for plan in plans[1:]:
-        assert budget_bytes is not None
-        # A candidate's pieces are at most twice as large as those of the one before, or so much is to spare.
-        peak = predict(workload, taken, found).peak_bytes
-        if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
-            break
-        larger = probe(workload, plan, arena_dir)
-        if _spared(predict(workload, plan, larger).peak_bytes) > budget_bytes:
-            break
-        found, taken = larger, plan
+    taken: tuple[Plan, Probe] | None = None
+    for plan in plans:
+        if taken is not None and budget_bytes is not None:
+            # A candidate's pieces are at most twice as large as those of the one before, or so much is to spare.
+            peak = predict(workload, *taken).peak_bytes
+            if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
+                break
+        plan = dataclasses.replace(plan, saved=_saved(workload, plan, arena_budget_bytes))
+        found = probe(workload, plan, arena_dir)
+        needed = _spared(predict(workload, plan, found).peak_bytes)
+        if budget_bytes is not None and needed > budget_bytes:
+            if taken is not None:
+                break
+            raise BudgetError(
+                f"--memory-budget: {budget_bytes / 1e6:.1f} MB is too little for this model, batch size and longest "
+                f"row; the smallest workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
+            )
+        taken = plan, found
+    assert taken is not None
     if not smallest:
-        taken = _in_memory(workload, taken, found, budget_bytes)
-    return Planned(workload, taken, predict(workload, taken, found), budget_bytes)
+        taken = _in_memory(workload, *taken, budget_bytes)
+    return Planned(workload, taken[0], predict(workload, *taken), budget_bytes)
 
 
 def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
     """What a run under `plan` will take, from what a probe of it took: what more blocks keep is added."""
     n_blocks = workload.model.spec.L - workload.first_trained
-    kept = n_blocks * _kept(workload, plan) if workload.is_exact else 0
+    kept = n_blocks * found.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
     more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
@@ -141,28 +142,29 @@ def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
     return Prediction(phases, kept, in_file + (workload.state_bytes if plan.offload_state else 0), in_file)
 
 
-def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int | None) -> Plan:
+def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int | None) -> tuple[Plan, Probe]:
     """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
     room = math.inf
     if budget_bytes is not None:
         # One byte less: the product with 1 + MARGIN rounds.
         room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, found).peak_bytes
     if not workload.is_exact:
-        return plan
+        return plan, found
     offload_state = workload.state_bytes > room
     room -= 0 if offload_state else workload.state_bytes
     n_blocks = workload.model.spec.L - workload.first_trained
-    everything = dataclasses.replace(plan, saved=SAVE_EVERYTHING)
-    if on_gpu() and plan.saved == SAVE_PRODUCTS and n_blocks * _kept(workload, everything) <= room:
-        plan = everything
-    elif n_blocks * found.kept_bytes > room:
-        return dataclasses.replace(plan, kept_bytes=max(0, int(room)), offload_state=offload_state)
-    return dataclasses.replace(plan, kept_bytes=None, offload_state=offload_state)
+    if on_gpu() and plan.saved == SAVE_PRODUCTS:
+        everything = dataclasses.replace(plan, saved=SAVE_EVERYTHING)
+        kept_bytes = _kept(workload, everything)
+        if n_blocks * kept_bytes <= room:
+            plan, found = everything, dataclasses.replace(found, kept_bytes=kept_bytes)
+    in_memory = None if n_blocks * found.kept_bytes <= room else max(0, int(room))
+    return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), found
 
 
 def _kept(workload: Workload, plan: Plan) -> int:
     """Bytes that a block keeps."""
-    return kept_bytes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
+    return backprop.kept_bytes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:

@@ -17,10 +17,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..engine.backprop import block_backward, kept_bytes, kept_names
+from ..engine.backprop import block_backward, kept_bytes, kept_shapes
 from ..engine.base import Pass
 from ..kernels import cpu
-from ..model.base import stand_in
 from ..model.config import Layer
 from ..ops.cross_entropy import scan
 from ..ops.plan import Barrier, Plan
@@ -133,9 +132,7 @@ class _Counter:
         return self._once(("forward", self._kind(layer)), lambda *x: self.work.forward(layer, list(x)))
 
     def backward(self, layer: Layer, need_dx: bool) -> Work:
-        shapes, names = Shapes(), kept_names(self.plan, self.work)
-        with cpu.off():
-            self.work.forward(layer, self._tiles(), shapes, names)
+        shapes = kept_shapes(self.work, layer, self.workload.B, self.workload.T)
 
         def run(*dy: mx.array) -> list[mx.array]:
             block = self.work.run(layer, shapes, None)
@@ -172,23 +169,6 @@ class _Counter:
     def _tiles(self) -> list[mx.array]:
         B, D = self.workload.B, self.model.spec.D
         return [mx.zeros((B, stop - start, D), self.model.dtype) for start, stop in self.plan.tiles(self.workload.T)]
-
-
-class Shapes:
-    """Kept values by shape alone (families/base.py: Kept)."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}
-
-    def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
-        self.kept[layer, name, tile] = (value.shape, value.dtype)
-        return True
-
-    def get(self, layer: int, name: str, tile: int) -> mx.array | None:
-        known = self.kept.get((layer, name, tile))
-        return None if known is None else stand_in(*known)
-
-    take = get
 
 
 def _sum(nodes: list[Node]) -> Work:

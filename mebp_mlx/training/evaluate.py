@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from ..data.dataset import TokenRows, eval_batches
+import mebp_mlx
+
+from ..data.dataset import TokenRows, eval_batches, prepare_rows
 from ..engine.base import Pass
 from ..errors import NonFiniteLoss
 from ..model.base import Model
 from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
-from ..planner.search import Planned, choose
+from ..planner.search import choose
 from ..planner.workload import Workload
 
-NO_ADAPTER = Adapter({}, 1.0, 0.0)
+NO_LORA = Lora({}, rank=1, scale=1.0, dropout=0.0, keys=(), num_layers=0)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,59 @@ def evaluate(
     return Quality(loss_sum / n_labels, n_correct / n_labels, n_labels, n_rows)
 
 
-def plan_evaluation(
-    model: Model, lora: Lora | None, rows: TokenRows, batch_size: int, budget_bytes: int | None, smallest: bool
-) -> Planned:
-    """The fastest plan of forward passes within a budget (None: no limit); smallest: the one with the least footprint.
+def rows_as_trained(
+    known: Mapping[str, Any],
+    model_path: Path,
+    split: str,
+    data: str | None = None,
+    mask_prompt: bool | None = None,
+    max_seq_length: int | None = None,
+    overlong: str = "truncate",
+) -> TokenRows:
+    """The rows of a split, or of the file that `data` names, read as in the run whose options are `known`.
 
-    lora: None for the model alone. Raises BudgetError, naming the smallest workable budget, when none fits.
+    What is not None wins over these. Raises UserError.
     """
-    lora = lora or Lora({}, rank=1, scale=1.0, dropout=0.0, keys=(), num_layers=0)
-    longest = int(rows.lengths.max()) - 1
-    workload = Workload(model, lora, min(batch_size, len(rows)), longest, forward_only=True)
-    return choose(workload, budget_bytes, smallest=smallest)
+    return prepare_rows(
+        data=data or known.get("data") or "bundled",
+        split=split,
+        model_path=model_path,
+        mask_prompt=bool(known.get("mask_prompt")) if mask_prompt is None else mask_prompt,
+        max_seq_length=max_seq_length or int(known.get("max_seq_length") or 2048),
+        overlong=overlong,
+    )
+
+
+class Evaluator:
+    """Evaluates models on always the same rows, within a budget.
+
+    n_batches: of the rows, -1: all; budget_bytes: the footprint to stay within, None: no limit; smallest: the plan with
+    the least footprint is taken; dtype: as of open_model.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        batch_size: int,
+        n_batches: int = -1,
+        budget_bytes: int | None = None,
+        smallest: bool = False,
+        dtype: str = "auto",
+    ):
+        self.rows, self.batch_size, self.n_batches, self.dtype = rows, batch_size, n_batches, dtype
+        self.budget_bytes, self.smallest = budget_bytes, smallest
+
+    def __call__(self, path: Path, lora: Lora | None) -> Quality:
+        """Of the model in a folder, with pairs or without. Raises UserError, NonFiniteLoss, and BudgetError, naming
+        the smallest workable budget, when no plan fits.
+        """
+        model = mebp_mlx.open_model(path, self.dtype)
+        try:
+            return evaluate(model, lora or NO_LORA, self.rows, self._plan(model, lora), self.batch_size, self.n_batches)
+        finally:
+            model.weights.close()
+
+    def _plan(self, model: Model, lora: Lora | None) -> Plan:
+        longest = int(self.rows.lengths.max()) - 1
+        workload = Workload(model, lora or NO_LORA, min(self.batch_size, len(self.rows)), longest, forward_only=True)
+        return choose(workload, self.budget_bytes, smallest=self.smallest).plan

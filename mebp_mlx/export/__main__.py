@@ -1,0 +1,74 @@
+"""`python -m mebp_mlx.export`: adapters for PEFT and llama.cpp, and PEFT's for this package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..command import exit_code, parse, say
+from ..errors import UserError
+from ..model.base import Model
+from ..options import option
+from ..weights.hub import resolve_model
+from .adapters import FLAG, load_adapters, read_about
+from .folder import new_folder
+from .gguf import write_gguf
+from .peft import model_name, read_peft, write_ours, write_peft
+
+PROG = "python -m mebp_mlx.export"
+_GROUP, _KIND = "adapters", "what to make of them (one of these)"
+_TEXTS = (
+    "Convert LoRA adapters for other programs, and PEFT's adapters for this one.",
+    "The values stay float32, and the adapted model computes the same. llama.cpp takes the GGUF file with --lora, for\n"
+    "a model that its own convert_hf_to_gguf.py converted. Only the headers of the model's weights are read.\n"
+    "exit codes: 0 done, 2 wrong option or input, 130 interrupted",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    # fmt: off
+    adapter_path: str = option("adapters", _GROUP, "folder of adapters: ours, mlx-lm's or PEFT's", metavar="PATH")
+    model: str | None = option(None, _GROUP, "their model: folder, hub id, or bundled", shown_default="as trained")
+    save_path: str | None = option(None, _GROUP, "new folder for the result; with --gguf a new file", metavar="PATH")
+
+    peft: bool = option(False, _KIND, "a folder that PEFT loads")
+    gguf: bool = option(False, _KIND, "a file that llama.cpp loads")
+    from_peft: bool = option(False, _KIND, "from PEFT's folder one that this package and mlx-lm load")
+    # fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv)), "nothing unfinished is left behind")
+
+
+def _run(options: Options) -> None:
+    if (options.peft, options.gguf, options.from_peft).count(True) != 1:
+        raise UserError("--peft, --gguf, --from-peft: name one of them")
+    if options.save_path is None:
+        raise UserError("--save-path: is required")
+    folder = Path(options.adapter_path).expanduser()
+    base = model_name(read_about(folder), options.model)
+    model = Model(resolve_model(base))
+    model.weights.close()
+    spec = model.spec
+    if options.gguf:
+        path = Path(options.save_path).expanduser()
+        write_gguf(path, load_adapters(folder, spec), spec, folder.resolve().name, "--save-path")
+        say(f"{folder} -> {path}")
+        return
+    out = new_folder(options.save_path, "--save-path")
+    if options.peft:
+        write_peft(out, load_adapters(folder, spec), spec, base)
+    else:
+        write_ours(out, read_peft(folder, spec, FLAG), base)
+    say(f"{folder} -> {out.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""`python -m mebp_mlx.fuse`: adapters into the weights of their model, streamed; refuses to lose what was learned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .command import exit_code, limits, over_budget, parse, say
+from .errors import UserError
+from .export.adapters import adapters_of, trained_with
+from .export.card import Card, model_card
+from .export.folder import check_outside, new_folder
+from .export.fuse import DTYPES, Format, Kept, Measure, fuse
+from .export.quantize import MODES, checked_packing
+from .export.requantize import DENSE
+from .export.upload import check_repo, upload
+from .options import option
+from .system.footprint import PeakMeter
+from .system.units import megabytes
+from .training.evaluate import Evaluator, rows_as_trained
+from .weights.hub import SPLITS, resolve_model
+
+PROG = "python -m mebp_mlx.fuse"
+_MODEL, _STORED, _MEASURED = "model and adapters", "how it is stored", "what is kept"
+_GGUF = "python -m mebp_mlx.export --gguf writes the adapters for llama.cpp"
+_CODE = "no code from a model folder is ever run"
+_NOT_HERE = {"--export-gguf": _GGUF, "--gguf-path": _GGUF, "--trust-remote-code": _CODE}
+_TEXTS = (
+    "Add adapters to the weights of their model, a few rows at a time, and measure what that keeps.",
+    "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of what\n"
+    "was learned is not written. 4 bits often lose a short run; --dequantize does not. PATH appears when complete.\n"
+    "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was passed,\n"
+    "130 interrupted",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    # fmt: off
+    model: str | None = option(None, _MODEL, "folder, hub id, or bundled", shown_default="as trained")
+    adapter_path: str = option("adapters", _MODEL, "folder of adapters, ours or mlx-lm's", metavar="PATH")
+    save_path: str = option("fused_model", _MODEL, "new or empty folder for the fused model", metavar="PATH")
+    upload_repo: str | None = option(None, _MODEL, "upload the folder to this repository of the hub", metavar="REPO",
+                                     shown_default="no upload")
+
+    dequantize: bool = option(False, _STORED, "no packed weights; not given: each matrix as in the model")
+    bits: int | None = option(None, _STORED, "pack all matrices in 4 or 8 bits", shown_default="as in the model")
+    group_size: int | None = option(None, _STORED, "weights that share a scale: 32, 64 or 128",
+                                    shown_default="64, mxfp4: 32")
+    mode: str | None = option(None, _STORED, "pack in this mode: affine, symmetric, mxfp4", choices=MODES,
+                              shown_default="affine")
+    dtype: str | None = option(None, _STORED, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES),
+                               shown_default="as in the model")
+
+    tolerance: float | str = option(0.1, _MEASURED, "share of the gain that may be lost; none: do not measure",
+                                    words=("none",), at_least=0, metavar="X")
+    data: str | None = option(None, _MEASURED, "folder, hub id, bundled, or any JSONL file", shown_default="as trained")
+    split: str = option("valid", _MEASURED, "of the data: valid, test, train", choices=SPLITS)
+    batch_size: int = option(4, _MEASURED, "rows at a time", at_least=1)
+    val_batches: int = option(25, _MEASURED, "batches, -1 for all", at_least=1, or_minus_one=True)
+    memory_budget: int | str | None = option(
+        None, _MEASURED, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
+        words=("min", "none"), above=0, shown_default="1GB, at most 1/4 of memory")
+    # fmt: on
+
+    def format(self) -> Format:
+        """What the options say of storage. Raises UserError for what does not go together."""
+        packs = [f for f, v in (("--bits", self.bits), ("--group-size", self.group_size), ("--mode", self.mode)) if v]
+        if packs and self.dequantize:
+            raise UserError(f"{packs[0]}: cannot be combined with --dequantize")
+        if packs:
+            return Format(checked_packing(self.bits, self.group_size, self.mode or "affine"), self.dtype)
+        if self.dtype and not self.dequantize:
+            raise UserError(f"--dtype {self.dtype}: needs --dequantize or --bits")
+        return Format(DENSE if self.dequantize else None, self.dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv, _NOT_HERE)), "nothing unfinished is left behind")
+
+
+def _run(options: Options) -> None:
+    how, folder = options.format(), Path(options.adapter_path).expanduser()
+    if options.upload_repo is not None:
+        check_repo(options.upload_repo)
+    out = new_folder(options.save_path, "--save-path")
+    known = trained_with(folder)
+    base = options.model or known.get("model") or "bundled"
+    source = resolve_model(base)
+    check_outside(out, source)
+    budget_bytes, smallest = limits(options.memory_budget)
+    measure = None
+    with PeakMeter() as meter:
+        lora = adapters_of(folder, source)
+        if options.tolerance != "none":
+            rows = rows_as_trained(known, source, options.split, options.data)
+            quality = Evaluator(rows, options.batch_size, options.val_batches, budget_bytes, smallest)
+            measure = Measure(lambda path, pairs: quality(path, pairs).loss, rows.name, float(options.tolerance))
+
+        def card(kept: Kept | None) -> str:
+            rows = "" if measure is None else measure.rows
+            return model_card(Card(out.path.name, base, folder, known), how, kept, rows)
+
+        report, kept = fuse(source, lora, out, how, measure, card, say)
+    say(f"{base} + {folder} -> {out.path}")
+    say(f"  stored    in {how}; {report.bytes_before:,} -> {report.bytes_after:,} bytes")
+    say(f"  measured  {'nothing' if measure is None else f'{measure.rows}: {kept}'}")
+    say(f"  took      peak footprint {megabytes(meter.peak_bytes)}")
+    over_budget(budget_bytes, meter.peak_bytes)
+    if options.upload_repo is not None:
+        say(f"  uploaded  {upload(out.path, options.upload_repo)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
