@@ -25,6 +25,7 @@ from bench.in_memory import mlx_lm_model
 from bench.report import positive, refuse, spread
 from bench.stepper import Stepper
 from mebp_mlx.data.dataset import Batch, has_tokenizer, prepare
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.engine.whole_graph import WholeGraphEngine
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.lora import Lora
@@ -47,7 +48,7 @@ def rows_of(path: Path, data: str, vocabulary: int, shape: tuple[int, int]) -> n
     n_rows, n_tokens = shape
     if not has_tokenizer(path):
         return np.random.default_rng(0).integers(0, vocabulary, (n_rows, n_tokens + 1)).astype(np.int32)
-    train = prepare(data=data, model_path=path, mask_prompt=False, max_seq_length=2048, overlong="truncate").train
+    train = prepare(data, path, RowOptions()).train
     stream: list[int] = []
     for index in np.random.default_rng(0).permutation(len(train)):
         batch = train.batch([index])

@@ -21,6 +21,7 @@ import mebp_mlx
 
 from .config import TrainConfig
 from .data.dataset import Batch, DataSets, TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
+from .data.preview import show_rows
 from .engine import Engine, make_engine
 from .engine.zeroth_order import Estimator
 from .errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
@@ -76,16 +77,13 @@ def run(config: TrainConfig, interrupt: Interrupt, meter: PeakMeter) -> int:
     if config.dry_run and plan_without_data(config, model_path):
         return DONE
     saved = checkpoint.load_checkpoint(folder) if config.resume else None
-    if saved is None and not config.dry_run:
+    if saved is None and not (config.dry_run or config.preview):
         checkpoint.check_unused(folder)
-    data = prepare(
-        data=config.data,
-        model_path=model_path,
-        mask_prompt=config.mask_prompt,
-        max_seq_length=config.max_seq_length,
-        overlong=config.overlong,
-    )
-    print_data(data, config.overlong)
+    data = prepare(config.data_source, model_path, config.row_options)
+    print_data(data, config)
+    if config.preview:
+        show_rows(data.train, model_path, config.preview)
+        return DONE
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
     origin = {"model": checkpoint.model_fingerprint(model_path), "data": checkpoint.data_fingerprint(data.cache_dir)}

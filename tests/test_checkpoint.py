@@ -355,7 +355,7 @@ def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
     second = checkpoint.model_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{ }")
     assert len({first, second, checkpoint.model_fingerprint(tmp_path)}) == 3
-    for name in ("offsets", "label_starts", "tokens"):
+    for name in ("offsets", "labels", "tokens"):
         (tmp_path / f"train.{name}").write_bytes(b"x" * 600_000)
     rows = checkpoint.data_fingerprint(tmp_path)
     (tmp_path / "train.tokens").write_bytes(b"x" * 599_999 + b"y")

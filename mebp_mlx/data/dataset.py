@@ -11,18 +11,19 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta
 from mebp_mlx.errors import UserError
 from mebp_mlx.model import NO_LABEL
 from mebp_mlx.system.child import run_child
-from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data
+from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data, resolve_sets
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.tiktoken", "*.model", "tekken.json")
 _TOKENIZER_FILES = (
@@ -50,7 +51,7 @@ class Batch:
 class TokenRows:
     """The rows of one split, memory-mapped.
 
-    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that is labelled.
+    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that one is trained on.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -59,7 +60,7 @@ class TokenRows:
 
         self.name = f"{split}.jsonl"
         self._tokens, self._offsets = mapped("tokens"), mapped("offsets")
-        self._label_starts, self._lines = mapped("label_starts"), mapped("lines")
+        self._labels, self._lines = mapped("labels"), mapped("lines")
         self.lengths = np.diff(self._offsets).astype(np.int32)  # tokens of each row
 
     def __len__(self) -> int:
@@ -71,13 +72,20 @@ class TokenRows:
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LABEL, np.int32)
         n_labels = 0
         for b, index in enumerate(indices):
-            row = self._tokens[self._offsets[index] : self._offsets[index + 1]]
-            first = max(int(self._label_starts[index]), 1)
+            row, labels = self.row(index)
             tokens[b, : len(row) - 1] = row[:-1]
-            targets[b, first - 1 : len(row) - 1] = row[first:]
-            n_labels += len(row) - first
-        rows = tuple(f"{self.name}:{self._lines[index]}" for index in indices)
-        return Batch(tokens, targets, rows, n_labels)
+            targets[b, : len(row) - 1] = np.where(labels[1:], row[1:], NO_LABEL)
+            n_labels += int(labels.sum())
+        return Batch(tokens, targets, tuple(self.row_name(index) for index in indices), n_labels)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a row, int32 [n], and uint8 [n] with 1 for each that is a target; the first one never is."""
+        place = slice(self._offsets[index], self._offsets[index + 1])
+        return self._tokens[place], self._labels[place]
+
+    def row_name(self, index: int) -> str:
+        """`train.jsonl:17`: where a row comes from."""
+        return f"{self.name}:{self._lines[index]}"
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ class DataSets:
 
     `counts[split]`: `rows`, `tokens`, `labels` that are kept; `n_read` rows in the file; `n_masked_rows`
     skipped because no label is within the length limit; `n_overlong` truncated or dropped;
-    `n_prompt_differs` rows whose unlabelled tokens are not the template's prompt, so that labels may begin
-    some tokens too early or late (templates that rewrite an answer).
+    `n_prompt_differs` rows in which something else stands before an answer than the template's generation prompt;
+    `n_unsure` those of them whose answer was not found, so that labels may begin some tokens early or late.
     """
 
     train: TokenRows
@@ -98,25 +106,27 @@ class DataSets:
 
 
 def prepare(
-    *,
-    data: str,
-    model_path: Path,
-    mask_prompt: bool,
-    max_seq_length: int,
-    overlong: str,
-    cache_dir: Path | None = None,
+    data: str | Sequence[Mapping[str, Any]], model_path: Path, rows: RowOptions, cache_dir: Path | None = None
 ) -> DataSets:
-    """The token rows of a data folder (or hub id, or "bundled") for the tokenizer in `model_path`.
+    """The token rows of data for the tokenizer in `model_path`.
 
-    `max_seq_length` counts the tokens of a row; `overlong` ("truncate", "drop", "error") is for longer ones.
+    data: a folder, a hub id, "bundled", or mlx-lm's `hf_dataset` (a list of sets).
     Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
     """
-    folder = resolve_data(data)
-    if max_seq_length < 2:
-        raise UserError(f"--max-seq-length: must be at least 2, got {max_seq_length}")
-    if overlong not in ("truncate", "drop", "error"):
-        raise UserError(f"--overlong: {overlong!r} is not one of truncate, drop, error")
-    options = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "overlong": overlong}
+    if isinstance(data, str):
+        folder = resolve_data(data, rows.columns)
+    else:
+        folder = resolve_sets(data)
+        names = RowOptions()
+        rows = replace(
+            rows,
+            prompt_feature=names.prompt_feature,
+            completion_feature=names.completion_feature,
+            text_feature=names.text_feature,
+            chat_feature=names.chat_feature,
+            one_kind=len(data) == 1,
+        )
+    options = {"rows": asdict(rows)}
     files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
     try:
         hashes = {split: _sha256(path) for split, path in files.items()}
@@ -137,8 +147,8 @@ def prepare(
         meta = read_meta(out)
         if meta is None:
             raise UserError(f"{out}: the token cache was damaged while it was made")
-    rows = {split: TokenRows(out, split) for split in meta["splits"]}
-    return DataSets(rows["train"], rows.get("valid"), rows.get("test"), meta["splits"], out)
+    read = {split: TokenRows(out, split) for split in meta["splits"]}
+    return DataSets(read["train"], read.get("valid"), read.get("test"), meta["splits"], out)
 
 
 # Batches

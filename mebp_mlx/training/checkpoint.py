@@ -156,7 +156,7 @@ def save_adapters(folder: Path, lora: Adapters, config: TrainConfig, iteration: 
         "model": config.model,
         "num_layers": lora.num_layers,
         "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
-        "data": config.data,
+        "data": config.data_source,
         "seed": config.seed,
         "iters": iteration,
     }
@@ -280,7 +280,7 @@ def model_fingerprint(path: Path) -> str:
 
 def data_fingerprint(tokens: Path) -> str:
     """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
-    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "label_starts", "tokens")])
+    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "labels", "tokens")])
 
 
 def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:
