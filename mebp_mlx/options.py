@@ -224,7 +224,8 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
-            return f"{action.option_strings[0]}, --no-..."
+            names = [name for name in action.option_strings if not name.startswith("--no-")]
+            return f"{', '.join(names)}, --no-..."
         if action.nargs == 0:
             return ", ".join(action.option_strings)
         return f"{', '.join(action.option_strings)} {action.metavar}"

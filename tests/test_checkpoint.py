@@ -284,6 +284,7 @@ FIXED = {
     "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9,
     "zo_eps": 0.5, "kzoo_seeds": 9, "kzoo_pro": True, "hizoo_alpha": 0.5, "fzoo_samples": 3,
     "num_layers": 1,
+    "train_on": "assistant",
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
     "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
 }  # fmt: skip
