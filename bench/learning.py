@@ -21,6 +21,7 @@ from bench import report
 from bench.case import Stepper
 from mebp_mlx.config import ZEROTH_ORDER, TrainConfig
 from mebp_mlx.data.dataset import DataSets, TokenRows, batches, eval_batches, prepare
+from mebp_mlx.data.rows import ALL, COMPLETION, RowOptions
 from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.model.base import Model
 from mebp_mlx.weights.hub import resolve_model
@@ -75,13 +76,8 @@ class Task:
     def __init__(self, options: argparse.Namespace):
         path = resolve_model(options.model)
         self.batch_size = options.batch_size
-        self.data: DataSets = prepare(
-            data=options.data,
-            model_path=path,
-            mask_prompt=options.mask_prompt,
-            max_seq_length=options.max_seq_length,
-            overlong="truncate",
-        )
+        train_on = COMPLETION if options.mask_prompt else ALL
+        self.data: DataSets = prepare(options.data, path, RowOptions(train_on, options.max_seq_length))
         if self.data.valid is None:
             raise UserError(f"--data {options.data}: has no valid.jsonl, which is needed to choose learning rates")
         self.valid: TokenRows = self.data.valid

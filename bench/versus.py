@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from bench import report
 from bench.case import Stepper, plan_line
 from mebp_mlx.data.dataset import Batch, has_tokenizer, prepare
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.engine.whole_graph import WholeGraphEngine
 from mebp_mlx.model.lora import Lora
 from mebp_mlx.system.footprint import PeakMeter
@@ -135,7 +136,7 @@ def rows_of(path: Path, data: str, vocabulary: int, shape: tuple[int, int]) -> n
     n_rows, n_tokens = shape
     if not has_tokenizer(path):
         return np.random.default_rng(0).integers(0, vocabulary, (n_rows, n_tokens + 1)).astype(np.int32)
-    train = prepare(data=data, model_path=path, mask_prompt=False, max_seq_length=2048, overlong="truncate").train
+    train = prepare(data, path, RowOptions()).train
     stream: list[int] = []
     for index in np.random.default_rng(0).permutation(len(train)):
         batch = train.batch([index])

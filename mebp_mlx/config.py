@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mebp_mlx import mlx_lm_options
+from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
 from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
 from mebp_mlx.system.machine import default_budget_bytes
 from mebp_mlx.system.phone import DEVICES, Phone
+from mebp_mlx.weights.hub import FEATURES, SLICES
 
 PROG = "python -m mebp_mlx.train"
 PROJECTIONS = tuple(_PROJECTIONS.values())
@@ -53,10 +55,20 @@ class TrainConfig:
     # fmt: off
     model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
     data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
-    mask_prompt: bool = option(False, DATA, "labels on the answer only; unlabelled rows skip the head")
+    hf_dataset: tuple[Mapping[str, Any], ...] | None = option(
+        None, DATA, "sets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
+    mask_prompt: bool = option(False, DATA, "the same as --train-on completion, as in mlx-lm")
+    train_on: str | None = option(None, DATA, "labels: all, the completion (last message), or every assistant turn",
+                                  choices=TRAIN_ON, shown_default="all")
+    prompt_feature: str = option("prompt", DATA, "key of a row's prompt", metavar="KEY", may_change=True)
+    completion_feature: str = option("completion", DATA, "key of a row's completion", metavar="KEY", may_change=True)
+    text_feature: str = option("text", DATA, "key of a row's text", metavar="KEY", may_change=True)
+    chat_feature: str = option("messages", DATA, "key of a row's messages", metavar="KEY", may_change=True)
+    preview: int = option(0, DATA, "print so many rows with what is trained on marked, and stop", at_least=0,
+                          may_change=True)
     max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
     overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
-                           choices=("truncate", "drop", "error"))
+                           choices=OVERLONG)
     batch_size: int = option(4, DATA, "rows of a micro-batch; memory grows with rows x longest row", at_least=1)
 
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
@@ -144,6 +156,9 @@ class TrainConfig:
             object.__setattr__(self, spec.name, value)
         object.__setattr__(self, "lr_schedule", _checked_schedule(self.lr_schedule, _dotted))
         _check_optimizer_config(self.optimizer_config, _dotted)
+        if self.mask_prompt and self.train_on not in (None, COMPLETION):
+            raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which is --train-on completion")
+        _check_sets(self.hf_dataset, _dotted)
         if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
             raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
 
@@ -151,6 +166,24 @@ class TrainConfig:
     def optimizer_name(self) -> str:
         """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
+
+    @property
+    def data_source(self) -> str | list[dict[str, Any]]:
+        """What rows come from: hf_dataset, if it is given, or data."""
+        return self.data if self.hf_dataset is None else [dict(each) for each in self.hf_dataset]
+
+    @property
+    def row_options(self) -> RowOptions:
+        """How rows are read."""
+        return RowOptions(
+            train_on=self.train_on or (COMPLETION if self.mask_prompt else ALL),
+            max_seq_length=self.max_seq_length,
+            overlong=self.overlong,
+            prompt_feature=self.prompt_feature,
+            completion_feature=self.completion_feature,
+            text_feature=self.text_feature,
+            chat_feature=self.chat_feature,
+        )
 
     @property
     def phone(self) -> Phone | None:
@@ -180,6 +213,10 @@ class TrainConfig:
         """Flags over YAML over `saved` (a resumed run's options) over defaults. Raises UserError; --help exits."""
         flags, taken = _from_flags(argv)
         given, more = _from_yaml(flags["config"]) if "config" in flags else ({}, [])
+        if "hf_dataset" in given and "data" in flags:
+            raise UserError(
+                f"--data: cannot be combined with the hf_dataset of {flags['config']}, which takes its place"
+            )
         if (taken or more) and saved is None:
             print(mlx_lm_options.notice(list(dict.fromkeys([*taken, *more]))), flush=True)
         if "lr_schedule" in given and (unused := sorted(flags.keys() & {"warmup", "lr_decay", "learning_rate"})):
@@ -201,7 +238,13 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values, by field name; `optimizer` is the one that runs."""
-        return {**dataclasses.asdict(self), "keys": list(self.keys), "optimizer": self.optimizer_name}
+        sets = None if self.hf_dataset is None else self.data_source
+        return {
+            **dataclasses.asdict(self),
+            "hf_dataset": sets,
+            "keys": list(self.keys),
+            "optimizer": self.optimizer_name,
+        }
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A checked copy with some options changed."""
@@ -214,6 +257,7 @@ class TrainConfig:
 
 
 # Flags
+
 
 def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     """The options that were given, and the names of what is taken without effect."""
@@ -295,6 +339,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         take(key, raw, file.where("lora_parameters", key))
     _checked_schedule(given.get("lr_schedule"), file.where)
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
+    _check_sets(file.values.get("hf_dataset"), file.where)
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
     return given, taken
@@ -317,6 +362,22 @@ def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[
         key: _checked(spec, schedule.get(key, spec.default), where("lr_schedule", key)) for key, spec in specs.items()
     }
     return {**checked, "arguments": list(checked["arguments"])}
+
+
+def _check_sets(sets: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, where: Where) -> None:
+    """mlx-lm's hf_dataset: a set, or a list of them."""
+    features, splits = [f"{key}_feature" for key in FEATURES], [f"{split}_split" for split in SLICES]
+    is_one = isinstance(sets, Mapping)
+    for number, each in enumerate([sets] if isinstance(sets, Mapping) else sets or ()):
+        outer = ("hf_dataset",) if is_one else ("hf_dataset", str(number))
+        for key, value in each.items():
+            if key not in ("path", "config", *features, *splits):
+                hint = "; mlx-lm calls it path" if key == "name" else suggest(str(key), ["config", *features, *splits])
+                raise UserError(f"{where(*outer, str(key))}: unknown key{hint}")
+            if not isinstance(value, Mapping if key == "config" else str):
+                raise UserError(f"{where(*outer, str(key))}: expected {'a mapping' if key == 'config' else 'text'}")
+        if "path" not in each:
+            raise UserError(f"{where(*outer)}: needs a path, the name of a dataset on the hub")
 
 
 def _check_optimizer_config(config: Mapping[str, Any], where: Where) -> None:

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.convert`: a checkpoint of any supported kind -> 4 or 8 bits, or as it is but aligned; streamed.
+"""`python -m mebp_mlx.convert`: any supported checkpoint -> 2 to 8 bits, 16, or as it is but aligned; streamed.
 
 Only a few rows of one matrix are in memory at any time. One file holds one decoder block, page-aligned.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import UserError
 from .export.folder import check_outside, new_config, new_folder, write_folder
-from .export.quantize import MODES, Packing, checked_packing
+from .export.quantize import MIXED, MODES, Recipe, checked_packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
 from .model.config import read_config
@@ -29,33 +29,67 @@ from .weights.hub import resolve_model
 PROG = "python -m mebp_mlx.convert"
 _GROUP = "conversion"
 KEEP = "keep"
+_NOT_HERE = {
+    "--upload-repo": "not available: `hf upload NAME DIR` does it",
+    "--trust-remote-code": "no code of a model's folder is ever run; leave it out",
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """The command's options."""
 
-    model: str | None = option(None, _GROUP, "source: a folder, a hub id, or bundled", metavar="SRC")
-    out: str | None = option(None, _GROUP, "new or empty folder for the result", metavar="DIR")
-    bits: int | None = option(None, _GROUP, "bits of a packed weight: 4 or 8", metavar="N", shown_default="4")
-    group_size: int | None = option(
-        None, _GROUP, "weights that share a scale: 32, 64 or 128", metavar="N", shown_default="64, mxfp4: 32"
-    )
-    mode: str = option(
-        "affine", _GROUP, "affine, symmetric, mxfp4, or keep: the same bits, aligned", choices=(*MODES, KEEP)
-    )
-    dtype: str | None = option(
-        None, _GROUP, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES), shown_default="as it is"
-    )
+    # fmt: off
+    model: str | None = option(None, _GROUP, "source: a folder, a hub id, or bundled", metavar="SRC",
+                               flags=("--hf-path",))
+    out: str = option("mlx_model", _GROUP, "new or empty folder for the result", metavar="DIR", path=True,
+                      flags=("--mlx-path",))
+    quantize: bool = option(False, _GROUP, "pack, as is done without it", flags=("-q",))
+    dequantize: bool = option(False, _GROUP, "pack nothing: matrices in 16 or 32 bits", flags=("-d",))
+    bits: int | None = option(None, _GROUP, "of a packed weight: 2, 3, 4, 5, 6 or 8", metavar="N",
+                              flags=("--q-bits",), shown_default="4, mxfp8: 8")
+    group_size: int | None = option(None, _GROUP, "weights that share a scale: 32, 64 or 128", metavar="N",
+                                    flags=("--q-group-size",), shown_default="64, mx: 32, nv: 16")
+    mode: str | None = option(None, _GROUP, "affine, symmetric, mxfp4, mxfp8, nvfp4; keep: the same bits, aligned",
+                              choices=(*MODES, KEEP), flags=("--q-mode",), shown_default="affine")
+    quant_predicate: str | None = option(None, _GROUP, f"more bits where they matter: {', '.join(MIXED)}",
+                                         choices=tuple(MIXED), shown_default="the same for all")
+    dtype: str | None = option(None, _GROUP, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES),
+                               shown_default="as it is")
+    # fmt: on
 
-    def packing(self) -> Packing | None:
-        """The format to convert to, None to keep every bit. UserError for one that does not exist."""
-        if self.mode == KEEP:
-            for flag, value in (("--bits", self.bits), ("--group-size", self.group_size), ("--dtype", self.dtype)):
-                if value is not None:
-                    raise UserError(f"{flag} {value}: --mode keep changes no bit")
+    @property
+    def keeps(self) -> bool:
+        """Whether every bit stays as it is."""
+        return self.mode == KEEP
+
+    def recipe(self) -> Recipe | None:
+        """How matrices are to be packed, None to keep every bit. UserError for what does not exist."""
+        how = {"--bits": self.bits, "--group-size": self.group_size, "--quant-predicate": self.quant_predicate}
+        given = {flag: value for flag, value in how.items() if value is not None}
+        if self.dequantize:
+            given |= {"--quantize": ""} if self.quantize else {}
+            given |= {"--mode": self.mode} if self.mode is not None else {}
+            for flag, value in given.items():
+                raise UserError(f"{flag} {value}".strip() + ": --dequantize packs nothing")
+            return Recipe(None)
+        if self.keeps:
+            given |= {"--quantize": ""} if self.quantize else {}
+            given |= {"--dtype": self.dtype} if self.dtype is not None else {}
+            for flag, value in given.items():
+                raise UserError(f"{flag} {value}".strip() + ": --mode keep changes no bit")
             return None
-        return checked_packing(self.bits, self.group_size, self.mode)
+        return self._packed(self.mode or "affine")
+
+    def _packed(self, mode: str) -> Recipe:
+        if self.quant_predicate is None:
+            return Recipe(checked_packing(self.bits, self.group_size, mode))
+        if mode != "affine":
+            raise UserError(f"--quant-predicate {self.quant_predicate}: has affine bits, not {mode}")
+        if self.bits is not None:
+            raise UserError(f"--bits {self.bits}: --quant-predicate {self.quant_predicate} chooses them")
+        low, high = MIXED[self.quant_predicate]
+        return Recipe(checked_packing(low, self.group_size, mode), high)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,17 +113,17 @@ def convert(options: Options, say: Say = lambda text: None) -> Report:
     known then; whatever is raised, the folder appears whole or not at all.
     """
     began_s = time.perf_counter()
-    packing = options.packing()
-    if not options.model or not options.out:
-        raise UserError(f"{'--out' if options.model else '--model'}: is required")
+    recipe = options.recipe()
+    if not options.model:
+        raise UserError("--model: is required")
     out = new_folder(options.out, "--out")
     source = resolve_model(options.model)
     check_outside(out, source)
     settle()
     model = Model(source)
     try:
-        repack = Repack(model, packing, DTYPES[options.dtype] if options.dtype else None)
-        config = new_config(read_config(source), packing, options.dtype)
+        repack = Repack(model, recipe, DTYPES[options.dtype] if options.dtype else None)
+        config = new_config(read_config(source), recipe, repack.report.others, options.dtype)
         write_folder(out, source, repack, config, say)
     finally:
         model.weights.close()
@@ -104,19 +138,27 @@ def _from_flags(argv: Sequence[str] | None) -> Options:
     parser = build_parser(
         Options,
         PROG,
-        "Convert a checkpoint to 4 or 8 bits, or keep its bits, a few rows at a time, into one page-aligned file per\n"
-        "decoder block.",
+        "Convert a checkpoint to 2 to 8 bits, to 16, or keep its bits, a few rows at a time, into one page-aligned\n"
+        "file per decoder block.",
         "affine is mlx-lm's own quantization, bit by bit; symmetric has no offset (INT4) and is stored so that any\n"
-        "reader of affine weights loads it; mxfp4 has 4-bit floats in groups of 32. A packed source is decompressed\n"
-        "on the way. keep changes no bit, and places tensors where Metal can use the mapped file itself. DIR appears\n"
-        "when it is complete. exit codes: 0 done, 2 wrong option or input, 130 interrupted",
+        "reader of affine weights loads it; mxfp4, mxfp8 and nvfp4 have floats with a byte for a scale. A packed\n"
+        "source is decompressed on the way. keep changes no bit, and places tensors where Metal can use the mapped\n"
+        "file itself. mlx_lm.convert's names mean the same: after --hf-path or --mlx-path with nothing said of\n"
+        "packing, keep is meant. DIR appears when it is complete. exit codes: 0 done, 2 wrong option or input,\n"
+        "130 interrupted",
     )
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    given = sys.argv[1:] if argv is None else list(argv)
+    found, unknown = parser.parse_known_args(given)
     specs = describe(Options)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        raise UserError(f"{flag}: no such option{suggest(flag, [spec.flag for spec in specs.values()])}")
-    return Options(**{name: _checked(specs[name], raw) for name, raw in vars(found).items()})
+        why = _NOT_HERE.get(flag) or f"no such option{suggest(flag, [spec.flag for spec in specs.values()])}"
+        raise UserError(f"{flag}: {why}")
+    values = {name: _checked(specs[name], raw) for name, raw in vars(found).items()}
+    is_mlx_lms = any(each.partition("=")[0] in ("--hf-path", "--mlx-path") for each in given)
+    if is_mlx_lms and not values.keys() & {"quantize", "dequantize", "bits", "group_size", "mode", "quant_predicate"}:
+        values["mode"] = KEEP
+    return Options(**values)
 
 
 def _checked(spec: Spec, raw: Any) -> Any:
@@ -131,13 +173,17 @@ def _say(text: str) -> None:
 
 
 def _summary(options: Options, report: Report, peak_bytes: int) -> Iterator[str]:
-    packing, rest = options.packing(), options.dtype or "the source's dtype"
+    recipe, rest = options.recipe(), options.dtype or "the source's dtype"
     bits = 8 * report.bytes_after / report.n_parameters
     yield f"{options.model} -> {options.out}"
-    if packing is None:
+    packing = None if recipe is None else recipe.packing
+    if recipe is None:
         yield "  format    as it was, every tensor aligned"
+    elif packing is None:
+        yield f"  format    nothing packed; all in {rest}"
     else:
-        yield f"  format    {packing.mode}, {packing.bits} bits in groups of {packing.group_size}; all else in {rest}"
+        each = f"{packing.bits} bits" if recipe.high_bits is None else f"{packing.bits} and {recipe.high_bits} bits"
+        yield f"  format    {packing.mode}, {each} in groups of {packing.group_size}; all else in {rest}"
         yield f"  packed    {len(report.packed):,} matrices"
         if report.copied:
             yield f"  copied    {_some(report.copied)}: already packed in this way"

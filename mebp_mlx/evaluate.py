@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import exit_code, limits, over_budget, parse, say
+from .data.rows import ALL, COMPLETION
 from .export.adapters import adapters_of, trained_with
 from .options import option
 from .system.footprint import PeakMeter
@@ -63,15 +64,9 @@ def _run(options: Options) -> None:
     known: dict[str, Any] = {} if folder is None else trained_with(folder)
     with PeakMeter() as meter:
         model_path = resolve_model(options.model or known.get("model") or "bundled")
-        rows = rows_as_trained(
-            known,
-            model_path,
-            options.split,
-            options.data,
-            options.mask_prompt,
-            options.max_seq_length,
-            options.overlong,
-        )
+        labels = None if options.mask_prompt is None else COMPLETION if options.mask_prompt else ALL
+        changes = {"train_on": labels, "max_seq_length": options.max_seq_length, "overlong": options.overlong}
+        rows = rows_as_trained(known, model_path, options.split, options.data, changes)
         budget_bytes, smallest = limits(options.memory_budget)
         quality = Evaluator(rows, options.batch_size, options.test_batches, budget_bytes, smallest, options.dtype)
         found = {"model": quality(model_path, None)}

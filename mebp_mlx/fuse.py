@@ -12,11 +12,11 @@ from .errors import UserError
 from .export.adapters import adapters_of, trained_with
 from .export.card import Card, model_card
 from .export.folder import check_outside, new_folder
-from .export.fuse import DTYPES, Format, Kept, Measure, fuse
-from .export.quantize import MODES, checked_packing
-from .export.requantize import DENSE
+from .export.fuse import Format, Kept, Measure, fuse
+from .export.quantize import MODES, Recipe, checked_packing
 from .export.upload import check_repo, upload
 from .options import option
+from .system.device import DTYPES
 from .system.footprint import PeakMeter
 from .system.units import megabytes
 from .training.evaluate import Evaluator, rows_as_trained
@@ -48,10 +48,11 @@ class Options:
                                      shown_default="no upload")
 
     dequantize: bool = option(False, _STORED, "no packed weights; not given: each matrix as in the model")
-    bits: int | None = option(None, _STORED, "pack all matrices in 4 or 8 bits", shown_default="as in the model")
+    bits: int | None = option(None, _STORED, "pack all matrices in 2, 3, 4, 5, 6 or 8 bits",
+                              shown_default="as in the model")
     group_size: int | None = option(None, _STORED, "weights that share a scale: 32, 64 or 128",
-                                    shown_default="64, mxfp4: 32")
-    mode: str | None = option(None, _STORED, "pack in this mode: affine, symmetric, mxfp4", choices=MODES,
+                                    shown_default="64, mx: 32, nv: 16")
+    mode: str | None = option(None, _STORED, "pack in this mode: affine, symmetric, mxfp4, mxfp8, nvfp4", choices=MODES,
                               shown_default="affine")
     dtype: str | None = option(None, _STORED, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES),
                                shown_default="as in the model")
@@ -73,10 +74,10 @@ class Options:
         if packs and self.dequantize:
             raise UserError(f"{packs[0]}: cannot be combined with --dequantize")
         if packs:
-            return Format(checked_packing(self.bits, self.group_size, self.mode or "affine"), self.dtype)
+            return Format(Recipe(checked_packing(self.bits, self.group_size, self.mode or "affine")), self.dtype)
         if self.dtype and not self.dequantize:
             raise UserError(f"--dtype {self.dtype}: needs --dequantize or --bits")
-        return Format(DENSE if self.dequantize else None, self.dtype)
+        return Format(Recipe(None) if self.dequantize else None, self.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -120,6 +120,11 @@ def _typed(kind: Any, raw: Any) -> Any:
         if isinstance(raw, Mapping):
             return raw
         raise ValueError(f"expected a mapping, got {raw!r}")
+    if kind == tuple[Mapping[str, Any], ...]:
+        sets = [raw] if isinstance(raw, Mapping) else raw
+        if isinstance(sets, (list, tuple)) and sets and all(isinstance(each, Mapping) for each in sets):
+            return tuple(sets)
+        raise ValueError(f"expected a mapping or a list of mappings, got {raw!r}")
     if kind == tuple[float, ...]:
         if isinstance(raw, (list, tuple)) and raw:
             return tuple(_number(float, number) for number in raw)
@@ -219,7 +224,8 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
-            return f"{action.option_strings[0]}, --no-..."
+            names = [name for name in action.option_strings if not name.startswith("--no-")]
+            return f"{', '.join(names)}, --no-..."
         if action.nargs == 0:
             return ", ".join(action.option_strings)
         return f"{', '.join(action.option_strings)} {action.metavar}"
@@ -319,6 +325,11 @@ def read_yaml(path: str) -> YamlFile:
 
 
 def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
+    if node.id == "sequence":
+        for number, item in enumerate(node.value):
+            place = (*keys, str(number))
+            lines[place] = item.start_mark.line + 1
+            _collect_lines(item, place, lines, path)
     if node.id != "mapping":
         return
     for key_node, value_node in node.value:

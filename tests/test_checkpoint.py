@@ -291,6 +291,7 @@ FIXED = {
     "mask_prompt": True, "max_grad_norm": 2.0, "max_seq_length": 9,
     "zo_eps": 0.5, "kzoo_seeds": 9, "kzoo_pro": True, "hizoo_alpha": 0.5, "fzoo_samples": 3,
     "num_layers": 1,
+    "train_on": "assistant",
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
     "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
 }  # fmt: skip
@@ -362,7 +363,7 @@ def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
     second = model_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{ }")
     assert len({first, second, model_fingerprint(tmp_path)}) == 3
-    for name in ("offsets", "label_starts", "tokens"):
+    for name in ("offsets", "labels", "tokens"):
         (tmp_path / f"train.{name}").write_bytes(b"x" * 600_000)
     rows = data_fingerprint(tmp_path)
     (tmp_path / "train.tokens").write_bytes(b"x" * 599_999 + b"y")

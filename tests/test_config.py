@@ -86,13 +86,15 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "report_to": "wandb", "project_name": "mine",
         "memory_budget": "500MB", "over_budget": "warn", "arena_budget": "1MB", "dry_run": True, "device": "a17-pro",
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
+        "train_on": "completion", "prompt_feature": "p", "completion_feature": "c", "text_feature": "t",
+        "chat_feature": "m", "preview": 3, "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - set(other) == {"config", "epochs", "lr_schedule"}  # a file; exclusive with iters; with warmup
     argv = []
     for name, value in other.items():
         flag = "--" + name.replace("_", "-")
-        if name == "optimizer_config":
+        if name in ("optimizer_config", "hf_dataset"):
             continue
         argv += [flag] if value is True else [flag, *(value if isinstance(value, list) else [str(value)])]
     by_flags = TrainConfig.from_args(argv).to_dict()
@@ -100,7 +102,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
     other |= {"memory_budget": 500_000_000, "arena_budget": 1_000_000}
     for name, value in other.items():
         assert by_yaml[name] == value, name
-        assert by_flags[name] == value or name == "optimizer_config", name
+        assert by_flags[name] == value or name in ("optimizer_config", "hf_dataset"), name
     assert json.loads(json.dumps(by_yaml)) == by_yaml
     assert TrainConfig(**by_yaml).to_dict() == by_yaml
 
@@ -209,6 +211,12 @@ def test_wrong_flags_are_named(argv: list[str], flag: str, reason: str) -> None:
         ("lr_schedule:\n  name: step_decay\n  arguments: 1\n", 3, "lr_schedule.arguments", "list of numbers"),
         ("warmup: 3\nlr_schedule: {name: cosine_decay, arguments: [1, 5]}\n", 1, "warmup", "cannot be combined"),
         ("optimizer_config:\n  adamm: {}\n", 2, "optimizer_config.adamm", "did you mean adam"),
+        ("hf_dataset: org/name\n", 1, "hf_dataset", "expected a mapping or a list of mappings"),
+        ("hf_dataset:\n  name: org/name\n", 2, "hf_dataset.name", "mlx-lm calls it path"),
+        ("hf_dataset:\n- path: a/b\n- path: a/c\n  txt_feature: x\n", 4, "hf_dataset.1.txt_feature", "text_feature?"),
+        ("hf_dataset:\n- path: a/b\n- path: 3\n", 3, "hf_dataset.1.path", "expected text"),
+        ("seed: 1\nhf_dataset:\n- train_split: train\n", 3, "hf_dataset.0", "needs a path"),
+        ("train_on: answers\n", 1, "train_on", "all, completion, assistant"),
         ("optimizer_config:\n  adam: 3\n", 2, "optimizer_config.adam", "mapping"),
     ],
 )
@@ -229,6 +237,22 @@ def test_what_asks_for_nothing_is_taken_with_one_notice(tmp_path: Path, capsys: 
     assert not any(f" {name} (" in line for name in ("train", "fine_tune_type"))
     TrainConfig.from_args(["-c", write(tmp_path, "train: true\nfine_tune_type: lora\n")])
     assert capsys.readouterr().out == ""
+
+
+def test_hf_dataset_takes_the_place_of_data(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: rows\nhf_dataset:\n  path: org/name\n  text_feature: body\n")
+    config = TrainConfig.from_args(["-c", path])
+    assert config.data_source == [{"path": "org/name", "text_feature": "body"}]
+    assert json.loads(json.dumps(config.to_dict()))["hf_dataset"] == config.data_source
+    assert TrainConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert refusal("-c", path, "--data", "rows").startswith("--data: cannot be combined with the hf_dataset of ")
+
+
+def test_what_is_trained_on() -> None:
+    assert TrainConfig().row_options.train_on == "all"
+    assert TrainConfig(mask_prompt=True).row_options.train_on == "completion"
+    assert TrainConfig(train_on="assistant").row_options.train_on == "assistant"
+    assert refusal("--mask-prompt", "--train-on", "assistant").startswith("--train-on assistant: contradicts")
 
 
 @pytest.mark.parametrize("name", ["adapter_path", "arena_dir", "config"])

@@ -28,9 +28,16 @@ FORMATS = {
     "affine 8": ("--bits", "8", "--group-size", "32"),
     "symmetric": ("--mode", "symmetric", "--group-size", "32"),
     "mxfp4": ("--mode", "mxfp4"),
+    "mxfp8": ("--mode", "mxfp8"),
+    "nvfp4": ("--mode", "nvfp4"),
+    "affine 2": ("--bits", "2", "--group-size", "32"),
+    "affine 3": ("--bits", "3", "--group-size", "32"),
+    "affine 5": ("--bits", "5", "--group-size", "32"),
+    "affine 6": ("--bits", "6", "--group-size", "32"),
 }
 # Relative RMS error of the weights, about what the format's step allows on normal weights.
-ERRORS = {"affine 4": 0.10, "affine 8": 0.008, "symmetric": 0.11, "mxfp4": 0.13}
+ERRORS = {"affine 4": 0.10, "affine 8": 0.008, "symmetric": 0.11, "mxfp4": 0.13, "mxfp8": 0.035, "nvfp4": 0.11}
+ERRORS |= {"affine 2": 0.5, "affine 3": 0.22, "affine 5": 0.05, "affine 6": 0.025}
 
 
 def run(source: Path | str, out: Path | str, *more: str) -> int:
@@ -82,7 +89,11 @@ def _linears(model: Model) -> list[Any]:
     return [model.spec.embedding, model.spec.head, *(x for layer in model.spec.layers for x in layer.linears.values())]
 
 
-@pytest.mark.parametrize("bits, mode, group", [(4, "affine", 64), (8, "affine", 32), (4, "mxfp4", 32)])
+@pytest.mark.parametrize(
+    "bits, mode, group",
+    [(bits, "affine", group) for bits, group in ((4, 64), (8, 32), (2, 32), (3, 64), (5, 64), (6, 32))]
+    + [(4, "mxfp4", 32), (8, "mxfp8", 32), (4, "nvfp4", 16)],
+)
 def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
     config = json.loads((source / "config.json").read_text())
     how = ("--bits", str(bits), "--mode", mode, "--group-size", str(group))
@@ -101,11 +112,11 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
         ):
             found = ours.rows(f"{stem}.{part}")
             assert found.dtype == expected.dtype and mx.array_equal(found, expected).item(), (stem, part)
-    n_fitting = 3 if config["intermediate_size"] % group else 7  # rows of 96 are not whole groups of 64
-    assert n_packed >= 3 * (n_fitting - 1) + 2
+    widths = (config["hidden_size"], config["intermediate_size"])  # rows of 96 are not whole groups of 64
+    assert n_packed == 3 * (6 * (widths[0] % group == 0) + (widths[1] % group == 0)) + 2 * (widths[0] % group == 0)
 
 
-@pytest.mark.parametrize("format_name", ["affine 4", "mxfp4"])
+@pytest.mark.parametrize("format_name", ["affine 4", "affine 3", "mxfp4", "nvfp4"])
 def test_what_is_in_the_format_already_is_copied(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
@@ -158,6 +169,72 @@ def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: i
         (folder / "config.json").read_text()
     )
     load_model(tmp_path / "out", strict=True)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_dequantized_it_is_what_the_packed_weights_are(tmp_path: Path, kind: str, seed: int) -> None:
+    from mlx_lm.utils import load_model
+
+    dtype, quantization = SOURCES[kind]
+    folder = write_model(tmp_path / "source", packed_config("llama"), seed=seed, quantization=quantization, dtype=dtype)
+    assert run(folder, tmp_path / "out", "-d") == 0
+    before, after = Model(folder), Model(tmp_path / "out")
+    for linear in _linears(before):
+        packed = linear.quantization
+        new = after.weights.rows(f"{linear.name}.weight")
+        assert new.dtype == dtype, linear.name
+        if packed is None or packed.mode == "affine":
+            exact = before.rows(linear, 0, linear.out_dims).astype(dtype)
+            assert mx.array_equal(new, exact).item(), (linear.name, seed)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in config and "quantization_config" not in config
+    assert abs(_loss(tmp_path / "out", seed) / _loss(folder, seed) - 1) <= 2e-3, f"seed {seed}"
+    load_model(tmp_path / "out", strict=True)
+
+
+@pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
+def test_mixed_recipes_are_mlx_lms(tmp_path: Path, recipe: str, seed: int) -> None:
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import load_model
+
+    config = packed_config("llama") | {"num_hidden_layers": 11}
+    folder = write_model(tmp_path / "source", config, seed=seed, dtype=mx.bfloat16)
+    theirs = mixed_quant_predicate_builder(recipe, load_model(folder)[0], 32)
+    assert run(folder, tmp_path / "out", "--quant-predicate", recipe, "--q-group-size", "32") == 0
+    for linear in _linears(Model(tmp_path / "out")):
+        found, expected = linear.quantization, theirs(linear.name, None)  # type: ignore[call-arg, arg-type]
+        assert found is not None and vars(found) == expected, linear.name
+    _, loaded = load_model(tmp_path / "out", strict=True)
+    assert loaded["quantization"]["bits"] == int(recipe.split("_")[1])
+
+
+def test_mlx_lms_names_mean_the_same(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = tmp_path / "new"
+    assert convert.main(["--hf-path", str(source), "--mlx-path", str(new), "-q", "--q-bits", "8"]) == 0
+    assert json.loads((new / "config.json").read_text())["quantization"] == {
+        "group_size": 64,
+        "bits": 8,
+        "mode": "affine",
+    }
+    assert convert.main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "same")]) == 0
+    assert "as it was, every tensor aligned" in capsys.readouterr().out
+    for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
+        out = tmp_path / mode
+        assert convert.main(["--hf-path", str(source), "--mlx-path", str(out), "-q", "--q-mode", mode]) == 0
+        found = json.loads((out / "config.json").read_text())["quantization"]
+        assert found == {"group_size": size, "bits": bits, "mode": mode}
+        import mlx_lm.utils
+
+        mlx_lm.utils.load_model(out, strict=True)
+
+
+def test_without_a_name_the_result_is_mlx_model(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert convert.main(["--model", str(source)]) == 0
+    assert (tmp_path / "mlx_model" / "config.json").exists()
+    assert convert.main(["--model", str(source)]) == 2  # nothing is overwritten
 
 
 def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,18 +354,24 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     "argv, message",
     [
         (["--out", "{new}"], "--model: is required"),
-        (["--model", "{source}"], "--out: is required"),
         (["--model", "{new}", "--out", "{new}"], "{new}"),
         (["--model", "{source}", "--out", "{full}"], "--out {full}: exists and is not empty"),
         (["--model", "{source}", "--out", "{source}/inside"], "--out {source}/inside: is inside the source"),
-        (["--model", "{source}", "--out", "{new}", "--bits", "5"], "--bits 5: is not one of 4, 8"),
-        (["--model", "{source}", "--out", "{new}", "--group-size", "48"], "--group-size 48: is not one of 32, 64, 128"),
+        (["--model", "{source}", "--out", "{new}", "--bits", "7"], "--bits 7: affine has 2 or 3 or 4 or 5 or"),
+        (["--model", "{source}", "--out", "{new}", "--mode", "symmetric", "--bits", "5"], "symmetric has 4 or 8"),
+        (["--model", "{source}", "--out", "{new}", "--group-size", "48"], "--group-size 48: affine has 32 or"),
+        (["--hf-path", "{source}", "--mlx-path", "{new}", "-q", "-d"], "--quantize: --dequantize packs nothing"),
+        (["--hf-path", "{source}", "--mlx-path", "{new}", "-d", "--q-bits", "4"], "--bits 4: --dequantize packs"),
+        (["--hf-path", "{source}", "--mlx-path", "{new}", "--upload-repo", "me/it"], "--upload-repo: not available"),
+        (["--model", "{source}", "--out", "{new}", "--quant-predicate", "mixed_3_6", "--q-mode", "nvfp4"], "affine"),
+        (["--model", "{source}", "--out", "{new}", "--quant-predicate", "mixed_3_6", "--q-bits", "4"], "chooses them"),
+        (["--model", "{source}", "--out", "{new}", "--quant-predicate", "mixed_1"], "--quant-predicate: "),
         (
             ["--model", "{source}", "--out", "{new}", "--group-size", "128"],
             "--group-size 128: divides no matrix's rows",
         ),
         (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--bits", "8"], "--bits 8: mxfp4 has 4"),
-        (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--group-size", "64"], "mxfp4 has groups of 32"),
+        (["--model", "{source}", "--out", "{new}", "--mode", "mxfp4", "--group-size", "64"], "64: mxfp4 has 32"),
         (["--model", "{source}", "--out", "{new}", "--mode", "int4"], "--mode: "),
         (["--model", "{source}", "--out", "{new}", "--mode", "keep", "--bits", "4"], "--bits 4: --mode keep changes"),
         (

@@ -18,6 +18,7 @@ import pytest
 
 from mebp_mlx.data import dataset, tokenize
 from mebp_mlx.data.dataset import TokenRows, batches, eval_batches, n_batches_per_epoch, prepare
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.errors import UserError
 from tests.texts import CHAT_TEMPLATE, OPTIONS, request, tokenize_rows, write_rows, write_tokenizer, write_tokenizers
 
@@ -117,8 +118,8 @@ def test_the_cache_is_used_for_the_same_content_and_for_no_other(
 
     def runs(**changes: Any) -> bool:
         before = len(in_process)
-        options = {"data": str(folder), "model_path": model, "cache_dir": tmp_path / "cache"}
-        sets = prepare(**OPTIONS | options | changes)
+        data = changes.pop("data", str(folder))
+        sets = prepare(data, model, RowOptions(**OPTIONS | changes), tmp_path / "cache")
         assert sets.cache_dir.parent == tmp_path / "cache" and sets.counts["train"]["rows"] == len(sets.train)
         return len(in_process) > before
 
@@ -179,11 +180,11 @@ def test_the_training_process_stays_light_and_gets_the_childs_messages(
 import sys
 from pathlib import Path
 from mebp_mlx.data.dataset import prepare
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.errors import UserError
 for folder in {str(good)!r}, {str(bad)!r}:
     try:
-        sets = prepare(data=folder, model_path=Path({str(models["chat"])!r}), mask_prompt=True,
-                       max_seq_length=64, overlong="truncate")
+        sets = prepare(folder, Path({str(models["chat"])!r}), RowOptions("completion", 64))
         print(sets.train.batch([0]).rows, sets.cache_dir.parent)
     except UserError as error:
         print(error)
@@ -235,7 +236,7 @@ def test_bad_folders(models: dict[str, Path], in_process: Any, tmp_path: Path) -
 
     def message(folder: Path = rows, model: Path = models["chat"], cache: str = "cache", **changes: Any) -> str:
         with pytest.raises(UserError) as caught:
-            prepare(data=str(folder), model_path=model, cache_dir=tmp_path / cache, **(OPTIONS | changes))
+            prepare(str(folder), model, RowOptions(**OPTIONS | changes), tmp_path / cache)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -247,3 +248,4 @@ def test_bad_folders(models: dict[str, Path], in_process: Any, tmp_path: Path) -
     assert "file: " in message(cache="file") and "$MEBP_CACHE_DIR" in message(cache="file/below")
     assert message(max_seq_length=1).startswith("--max-seq-length: ")
     assert message(overlong="cut").startswith("--overlong: ")
+    assert message(train_on="answers").startswith("--train-on: ")

@@ -10,6 +10,7 @@ import pytest
 
 from mebp_mlx import evaluate
 from mebp_mlx.data import dataset
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.testing.tiny import CONFIGS, write_model
 from tests.adapters import make_adapters, mlx_lm_loss
 from tests.runs import tokenize_here
@@ -37,10 +38,7 @@ def test_losses_are_mlx_lms(
     write_rows(tmp_path / "data", ROWS, "test")
     adapters = make_adapters(tmp_path / "adapters", model, data=str(tmp_path / "data"))
     found = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
-    rows = dataset.prepare_rows(
-        data=str(tmp_path / "data"), split="test", model_path=model, mask_prompt=False, max_seq_length=64,
-        overlong="error",
-    )  # fmt: skip
+    rows = dataset.prepare_rows(str(tmp_path / "data"), "test", model, RowOptions("all", 64, "error"))
     tokens = [[*batch.tokens[0].tolist(), int(batch.targets[0, -1])] for batch in dataset.eval_batches(rows, 1, -1)]
     for name, folder in (("model", None), ("adapters", adapters)):
         expected = mlx_lm_loss(model, folder, tokens)

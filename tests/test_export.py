@@ -14,9 +14,9 @@ import mebp_mlx
 from mebp_mlx.export import __main__ as export
 from mebp_mlx.export.adapters import adapters_of
 from mebp_mlx.model.base import Model
+from mebp_mlx.testing.tiny import CONFIGS, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests.adapters import make_adapters
-from tests.tiny import CONFIGS, random_batch, write_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text"]
 
@@ -31,7 +31,7 @@ def deltas(folder: Path, model: Path) -> dict[str, np.ndarray]:
     found = {}
     for layer in Model(model).spec.layers:
         for linear in layer.linears.values():
-            if (pair := lora.pair(linear)) is not None:
+            if (pair := lora.pairs.get(linear.name)) is not None:
                 found[linear.name] = lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
     return found
 

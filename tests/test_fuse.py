@@ -16,11 +16,11 @@ from mebp_mlx import fuse, train
 from mebp_mlx.export import upload as uploading
 from mebp_mlx.export.adapters import adapters_of
 from mebp_mlx.model.base import Model
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 from tests.adapters import make_adapters
 from tests.runs import arguments
 from tests.texts import write_tokenizer
-from tests.tiny import CONFIGS, packed_config, random_batch, write_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gemma3"]
 
@@ -63,7 +63,7 @@ def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | No
     for layer in source.spec.layers:
         for linear in layer.linears.values():
             exact = np.asarray(source.rows(linear, 0, linear.out_dims), np.float64)
-            if (pair := lora.pair(linear)) is not None:
+            if (pair := lora.pairs.get(linear.name)) is not None:
                 exact += lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
             assert (pair is None) == (layer.index == 0 or linear.name.rpartition(".")[2] not in ("q_proj", "down_proj"))
             found = new.rows(f"{linear.name}.weight")
@@ -93,7 +93,7 @@ def test_only_what_was_trained_is_packed_anew(tmp_path: Path, mode: str, bits: i
     for name in old.names:
         if not name.startswith(linear.name) or name.endswith(".bias"):
             assert new.view(name).tobytes() == old.view(name).tobytes(), name
-    pair = lora.pair(linear)
+    pair = lora.pairs.get(linear.name)
     assert pair is not None
     rows = (Model(model).rows(linear, 0, linear.out_dims) + lora.scale * (pair.a @ pair.b).T).astype(mx.bfloat16)
     for part, expected in zip(
@@ -205,7 +205,7 @@ def test_an_upload_gets_the_complete_folder(
         (["--model", "{tmp}/other"], "{tmp}/adapters/adapters.safetensors: model.layers.0."),
         (["--save-path", "{tmp}/model"], "--save-path {tmp}/model: exists and is not empty"),
         (["--save-path", "{tmp}/model/new"], "--save-path {tmp}/model/new: is inside the source"),
-        (["--bits", "3"], "--bits 3: is not one of 4, 8"),
+        (["--bits", "7"], "--bits 7: affine has 2 or 3 or 4 or 5 or 6 or 8"),
         (["--bits", "4", "--dequantize"], "--bits: cannot be combined with --dequantize"),
         (["--dtype", "float16"], "--dtype float16: needs --dequantize or --bits"),
         (["--tolerance", "-1"], "--tolerance: must be at least 0"),

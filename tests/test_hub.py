@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 import pytest
 
 import mebp_mlx
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.child import ChildFailure, run_child
 from mebp_mlx.weights import hub
-from mebp_mlx.weights.hub import resolve_data, resolve_model
+from mebp_mlx.weights.hub import resolve_data, resolve_model, resolve_sets
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL_FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "pytorch_model.bin": "no"}
@@ -36,7 +37,7 @@ def write_files(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def message(function: Any, name: str) -> str:
+def message(function: Any, name: Any) -> str:
     with pytest.raises(UserError) as caught:
         function(name)
     assert "\n" not in str(caught.value)
@@ -271,6 +272,62 @@ def test_datasets_that_cannot_be_converted(
     with pytest.raises(UserError) as caught:
         hub._convert_dataset(name, f"--data {name}", "", tmp_path / "cache")
     assert str(caught.value) == f"--data {name}: {expected}"
+
+
+SETS = """
+class Rows(list):
+    def __init__(self, rows, name):
+        super().__init__(rows)
+        self.column_names, self._fingerprint = list(rows[0]), name
+
+def load_dataset(path, split=None, name=None, **more):
+    print(path, split, name, more)
+    if path == "org/none":
+        raise FileNotFoundError("no such dataset")
+    n = 4 if ":" in split else 3
+    if path == "org/pairs":
+        return Rows([{"id": i, "q": f"q{i} {split} {name}", "a": "yes"} for i in range(n)], path + split)
+    return Rows([{"body": f"text {i} {split}"} for i in range(n)] + [{"body": " "}], path + split)
+"""
+
+
+def test_sets_of_the_hub_are_joined_under_one_name_for_each_key(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm's hf_dataset: slices, its defaults for them, columns by name, the part of a set."""
+    pairs = {"path": "org/pairs", "prompt_feature": "q", "completion_feature": "a", "config": {"name": "part"}}
+    texts = {"path": "org/texts", "text_feature": "body", "train_split": "train", "test_split": "test[:2]"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message(resolve_sets, [pairs]).startswith("hf_dataset org/pairs: `pip install datasets`")
+    write_files(tmp_path / "fake", {"datasets.py": SETS})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    folder = resolve_sets([pairs, texts])
+    assert resolve_sets([pairs, texts]) == folder != resolve_sets([texts, pairs])
+    read = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.iterdir()}
+    train = [{"prompt": f"q{i} train[:80%] part", "completion": "yes"} for i in range(4)]
+    assert read["train"] == [*train, *({"text": f"text {i} train"} for i in range(3))]
+    assert [row.get("text") for row in read["valid"]] == [None] * 4 + [f"text {i} train[-10%:]" for i in range(4)]
+    assert read["test"] == [{"text": f"text {i} test[:2]"} for i in range(4)]
+    wrong: Any = {**texts, "text_feature": "txt"}
+    assert message(resolve_sets, [wrong]) == (
+        "hf_dataset org/texts: no column named txt, messages, or prompt and completion (its columns: body)"
+    )
+    assert "org/none: cannot be loaded: FileNotFoundError" in message(resolve_sets, [{"path": "org/none"}])
+
+
+def test_columns_of_a_dataset_may_have_other_names(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(home, "datasets--org--rows", {"README.md": ""})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_files(tmp_path / "fake", {"datasets.py": library(("q", "a", "id"), [("one", "two", 3)])})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    folder = resolve_data("org/rows", RowOptions(prompt_feature="q", completion_feature="a").columns)
+    assert json.loads((folder / "train.jsonl").read_text()) == {"q": "one", "a": "two"}
+    assert "no column named text, messages, or prompt and completion" in message(resolve_data, "org/rows")
+
+
+def test_the_keys_of_rows_are_those_of_datasets() -> None:
+    assert RowOptions().columns == hub.COLUMNS
+    assert {*hub.FEATURES.values(), "tools"} == set(hub.COLUMNS)
 
 
 # Child processes

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.export.quantize import MODES, Packing, pack, unpacked
+from mebp_mlx.export.quantize import BITS, GROUP_SIZES, MODES, Packing, pack, unpacked
 from mebp_mlx.kernels import cpu
+from mebp_mlx.model.config import FLOAT_MODES
 
 FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
@@ -43,7 +44,9 @@ def test_mxfp4_is_bit_equal_to_mx_quantize(dtype: mx.Dtype, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("affine", 8), ("symmetric", 4), ("symmetric", 8)])
+@pytest.mark.parametrize(
+    ("mode", "bits"), [*(("affine", bits) for bits in BITS["affine"]), ("symmetric", 4), ("symmetric", 8)]
+)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_readers_of_affine_weights_see_what_unpacked_says(
     mode: str, bits: int, group_size: int, dtype: mx.Dtype, seed: int
@@ -104,6 +107,20 @@ def test_the_symmetric_grid_is_better_than_one_that_is_even_on_both_sides(
     assert not (ours >= theirs), f"seed {seed}: {ours} {theirs}"
 
 
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_a_matrix_is_packed_as_its_rows_are(mode: str, seed: int) -> None:
+    rows = mx.array(np.random.default_rng(seed).standard_normal((301, 1024)), mx.bfloat16)
+    bits, group_size = FLOAT_MODES[mode]
+    parts, layout = (
+        pack(rows, packing := Packing(bits, group_size, mode)),
+        dict(group_size=group_size, bits=bits, mode=mode),
+    )
+    for found, expected in zip(parts.values(), mx.quantize(rows, **layout), strict=True):  # type: ignore[arg-type]
+        assert same(found, expected), f"seed {seed}"
+    seen = mx.dequantize(*parts.values(), **layout, dtype=mx.float32)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(seen), unpacked(parts, packing))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_largest_and_the_smallest_numbers_of_a_dtype_stay_finite(mode: str, dtype: mx.Dtype) -> None:
@@ -112,7 +129,7 @@ def test_the_largest_and_the_smallest_numbers_of_a_dtype_stay_finite(mode: str, 
     rows[0, ::2] *= -1
     rows[1, 5] = float(mx.finfo(dtype).smallest_normal)
     rows[2, :] = 1e-7
-    packing = Packing(4, 32, mode)
+    packing = Packing(BITS[mode][-1], GROUP_SIZES[mode][0], mode)
     found = unpacked(pack(mx.array(rows).astype(dtype), packing), packing)
     assert np.isfinite(found).all()
     assert (found[3] == 0).all()

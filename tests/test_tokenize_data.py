@@ -46,7 +46,9 @@ def test_tokens_and_labels_are_mlx_lms(
     lines = [random_.choice(["", "\n", " \r\n"]) + json.dumps(row, ensure_ascii=False) + "\n" for row in source]
     tmp_path.joinpath("train.jsonl").write_bytes("".join(lines).encode("utf-8-sig"))
     limit = random_.randint(40, 160)
-    counts = tokenize_rows(tmp_path, models[model], mask_prompt=mask_prompt, max_seq_length=limit)["train"]
+    counts = tokenize_rows(
+        tmp_path, models[model], train_on="completion" if mask_prompt else "all", max_seq_length=limit
+    )["train"]
     rows = TokenRows(tmp_path / "out", "train")
 
     tokenizer = load_tokenizer(models[model])
@@ -94,7 +96,7 @@ def test_rows_that_are_too_long_or_hold_no_label_are_counted(models: dict[str, P
     write_rows(tmp_path, [long_answer, short], "valid")
 
     def run(overlong: str) -> dict[str, dict[str, int]]:
-        return tokenize_rows(tmp_path, models["chat"], mask_prompt=True, max_seq_length=50, overlong=overlong)
+        return tokenize_rows(tmp_path, models["chat"], train_on="completion", max_seq_length=50, overlong=overlong)
 
     cut = run("truncate")
     rows = TokenRows(tmp_path / "out", "train")
@@ -110,13 +112,138 @@ def test_rows_that_are_too_long_or_hold_no_label_are_counted(models: dict[str, P
         run("error")
 
 
-def test_a_template_that_rewrites_the_answer_is_counted(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path / "thinker", chat=True)
+THINKER = CHAT_TEMPLATE.replace(
+    "assistant\n{% endif", "assistant\n<think>{% endif"
+)  # only before an answer that is asked for
+FORGETFUL = (  # thinks in every turn but shows it in the last one only
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if loop.last %}<think>hm</think>\n{% endif %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def labelled(folder: Path, model: Path, index: int = 0) -> list[str]:
+    """The text of each range that is trained on."""
+    from mlx_lm.utils import load_tokenizer
+
+    tokens, labels = TokenRows(folder / "out", "train").row(index)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], labels, [0]]))).reshape(-1, 2)
+    return [load_tokenizer(model).decode(tokens[start:stop].tolist()) for start, stop in edges]
+
+
+def with_template(folder: Path, template: str) -> Path:
+    write_tokenizer(folder, chat=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    write_rows(tmp_path, [{"prompt": "a", "completion": "a long enough answer"}] * 3)
-    assert tokenize_rows(tmp_path, folder, mask_prompt=True)["train"]["n_prompt_differs"] == 3
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize("answer", ["yes", "a long enough answer", "<", "<think>so</think>no", "\nodd\n", "0", "x"])
+@pytest.mark.parametrize("train_on", ["completion", "assistant"])
+def test_an_answer_is_labelled_whole_where_only_the_prompt_for_it_thinks(
+    tmp_path: Path, answer: str, train_on: str
+) -> None:
+    """mlx-lm counts the tokens of the prompt, and leaves as many of the answer without a label."""
+    model = with_template(tmp_path / "thinker", THINKER)
+    write_rows(tmp_path, [{"prompt": "a", "completion": answer}])
+    counts = tokenize_rows(tmp_path, model, train_on=train_on)["train"]
+    (text,) = labelled(tmp_path, model)
+    begins_so = answer.startswith("<think>")  # then the row begins with the prompt, and it is mlx-lm's label
+    answer = answer.removeprefix("<think>")
+    assert text in (f"{answer}<|im_end|>\n", f"\n{answer}<|im_end|>\n")  # the header's line end may merge with one
+    assert (counts["n_prompt_differs"], counts["n_unsure"]) == (0 if begins_so else 1, 0)
+
+
+def test_every_assistant_turn_is_labelled_as_mlx_lm_labels_a_last_one(
+    models: dict[str, Path], tmp_path: Path, seed: int
+) -> None:
+    from mlx_lm.tuner.datasets import ChatDataset
+    from mlx_lm.utils import load_tokenizer
+
+    random_ = random.Random(seed)
+    rows = [random_row(random_, "messages") for _ in range(40)]
+    write_rows(tmp_path, rows)
+    counts = tokenize_rows(tmp_path, models["chat"], train_on="assistant", max_seq_length=4096)["train"]
+    assert counts["rows"] == len(rows) and counts["n_prompt_differs"] == counts["n_unsure"] == 0
+    oracle, found = (
+        ChatDataset(rows, load_tokenizer(models["chat"]), mask_prompt=True),
+        TokenRows(tmp_path / "out", "train"),
+    )
+    for index, row in enumerate(rows):
+        tokens, labels = found.row(index)
+        expected = np.zeros(len(tokens), np.uint8)
+        for n, message in enumerate(row["messages"], 1):
+            if message["role"] == "assistant":
+                cut, offset = oracle.process({**row, "messages": row["messages"][:n]})
+                expected[offset : len(cut)] = 1
+        assert np.array_equal(labels, expected), (seed, index)
+
+
+def test_turns_of_templates_that_rewrite_the_past(tmp_path: Path) -> None:
+    turns = [TURN, REPLY, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "bye now"}]
+    for template, last in ((FORGETFUL, "<think>hm</think>\nbye now"), (THINKER, "bye now")):
+        model = with_template(tmp_path / str(len(template)), template)
+        write_rows(tmp_path, [{"messages": turns}, {"messages": [*turns, TURN]}, {"messages": turns[1:]}])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        counts = tokenize_rows(tmp_path, model, train_on="assistant")["train"]
+        assert counts["rows"] == 3 and counts["n_unsure"] == 0
+        assert labelled(tmp_path, model, 0) == ["hi<|im_end|>\n", f"{last}<|im_end|>\n"]
+        assert labelled(tmp_path, model, 1) == ["hi<|im_end|>\n", "bye now<|im_end|>\n"]
+        assert labelled(tmp_path, model, 2) == ["hi<|im_end|>\n", f"{last}<|im_end|>\n"]
+
+
+def test_a_conversation_without_an_answer_has_no_label(models: dict[str, Path], tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"messages": [TURN]}, {"messages": [TURN, REPLY]}])
+    counts = tokenize_rows(tmp_path, models["chat"], train_on="assistant")["train"]
+    assert (counts["rows"], counts["n_masked_rows"]) == (1, 1)
+
+
+PARTS = CHAT_TEMPLATE.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+)
+
+
+def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Path], tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    rows = [{"messages": [{**TURN, "content": parts}, {**REPLY, "content": [{"type": "text", "text": "hi"}]}]}]
+    model = with_template(tmp_path / "parts", PARTS)
+    for train_on in ("all", "completion", "assistant"):
+        found = []
+        for given in (rows, [{"messages": [TURN, REPLY]}]):
+            write_rows(tmp_path, given)
+            tokenize_rows(tmp_path, model, train_on=train_on)
+            found.append([part.tolist() for part in TokenRows(tmp_path / "out", "train").row(0)])
+            shutil.rmtree(tmp_path / "out")
+        assert found[0] == found[1], train_on
+    write_rows(tmp_path, rows)
+    with pytest.raises(UserError, match=r'train\.jsonl:1: the "content" of message 1 is a list of parts.*not take'):
+        tokenize_rows(tmp_path, models["chat"])
+    write_rows(tmp_path, [{"messages": [{**TURN, "content": [{"type": "image", "url": "x"}]}]}])
+    with pytest.raises(UserError, match=r"train\.jsonl:1: .*message 1 must be a string or a list of .*found .*image"):
+        tokenize_rows(tmp_path, model)
+
+
+def test_keys_of_rows_have_the_names_that_are_given(models: dict[str, Path], tmp_path: Path) -> None:
+    names = {"prompt_feature": "q", "completion_feature": "a", "chat_feature": "talk", "text_feature": "body"}
+    plain = [{"prompt": "one", "completion": "two"}, {"messages": [TURN, REPLY]}, {"text": "three"}]
+    named = [{"q": "one", "a": "two"}, {"talk": [TURN, REPLY]}, {"body": "three"}]
+    for row, other in zip(plain, named, strict=True):
+        found = []
+        for content, options in ((row, {}), (other, names)):
+            write_rows(tmp_path, [content])
+            tokenize_rows(tmp_path, models["chat"], **options)
+            found.append(TokenRows(tmp_path / "out", "train").row(0)[0].tolist())
+            shutil.rmtree(tmp_path / "out")
+        assert found[0] == found[1]
+    write_rows(tmp_path, [{"text": "three"}])
+    with pytest.raises(UserError, match=r'expected "body", "talk", or "q" and "a", found "text"'):
+        tokenize_rows(tmp_path, models["chat"], **names)
+
+
+def test_rows_of_several_kinds_where_sets_were_joined(models: dict[str, Path], tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": "a b"}, {"prompt": "a", "completion": "b"}])
+    assert tokenize_rows(tmp_path, models["chat"], one_kind=False)["train"]["rows"] == 2
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(models: dict[str, Path], tmp_path: Path) -> None:
@@ -135,7 +262,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(models: dict[str, Path], t
 
 TURN = {"role": "user", "content": "hello"}
 REPLY = {"role": "assistant", "content": "hi"}
-MASK = {"mask_prompt": True}
+MASK = {"train_on": "completion"}
 BAD_ROWS: dict[str, tuple[str, dict[str, Any], bytes | list[Any], str]] = {
     "invalid JSON": ("chat", {}, b'{"text": "a"}\n{"text": "b"\n', "train.jsonl:2: not valid JSON: "),
     "deep JSON": ("chat", {}, b'{"text": ' + b"[" * 200_000, "train.jsonl:1: not valid JSON: "),
@@ -145,20 +272,21 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], bytes | list[Any], str]] = {
     "another kind": ("chat", {}, [{"text": "a"}, {"messages": [TURN]}], 'train.jsonl:2: has no "text", as line 1'),
     "empty text": ("chat", {}, [{"text": "a"}, {"text": ""}], "train.jsonl:2: the text is empty"),
     "text": ("chat", {}, [{"text": None}], 'train.jsonl:1: "text" must be a string, found null'),
-    "prompt": ("chat", {}, [{"prompt": ["a"], "completion": "b"}], '"prompt" must be a string, found a list'),
+    "prompt": ("chat", {}, [{"prompt": ["a"], "completion": "b"}], '"prompt" must be a string or a list of {"type": "'),
     "messages": ("chat", {}, [{"messages": {"role": "user"}}], '"messages" must be a list of messages, found an'),
     "no messages": ("chat", {}, [{"messages": []}], '"messages" must be a list of messages, found an empty list'),
     "message": ("chat", {}, [{"messages": [TURN, "hi"]}], "message 2 must be an object, found a string"),
     "role": ("chat", {}, [{"messages": [{"content": "a"}]}], 'message 1 needs a "role" (a string)'),
     "content": ("chat", {}, [{"messages": [TURN, {"role": "assistant", "content": [REPLY]}]}],
-                'the "content" of message 2 must be a string, found a list'),
+                'the "content" of message 2 must be a string or a list of {"type": "text"'),
     "no content": ("chat", {}, [{"messages": [{"role": "user"}]}], 'the "content" of message 1 must be a string'),
     "tools": ("chat", {}, [{"messages": [TURN, REPLY], "tools": "all"}], '"tools" must be a list, found a string'),
     "refused by the template": ("chat", {}, [{"messages": [TURN, {"role": "judge", "content": "no"}]}],
                                 "train.jsonl:1: the tokenizer refuses this row: TemplateError: unknown role judge"),
     "lone surrogate": ("chat", {}, b'{"text": "\\ud800"}\n', "train.jsonl:1: the tokenizer refuses this row: "),
     "text with a mask": ("chat", MASK, [{"text": "a"}], "train.jsonl:1: --mask-prompt needs rows with a prompt"),
-    "one message with a mask": ("chat", MASK, [{"messages": [REPLY]}], "train.jsonl:1: --mask-prompt needs a message"),
+    "one message with a mask": ("chat", MASK, [{"messages": [REPLY]}],
+                                "--train-on completion (--mask-prompt) needs a message before"),
     "no chat template": ("plain", {}, [{"prompt": "a", "completion": "b"}], "train.jsonl:1: this row needs a chat"),
     "no end of text": ("no-eos", {}, [{"text": "a"}], "train.jsonl:1: the tokenizer has no eos_token"),
     "all too long": ("chat", {"max_seq_length": 2, "overlong": "drop"}, [{"text": "a b c"}] * 3,

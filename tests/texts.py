@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
     "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPTIONS: dict[str, Any] = {"mask_prompt": False, "max_seq_length": 512, "overlong": "truncate"}
+OPTIONS: dict[str, Any] = {"train_on": "all", "max_seq_length": 512, "overlong": "truncate"}
 
 
 def write_tokenizer(folder: Path, *, chat: bool, bos: bool = False, eos: bool = True) -> Path:
@@ -89,7 +89,7 @@ def write_tokenizers(root: Path) -> dict[str, Path]:
 def request(folder: Path, model: Path, out: Path, **options: Any) -> dict[str, Any]:
     """What the child is asked for all splits in a folder."""
     files = {path.stem: [str(path), dataset._sha256(path)] for path in folder.glob("*.jsonl")}
-    return {**OPTIONS, **options, "model_path": str(model), "out": str(out), "files": files}
+    return {"rows": {**OPTIONS, **options}, "model_path": str(model), "out": str(out), "files": files}
 
 
 def tokenize_rows(folder: Path, model: Path, **options: Any) -> dict[str, dict[str, int]]:

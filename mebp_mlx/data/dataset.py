@@ -11,18 +11,19 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta
 from mebp_mlx.errors import UserError
 from mebp_mlx.model import NO_LABEL
 from mebp_mlx.system.child import run_child
-from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data
+from mebp_mlx.weights.hub import SPLITS, cache_folder, resolve_data, resolve_sets
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.tiktoken", "*.model", "tekken.json")
 _TOKENIZER_FILES = (
@@ -50,8 +51,8 @@ class Batch:
 class TokenRows:
     """The rows of one split, memory-mapped.
 
-    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that is labelled. name: of
-    the file that the rows came from.
+    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that one is trained on. name:
+    of the file that the rows came from.
     """
 
     def __init__(self, folder: Path, split: str, name: str | None = None) -> None:
@@ -60,7 +61,7 @@ class TokenRows:
 
         self.name = name or f"{split}.jsonl"
         self._tokens, self._offsets = mapped("tokens"), mapped("offsets")
-        self._label_starts, self._lines = mapped("label_starts"), mapped("lines")
+        self._labels, self._lines = mapped("labels"), mapped("lines")
         self.lengths = np.diff(self._offsets).astype(np.int32)  # tokens of each row
 
     def __len__(self) -> int:
@@ -72,13 +73,20 @@ class TokenRows:
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LABEL, np.int32)
         n_labels = 0
         for b, index in enumerate(indices):
-            row = self._tokens[self._offsets[index] : self._offsets[index + 1]]
-            first = max(int(self._label_starts[index]), 1)
+            row, labels = self.row(index)
             tokens[b, : len(row) - 1] = row[:-1]
-            targets[b, first - 1 : len(row) - 1] = row[first:]
-            n_labels += len(row) - first
-        rows = tuple(f"{self.name}:{self._lines[index]}" for index in indices)
-        return Batch(tokens, targets, rows, n_labels)
+            targets[b, : len(row) - 1] = np.where(labels[1:], row[1:], NO_LABEL)
+            n_labels += int(labels.sum())
+        return Batch(tokens, targets, tuple(self.row_name(index) for index in indices), n_labels)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a row, int32 [n], and uint8 [n] with 1 for each that is a target; the first one never is."""
+        place = slice(self._offsets[index], self._offsets[index + 1])
+        return self._tokens[place], self._labels[place]
+
+    def row_name(self, index: int) -> str:
+        """`train.jsonl:17`: where a row comes from."""
+        return f"{self.name}:{self._lines[index]}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,8 @@ class DataSets:
 
     `counts[split]`: `rows`, `tokens`, `labels` that are kept; `n_read` rows in the file; `n_masked_rows`
     skipped because no label is within the length limit; `n_overlong` truncated or dropped;
-    `n_prompt_differs` rows whose unlabelled tokens are not the template's prompt, so that labels may begin
-    some tokens too early or late (templates that rewrite an answer).
+    `n_prompt_differs` rows in which something else stands before an answer than the template's generation prompt;
+    `n_unsure` those of them whose answer was not found, so that labels may begin some tokens early or late.
     """
 
     train: TokenRows
@@ -99,60 +107,57 @@ class DataSets:
 
 
 def prepare(
-    *,
-    data: str,
-    model_path: Path,
-    mask_prompt: bool,
-    max_seq_length: int,
-    overlong: str,
-    cache_dir: Path | None = None,
+    data: str | Sequence[Mapping[str, Any]], model_path: Path, rows: RowOptions, cache_dir: Path | None = None
 ) -> DataSets:
-    """The token rows of a data folder (or hub id, or "bundled") for the tokenizer in `model_path`.
+    """The token rows of data for the tokenizer in `model_path`.
 
-    `max_seq_length` counts the tokens of a row; `overlong` ("truncate", "drop", "error") is for longer ones.
+    data: a folder, a hub id, "bundled", or mlx-lm's `hf_dataset` (a list of sets).
     Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
     """
-    folder = resolve_data(data)
+    if isinstance(data, str):
+        folder = resolve_data(data, rows.columns)
+    else:
+        folder = resolve_sets(data)
+        names = RowOptions()
+        rows = replace(
+            rows,
+            prompt_feature=names.prompt_feature,
+            completion_feature=names.completion_feature,
+            text_feature=names.text_feature,
+            chat_feature=names.chat_feature,
+            one_kind=len(data) == 1,
+        )
     files = {split: folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()}
-    options = _options(mask_prompt, max_seq_length, overlong)
-    splits, out = _tokenized(files, model_path, options, cache_dir)
-    rows = {split: TokenRows(out, split) for split in splits}
-    return DataSets(rows["train"], rows.get("valid"), rows.get("test"), splits, out)
+    counts, out = _tokenized(files, model_path, rows, cache_dir)
+    read = {split: TokenRows(out, split) for split in counts}
+    return DataSets(read["train"], read.get("valid"), read.get("test"), counts, out)
 
 
 def prepare_rows(
-    *,
-    data: str,
+    data: str | Sequence[Mapping[str, Any]],
     split: str,
     model_path: Path,
-    mask_prompt: bool,
-    max_seq_length: int,
-    overlong: str,
+    rows: RowOptions,
     cache_dir: Path | None = None,
 ) -> TokenRows:
-    """The rows of one split alone, or of the JSONL file that `data` names. Arguments and errors as of `prepare`."""
-    file = Path(data).expanduser()
-    if not file.is_file():
-        file = resolve_data(data, split) / f"{split}.jsonl"
+    """The rows of one split alone, or of the JSONL file that `data` names. Errors as of `prepare`."""
+    if isinstance(data, str):
+        file = Path(data).expanduser()
+        if not file.is_file():
+            file = resolve_data(data, rows.columns, split) / f"{split}.jsonl"
+    else:
+        file = resolve_sets(data) / f"{split}.jsonl"
     if not file.is_file():
         raise UserError(f"--data {data}: has no {file.name}")
-    options = _options(mask_prompt, max_seq_length, overlong)
-    _, out = _tokenized({split: file}, model_path, options, cache_dir)
+    _, out = _tokenized({split: file}, model_path, rows, cache_dir)
     return TokenRows(out, split, file.name)
 
 
-def _options(mask_prompt: bool, max_seq_length: int, overlong: str) -> dict[str, Any]:
-    if max_seq_length < 2:
-        raise UserError(f"--max-seq-length: must be at least 2, got {max_seq_length}")
-    if overlong not in ("truncate", "drop", "error"):
-        raise UserError(f"--overlong: {overlong!r} is not one of truncate, drop, error")
-    return {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "overlong": overlong}
-
-
 def _tokenized(
-    files: dict[str, Path], model_path: Path, options: dict[str, Any], cache_dir: Path | None
+    files: dict[str, Path], model_path: Path, rows: RowOptions, cache_dir: Path | None
 ) -> tuple[dict[str, dict[str, int]], Path]:
     """Counts of each split as of DataSets, and the folder of their token files, from the cache or made now."""
+    options = {"rows": asdict(rows)}
     try:
         hashes = {split: _sha256(path) for split, path in files.items()}
         key = _cache_key(hashes, _tokenizer_hashes(model_path), options)

@@ -1,8 +1,7 @@
 """The child process that turns JSONL rows into files of tokens, so that training imports no transformers.
 
 `python -m mebp_mlx.data.tokenize` reads a request (see `tokenize`) as JSON from its argument or stdin.
-Formats, chat templates and labels are mlx-lm's: rows are {"text"}, {"prompt", "completion"[, "tools"]} or
-{"messages"[, "tools"]}, one kind per file; with `mask_prompt` only the last message is labelled.
+Rows are {"text"}, {"prompt", "completion"[, "tools"]} or {"messages"[, "tools"]} (data/rows.py), one kind per file.
 One row at a time is in memory. The folder of results appears under its name only when it is complete.
 """
 
@@ -18,19 +17,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mebp_mlx.data.rows import Encoder, Row, RowOptions, kind_of
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.child import answer, one_line
 from mebp_mlx.weights.hub import SPLITS
 
-FORMAT_VERSION = 1
-# Of each split: the rows' tokens one after another, where each row starts (one entry more than rows), the
-# index in its row of the first token that may be a target, its line in the JSONL file. Little-endian, bare.
-FILES = {"tokens": "i4", "offsets": "i8", "label_starts": "i4", "lines": "i4"}
-_TYPECODES = {"i4": "i", "i8": "q"}
+FORMAT_VERSION = 2
+# Of each split: the rows' tokens one after another, whether each of them is a target (1 or 0), where each row starts
+# (one entry more than rows), its line in the JSONL file. Little-endian, bare.
+FILES = {"tokens": "i4", "labels": "u1", "offsets": "i8", "lines": "i4"}
+_TYPECODES = {"i4": "i", "u1": "B", "i8": "q"}
 _TEMPORARY = ".tmp-"
 _STALE_S = 24 * 3600
 
@@ -38,12 +38,14 @@ _STALE_S = 24 * 3600
 def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = None) -> dict[str, Any]:
     """Write the token files of every split into the folder `request["out"]` and return its `meta.json`.
 
-    The request: `files` {split: [path, SHA-256]}, `model_path`, `out`, and the options `mask_prompt`,
-    `max_seq_length`, `overlong`. Raises UserError for bad rows (file and line), for a file of which no row is
-    left, for a bad tokenizer, for files that cannot be read or written.
+    The request: `files` {split: [path, SHA-256]}, `model_path`, `out`, and `rows` (the fields of RowOptions).
+    Raises UserError for bad rows (file and line), for a file of which no row is left, for a bad tokenizer, for files
+    that cannot be read or written.
     """
     out = Path(request["out"])
-    tokenizer = load_tokenizer(Path(request["model_path"]))
+    model_path = Path(request["model_path"])
+    encoder = Encoder(load_tokenizer(model_path), RowOptions(**request["rows"]))
+    vocabulary = _vocabulary(model_path)
     _remove_stale(out.parent)
     try:
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=_TEMPORARY))
@@ -52,9 +54,9 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
             for split in SPLITS:
                 if split in request["files"]:
                     path, sha256 = request["files"][split]
-                    splits[split] = _tokenize_split(
-                        Path(path), sha256, split, folder, tokenizer, request, progress
-                    )
+                    files = _Files(folder, split)
+                    with files:
+                        splits[split] = _tokenize_split(Path(path), sha256, files, encoder, vocabulary, progress)
             meta = {"format": FORMAT_VERSION, "splits": splits}
             with open(folder / "meta.json", "w", encoding="utf-8") as file:
                 json.dump(meta, file)
@@ -78,7 +80,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
             for name, n_bytes in (
                 ("tokens", 4 * tokens),
                 ("offsets", 8 * rows + 8),
-                ("label_starts", 4 * rows),
+                ("labels", tokens),
                 ("lines", 4 * rows),
             ):
                 if (folder / f"{split}.{name}").stat().st_size != n_bytes:
@@ -114,174 +116,73 @@ def _read_rows(path: Path, digest: Any) -> Iterator[tuple[int, int, dict[str, An
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{line}: not UTF-8 text (byte {error.start + 1} of the line)"
-                ) from error
+                raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.start + 1} of the line)") from error
             if not text.strip():
                 continue
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno})"
-                ) from error
+                raise UserError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno})") from error
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{line}: not valid JSON: {one_line(error)}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{line}: expected an object ({{...}}), found {_kind(row)}")
+                raise UserError(f"{path}:{line}: expected an object ({{...}}), found {kind_of(row)}")
             yield line, n_bytes, row
-
-
-def row_format(row: dict[str, Any]) -> str | None:
-    """What mlx-lm would take a row for: "prompt" (with completion), "messages", "text", or None."""
-    if "prompt" in row and "completion" in row:
-        return "prompt"
-    return next((key for key in ("messages", "text") if key in row), None)
-
-
-def encode_row(
-    row: dict[str, Any], kind: str, tokenizer: Any, mask_prompt: bool, where: str
-) -> tuple[list[int], list[int]]:
-    """(tokens, tokens of the prompt that is not labelled) of a row; UserError if the row cannot be read so.
-
-    As in mlx-lm: text ends with the end-of-text token; the rest goes through the chat template, and with
-    `mask_prompt` as many tokens are left without a label as the template's prompt for the last message has.
-    """
-    if kind == "text":
-        text = _string(row, "text", where)
-        if not text:
-            raise UserError(f"{where}: the text is empty")
-        if mask_prompt:
-            raise UserError(f'{where}: --mask-prompt needs rows with a prompt, and this one is {{"text"}}')
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{where}: the tokenizer has no eos_token to end the text with (tokenizer_config.json)"
-            )
-        tokens = _guarded(lambda: tokenizer.encode(text), where)
-        return (tokens if tokens[-1:] == [tokenizer.eos_token_id] else [*tokens, tokenizer.eos_token_id]), []
-    messages = (
-        _messages(row, where)
-        if kind == "messages"
-        else [
-            {"role": "user", "content": _string(row, "prompt", where)},
-            {"role": "assistant", "content": _string(row, "completion", where)},
-        ]
-    )
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise UserError(f'{where}: "tools" must be a list, found {_kind(tools)}')
-    if not tokenizer.has_chat_template:
-        raise UserError(
-            f'{where}: this row needs a chat template, and the tokenizer has none; use {{"text"}} rows, '
-            "or add chat_template.jinja to the model's folder"
-        )
-
-    def template(messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        return _guarded(lambda: tokenizer.apply_chat_template(messages, tools=tools, **options), where)
-
-    tokens = list(template(messages))
-    if not mask_prompt:
-        return tokens, []
-    if len(messages) < 2:
-        raise UserError(f"{where}: --mask-prompt needs a message before the last one")
-    answered = kind == "prompt" or messages[-1]["role"] == "assistant"
-    return tokens, list(template(messages[:-1], add_generation_prompt=answered))
-
-
-def _guarded(work: Callable[[], list[int]], where: str) -> list[int]:
-    try:
-        return work()
-    except Exception as error:  # templates raise what they like, tokenizers refuse lone surrogates
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: the tokenizer refuses this row: {reason}") from error
-
-
-def _string(row: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(row[key], str):
-        raise UserError(f'{where}: "{key}" must be a string, found {_kind(row[key])}')
-    return row[key]
-
-
-def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else _kind(messages)
-        raise UserError(f'{where}: "messages" must be a list of messages, found {found}')
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: message {number} must be an object, found {_kind(message)}")
-        if not isinstance(message.get("role"), str):
-            raise UserError(f'{where}: message {number} needs a "role" (a string)')
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise UserError(
-                f'{where}: the "content" of message {number} must be a string, found {_kind(content)}'
-            )
-    return messages
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # Files
 
 
+class _Files:
+    """The token files of one split, being written."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._paths = {name: folder / f"{split}.{name}" for name in FILES}
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> _Files:
+        with contextlib.ExitStack() as stack:
+            self._open = {name: stack.enter_context(open(path, "wb")) for name, path in self._paths.items()}
+            self.append("offsets", [0])
+            self._close = stack.pop_all().close
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def append(self, name: str, values: Sequence[int]) -> None:
+        numbers = array.array(_TYPECODES[FILES[name]], values)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        self._open[name].write(numbers)
+
+    def sync(self) -> None:
+        for file in self._open.values():
+            _sync(file)
+
+
 def _tokenize_split(
     path: Path,
     sha256: str,
-    split: str,
-    folder: Path,
-    tokenizer: Any,
-    options: dict[str, Any],
+    files: _Files,
+    encoder: Encoder,
+    vocabulary: int | None,
     progress: Callable[[Any], None] | None,
 ) -> dict[str, Any]:
-    """Tokenize one file and return its counts (see mebp_mlx.data.DataSets)."""
-    limit, overlong, mask_prompt = options["max_seq_length"], options["overlong"], options["mask_prompt"]
-    vocabulary = _vocabulary(Path(options["model_path"]))
-    counts = {
-        "rows": 0,
-        "tokens": 0,
-        "labels": 0,
-        "n_read": 0,
-        "n_masked_rows": 0,
-        "n_overlong": 0,
-        "n_prompt_differs": 0,
-    }
-    digest, size_bytes, kind, kind_line = hashlib.sha256(), max(path.stat().st_size, 1), "", 0
-    reported_s = time.monotonic() + 2
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{split}.{name}", "wb")) for name in FILES}
-        _append(files, "offsets", [0])
-        for line, n_bytes, row in _read_rows(path, digest):
-            where = f"{path}:{line}"
-            found = row_format(row)
-            if found is None:
-                expected = '"text", "messages", or "prompt" and "completion"'
-                raise UserError(f"{where}: no known keys: expected {expected}, found {_keys(row)}")
-            if not kind:
-                kind, kind_line = found, line
-            if kind != found and not (kind in row and (kind != "prompt" or "completion" in row)):
-                raise UserError(
-                    f'{where}: has no "{kind}", as line {kind_line} and so the whole file must have'
-                )
-            tokens, prompt = encode_row(row, kind, tokenizer, mask_prompt, where)
-            counts["n_read"] += 1
-            counts["n_prompt_differs"] += tokens[: len(prompt)] != prompt
-            if len(tokens) > limit:
-                counts["n_overlong"] += 1
-                if overlong == "error":
-                    raise UserError(
-                        f"{where}: the row has {len(tokens)} tokens, more than --max-seq-length {limit}"
-                    )
-                if overlong == "drop":
-                    continue
-                tokens = tokens[:limit]
-            n_labels = len(tokens) - max(len(prompt), 1)
-            if n_labels < 1:
-                counts["n_masked_rows"] += 1
-                continue
+    """Tokenize one file and return its counts (see mebp_mlx.data.dataset.DataSets)."""
+    names = ("rows", "tokens", "labels", "n_read", "n_masked_rows", "n_overlong", "n_prompt_differs", "n_unsure")
+    counts = dict.fromkeys(names, 0)
+    digest, size_bytes = hashlib.sha256(), max(path.stat().st_size, 1)
+    kinds, reported_s = _Kinds(encoder.options), time.monotonic() + 2
+    for line, n_bytes, content in _read_rows(path, digest):
+        where = f"{path}:{line}"
+        row = encoder.encode(content, kinds.of(content, line, where), where)
+        counts["n_read"] += 1
+        counts["n_prompt_differs"] += row.differs
+        counts["n_unsure"] += row.unsure
+        kept = _fitted(row, encoder.options, counts, where)
+        if kept is not None:
+            tokens, labels = kept
             if vocabulary is not None and max(tokens) >= vocabulary:
                 raise UserError(
                     f"{where}: token {max(tokens)} is not in the model's vocabulary of {vocabulary} "
@@ -289,19 +190,15 @@ def _tokenize_split(
                 )
             counts["rows"] += 1
             counts["tokens"] += len(tokens)
-            counts["labels"] += n_labels
-            for name, values in (
-                ("tokens", tokens),
-                ("offsets", [counts["tokens"]]),
-                ("label_starts", [len(prompt)]),
-                ("lines", [line]),
-            ):
-                _append(files, name, values)
-            if progress is not None and time.monotonic() >= reported_s:
-                reported_s = time.monotonic() + 0.2
-                progress({"file": path.name, "rows": counts["n_read"], "fraction": n_bytes / size_bytes})
-        for file in files.values():
-            _sync(file)
+            counts["labels"] += sum(labels)
+            files.append("tokens", tokens)
+            files.append("labels", labels)
+            files.append("offsets", [counts["tokens"]])
+            files.append("lines", [line])
+        if progress is not None and time.monotonic() >= reported_s:
+            reported_s = time.monotonic() + 0.2
+            progress({"file": path.name, "rows": counts["n_read"], "fraction": n_bytes / size_bytes})
+    files.sync()
     if digest.hexdigest() != sha256:
         raise UserError(f"{path}: the file changed while it was read")
     if not counts["rows"]:
@@ -309,11 +206,47 @@ def _tokenize_split(
     return counts
 
 
-def _append(files: dict[str, Any], name: str, values: list[int]) -> None:
-    numbers = array.array(_TYPECODES[FILES[name]], values)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    files[name].write(numbers)
+class _Kinds:
+    """The kinds of a file's rows: the first one's, or each row's own (RowOptions.one_kind)."""
+
+    def __init__(self, options: RowOptions) -> None:
+        self._options, self._first, self._first_line = options, "", 0
+
+    def of(self, row: dict[str, Any], line: int, where: str) -> str:
+        options, found = self._options, self._options.kind(row)
+        if found is None:
+            prompt, completion = options.keys("prompt")
+            expected = f'"{options.text_feature}", "{options.chat_feature}", or "{prompt}" and "{completion}"'
+            raise UserError(f"{where}: no known keys: expected {expected}, found {_keys(row)}")
+        if not self._first:
+            self._first, self._first_line = found, line
+        if not options.one_kind:
+            return found
+        if missing := [key for key in options.keys(self._first) if key not in row]:
+            raise UserError(
+                f'{where}: has no "{missing[0]}", as line {self._first_line} and so the whole file must have'
+            )
+        return self._first
+
+
+def _fitted(row: Row, options: RowOptions, counts: dict[str, int], where: str) -> tuple[list[int], bytearray] | None:
+    """The tokens within the length limit, and a 1 for each that is a target; None for a row that is left out."""
+    tokens, limit = row.tokens, options.max_seq_length
+    if len(tokens) > limit:
+        counts["n_overlong"] += 1
+        if options.overlong == "error":
+            raise UserError(f"{where}: the row has {len(tokens)} tokens, more than --max-seq-length {limit}")
+        if options.overlong == "drop":
+            return None
+        tokens = tokens[:limit]
+    labels = bytearray(len(tokens))
+    for start, stop in row.labels:
+        start, stop = max(start, 1), min(stop, len(tokens))  # the first token follows nothing
+        labels[start:stop] = b"\1" * max(stop - start, 0)
+    if not any(labels):
+        counts["n_masked_rows"] += 1
+        return None
+    return tokens, labels
 
 
 def _keys(row: dict[str, Any]) -> str:

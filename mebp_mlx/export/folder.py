@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..model.base import Model
+from ..model.config import Quantization
 from ..system.files import NewFolder, flush
 from ..weights.safetensors import INDEX_NAME
-from .quantize import Packing
+from .quantize import Recipe
 from .requantize import Repack, Report, Say
 
 _TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -76,32 +77,35 @@ def errors_of_the_disk(out: NewFolder) -> Iterator[None]:
         raise UserError(f"{out.shown}: {error.strerror or error}") from None
 
 
-def new_config(config: dict[str, Any], packing: Packing | None, dtype: str | None) -> dict[str, Any]:
+def new_config(
+    config: dict[str, Any], recipe: Recipe | None, others: Mapping[str, Quantization], dtype: str | None
+) -> dict[str, Any]:
     """config.json of a converted model as mlx-lm writes it: sorted, without the vision tower that is not there.
 
-    packing: of the matrices, None: what the config says of it stays; dtype: of all else, None: as it was.
+    recipe: of the matrices, None: what the config says of them stays; others: matrices that are packed otherwise than
+    most; dtype: of all that is not packed, None: as it was.
     """
     config = {key: value for key, value in sorted(config.items()) if key not in ("_name_or_path", "vision_config")}
-    if packing is None:
+    if recipe is None:
         return config
-    how, text = packing.stored, config.get("text_config")
-    _set_dtype(config, dtype)
-    if isinstance(text, dict):
-        text.pop("quantization_config", None)  # of a source that was packed
-    config["quantization"] = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
-    config["quantization_config"] = config["quantization"]
+    text = config.get("text_config")
+    for part in (config, text):
+        if not isinstance(part, dict):
+            continue
+        for key in ("torch_dtype", "dtype"):
+            if dtype and key in part:
+                part[key] = dtype
+        for key in ("quantization", "quantization_config"):  # of a source that was packed
+            part.pop(key, None)
+    if recipe.packing is not None:
+        described = {name: _described(how) for name, how in others.items()}
+        config["quantization"] = {**_described(recipe.packing.stored), **described}
+        config["quantization_config"] = config["quantization"]
     return dict(sorted(config.items()))
 
 
-def dense_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The same for a model without packed matrices."""
-    config = new_config(config, None, None)
-    _set_dtype(config, dtype)
-    for part in (config, config.get("text_config")):
-        for key in ("quantization", "quantization_config"):
-            if isinstance(part, dict):
-                part.pop(key, None)
-    return config
+def _described(how: Quantization) -> dict[str, Any]:
+    return {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -114,13 +118,6 @@ def write_text(path: Path, text: str) -> None:
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         flush(file)
-
-
-def _set_dtype(config: dict[str, Any], dtype: str | None) -> None:
-    for part in (config, config.get("text_config")):
-        for key in ("torch_dtype", "dtype"):
-            if dtype and isinstance(part, dict) and key in part:
-                part[key] = dtype
 
 
 def _text_files(source: Path) -> list[Path]:

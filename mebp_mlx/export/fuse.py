@@ -11,39 +11,40 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
 
 from ..errors import UserError
 from ..model.base import Model
 from ..model.config import read_config
 from ..model.lora import Lora
-from ..weights.writer import NewFolder
-from .folder import dense_config, new_config, write_folder, write_text
-from .quantize import Packing
-from .requantize import DENSE, Repack, Report, Say
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+from ..system.device import DTYPES
+from ..system.files import NewFolder
+from .folder import new_config, write_folder, write_text
+from .quantize import Recipe
+from .requantize import Repack, Report, Say
 
 
 @dataclass(frozen=True)
 class Format:
     """How the fused model is stored.
 
-    packing: of all matrices, DENSE: none is packed, None: each matrix as in the source; dtype: a key of DTYPES, of what
-    is not packed, None: the source's.
+    recipe: of all matrices, None: each matrix as in the source; dtype: a key of DTYPES, of what is not packed, None:
+    the source's.
     """
 
-    packing: Packing | str | None
+    recipe: Recipe | None
     dtype: str | None = None
 
     def __str__(self) -> str:
-        if isinstance(self.packing, Packing):
-            return f"{self.packing.bits} bits ({self.packing.mode}, groups of {self.packing.group_size})"
-        if self.packing == DENSE:
+        if self.recipe is None:
+            return "the source's format"
+        if (packing := self.recipe.packing) is None:
             return self.dtype or "the source's dtype, dequantized"
-        return "the source's format"
+        return f"{packing.bits} bits ({packing.mode}, groups of {packing.group_size})"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no matrix is packed."""
+        return self.recipe is not None and self.recipe.packing is None
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def fuse(
 
     model = Model(source)
     try:
-        repack = Repack(model, how.packing, DTYPES[how.dtype] if how.dtype else None, lora)
-        write_folder(out, source, repack, _config(source, how), say, check)
+        repack = Repack(model, how.recipe, DTYPES[how.dtype] if how.dtype else None, lora)
+        config = new_config(read_config(source), how.recipe, repack.report.others, how.dtype)
+        write_folder(out, source, repack, config, say, check)
     finally:
         model.weights.close()
     return repack.report, kept[0] if kept else None
@@ -122,13 +124,6 @@ def _gained(losses: Kept, rows: str) -> Kept:
 
 def _tolerated(kept: Kept, tolerance: float, how: Format) -> Kept:
     if not 1 - kept.share <= tolerance:
-        remedy = "a higher --tolerance takes it" if how.packing == DENSE else "--dequantize keeps more"
+        remedy = "a higher --tolerance takes it" if how.is_dense else "--dequantize keeps more"
         raise UserError(f"--tolerance {tolerance:g}: in {how}, {kept}; {remedy}; nothing is written")
     return kept
-
-
-def _config(source: Path, how: Format) -> dict[str, Any]:
-    config = read_config(source)
-    if how.packing == DENSE:
-        return dense_config(config, how.dtype)
-    return new_config(config, how.packing if isinstance(how.packing, Packing) else None, how.dtype)

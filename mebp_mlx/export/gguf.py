@@ -63,7 +63,7 @@ def write_gguf(path: Path, lora: Lora, spec: ModelSpec, name: str, flag: str) ->
 def _tensors(lora: Lora, spec: ModelSpec) -> Iterator[tuple[str, mx.array]]:
     for layer in spec.layers:
         for short, linear in layer.linears.items():
-            if (pair := lora.pair(linear)) is None:
+            if (pair := lora.pairs.get(linear.name)) is None:
                 continue
             b = pair.b.T
             if short in "qk" and _interleaves(spec):

@@ -17,8 +17,8 @@ import mlx.core as mx
 from ..errors import UserError
 from ..model.config import PROJECTIONS, ModelSpec
 from ..model.lora import Lora
+from ..system.files import NewFolder
 from ..weights.safetensors import MappedWeights
-from ..weights.writer import NewFolder
 from .adapters import ADAPTER_CONFIG, PEFT_WEIGHTS, as_lora, checked_matrix, read_about, write_adapters, write_tensors
 from .folder import errors_of_the_disk, write_json
 

@@ -1,11 +1,12 @@
-"""Compression of weights to 4 or 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
+"""Compression of weights to 2 to 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
 
 kernels/cpu.py has the way back. All functions take whole rows, so a matrix can be packed a row block at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,16 +14,25 @@ import numpy as np
 
 from ..errors import UserError
 from ..kernels import cpu
-from ..model.config import Quantization
+from ..model.config import FLOAT_MODES, Quantization
 
-MODES = ("affine", "symmetric", "mxfp4")
+BITS = {"affine": (2, 3, 4, 5, 6, 8), "symmetric": (4, 8), **{mode: (bits,) for mode, (bits, _) in FLOAT_MODES.items()}}
+GROUP_SIZES = {
+    "affine": (32, 64, 128),
+    "symmetric": (32, 64, 128),
+    **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()},
+}
+MODES = tuple(BITS)
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # mlx-lm's recipes
+_MXFP8_SMALLEST = 2.0**-118
+_NVFP4_ITEMS = 128 << 10  # MLX compares each weight with all sixteen values at once
 _PIECE_ITEMS = 64 << 10  # float32 numbers that stay in a core's cache
 _FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights are to be stored. mode: one of MODES; "mxfp4" has 4 bits and groups of 32."""
+    """How weights are to be stored. mode: one of MODES; bits and group size: of its BITS and GROUP_SIZES."""
 
     bits: int
     group_size: int
@@ -40,39 +50,69 @@ class Packing:
 
 def checked_packing(bits: int | None, group_size: int | None, mode: str) -> Packing:
     """The format that --bits, --group-size and --mode name. Raises UserError for one that does not exist."""
-    mxfp4 = mode == "mxfp4"
-    group_size = (32 if mxfp4 else 64) if group_size is None else group_size
-    bits = 4 if bits is None else bits
-    if bits not in (4, 8):
-        raise UserError(f"--bits {bits}: is not one of 4, 8")
-    if group_size not in (32, 64, 128):
-        raise UserError(f"--group-size {group_size}: is not one of 32, 64, 128")
-    if mxfp4 and bits != 4:
-        raise UserError(f"--bits {bits}: mxfp4 has 4")
-    if mxfp4 and group_size != 32:
-        raise UserError(f"--group-size {group_size}: mxfp4 has groups of 32")
+    default_bits, default_group_size = FLOAT_MODES.get(mode, (4, 64))
+    bits = default_bits if bits is None else bits
+    group_size = default_group_size if group_size is None else group_size
+    for flag, value, known in (("--bits", bits, BITS[mode]), ("--group-size", group_size, GROUP_SIZES[mode])):
+        if value not in known:
+            raise UserError(f"{flag} {value}: {mode} has {' or '.join(map(str, known))}")
     return Packing(bits, group_size, mode)
 
 
-def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
-    """{"weight": uint32 [n, in * bits / 32], "scales": [n, in / group], "biases": the same, but not with mxfp4}.
+@dataclass(frozen=True)
+class Recipe:
+    """How each matrix of a model is to be stored. packing: of most, None: none is packed; high_bits: of those that lose
+    more by it, in a mixed recipe.
+    """
 
-    rows: finite, [n, in], in the dtype that affine scales and biases will have; mxfp4's scales are uint8.
+    packing: Packing | None
+    high_bits: int | None = None
+
+    def of(self, name: str, n_layers: int) -> Packing | None:
+        """The packing of a matrix by its name, as mlx-lm's mixed recipes have it: more bits for the head, and for
+        v_proj and down_proj of the first and the last eighth of the layers and of every third one between.
+        """
+        if self.packing is None or self.high_bits is None:
+            return self.packing
+        found = re.search(r"\blayers\.(\d+)\.", name)
+        index, eighth = int(found[1]) if found else 0, n_layers // 8
+        is_outer = index < eighth or index >= 7 * n_layers // 8
+        is_chosen = name.endswith(("v_proj", "down_proj")) and (is_outer or (index - eighth) % 3 == 2)
+        if is_chosen or name.endswith("lm_head"):
+            return replace(self.packing, bits=self.high_bits)
+        return self.packing
+
+
+def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
+    """{"weight": uint32 [n, in * bits / 32], "scales": [n, in / group], "biases": the same, but not of FLOAT_MODES}.
+
+    rows: finite, [n, in], in the dtype that affine scales and biases will have; those of FLOAT_MODES are uint8.
     """
     if packing.mode == "symmetric":
         return _symmetric(rows, packing.bits, packing.group_size)
     if packing.mode == "mxfp4" and cpu.is_on():
         return _mxfp4(rows)
+    if packing.mode == "nvfp4" and rows.size > _NVFP4_ITEMS and rows.shape[0] > 1:
+        step = max(1, _NVFP4_ITEMS // rows.shape[1])
+        pieces = [_quantized(rows[start : start + step], packing) for start in range(0, rows.shape[0], step)]
+        return {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    return _quantized(rows, packing)
+
+
+def _quantized(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
+    if packing.mode == "mxfp8":  # MLX's exponent wraps around to infinity below that
+        rows = mx.where(mx.abs(rows) < _MXFP8_SMALLEST, 0, rows).astype(rows.dtype)
     parts = mx.quantize(rows, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
+    mx.eval(parts)
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
 
 def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
     """What a reader makes of packed rows: float32 [n, in]."""
     how = packing.stored
-    if how.mode == "mxfp4":
-        rows = mx.dequantize(parts["weight"], parts["scales"], group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
-        return np.asarray(rows)
+    if how.mode in FLOAT_MODES:
+        layout: dict[str, Any] = dict(group_size=how.group_size, bits=how.bits, mode=how.mode, dtype=mx.float32)
+        return np.asarray(mx.dequantize(parts["weight"], parts["scales"], **layout))
     scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
     if cpu.is_on() and how.bits in cpu.BITS:
         return np.asarray(cpu.dequantize(parts["weight"], scales, biases, how.bits, how.group_size))

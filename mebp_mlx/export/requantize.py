@@ -16,18 +16,17 @@ import numpy as np
 
 from ..errors import UserError
 from ..model.base import Model
-from ..model.config import Linear
+from ..model.config import FLOAT_MODES, Linear, Quantization
 from ..model.lora import Adapter
 from ..system.footprint import footprint_bytes
 from ..system.units import megabytes
 from ..weights.safetensors import TensorInfo
 from ..weights.writer import DTYPES, NAMES, Entry, Shard
-from .quantize import Packing, pack, unpacked
+from .quantize import Packing, Recipe, pack, unpacked
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
-_KINDS = (*_FLOATS, "U32", "U8")  # packed weights, mxfp4's scales
-DENSE = "dense"
+_KINDS = (*_FLOATS, "U32", "U8")  # packed weights, scales of FLOAT_MODES
 
 Say = Callable[[str], None]
 
@@ -44,6 +43,7 @@ class Report:
     unpacked: list[str]  # matrices whose rows the group size does not divide
     left_out: list[str]  # tensors of the source that the model does not use
     errors: dict[str, float] = field(default_factory=dict)  # of each packed matrix
+    others: dict[str, Quantization] = field(default_factory=dict)  # packed otherwise than most (a mixed recipe)
     error: float = 0.0  # of all of them together, the copied ones apart
     seconds: float = 0.0
 
@@ -64,8 +64,8 @@ class _Matrix:
             return
         groups = (n_rows, n_in // packing.group_size)
         yield Entry(f"{name}.weight", "U32", (n_rows, n_in * packing.bits // 32))
-        yield Entry(f"{name}.scales", "U8" if packing.mode == "mxfp4" else dtype, groups)
-        if packing.mode != "mxfp4":
+        yield Entry(f"{name}.scales", "U8" if packing.mode in FLOAT_MODES else dtype, groups)
+        if packing.mode not in FLOAT_MODES:
             yield Entry(f"{name}.biases", dtype, groups)
 
 
@@ -92,16 +92,15 @@ class _Same:
 class Repack:
     """The new files: the embedding's, one for each decoder block, and the final norm's (with the head).
 
-    packing: of the matrices, DENSE: none is packed, None: every tensor keeps its bytes; dtype: of all that is not
-    packed, None: each tensor's own; adapter: pairs that are added to their matrices, which with packing None are
-    packed anew as they were. Raises UserError for a tensor of another kind than floats, and when the group size fits
-    no matrix.
+    recipe: how matrices are packed, None: every tensor keeps its bytes; dtype: of all that is not packed, None: each
+    tensor's own; adapter: pairs that are added to their matrices, which without a recipe are packed anew as they were.
+    Raises UserError for a tensor of another kind than floats, and when the group size fits no matrix.
     """
 
     def __init__(
-        self, model: Model, packing: Packing | str | None, dtype: mx.Dtype | None, adapter: Adapter | None = None
+        self, model: Model, recipe: Recipe | None, dtype: mx.Dtype | None, adapter: Adapter | None = None
     ) -> None:
-        self._model, self._packing, self._dtype, self._adapter = model, packing, dtype, adapter
+        self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
         blocks += [[*layer.norms.values(), *layer.linears.values()] for layer in spec.layers]
@@ -111,9 +110,11 @@ class Repack:
         matrices = [item for block in self._blocks for item in block if isinstance(item, _Matrix)]
         packed = [matrix.linear.name for matrix in matrices if matrix.packing]
         copied = [linear.name for linear in linears if self._stays(linear)]
-        if isinstance(packing, Packing) and not packed and not copied:
+        most = recipe.packing if recipe is not None else None
+        if most is not None and not packed and not copied:
             widths = ", ".join(str(n) for n in sorted({linear.in_dims for linear in linears}))
-            raise UserError(f"--group-size {packing.group_size}: divides no matrix's rows, which are {widths} long")
+            raise UserError(f"--group-size {most.group_size}: divides no matrix's rows, which are {widths} long")
+        stored = {linear.name: how.stored for linear in linears if (how := self._packing(linear)) is not None}
         entries = [entry for block in self._blocks for item in block for entry in item.entries()]
         parts = {name for linear in linears for name in linear.tensors}
         vectors = [model.weights.info(name) for name in spec.tensors if name not in parts]
@@ -123,8 +124,9 @@ class Repack:
             bytes_after=sum(entry.n_bytes for entry in entries),
             n_parameters=sum(math.prod(vector.shape) for vector in vectors)
             + sum(linear.out_dims * linear.in_dims for linear in linears),
-            packed=packed + (copied if isinstance(packing, Packing) else []),
+            packed=packed + (copied if most is not None else []),
             copied=copied,
+            others={name: how for name, how in stored.items() if most is not None and how != most.stored},
             unpacked=[matrix.linear.name for matrix in matrices if not matrix.packing],
             left_out=[name for name in model.weights.names if name not in used],
             errors=dict.fromkeys(copied, 0.0),
@@ -161,38 +163,41 @@ class Repack:
         if isinstance(item, str):
             info = self._model.weights.info(item)
             dtype = self._dtype_of(item)
-            yield _Same(_entry(info)) if self._packing is None else _Vector(Entry(item, NAMES[dtype], info.shape))
+            yield _Same(_entry(info)) if self._recipe is None else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
         if self._stays(item):
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
         else:
-            yield _Matrix(item, self._own(item), self._packing_of(item))
+            yield _Matrix(item, self._own(item), self._packing(item))
         if item.bias:
             yield from self._new(f"{item.name}.bias")
 
-    def _packing_of(self, linear: Linear) -> Packing | None:
-        """The new format of a matrix that is written anew, None: dense."""
-        packing, own = self._packing, linear.quantization
-        if isinstance(packing, Packing):
-            return packing if packing.fits(linear.in_dims) else None
-        return Packing(own.bits, own.group_size, own.mode) if packing is None and own is not None else None
+    def _packing(self, linear: Linear) -> Packing | None:
+        """How a matrix that is written anew is packed; None where it is not, or its group size does not divide its
+        rows.
+        """
+        if self._recipe is None:
+            own = linear.quantization
+            return None if own is None else Packing(own.bits, own.group_size, own.mode)
+        packing = self._recipe.of(linear.name, self._model.spec.L)
+        return packing if packing is not None and packing.fits(linear.in_dims) else None
 
     def _stays(self, linear: Linear) -> bool:
         """Whether a matrix keeps its bytes: all do, or it is packed in the new way already."""
-        packing = self._packing
         if self._adapter is not None and linear.name in self._adapter.pairs:
             return False
-        if not isinstance(packing, Packing):
-            return packing is None
-        if not packing.fits(linear.in_dims) or packing.mode == "symmetric" or packing.stored != linear.quantization:
+        if self._recipe is None:
+            return True
+        packing = self._packing(linear)
+        if packing is None or packing.mode == "symmetric" or packing.stored != linear.quantization:
             return False
         scales = self._model.weights.info(linear.tensors[-1]).dtype
-        return packing.mode == "mxfp4" or NAMES[self._own(linear)] == scales
+        return packing.mode in FLOAT_MODES or NAMES[self._own(linear)] == scales
 
     def _own(self, linear: Linear) -> mx.Dtype:
-        """The dtype of a matrix's numbers: mxfp4 has none of its own."""
-        mxfp4 = linear.quantization is not None and linear.quantization.mode == "mxfp4"
-        return self._dtype_of(self._model.spec.final_norm if mxfp4 else linear.tensors[-1])
+        """The dtype of a matrix's numbers: one of FLOAT_MODES has none of its own."""
+        has_none = linear.quantization is not None and linear.quantization.mode in FLOAT_MODES
+        return self._dtype_of(self._model.spec.final_norm if has_none else linear.tensors[-1])
 
     def _dtype_of(self, name: str) -> mx.Dtype:
         info = self._model.weights.info(name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import mebp_mlx
 
 from ..data.dataset import TokenRows, eval_batches, prepare_rows
+from ..data.rows import ALL, COMPLETION, RowOptions
 from ..engine.base import Pass
 from ..errors import NonFiniteLoss
 from ..model.base import Model
@@ -62,22 +63,18 @@ def rows_as_trained(
     model_path: Path,
     split: str,
     data: str | None = None,
-    mask_prompt: bool | None = None,
-    max_seq_length: int | None = None,
-    overlong: str = "truncate",
+    changes: Mapping[str, Any] | None = None,
 ) -> TokenRows:
     """The rows of a split, or of the file that `data` names, read as in the run whose options are `known`.
 
-    What is not None wins over these. Raises UserError.
+    changes: fields of RowOptions that are not None win over these. Rows that are too long are truncated unless they say
+    otherwise. Raises UserError.
     """
-    return prepare_rows(
-        data=data or known.get("data") or "bundled",
-        split=split,
-        model_path=model_path,
-        mask_prompt=bool(known.get("mask_prompt")) if mask_prompt is None else mask_prompt,
-        max_seq_length=max_seq_length or int(known.get("max_seq_length") or 2048),
-        overlong=overlong,
-    )
+    given = {name: value for name, value in (changes or {}).items() if value is not None}
+    trained = {"train_on": COMPLETION if known.get("mask_prompt") else ALL, **known, "overlong": "truncate"}
+    names = [field.name for field in fields(RowOptions)]
+    options = {name: value for name in names if (value := {**trained, **given}.get(name)) is not None}
+    return prepare_rows(data or known.get("data") or "bundled", split, model_path, RowOptions(**options))
 
 
 class Evaluator:

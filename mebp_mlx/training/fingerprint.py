@@ -16,7 +16,7 @@ def model_fingerprint(path: Path) -> str:
 
 def data_fingerprint(tokens: Path) -> str:
     """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
-    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "label_starts", "tokens")])
+    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "labels", "tokens")])
 
 
 def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:

@@ -42,16 +42,10 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
     """Everything that can be wrong before a model is opened, as UserError."""
     folder = Path(config.adapter_path)
     saved = load_checkpoint(folder) if config.resume else None
-    if saved is None and not config.dry_run:
+    if saved is None and not (config.dry_run or config.preview):
         run_folder.check_unused(folder)
-    data = prepare(
-        data=config.data,
-        model_path=model_path,
-        mask_prompt=config.mask_prompt,
-        max_seq_length=config.max_seq_length,
-        overlong=config.overlong,
-    )
-    print_data(data, config.overlong)
+    data = prepare(config.data_source, model_path, config.row_options)
+    print_data(data, config)
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
     fingerprints = {"model": model_fingerprint(model_path), "data": data_fingerprint(data.cache_dir)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import bundled
 from ..config import TrainConfig
@@ -34,10 +37,15 @@ def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -
         found.append(f"--lr-decay {config.lr_decay} reaches its end at iteration {n_iters}")
     if data.valid is None and config.val_batches:
         found.append("no valid.jsonl: there are no validations")
-    if n_rows := data.counts["train"].get("n_prompt_differs"):
+    counts = data.counts["train"]
+    n_unsure = counts.get("n_unsure", 0)
+    if n_rows := counts.get("n_prompt_differs", 0) - n_unsure:
         found.append(
-            f"{n_rows:,} training rows: the chat template rewrites the prompt, their labels may begin early or late"
+            f"{n_rows:,} training rows: the chat template rewrites the prompt before an answer; labels begin with the "
+            "answer (mlx-lm's begin where the prompt would end)"
         )
+    if n_unsure:
+        found.append(f"{n_unsure:,} training rows: the chat template rewrites them, labels may begin early or late")
     return found
 
 
@@ -56,9 +64,9 @@ def alignment_notices(model: Model, model_name: str) -> list[str]:
     ]
 
 
-def print_data(data: DataSets, overlong: str) -> None:
-    """One line for each split."""
-    treated = "dropped" if overlong == "drop" else "truncated"
+def print_data(data: DataSets, config: TrainConfig) -> None:
+    """One line for each split, and how long the training rows are."""
+    treated = "dropped" if config.overlong == "drop" else "truncated"
     for split, counts in data.counts.items():
         line = f"{split:<11}{counts['rows']:,} rows, {counts['tokens']:,} tokens"
         if n_rows := counts.get("n_overlong"):
@@ -66,6 +74,25 @@ def print_data(data: DataSets, overlong: str) -> None:
         if n_rows := counts.get("n_masked_rows"):
             line += f"; {n_rows:,} skipped, without a label"
         print(line, flush=True)
+    print(f"lengths    {length_histogram(data.train.lengths, config.batch_size)}", flush=True)
+
+
+def length_histogram(lengths: np.ndarray, batch_size: int) -> str:
+    """`9-16 ## 17-32 ########## 33-64 ###; median 25 tokens, longest 60; padding 4%` of rows with so many tokens.
+
+    padding: its share of what batches hold, which are of rows of similar length.
+    """
+    exponents = np.ceil(np.log2(lengths)).astype(int)
+    parts = []
+    for exponent in range(int(exponents.min()), int(exponents.max()) + 1):
+        share = float((exponents == exponent).mean())
+        first, last = (1 << exponent >> 1) + 1, 1 << exponent
+        parts.append(f"{first}-{last} {'#' * math.ceil(10 * share) or '.'}")
+    ordered = np.sort(lengths)
+    groups = np.split(ordered, range(batch_size, len(ordered), batch_size))
+    n_positions = sum(len(group) * int(group[-1]) for group in groups)
+    padding = 1 - int(ordered.sum()) / n_positions
+    return f"{' '.join(parts)}; median {np.median(lengths):.0f} tokens, longest {ordered[-1]:,}; padding {padding:.0%}"
 
 
 def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..config import TrainConfig
 from ..data.dataset import has_tokenizer
+from ..data.preview import show_rows
 from ..engine.zeroth_order import Estimator
 from ..model.base import Model
 from ..model.lora import Lora
@@ -43,7 +44,9 @@ def prepare_run(config: TrainConfig) -> Run | None:
         plan_without_data(config, model_path)
         return None
     inputs = read_inputs(config, model_path)
-    if _is_done(config, inputs):
+    if config.preview:
+        show_rows(inputs.data.train, model_path, config.preview)
+    if config.preview or _is_done(config, inputs):
         return None
     before_model_bytes = footprint_bytes()
     print(f"footprint  {megabytes(before_model_bytes)} before the model is opened")

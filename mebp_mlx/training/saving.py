@@ -54,7 +54,7 @@ class Saver:
         return step * self.config.grad_accumulation_steps
 
     def _adapters(self, step: int) -> None:
-        about = {"model": self.config.model, "data": self.config.data, "seed": self.config.seed}
+        about = {"model": self.config.model, "data": self.config.data_source, "seed": self.config.seed}
         copy = _has_copy(self.config, step)
         save_adapters(self.folder, self.lora, self._iteration(step), about, copy)
 

@@ -6,13 +6,14 @@ The training process does not import huggingface_hub: `python -m mebp_mlx.weight
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ MODEL_PATTERNS = (
 )
 SPLITS = ("train", "valid", "test")
 DATA_PATTERNS = tuple(f"{folder}{split}.jsonl" for folder in ("", "data/") for split in SPLITS)
-ROW_KEYS = ("text", "prompt", "completion", "messages", "tools")
+COLUMNS = ("prompt", "completion", "text", "messages", "tools")  # the order of RowOptions.columns
+# mlx-lm's slices of a set of `hf_dataset`, and the names of its columns by the keys of a row here
+SLICES = {"train": "train[:80%]", "valid": "train[-10%:]", "test": None}
+FEATURES = {"prompt": "prompt", "completion": "completion", "text": "text", "chat": "messages"}
 SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATASET = re.compile(rf"{_HUB_ID.pattern}(:[\w.-]+)?")  # with the part of it that load_dataset calls its name
@@ -67,8 +71,10 @@ def resolve_model(name: str) -> Path:
     return _checked_model(folder, name)
 
 
-def resolve_data(name: str, split: str = "train") -> Path:
+def resolve_data(name: str, columns: Sequence[str] = COLUMNS, split: str = "train") -> Path:
     """The folder that holds a split's file: `name` is "bundled", a local folder, or the hub id of a dataset.
+
+    columns: what of a dataset of another format is kept.
 
     A dataset without JSONL files is converted through the optional `datasets` library, and so is one part of
     a dataset ("Salesforce/wikitext:wikitext-2-raw-v1").
@@ -80,12 +86,25 @@ def resolve_data(name: str, split: str = "train") -> Path:
         return Path(bundled.DATA_DIR)
     folder = Path(name).expanduser()
     if not name or not folder.exists():
-        return Path(_from_hub(name, flag="--data", kind="dataset", patterns=DATA_PATTERNS))
+        return Path(_from_hub(name, flag="--data", kind="dataset", patterns=DATA_PATTERNS, columns=columns))
     if not folder.is_dir():
         raise UserError(f"--data {name}: is a file; name the folder that holds {split}.jsonl")
     if not (folder / f"{split}.jsonl").is_file():
         raise UserError(f"--data {name}: the folder holds no {split}.jsonl")
     return folder
+
+
+def resolve_sets(sets: Sequence[Mapping[str, Any]]) -> Path:
+    """The folder of mlx-lm's `hf_dataset`: slices of one or several datasets, one after another, as JSONL.
+
+    Each set: path, and perhaps config (of load_dataset), *_split (SLICES) and *_feature (FEATURES).
+    Raises UserError naming the set.
+    """
+    request = {"sets": [dict(each) for each in sets], "cache": str(cache_folder())}
+    try:
+        return Path(run_child(["mebp_mlx.weights.hub"], request, offline=False, pass_stderr=True)["folder"])
+    except ChildFailure as error:
+        raise UserError(f"hf_dataset: the download failed: {one_line(error)}") from error
 
 
 def _checked_model(folder: Path, name: str) -> Path:
@@ -98,7 +117,7 @@ def _checked_model(folder: Path, name: str) -> Path:
     return folder
 
 
-def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> str:
+def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str], columns: Sequence[str] = ()) -> str:
     if not (_DATASET if kind == "dataset" else _HUB_ID).fullmatch(name):
         raise UserError(f"{flag} {name}: no such folder, and not the name of a {kind} on the hub (org/name)")
     request = {
@@ -106,6 +125,7 @@ def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> st
         "flag": flag,
         "kind": kind,
         "patterns": list(patterns),
+        "columns": list(columns),
         "cache": str(cache_folder()),
     }
     try:
@@ -118,17 +138,18 @@ def _from_hub(name: str, *, flag: str, kind: str, patterns: Sequence[str]) -> st
 
 
 def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict[str, Any]:
+    cache = Path(request["cache"]) / "datasets"
+    if "sets" in request:
+        return {"folder": str(_convert_sets(request["sets"], cache))}
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
-        raise UserError(
-            f"the hub needs huggingface_hub: pip install huggingface_hub ({one_line(error)})"
-        ) from error
+        raise UserError(f"the hub needs huggingface_hub: pip install huggingface_hub ({one_line(error)})") from error
     (name, _, part), kind = request["name"].partition(":"), request["kind"]
     where = f"{request['flag']} {request['name']}"
     if part:
-        return {"folder": str(_convert_dataset(name, where, where, Path(request["cache"]) / "datasets", part))}
+        return {"folder": str(_convert_dataset(name, where, where, cache, request["columns"], part))}
     folder, problem = None, f"{where}: the dataset holds no train.jsonl"
     try:
         folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=request["patterns"]))
@@ -143,61 +164,115 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
         if kind == "model":
             raise UserError(problem) from error
     except Exception as error:
-        raise UserError(
-            f"{where}: cannot be downloaded: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise UserError(f"{where}: cannot be downloaded: {type(error).__name__}: {one_line(error)}") from error
     if kind == "model":
         return {"folder": str(folder)}
     for candidate in (folder, folder / "data") if folder is not None else ():
         if (candidate / "train.jsonl").is_file():
             return {"folder": str(candidate)}
-    return {"folder": str(_convert_dataset(name, where, problem, Path(request["cache"]) / "datasets"))}
+    return {"folder": str(_convert_dataset(name, where, problem, cache, request["columns"]))}
 
 
-def _convert_dataset(name: str, where: str, problem: str, cache: Path, part: str = "") -> Path:
-    """Write the splits of a dataset of any format as JSONL, streamed; the folder gets its name when done.
-
-    part: of the dataset, "" for a dataset of one part. Rows of blank text are left out.
-    """
+def _load_dataset(where: str, problem: str, *names: str, **how: Any) -> Any:
+    """What the `datasets` library makes of a name. Raises UserError, beginning with `problem` if it is not there."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         remedy = "`pip install datasets` to have other formats converted, or give a folder with train.jsonl"
         raise UserError(f"{problem}: {remedy}") from error
     try:
-        splits = load_dataset(name, part) if part else load_dataset(name)
+        return load_dataset(*names, **how)
     except Exception as error:
         raise UserError(f"{where}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
+    """Write mlx-lm's `hf_dataset` as JSONL with one name for each kind of column, set after set."""
+    chosen: dict[str, list[tuple[Any, dict[str, str]]]] = {}
+    for each in sets:
+        where = f"hf_dataset {each['path']}"
+        columns = {key: each.get(f"{key}_feature") or name for key, name in FEATURES.items()}
+        for split, default in SLICES.items():
+            slice_ = each.get(f"{split}_split", default)
+            if slice_ is None:
+                continue
+            rows = _load_dataset(where, where, each["path"], split=slice_, **(each.get("config") or {}))
+            chosen.setdefault(split, []).append((rows, _kind_of_columns(rows.column_names, columns, where)))
+    state = [sets, {split: [_fingerprint(rows) for rows, _ in parts] for split, parts in chosen.items()}]
+    parts = {split: itertools.chain.from_iterable(_renamed(*part) for part in found) for split, found in chosen.items()}
+    return _write_folder(parts, "--".join(each["path"].replace("/", "--") for each in sets)[:80], state, cache)
+
+
+def _kind_of_columns(names: Sequence[str], columns: dict[str, str], where: str) -> dict[str, str]:
+    """{key of a row: column} of the kind that mlx-lm would take a set for."""
+    for keys in (("prompt", "completion"), ("chat",), ("text",)):
+        if all(columns[key] in names for key in keys):
+            return {FEATURES[key]: columns[key] for key in keys} | {"tools": "tools"}
+    known = f"{columns['text']}, {columns['chat']}, or {columns['prompt']} and {columns['completion']}"
+    raise UserError(f"{where}: no column named {known} (its columns: {', '.join(names)})")
+
+
+def _renamed(rows: Any, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    return ({key: row.get(column) for key, column in columns.items()} for row in rows)
+
+
+def _fingerprint(rows: Any) -> str:
+    return getattr(rows, "_fingerprint", uuid.uuid4().hex)
+
+
+def _convert_dataset(
+    name: str, where: str, problem: str, cache: Path, columns: Sequence[str] = COLUMNS, part: str = ""
+) -> Path:
+    """Write the splits of a dataset of any format as JSONL.
+
+    part: of the dataset, "" for a dataset of one part.
+    """
+    splits = _load_dataset(where, problem, name, *([part] if part else []))
     chosen: dict[str, Any] = {}
     for split, rows in splits.items():
         if split in SPLIT_NAMES:
             chosen.setdefault(SPLIT_NAMES[split], rows)
     if "train" not in chosen:
         raise UserError(f"{where}: has no split named train (its splits: {', '.join(splits)})")
-    columns = chosen["train"].column_names
-    if not {"text", "messages"} & set(columns) and not {"prompt", "completion"} <= set(columns):
-        known = "text, messages, or prompt and completion"
-        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(columns)})")
-    state = json.dumps(
-        {split: getattr(rows, "_fingerprint", uuid.uuid4().hex) for split, rows in chosen.items()}
-    )
-    folder = cache / f"{'--'.join((*name.split('/'), *part.split()))}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    found = chosen["train"].column_names
+    prompt, completion, text, chat, *_ = columns
+    if not {text, chat} & set(found) and not {prompt, completion} <= set(found):
+        known = f"{text}, {chat}, or {prompt} and {completion}"
+        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(found)})")
+    state = {split: _fingerprint(rows) for split, rows in chosen.items()}
+    kept = {key: key for key in columns}
+    parts = {split: _renamed(rows, kept) for split, rows in chosen.items()}
+    return _write_folder(parts, "--".join((*name.split("/"), *part.split())), [state, list(columns)], cache)
+
+
+def _write_folder(parts: Mapping[str, Iterable[dict[str, Any]]], stem: str, state: Any, cache: Path) -> Path:
+    """Rows of each split as JSONL, streamed, in a folder that gets its name when done; not if it is there already.
+
+    state: what the rows depend on. Rows of blank text are left out.
+    """
+    folder = cache / f"{stem}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
     if (folder / "train.jsonl").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
-        for split, rows in chosen.items():
+        for split, rows in parts.items():
             with open(made / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                kept = (_without_nulls({key: row.get(key) for key in ROW_KEYS}) for row in rows)
-                file.writelines(json.dumps(row) + "\n" for row in kept if row.get("text", "text").strip())
+                kept = (_without_nulls(row) for row in rows)
+                file.writelines(json.dumps(row) + "\n" for row in kept if not _is_blank(row))
         try:
             os.rename(made, folder)
         except OSError:
             if not (folder / "train.jsonl").is_file():  # not another process that was faster
                 raise
     return folder
+
+
+def _is_blank(row: dict[str, Any]) -> bool:
+    """Whether a row is nothing but blank text, as WikiText's empty lines are."""
+    values = list(row.values())
+    return len(values) == 1 and isinstance(values[0], str) and not values[0].strip()
 
 
 def _without_nulls(value: Any) -> Any:
