@@ -333,3 +333,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(models: dict[str, Path]
     with pytest.raises(UserError, match="changed while it was read"):
         tokenize.tokenize(job)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_never_ends_is_refused_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "_ROW_S", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    write_rows(tmp_path, [row])
+    with pytest.raises(UserError, match=r"train\.jsonl:1: the tokenizer or its chat template took more than"):
+        tokenize_rows(tmp_path, with_template(tmp_path, loop), train_on="all", max_seq_length=50)

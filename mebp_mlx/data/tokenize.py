@@ -13,9 +13,12 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,13 +29,15 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.system.child import answer, one_line
 from mebp_mlx.weights.hub import SPLITS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Of each split: the rows' tokens one after another, whether each of them is a target (1 or 0), where each row starts
 # (one entry more than rows), its line in the JSONL file. Little-endian, bare.
 FILES = {"tokens": "i4", "labels": "u1", "offsets": "i8", "lines": "i4"}
 _TYPECODES = {"i4": "i", "u1": "B", "i8": "q"}
 _TEMPORARY = ".tmp-"
 _STALE_S = 24 * 3600
+_ROW_S = 20  # for one row
+_MEMORY_BYTES = 4 << 30  # for the child: a template must not take the machine
 
 
 def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = None) -> dict[str, Any]:
@@ -57,7 +62,8 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
                     files = _Files(folder, split)
                     with files:
                         splits[split] = _tokenize_split(Path(path), sha256, files, encoder, vocabulary, progress)
-            meta = {"format": FORMAT_VERSION, "splits": splits}
+            hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            meta = {"format": FORMAT_VERSION, "splits": splits, "sha256": hashes}
             with open(folder / "meta.json", "w", encoding="utf-8") as file:
                 json.dump(meta, file)
                 _sync(file)
@@ -70,8 +76,12 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """`meta.json` of a complete folder of token files; None if it is missing, of another format, damaged."""
+    """`meta.json` of a complete folder of token files; None if it is missing, of another format, damaged, or not this
+    user's: what is trained on would be somebody else's choice.
+    """
     try:
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return None
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT_VERSION or not meta["splits"]:
             return None
@@ -83,11 +93,20 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
                 ("labels", tokens),
                 ("lines", 4 * rows),
             ):
-                if (folder / f"{split}.{name}").stat().st_size != n_bytes:
+                path = folder / f"{split}.{name}"
+                if path.stat().st_size != n_bytes or _sha256(path) != meta["sha256"][path.name]:
                     return None
         return meta
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 16):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_tokenizer(model_path: Path) -> Any:
@@ -176,7 +195,8 @@ def _tokenize_split(
     kinds, reported_s = _Kinds(encoder.options), time.monotonic() + 2
     for line, n_bytes, content in _read_rows(path, digest):
         where = f"{path}:{line}"
-        row = encoder.encode(content, kinds.of(content, line, where), where)
+        with _time_limit(where):
+            row = encoder.encode(content, kinds.of(content, line, where), where)
         counts["n_read"] += 1
         counts["n_prompt_differs"] += row.differs
         counts["n_unsure"] += row.unsure
@@ -204,6 +224,33 @@ def _tokenize_split(
     if not counts["rows"]:
         raise UserError(f"{path}: {_why_empty(counts)}")
     return counts
+
+
+@contextlib.contextmanager
+def _time_limit(where: str) -> Iterator[None]:
+    """Ends a row that takes too long with a UserError: a chat template is a program out of the model's folder."""
+
+    def expire(*_: object) -> None:
+        raise UserError(f"{where}: the tokenizer or its chat template took more than {_ROW_S} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, _ROW_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limit_memory() -> None:
+    """Keeps this process below _MEMORY_BYTES where the system counts them (not on macOS)."""
+    with contextlib.suppress(ValueError, OSError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [limit for limit in (soft, hard, _MEMORY_BYTES) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
 class _Kinds:
@@ -305,4 +352,5 @@ def _remove_stale(cache: Path) -> None:
 
 
 if __name__ == "__main__":
+    limit_memory()
     answer(tokenize)

@@ -121,8 +121,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _text_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and the like."""
-    return [
+    """Tokenizer, chat template and the like. Raises UserError for a link that leads out of the source."""
+    home = source.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links to its blobs
+        home = home.parent.parent
+    files = [
         path
         for path in sorted(source.iterdir())
         if path.suffix in _TEXT_FILES
@@ -131,6 +134,10 @@ def _text_files(source: Path) -> list[Path]:
         and path.is_file()
         and path.stat().st_size <= _TEXT_BYTES
     ]
+    for path in files:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(f"{path}: is a link to {path.resolve()}, outside of the model; it is not copied")
+    return files
 
 
 def _index(report: Report, weight_map: dict[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,6 +118,8 @@ def run_child(
         errors.seek(max(errors.tell() - 2000, 0))
         tail = errors.read().decode(errors="replace").strip()
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        if -status == signal.SIGKILL:
+            cause += ", as the system does where memory is short"
         raise ChildFailure(f"python -m {arguments[0]} failed ({cause})" + (f": {tail}" if tail else ""))
 
 
@@ -130,6 +133,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _end_with_parent(parent: int) -> None:
+    """Ends this process soon after its parent was killed: nobody would read its answer."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any]]) -> NoReturn:
     """The child's side of `run_child`: sends what `work(request, progress)` returns, or its UserError; exits.
 
@@ -137,6 +147,7 @@ def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message) + "\n")

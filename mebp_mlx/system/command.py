@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
+from .child import ChildFailure
 from .interrupt import Interrupt, Stopped
 from .terminal import forgiving_output
 
@@ -22,7 +23,7 @@ def run_command(work: Callable[[Interrupt], int], interrupted: str) -> int:
         try:
             with memory_errors_told(), Interrupt() as interrupt:
                 return work(interrupt)
-        except (UserError, NonFiniteLoss) as error:
+        except (UserError, NonFiniteLoss, ChildFailure) as error:
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
             return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
         except KeyboardInterrupt as signal:

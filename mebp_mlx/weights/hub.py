@@ -112,6 +112,12 @@ def _checked_model(folder: Path, name: str) -> Path:
         raise UserError(f"--model {name}: is a file; name the folder that holds config.json and the weights")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {name}: the folder {folder} holds no config.json")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = {}  # said with more detail where the config is read
+    if isinstance(config, dict) and "model_file" in config:
+        raise UserError(f"{folder / 'config.json'}: model_file: no code of a model's folder is ever run")
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: the folder {folder} holds no weights (model*.safetensors)")
     return folder
