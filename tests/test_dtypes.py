@@ -13,8 +13,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine, kept_names
-from mebp_mlx.engine.base import Pass
-from mebp_mlx.engine.store import Store
+from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.errors import UserError
 from mebp_mlx.families import block_class
 from mebp_mlx.families.base import value
