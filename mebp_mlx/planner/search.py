@@ -97,7 +97,8 @@ def choose(
         predicted = predict(workload, known, probe(workload, known, arena_dir))
         if budget_bytes is None or predicted.peak_bytes <= budget_bytes:
             return Planned(workload, known, predicted, budget_bytes)
-    plans, start_bytes = ladder(workload), footprint_bytes()
+    plans = [dataclasses.replace(plan, saved=_saved(workload, plan, arena_budget_bytes)) for plan in ladder(workload)]
+    start_bytes = footprint_bytes()
     if smallest:
         plans = plans[:1]
     elif budget_bytes is None:
@@ -109,7 +110,6 @@ def choose(
             peak = predict(workload, *taken).peak_bytes
             if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
                 break
-        plan = dataclasses.replace(plan, saved=_saved(workload, plan, arena_budget_bytes))
         found = probe(workload, plan, arena_dir)
         needed = _spared(predict(workload, plan, found).peak_bytes)
         if budget_bytes is not None and needed > budget_bytes:
