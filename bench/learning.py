@@ -190,7 +190,7 @@ def convergence(argv: Sequence[str]) -> None:
     (needs `datasets`). The paper's finding on WikiText-2: first order improves clearly within 100 steps; zeroth order
     hardly moves in 1,000 and is still behind after 100,000.
     """
-    parser = report.parser("bench convergence", convergence.__doc__)
+    parser = report.parser("convergence", convergence.__doc__)
     add_options(parser, grid_passes=2000)
     parser.add_argument("--steps", type=report.positive, default=200, help="of exact gradients")
     parser.add_argument("--zo-steps", type=report.positive, default=1000, help="of MeZO")
@@ -207,7 +207,7 @@ def zo_variants(argv: Sequence[str]) -> None:
     HiZOO's alpha is its authors' 1e-8, with which it is MeZO at a higher price; K-ZOO's pool has 4,096 seeds; FZOO
     takes 8 directions per step.
     """
-    parser = report.parser("bench zo_variants", zo_variants.__doc__)
+    parser = report.parser("zo_variants", zo_variants.__doc__)
     add_options(parser, grid_passes=720)
     parser.add_argument("--passes", type=report.positive, default=720, help="forward passes of every run but MeBP's")
     parser.add_argument("--steps", type=report.positive, default=100, help="of exact gradients")

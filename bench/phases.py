@@ -158,7 +158,7 @@ def _split(stepper: Stepper, number: int) -> Clock:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.parser("bench.phases", __doc__)
+    parser = report.parser("per_layer", __doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")

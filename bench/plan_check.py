@@ -141,7 +141,7 @@ def grid(quick: bool) -> list[Case]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.plan_check", __doc__)
+    parser = report.Parser("plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="three cases")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")

@@ -63,7 +63,7 @@ def projection(argv: Sequence[str]) -> None:
 
 
 def _options(argv: Sequence[str]) -> Any:
-    parser = report.parser("bench.projection", projection.__doc__)
+    parser = report.parser("projection", projection.__doc__)
     parser.add_argument("--device", default="a17-pro", choices=list(DEVICES))
     parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(report.PAPER))
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -281,7 +281,7 @@ def head_backward(argv: Sequence[str]) -> None:
 
     Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
     """
-    parser = report.Parser("bench head_backward", head_backward.__doc__)
+    parser = report.Parser("head_backward", head_backward.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     options = parser.parse_args(argv)
     rows, lines = [], []

@@ -13,7 +13,7 @@ from mebp_mlx.testing.synth import DTYPES, SHAPES, layers_of, model_config, writ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.synth", __doc__)
+    parser = report.Parser("synth", __doc__)
     parser.add_argument("shape", metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("folder", metavar="DIR", help="new or empty folder")
     parser.add_argument("--bits", type=int, default=4, help="2-8: affine quantization; 16: none (default 4)")

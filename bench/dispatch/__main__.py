@@ -168,7 +168,7 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.parser("bench.dispatch", __doc__)
+    parser = report.parser("dispatch", __doc__)
     parser.add_argument("shape", metavar="SHAPE", nargs="?", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, default=3, help="blocks to run (default: 3)")
     parser.add_argument("--tokens", type=report.positive, default=256)
