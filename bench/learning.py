@@ -99,18 +99,9 @@ class Task:
         longest, evaluated = (int(each.lengths.max()) - 1 for each in (self.data.train, rows))
         n_updates = max(1, n_steps)
         with contextlib.redirect_stdout(None):  # the same plan for every run of a method
-            stepper = Stepper(
-                self.model,
-                longest,
-                n_evaluated=evaluated,
-                n_updates=n_updates,
-                batch_size=self.batch_size,
-                engine=method.engine,
-                optimizer=method.optimizer,
-                learning_rate=rate,
-                seed=seed,
-                iters=n_updates,
-            )
+            sizes: dict[str, Any] = {"n_evaluated": evaluated, "n_updates": n_updates, "iters": n_updates}
+            how: dict[str, Any] = {"engine": method.engine, "optimizer": method.optimizer, "learning_rate": rate}
+            stepper = Stepper(self.model, longest, batch_size=self.batch_size, seed=seed, **sizes, **how)
         stream, seconds = batches(self.data.train, self.batch_size, seed), 0.0
         try:
             for step in range(n_steps + 1):
@@ -309,14 +300,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
         for down, (value, what) in enumerate((("loss", "test loss"), ("accuracy", "next-token accuracy"))):
             axes = panels[down, across]
             for name in names:
-                own = [row for row in rows if row["method"] == name]
-                steps = sorted({row["step"] for row in own})
-                grouped = [[row for row in own if row["step"] == step] for step in steps]
-                found = [report.spread([row[value] for row in group]) for group in grouped]
-                x = [report.spread([row[column] for row in group])["median"] for group in grouped]
-                axes.plot(x, [f["median"] for f in found], color=METHODS[name].color, label=METHODS[name].label)
-                low, high = ([f[end] for f in found] for end in ("p20", "p80"))
-                axes.fill_between(x, low, high, color=METHODS[name].color, alpha=0.25, linewidth=0)
+                _draw_curve(axes, METHODS[name], [row for row in rows if row["method"] == name], column, value)
             axes.set_xscale("symlog", linthresh=1)
             axes.set_xlim(left=0)
             if down:
@@ -330,6 +314,17 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     title = f"{options.model} model, {options.data} data, {options.batch_size} rows per step, {options.seeds} seeds"
     figure.suptitle(title)
     return figure, ""
+
+
+def _draw_curve(axes: Any, method: Method, rows: report.Rows, column: str, value: str) -> None:
+    """A method's line and band of `value` against `column`."""
+    steps = sorted({row["step"] for row in rows})
+    grouped = [[row for row in rows if row["step"] == step] for step in steps]
+    x = [report.spread([row[column] for row in group])["median"] for group in grouped]
+    spreads = [report.spread([row[value] for row in group]) for group in grouped]
+    median, low, high = ([spread[end] for spread in spreads] for end in ("median", "p20", "p80"))
+    axes.plot(x, median, color=method.color, label=method.label)
+    axes.fill_between(x, low, high, color=method.color, alpha=0.25, linewidth=0)
 
 
 PICTURES = {"convergence": draw, "zo_variants": draw}

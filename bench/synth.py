@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     began_s = time.perf_counter()
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: at least 0")
-    try:
-        folder = write_model(**vars(options))
-    except OSError as error:
-        raise UserError(f"DIR {options.folder}: {error.strerror or error}") from None
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    folder = write_model(**given)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         print(f"{file}  {file.stat().st_size / 1e6:,.1f} MB")

@@ -228,14 +228,26 @@ class Watch:
         wrap(Arena, "put", moving("written"))
         wrap(Arena, "get", lambda plain: inside("file")(moving("read")(plain)))
 
+    def _unseen(self, plain: Any) -> Any:
+        """A function that builds a graph only for its shapes."""
+
+        def run(*args: Any) -> Any:
+            self.paused = True
+            try:
+                return plain(*args)
+            finally:
+                self.paused = False
+
+        return run
+
     def _wrap_stages(self, wrap: Callable) -> None:
         def whole(stage: str, inputs: Callable[..., Any] = lambda *args: args) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
                 def run(*args: Any, **kwargs: Any) -> Any:
                     with self.stage(stage, inputs(*args)) as made:
-                        found = plain(*args, **kwargs)
-                        made(found)
-                        return found
+                        result = plain(*args, **kwargs)
+                        made(result)
+                        return result
 
                 return run
 
@@ -259,28 +271,16 @@ class Watch:
             def make(plain: Any) -> Any:
                 def run(b: Block, *args: Any, **kwargs: Any) -> Any:
                     with self.stage(f"{self.direction}: {name}", args) as made:
-                        found = plain(b, *args, **kwargs)
+                        result = plain(b, *args, **kwargs)
                         attention = b.run.attention
-                        made([found, b.run.gradients, attention.keys, attention.values, attention.sums()])
-                        return found
+                        made([result, b.run.gradients, attention.keys, attention.values, attention.sums()])
+                        return result
 
                 return run
 
             return make
 
-        def unseen(plain: Any) -> Any:
-            """A graph that is built only for its shapes."""
-
-            def run(*args: Any) -> Any:
-                self.paused = True
-                try:
-                    return plain(*args)
-                finally:
-                    self.paused = False
-
-            return run
-
-        wrap(backprop, "kept_bytes", unseen)
+        wrap(backprop, "kept_bytes", self._unseen)
         wrap(Pass, "embed", whole("embed"))
         wrap(Pass, "forward", block("forward"))
         wrap(BackpropEngine, "backward", block("backward"))
