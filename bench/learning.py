@@ -106,14 +106,14 @@ class Task:
         try:
             for step in range(n_steps + 1):
                 if step in marks:
-                    found = [stepper.engine.evaluate(batch) for batch in self._eval(rows)]
-                    n_labels = sum(each.n_labels for each in found)
+                    evaluations = [stepper.engine.evaluate(batch) for batch in self._eval(rows)]
+                    n_labels = sum(each.n_labels for each in evaluations)
                     yield {
                         "step": step,
                         "passes": step * method.passes,
                         "seconds": round(seconds, 3),
-                        "loss": round(sum(each.loss_sum for each in found) / n_labels, 5),
-                        "accuracy": round(sum(each.n_correct for each in found) / n_labels, 5),
+                        "loss": round(sum(each.loss_sum for each in evaluations) / n_labels, 5),
+                        "accuracy": round(sum(each.n_correct for each in evaluations) / n_labels, 5),
                     }
                 if step < n_steps:
                     began_s, batch = time.perf_counter(), next(stream)

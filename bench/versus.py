@@ -247,12 +247,12 @@ def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> d
     mx.eval(theirs.parameters())
     optimizer = PlainSGD(learning_rate=stepper.config.learning_rate)
     tokens, targets = stepper.batch.tokens, stepper.batch.targets
-    found: dict[str, mx.array] = {}
+    ours: dict[str, mx.array] = {}
     sink = stepper.updater.sink
 
     def recording(gradients: dict[str, mx.array]) -> list[mx.array]:
         if not times:
-            found.update(gradients)
+            ours.update(gradients)
         return sink(gradients)
 
     stepper.updater.sink = recording  # type: ignore[method-assign]
@@ -285,7 +285,7 @@ def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> d
         losses.append((loss, their_loss))
     stepper.close()
     largest = max(float(mx.abs(g).max()) for g in expected.values())
-    apart = max(float(mx.abs(found[name] - expected[name]).max()) for name in expected) / largest
+    apart = max(float(mx.abs(ours[name] - expected[name]).max()) for name in expected) / largest
     ratios = sorted(a / b for a, b in times[1:])
     return {
         "ours_s": round(statistics.median(a for a, _ in times[1:]), 2),

@@ -61,10 +61,10 @@ NUMBERS = (  # counts; then bytes copied to MLX (of weights, gathered rows, the 
 
 def nodes_of(arrays: Any) -> Counter[str]:
     """Primitives, by name, that an evaluation of these arrays (any tree of them) would run."""
-    found = _arrays(arrays)
+    leaves = _arrays(arrays)
     text = io.StringIO()
-    if found:
-        mx.export_to_dot(text, *found)
+    if leaves:
+        mx.export_to_dot(text, *leaves)
     return Counter(_NODE.findall(text.getvalue()))
 
 
@@ -132,12 +132,12 @@ class Watch:
 
     def eval(self, *arrays: Any) -> None:
         """Replaces mx.eval."""
-        found = _arrays(list(arrays))
-        if any(self._known.get(id(array)) is not array for array in found):
+        evaluated = _arrays(list(arrays))
+        if any(self._known.get(id(array)) is not array for array in evaluated):
             self.note("waits")
-        self._count(found)
-        self._plain_eval(*found)
-        self._known.update({id(array): array for array in found})
+        self._count(evaluated)
+        self._plain_eval(*evaluated)
+        self._known.update({id(array): array for array in evaluated})
 
     def read(self, array: Any) -> None:
         """Numpy or Python reads an array."""
@@ -210,9 +210,9 @@ class Watch:
         def moving(what: str) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
                 def move(arena: Arena, *args: Any) -> Any:
-                    found = plain(arena, *args)
-                    self.note(what, (args[-1] if found is None else found).nbytes)
-                    return found
+                    result = plain(arena, *args)
+                    self.note(what, (args[-1] if result is None else result).nbytes)
+                    return result
 
                 return move
 
