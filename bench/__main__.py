@@ -55,7 +55,7 @@ def run_all(argv: Sequence[str]) -> int:
 
     A bench that fails does not stop the others; the exit code is 1 then.
     """
-    parser = report.parser("bench all", run_all.__doc__)
+    parser = report.parser("all", run_all.__doc__)
     parser.add_argument("--only", nargs="+", choices=list(RESULTS), default=list(RESULTS), help="some of them")
     parser.add_argument("--without", nargs="+", choices=list(RESULTS), default=[], help="all but these")
     options = parser.parse_args(argv)
@@ -102,7 +102,7 @@ def _run(command: list[str]) -> tuple[int, dict[str, Any]]:
 def draw(argv: Sequence[str]) -> None:
     """Draws NAME.png again from NAME.csv and NAME.json in the folder --out; measures nothing."""
     pictures = [*RESULTS, "dispatch"]
-    parser = report.Parser("bench draw", draw.__doc__)
+    parser = report.Parser("draw", draw.__doc__)
     parser.add_argument("name", metavar="NAME", choices=pictures, help=", ".join(pictures))
     parser.add_argument("--out", type=report.Path, required=True, help="folder of the result")
     options = parser.parse_args(argv)

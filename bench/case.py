@@ -222,7 +222,7 @@ def _restart_under(limit_mb: int, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("bench.case", __doc__)
+    parser = Parser("case", __doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a model")
     parser.add_argument("--engine", default="mebp", choices=["mebp", *ZEROTH_ORDER])
     parser.add_argument("--optimizer", default="sgd")

@@ -95,30 +95,21 @@ class Task:
         longest, evaluated = (int(each.lengths.max()) - 1 for each in (self.data.train, rows))
         n_updates = max(1, n_steps)
         with contextlib.redirect_stdout(None):  # the same plan for every run of a method
-            stepper = Stepper(
-                self.model,
-                longest,
-                n_evaluated=evaluated,
-                n_updates=n_updates,
-                batch_size=self.batch_size,
-                engine=method.engine,
-                optimizer=method.optimizer,
-                learning_rate=rate,
-                seed=seed,
-                iters=n_updates,
-            )
+            sizes: dict[str, Any] = {"n_evaluated": evaluated, "n_updates": n_updates, "iters": n_updates}
+            how: dict[str, Any] = {"engine": method.engine, "optimizer": method.optimizer, "learning_rate": rate}
+            stepper = Stepper(self.model, longest, batch_size=self.batch_size, seed=seed, **sizes, **how)
         stream, seconds = batches(self.data.train, self.batch_size, seed), 0.0
         try:
             for step in range(n_steps + 1):
                 if step in marks:
-                    found = [stepper.engine.evaluate(batch) for batch in self._eval(rows)]
-                    n_labels = sum(each.n_labels for each in found)
+                    evaluations = [stepper.engine.evaluate(batch) for batch in self._eval(rows)]
+                    n_labels = sum(each.n_labels for each in evaluations)
                     yield {
                         "step": step,
                         "passes": step * method.passes,
                         "seconds": round(seconds, 3),
-                        "loss": round(sum(each.loss_sum for each in found) / n_labels, 5),
-                        "accuracy": round(sum(each.n_correct for each in found) / n_labels, 5),
+                        "loss": round(sum(each.loss_sum for each in evaluations) / n_labels, 5),
+                        "accuracy": round(sum(each.n_correct for each in evaluations) / n_labels, 5),
                     }
                 if step < n_steps:
                     began_s, batch = time.perf_counter(), next(stream)
@@ -186,7 +177,7 @@ def convergence(argv: Sequence[str]) -> None:
     (needs `datasets`). The paper's finding on WikiText-2: first order improves clearly within 100 steps; zeroth order
     hardly moves in 1,000 and is still behind after 100,000.
     """
-    parser = report.parser("bench convergence", convergence.__doc__)
+    parser = report.parser("convergence", convergence.__doc__)
     add_options(parser, grid_passes=2000)
     parser.add_argument("--steps", type=report.positive, default=200, help="of exact gradients")
     parser.add_argument("--zo-steps", type=report.positive, default=1000, help="of MeZO")
@@ -203,7 +194,7 @@ def zo_variants(argv: Sequence[str]) -> None:
     HiZOO's alpha is its authors' 1e-8, with which it is MeZO at a higher price; K-ZOO's pool has 4,096 seeds; FZOO
     takes 8 directions per step.
     """
-    parser = report.parser("bench zo_variants", zo_variants.__doc__)
+    parser = report.parser("zo_variants", zo_variants.__doc__)
     add_options(parser, grid_passes=720)
     parser.add_argument("--passes", type=report.positive, default=720, help="forward passes of every run but MeBP's")
     parser.add_argument("--steps", type=report.positive, default=100, help="of exact gradients")
@@ -305,14 +296,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
         for down, (value, what) in enumerate((("loss", "test loss"), ("accuracy", "next-token accuracy"))):
             axes = panels[down, across]
             for name in names:
-                own = [row for row in rows if row["method"] == name]
-                steps = sorted({row["step"] for row in own})
-                grouped = [[row for row in own if row["step"] == step] for step in steps]
-                found = [report.spread([row[value] for row in group]) for group in grouped]
-                x = [report.spread([row[column] for row in group])["median"] for group in grouped]
-                axes.plot(x, [f["median"] for f in found], color=METHODS[name].color, label=METHODS[name].label)
-                low, high = ([f[end] for f in found] for end in ("p20", "p80"))
-                axes.fill_between(x, low, high, color=METHODS[name].color, alpha=0.25, linewidth=0)
+                _draw_curve(axes, METHODS[name], [row for row in rows if row["method"] == name], column, value)
             axes.set_xscale("symlog", linthresh=1)
             axes.set_xlim(left=0)
             if down:
@@ -326,6 +310,17 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     title = f"{options.model} model, {options.data} data, {options.batch_size} rows per step, {options.seeds} seeds"
     figure.suptitle(title)
     return figure, ""
+
+
+def _draw_curve(axes: Any, method: Method, rows: report.Rows, column: str, value: str) -> None:
+    """A method's line and band of `value` against `column`."""
+    steps = sorted({row["step"] for row in rows})
+    grouped = [[row for row in rows if row["step"] == step] for step in steps]
+    x = [report.spread([row[column] for row in group])["median"] for group in grouped]
+    spreads = [report.spread([row[value] for row in group]) for group in grouped]
+    median, low, high = ([spread[end] for spread in spreads] for end in ("median", "p20", "p80"))
+    axes.plot(x, median, color=method.color, label=method.label)
+    axes.fill_between(x, low, high, color=method.color, alpha=0.25, linewidth=0)
 
 
 PICTURES = {"convergence": draw, "zo_variants": draw}

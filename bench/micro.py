@@ -104,7 +104,7 @@ def head(argv: Sequence[str]) -> None:
     Both are timed in one process, interleaved. The footprint is what the head adds. One vocabulary-sized 4-bit matrix
     with random weights; the bare products have the size of one chunk, which stays in the cache.
     """
-    parser = report.Parser("bench head", head.__doc__)
+    parser = report.Parser("head", head.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--repeats", type=report.positive, default=5)
@@ -128,7 +128,7 @@ def decompression(argv: Sequence[str]) -> None:
     products: y = x W^T with each of a shape's projections and the first rows of its head, W in 4 bits, both ways
     interleaved in one process. On a GPU packed products are the engine's default.
     """
-    parser = report.parser("bench decompression", decompression.__doc__)
+    parser = report.parser("decompression", decompression.__doc__)
     parser.add_argument("--shapes", nargs="+", default=["qwen2.5-0.5b", "gemma3-1b"], choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, default=3, help="blocks of each shape; heads are whole")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -277,7 +277,7 @@ def blas(argv: Sequence[str]) -> None:
 
     Each case is a process of its own, because a BLAS must be chosen before `mlx.core` is imported.
     """
-    parser = report.Parser("bench blas", blas.__doc__)
+    parser = report.Parser("blas", blas.__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
     options = parser.parse_args(argv)
     cases = []
@@ -313,7 +313,7 @@ def open_cost(argv: Sequence[str]) -> None:
 
     Each repetition is a process of its own, so no file has been mapped before.
     """
-    parser = report.Parser("bench open_cost", open_cost.__doc__)
+    parser = report.Parser("open_cost", open_cost.__doc__)
     parser.add_argument("--shape", default="gemma3-4b", choices=list(SHAPES))
     parser.add_argument("--repeats", type=report.positive, default=5)
     options = parser.parse_args(argv)

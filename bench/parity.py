@@ -43,7 +43,7 @@ def errors(family: str, quantization: dict[str, Any] | None, seed: int) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.parity", __doc__)
+    parser = report.Parser("parity", __doc__)
     parser.add_argument("--seeds", type=report.positive, default=3, help="random models per row (default: 3)")
     options = parser.parse_args(argv)
     print(f"{'family':20}{'weights':>9}" + "".join(f"{name:>20}" for name in PLANS))

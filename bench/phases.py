@@ -158,7 +158,7 @@ def _split(stepper: Stepper, number: int) -> Clock:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.parser("bench.phases", __doc__)
+    parser = report.parser("per_layer", __doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -223,54 +223,59 @@ def _lines(case: str, result: dict[str, Any]) -> list[list[Any]]:
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     """Memory above, time by part below, on one axis: the longest list of phases."""
-    from matplotlib.patches import Patch
-
-    cases = {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
-    order = max(([row["phase"] for row in each] for each in cases.values()), key=len)
-    place = {phase: number for number, phase in enumerate(order)}
+    cases = {case: [row for row in rows if row["case"] == case] for case in CASES}
+    cases = {case: own for case, own in cases.items() if own}
+    order = max(([row["phase"] for row in own] for own in cases.values()), key=len)
     figure, (memory, time) = plt.subplots(2, 1, figsize=(max(10, min(13, 0.22 * len(order) + 3)), 6.4), sharex=True)
-    width, blocks = 0.84 / len(cases), 0.0
-    for number, (case, own) in enumerate(cases.items()):
-        x = [place[row["phase"]] for row in own]
-        memory.plot(x, [row["peak_mb"] for row in own], ".-", markersize=3, color=COLORS[case], label=CASES[case][0])
-        arrays, last = [row["arrays_mb"] for row in own], number == len(cases) - 1
-        memory.plot(x, arrays, ":", color=COLORS[case], label="dotted: MLX's arrays" if last else None)
-        beside = [at + width * (number - (len(cases) - 1) / 2) for at in x]
-        total = [0.0] * len(own)
-        for part in SPLITS:
-            values = [row["split_ms"][part] for row in own]
-            color, edge = SPLIT_COLORS[part], COLORS[case]
-            time.bar(beside, values, width, bottom=total, color=color, edgecolor=edge, linewidth=0.4)
-            total = [low + value for low, value in zip(total, values, strict=True)]
-        blocks = max([blocks, *(t for t, row in zip(total, own, strict=True) if row["phase"] != "head")])
-        head = next(n for n, row in enumerate(own) if row["phase"] == "head")
-        time.annotate(
-            f"{total[head]:,.0f} ms",
-            (place["head"], 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(9 + 0.3 * 72 * width * len(cases), -11 - 10 * number),
-            textcoords="offset points",
-            color=COLORS[case],
-            fontsize=7,
-        )
-    memory.set_ylabel("peak within the phase, MB")
-    memory.set_ylim(bottom=0)
-    memory.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
-    time.set_ylabel("milliseconds")
-    time.set_ylim(0, 1.7 * blocks)  # the head's bars are cut off; their sums are written beside them
-    parts = [Patch(facecolor=SPLIT_COLORS[part], label=part) for part in SPLITS]
-    edges = [Patch(facecolor="none", edgecolor=COLORS[case], label=case) for case in cases]
-    handles = [*parts, *edges]
-    time.legend(handles=handles, fontsize=7, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    _draw_memory(memory, cases, order)
+    _draw_time(time, cases, order)
     every = len(order) // 30 + 1
     shown = [phase for n, phase in enumerate(order) if phase in ("emb", "head") or n % every == 1 % every]
-    time.set_xticks([place[phase] for phase in shown], shown, fontsize=7)
+    time.set_xticks([order.index(phase) for phase in shown], shown, fontsize=7)
     time.set_xlabel("phase: embedding, blocks forward, head, blocks backward")
     for axes in (memory, time):
         axes.grid(axis="x", visible=False)
     time.set_xlim(-0.8, len(order) - 0.2)
     figure.suptitle(_title(options))
     return figure, "random weights"
+
+
+def _draw_memory(axes: Any, cases: dict[str, list[Any]], order: list[str]) -> None:
+    """Lines: the footprint's peaks; dotted, the peaks of MLX's arrays."""
+    for case, own in cases.items():
+        x = [order.index(row["phase"]) for row in own]
+        axes.plot(x, [row["peak_mb"] for row in own], ".-", markersize=3, color=COLORS[case], label=CASES[case][0])
+        axes.plot(x, [row["arrays_mb"] for row in own], ":", color=COLORS[case])
+    axes.plot([], [], ":", color="k", label="dotted: MLX's arrays")
+    axes.set_ylabel("peak within the phase, MB")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+
+
+def _draw_time(axes: Any, cases: dict[str, list[Any]], order: list[str]) -> None:
+    """Bars by part, a bar per case; the head's are cut off, and their sums written beside them."""
+    from matplotlib.patches import Patch
+
+    width, tallest = 0.84 / len(cases), 0.0
+    for number, (case, own) in enumerate(cases.items()):
+        x = [order.index(row["phase"]) + width * (number - (len(cases) - 1) / 2) for row in own]
+        total = [0.0] * len(own)
+        for part in SPLITS:
+            values = [row["split_ms"][part] for row in own]
+            color, edge = SPLIT_COLORS[part], COLORS[case]
+            axes.bar(x, values, width, bottom=total, color=color, edgecolor=edge, linewidth=0.4)
+            total = [low + value for low, value in zip(total, values, strict=True)]
+        by_phase = {row["phase"]: ms for row, ms in zip(own, total, strict=True)}
+        head = f"{by_phase.pop('head'):,.0f} ms"
+        tallest = max([tallest, *by_phase.values()])
+        offset = (9 + 0.3 * 72 * width * len(cases), -11 - 10 * number)
+        place = {"xycoords": ("data", "axes fraction"), "xytext": offset, "textcoords": "offset points"}
+        axes.annotate(head, (order.index("head"), 1), color=COLORS[case], fontsize=7, **place)
+    axes.set_ylabel("milliseconds")
+    axes.set_ylim(0, 1.7 * tallest)
+    handles = [Patch(facecolor=SPLIT_COLORS[part], label=part) for part in SPLITS]
+    handles += [Patch(facecolor="none", edgecolor=COLORS[case], label=case) for case in cases]
+    axes.legend(handles=handles, fontsize=7, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
 PICTURES = {"per_layer": draw}

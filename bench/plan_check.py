@@ -82,18 +82,9 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
             arrays[name] = max(arrays.get(name, 0), mx.get_peak_memory())
             return value
 
-        stepper = Stepper(
-            folder,
-            case.T,
-            known=known,
-            batch_size=case.B,
-            optimizer=case.optimizer,
-            engine=case.engine,
-            dropout=case.dropout,
-            dtype=case.dtype,
-            weights=case.weights,
-            memory_budget=case.budget or "none",
-        )
+        same = {name: getattr(case, name) for name in ("optimizer", "engine", "dropout", "dtype", "weights")}
+        budget = case.budget or "none"
+        stepper = Stepper(folder, case.T, known=known, batch_size=case.B, memory_budget=budget, **same)
         planning = meter.peak_bytes
         phases = Phases(around)
         for step in range(n_steps):
@@ -141,7 +132,7 @@ def grid(quick: bool) -> list[Case]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.plan_check", __doc__)
+    parser = report.Parser("plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="three cases")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")

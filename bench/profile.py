@@ -197,7 +197,7 @@ def _rows(clock: Clock, repeats: int, bare: dict[tuple[tuple[int, int, int], boo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.profile", __doc__)
+    parser = report.Parser("profile", __doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, default=2, help="number of blocks (default: 2)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")

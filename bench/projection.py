@@ -47,8 +47,9 @@ def projection(argv: Sequence[str]) -> None:
     cases = [(shape, engine) for shape in options.shapes for engine in ENGINES]
     rows = [row_of(shape, engine, workloads[shape], rates, efficiency) for shape, engine in cases]
     print("\n".join(f"assumed    {text}" for text in phone.assumptions))
-    shape, engine = CALIBRATED_BY
-    print(f"calibrated the paper's {shape} {engine} step runs at {efficiency:.1%} of the roofline's speed")
+    if not math.isnan(efficiency):
+        shape, engine = CALIBRATED_BY
+        print(f"calibrated the paper's {shape} {engine} step runs at {efficiency:.1%} of the roofline's speed")
     print(report.table(HEADS, [_line(row) for row in rows]))
     errors = [abs(r["error"]) for r in rows if r["error"] is not None and (r["shape"], r["engine"]) != CALIBRATED_BY]
     if errors and not math.isnan(efficiency):
@@ -63,7 +64,7 @@ def projection(argv: Sequence[str]) -> None:
 
 
 def _options(argv: Sequence[str]) -> Any:
-    parser = report.parser("bench.projection", projection.__doc__)
+    parser = report.parser("projection", projection.__doc__)
     parser.add_argument("--device", default="a17-pro", choices=list(DEVICES))
     parser.add_argument("--shapes", nargs="+", default=list(report.PAPER), choices=list(report.PAPER))
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -123,7 +124,7 @@ def row_of(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates
 def _line(row: dict[str, Any]) -> list[Any]:
     counts = [row["gflop"], row["memory_gb"], row["bound_s"], row["paper_policy_s"], row["paper_s"]]
     error = "-" if row["error"] is None else f"{row['error']:+.0%}"
-    if (row["shape"], row["engine"]) == CALIBRATED_BY:
+    if row["error"] is not None and (row["shape"], row["engine"]) == CALIBRATED_BY:
         error = "calibrated"
     return [row["shape"], row["engine"], *counts, error, row["ours_s"]]
 
@@ -281,7 +282,7 @@ def head_backward(argv: Sequence[str]) -> None:
 
     Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
     """
-    parser = report.Parser("bench head_backward", head_backward.__doc__)
+    parser = report.Parser("head_backward", head_backward.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     options = parser.parse_args(argv)
     rows, lines = [], []

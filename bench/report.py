@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import inspect
 import json
 import os
 import shlex
@@ -39,11 +40,14 @@ PAPER_BY_LENGTH_MB = {128: 253, 256: 361, 512: 582, 1024: 1050}
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a bench. A wrong option ends the process with one line on stderr and exit code 2."""
+    """The command line of bench `name`. A wrong option ends the process with one line on stderr and exit code 2.
 
-    def __init__(self, prog: str, doc: str | None):
+    doc: a docstring, which --help shows.
+    """
+
+    def __init__(self, name: str, doc: str | None):
         how = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=f"python -m {prog}", description=doc, formatter_class=how)
+        super().__init__(prog=f"python -m bench {name}", description=inspect.cleandoc(doc or ""), formatter_class=how)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The options; `command`: what was typed, for the context file."""
@@ -55,9 +59,9 @@ class Parser(argparse.ArgumentParser):
         refuse(message)
 
 
-def parser(prog: str, doc: str | None) -> Parser:
+def parser(name: str, doc: str | None) -> Parser:
     """The command line of a bench that writes files: --out and --quick."""
-    made = Parser(prog, doc)
+    made = Parser(name, doc)
     made.add_argument("--out", type=Path, help="folder for CSV, JSON and PNG (default: none are written)")
     made.add_argument("--quick", action="store_true", help="small sizes: minutes on 2 cores")
     return made

@@ -39,7 +39,7 @@ def _cases(folder: Path, options: Any, *flags: Sequence[object], may_fail: bool 
 
 def step(argv: Sequence[str]) -> None:
     """A training step against two forward passes of the same code, which is what MeZO needs."""
-    parser = report.Parser("bench step", step.__doc__)
+    parser = report.Parser("step", step.__doc__)
     _add_shapes(parser, ["qwen2.5-0.5b"])
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
@@ -73,7 +73,7 @@ def hard_limit(argv: Sequence[str]) -> int:
 
     RLIMIT_DATA counts private writable memory that is reserved, used or not: never less than the footprint.
     """
-    parser = report.Parser("bench hard_limit", hard_limit.__doc__)
+    parser = report.Parser("hard_limit", hard_limit.__doc__)
     _add_shapes(parser, ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "gemma3-1b", "gemma3-4b", "qwen2.5-7b"])
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -95,7 +95,7 @@ def hard_limit(argv: Sequence[str]) -> int:
 
 def scaling(argv: Sequence[str]) -> None:
     """Peak footprint by number of layers and by sequence length, with and without the LoRA parameters."""
-    parser = report.Parser("bench scaling", scaling.__doc__)
+    parser = report.Parser("scaling", scaling.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, nargs="*", default=[3, 6, 12, 24], help="at T = 256")
     parser.add_argument("--tokens", type=report.positive, nargs="*", default=[256, 1024, 4096, 8192])
@@ -121,7 +121,7 @@ def scaling(argv: Sequence[str]) -> None:
 
 def step_table(argv: Sequence[str]) -> None:
     """The paper's table of time and memory per step: five shapes, MeZO and MeBP."""
-    parser = report.parser("bench step_table", step_table.__doc__)
+    parser = report.parser("step_table", step_table.__doc__)
     _add_shapes(parser, list(report.PAPER))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -192,7 +192,7 @@ def draw_table(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 
 def sequence_length(argv: Sequence[str]) -> None:
     """Peak footprint and time per step of MeBP by sequence length, beside a re-measurement of the paper's."""
-    parser = report.parser("bench sequence_length", sequence_length.__doc__)
+    parser = report.parser("sequence_length", sequence_length.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])

@@ -13,7 +13,7 @@ from mebp_mlx.testing.synth import DTYPES, SHAPES, layers_of, model_config, writ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.Parser("bench.synth", __doc__)
+    parser = report.Parser("synth", __doc__)
     parser.add_argument("shape", metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("folder", metavar="DIR", help="new or empty folder")
     parser.add_argument("--bits", type=int, default=4, help="2-8: affine quantization; 16: none (default 4)")
@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     began_s = time.perf_counter()
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: at least 0")
-    try:
-        folder = write_model(**vars(options))
-    except OSError as error:
-        raise UserError(f"DIR {options.folder}: {error.strerror or error}") from None
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    folder = write_model(**given)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         print(f"{file}  {file.stat().st_size / 1e6:,.1f} MB")

@@ -52,7 +52,7 @@ def versus(argv: Sequence[str]) -> None:
         python -m bench.versus                                     # the bundled model on its text
         python -m bench.versus --shape qwen2.5-0.5b --layers 4     # a real shape's blocks and head, random weights
     """
-    parser = report.parser("bench.versus", versus.__doc__)
+    parser = report.parser("versus", versus.__doc__)
     _add_run(parser)
     parser.add_argument("--model", default="bundled", help="folder, hub id, or `bundled`")
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights and tokens instead of --model and --data")
@@ -231,7 +231,7 @@ def _timed(losses: Iterator[float], now: Callable[[], float] = time.perf_counter
 
 def contestant(argv: Sequence[str]) -> None:
     """One run of `versus` in this process; JSON on the last line."""
-    parser = report.Parser("bench.versus contestant", contestant.__doc__)
+    parser = report.Parser("versus contestant", contestant.__doc__)
     parser.add_argument("model", help="folder, hub id, or `bundled`")
     parser.add_argument("--case", required=True, choices=list(CASES))
     _add_run(parser)
@@ -248,12 +248,12 @@ def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> d
     mx.eval(theirs.parameters())
     optimizer = PlainSGD(learning_rate=stepper.config.learning_rate)
     tokens, targets = stepper.batch.tokens, stepper.batch.targets
-    found: dict[str, mx.array] = {}
+    ours: dict[str, mx.array] = {}
     sink = stepper.updater.sink
 
     def recording(gradients: dict[str, mx.array]) -> list[mx.array]:
         if not times:
-            found.update(gradients)
+            ours.update(gradients)
         return sink(gradients)
 
     stepper.updater.sink = recording  # type: ignore[method-assign]
@@ -286,7 +286,7 @@ def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> d
         losses.append((loss, their_loss))
     stepper.close()
     largest = max(float(mx.abs(g).max()) for g in expected.values())
-    apart = max(float(mx.abs(found[name] - expected[name]).max()) for name in expected) / largest
+    apart = max(float(mx.abs(ours[name] - expected[name]).max()) for name in expected) / largest
     ratios = sorted(a / b for a, b in times[1:])
     return {
         "ours_s": round(statistics.median(a for a, _ in times[1:]), 2),
@@ -305,7 +305,7 @@ def in_memory(argv: Sequence[str]) -> None:
     Both run in one process, interleaved, with the same BLAS, batch and LoRA: exact gradients of seven projections and
     an update by SGD. mlx-lm keeps every weight in float32, all values of the graph, and MLX's default buffer cache.
     """
-    parser = report.Parser("bench in_memory", in_memory.__doc__)
+    parser = report.Parser("in_memory", in_memory.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")

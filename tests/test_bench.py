@@ -35,7 +35,7 @@ def test_spread_is_numpys_percentiles(seed: int) -> None:
 
 
 def test_files_hold_the_rows_once_and_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = report.parser("bench some", "A bench.")
+    parser = report.parser("some", "A bench.")
     parser.add_argument("--data", type=Path)
     options = parser.parse_args(["--out", str(tmp_path / "new"), "--quick", "--data", "/home/somebody/texts"])
     rows = [{"shape": "a", "step_s": {"median": 1.5, "p20": 1.0}}, {"shape": "b", "extra": 2, "plan": {"saved": ["x"]}}]
@@ -124,7 +124,7 @@ def test_a_stepper_takes_a_known_plan_and_refuses_what_cannot_be(tmp_path: Path)
 
 @pytest.mark.parametrize(("text", "is_right"), [("80MB", True), ("min", True), ("none", True), ("80", False)])
 def test_a_memory_budget_is_the_trainers(text: str, is_right: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = report.Parser("bench some", None)
+    parser = report.Parser("some", None)
     add_memory_budget(parser)
     assert parser.parse_args([]).memory_budget == "min"
     if is_right:

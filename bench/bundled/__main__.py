@@ -331,7 +331,7 @@ def install(staged: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = report.Parser("bench.bundled", __doc__)
+    parser = report.Parser("bundled", __doc__)
     bundled = Path(__file__).resolve().parents[2] / "mebp_mlx" / "bundled"
     parser.add_argument("--out", type=Path, default=bundled, help="gets model/, data/, pretrain.json")
     parser.add_argument("--minutes", type=float, default=40.0, help="time of the training loop")

@@ -49,30 +49,30 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
             more = {"peak_bytes": peak_bytes(case), "plan": case.plan.to_dict()} if with_peak else {}
             return {**count(case), **more}
 
-    found = of(options.layers, True)
+    result = of(options.layers, True)
     if options.layers < options.depth:
         fewer = of(options.layers - 1, False)
         for name in _GROWS:
-            found[name] = extrapolated(fewer[name], found[name], options.depth - options.layers)
-    return found
+            result[name] = extrapolated(fewer[name], result[name], options.depth - options.layers)
+    return result
 
 
 def limits(
-    options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]
+    options: argparse.Namespace, result: dict[str, Any], theirs: dict[str, Any]
 ) -> list[tuple[str, float, float]]:
     """(what, number, limit) of a step; products and nodes have limits only where a row is one tile."""
-    all_of, depth, head = total(found["stages"]), options.depth, found["stages"]["head"]["products"]
+    all_of, depth, head = total(result["stages"]), options.depth, result["stages"]["head"]["products"]
     rows: list[tuple[str, float, float]] = [
         ("blocking evaluations: 2 per block + 16", all_of["waits"], 2 * depth + 16),
         ("weight bytes copied to MLX", all_of["copied_weights"], 0),
         ("bytes written to the file", all_of["written"], 0),
     ]
-    if options.tokens <= found["plan"]["token_block"]:
+    if options.tokens <= result["plan"]["token_block"]:
         most = round(1.15 * theirs["plain"]["non_view"])
         rows.append(("packed products: 14 per block + 4 + the head's", all_of["products"], 14 * depth + 4 + head))
         rows.append(("non-view nodes: 1.15 of mlx-lm's", all_of["non_view"], most))
     if (options.shape, options.tokens) == ("qwen2.5-0.5b", 256):
-        peak_mb = max(found["peak_bytes"].values()) / 1e6
+        peak_mb = max(result["peak_bytes"].values()) / 1e6
         rows.append(("MLX's peak over LoRA and state, kept values in the file, MB", peak_mb, 60))
     return rows
 
@@ -92,12 +92,12 @@ def _line(name: str, row: dict[str, Any]) -> list[Any]:
     return [name, *numbers, *sizes]
 
 
-def show(options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, Any]) -> None:
+def show(options: argparse.Namespace, result: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Prints the table, further counts, and the limits."""
     heads = ["", "waits", "submissions", "packed products", "nodes", "non-view", "copies", "MB"]
     heads += ["of weights, MB", "written, MB", "read, MB"]
-    rows = [_line(stage, row) for stage, row in found["stages"].items() if any(row.values())]
-    rows.append(_line("total", total(found["stages"])))
+    rows = [_line(stage, row) for stage, row in result["stages"].items() if any(row.values())]
+    rows.append(_line("total", total(result["stages"])))
     for name, row in theirs.items():
         numbers = [row[key] for key in ("products", "nodes", "non_view")]
         rows.append([f"mlx-lm, {name} (graph only)", row["waits"], None, *numbers, *[None] * 5])
@@ -108,13 +108,13 @@ def show(options: argparse.Namespace, found: dict[str, Any], theirs: dict[str, A
     print(f"{options.shape}, {depth} blocks ({extent}), T = {options.tokens}, {options.optimizer}")
     print(device() + ("" if on_gpu() else "; rms_norm, rope and attention are several nodes each, mlx-lm's too"))
     print(report.table(heads, rows))
-    mb = {name: round(n_bytes / 1e6, 1) for name, n_bytes in found["peak_bytes"].items()}
-    print(f"adopted once   {found['adopted_tensors']:,} tensors, {found['adopted_bytes'] / 1e6:,.1f} MB")
-    print(f"kept values    {found['kept_bytes'] / 1e6:,.1f} MB")
+    mb = {name: round(n_bytes / 1e6, 1) for name, n_bytes in result["peak_bytes"].items()}
+    print(f"adopted once   {result['adopted_tensors']:,} tensors, {result['adopted_bytes'] / 1e6:,.1f} MB")
+    print(f"kept values    {result['kept_bytes'] / 1e6:,.1f} MB")
     print(f"MLX's peak     over LoRA and state, kept values in the file, MB: {mb}")
-    if found["step_s"] is not None:
-        print(f"step           {found['step_s']:.4f} s, {options.layers} blocks")
-    judged = [(*row, "ok" if row[1] <= row[2] else "over") for row in limits(options, found, theirs)]
+    if result["step_s"] is not None:
+        print(f"step           {result['step_s']:.4f} s, {options.layers} blocks")
+    judged = [(*row, "ok" if row[1] <= row[2] else "over") for row in limits(options, result, theirs)]
     print(report.table(["", "counted", "limit", ""], judged))
 
 
@@ -123,11 +123,11 @@ GROUPS = ("forward", "head", "backward", "update")
 
 def _by_group(stages: Mapping[str, Mapping[str, Any]], key: str) -> list[int]:
     """A number by the picture's colours; embedding counts as forward, the rest as update."""
-    found = dict.fromkeys(GROUPS, 0)
+    counts = dict.fromkeys(GROUPS, 0)
     for stage, row in stages.items():
         group = {"embed": "forward", "rest": "update"}.get(stage, stage.partition(":")[0])
-        found[group] += row.get(key, 0)
-    return list(found.values())
+        counts[group] += row.get(key, 0)
+    return list(counts.values())
 
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
@@ -168,7 +168,7 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.parser("bench.dispatch", __doc__)
+    parser = report.parser("dispatch", __doc__)
     parser.add_argument("shape", metavar="SHAPE", nargs="?", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, default=3, help="blocks to run (default: 3)")
     parser.add_argument("--tokens", type=report.positive, default=256)

@@ -74,11 +74,11 @@ def emulated(allocating: bool = False) -> Iterator[None]:
         if not weights.adopt or info.not_adoptable:
             return None
         if name not in weights._adopted:
-            found = constant(1, info.shape, info.mlx_dtype)
+            adopted = constant(1, info.shape, info.mlx_dtype)
             if on_gpu():
-                found = mx.array(weights.view(name)).view(info.mlx_dtype)
-                evaluate(found)
-            weights._adopted[name] = found
+                adopted = mx.array(weights.view(name)).view(info.mlx_dtype)
+                evaluate(adopted)
+            weights._adopted[name] = adopted
         return weights._adopted[name]
 
     with contextlib.ExitStack() as stack:
@@ -135,7 +135,7 @@ class Case:
         def step() -> None:
             updater.begin_step()
             n_labels = self.batch.n_labels
-            engine.step(self.batch, step=0, micro=0, n_labels=n_labels, sink=lambda found: updater.sink(found))
+            engine.step(self.batch, step=0, micro=0, n_labels=n_labels, sink=lambda gradients: updater.sink(gradients))
             updater.end_step()
 
         try:
@@ -149,32 +149,32 @@ class Case:
 
 def count(case: Case) -> dict[str, Any]:
     """{"stages": {stage: numbers}, "names": {stage: nodes by name}, ...} of one step."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with emulated():
         with case.steps(case.plan) as (engine, step):
             with Watch(by_stage=False).open() as whole:
                 step()
             mx.synchronize()
-            found["kept_bytes"] = engine.store.held_bytes + engine.store.written_bytes
+            result["kept_bytes"] = engine.store.held_bytes + engine.store.written_bytes
             with Watch(by_stage=True).open() as parts:
                 step()
             mx.synchronize()
             began_s = time.perf_counter()
             step()
             mx.synchronize()
-            found["step_s"] = time.perf_counter() - began_s if on_gpu() else None
+            result["step_s"] = time.perf_counter() - began_s if on_gpu() else None
         adopted = [name for name, array in case.model.weights._adopted.items() if array is not None]
     if whole.all_nodes != parts.all_nodes:
         raise AssertionError(f"{whole.all_nodes} nodes in the step, {parts.all_nodes} in its stages")
-    found["adopted_tensors"] = len(adopted)
-    found["adopted_bytes"] = sum(case.model.weights.info(name).n_bytes for name in adopted)
-    found["names"] = {stage: dict(nodes) for stage, nodes in parts.nodes.items() if nodes}
-    found["stages"] = {}
+    result["adopted_tensors"] = len(adopted)
+    result["adopted_bytes"] = sum(case.model.weights.info(name).n_bytes for name in adopted)
+    result["names"] = {stage: dict(nodes) for stage, nodes in parts.nodes.items() if nodes}
+    result["stages"] = {}
     for stage in STAGES:
         nodes = parts.nodes[stage]
         row = {"nodes": sum(nodes.values()), "non_view": non_views(nodes)}
-        found["stages"][stage] = {name: whole.numbers[stage][name] for name in NUMBERS} | row
-    return found
+        result["stages"][stage] = {name: whole.numbers[stage][name] for name in NUMBERS} | row
+    return result
 
 
 def peak_bytes(case: Case) -> dict[str, int]:
@@ -182,13 +182,13 @@ def peak_bytes(case: Case) -> dict[str, int]:
 
     Unfinished work of the phase before counts as well.
     """
-    found: dict[str, int] = {}
+    peaks: dict[str, int] = {}
 
     def phase(name: str, plain: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             mx.reset_peak_memory()
             result = plain(*args, **kwargs)
-            found[name] = max(found.get(name, 0), mx.get_peak_memory() - before)
+            peaks[name] = max(peaks.get(name, 0), mx.get_peak_memory() - before)
             return result
 
         return run
@@ -201,7 +201,7 @@ def peak_bytes(case: Case) -> dict[str, int]:
             stack.enter_context(mock.patch.object(owner, name, phase(label, getattr(owner, name))))
         step()
         mx.synchronize()
-    return found
+    return peaks
 
 
 def total(stages: dict[str, dict[str, int]]) -> dict[str, int]:

@@ -61,10 +61,10 @@ NUMBERS = (  # counts; then bytes copied to MLX (of weights, gathered rows, the 
 
 def nodes_of(arrays: Any) -> Counter[str]:
     """Primitives, by name, that an evaluation of these arrays (any tree of them) would run."""
-    found = _arrays(arrays)
+    leaves = _arrays(arrays)
     text = io.StringIO()
-    if found:
-        mx.export_to_dot(text, *found)
+    if leaves:
+        mx.export_to_dot(text, *leaves)
     return Counter(_NODE.findall(text.getvalue()))
 
 
@@ -132,12 +132,12 @@ class Watch:
 
     def eval(self, *arrays: Any) -> None:
         """Replaces mx.eval."""
-        found = _arrays(list(arrays))
-        if any(self._known.get(id(array)) is not array for array in found):
+        evaluated = _arrays(list(arrays))
+        if any(self._known.get(id(array)) is not array for array in evaluated):
             self.note("waits")
-        self._count(found)
-        self._plain_eval(*found)
-        self._known.update({id(array): array for array in found})
+        self._count(evaluated)
+        self._plain_eval(*evaluated)
+        self._known.update({id(array): array for array in evaluated})
 
     def read(self, array: Any) -> None:
         """Numpy or Python reads an array."""
@@ -210,9 +210,9 @@ class Watch:
         def moving(what: str) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
                 def move(arena: Arena, *args: Any) -> Any:
-                    found = plain(arena, *args)
-                    self.note(what, (args[-1] if found is None else found).nbytes)
-                    return found
+                    result = plain(arena, *args)
+                    self.note(what, (args[-1] if result is None else result).nbytes)
+                    return result
 
                 return move
 
@@ -228,14 +228,26 @@ class Watch:
         wrap(Arena, "put", moving("written"))
         wrap(Arena, "get", lambda plain: inside("file")(moving("read")(plain)))
 
+    def _unseen(self, plain: Any) -> Any:
+        """A function that builds a graph only for its shapes."""
+
+        def run(*args: Any) -> Any:
+            self.paused = True
+            try:
+                return plain(*args)
+            finally:
+                self.paused = False
+
+        return run
+
     def _wrap_stages(self, wrap: Callable) -> None:
         def whole(stage: str, inputs: Callable[..., Any] = lambda *args: args) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
                 def run(*args: Any, **kwargs: Any) -> Any:
                     with self.stage(stage, inputs(*args)) as made:
-                        found = plain(*args, **kwargs)
-                        made(found)
-                        return found
+                        result = plain(*args, **kwargs)
+                        made(result)
+                        return result
 
                 return run
 
@@ -259,28 +271,16 @@ class Watch:
             def make(plain: Any) -> Any:
                 def run(b: Block, *args: Any, **kwargs: Any) -> Any:
                     with self.stage(f"{self.direction}: {name}", args) as made:
-                        found = plain(b, *args, **kwargs)
+                        result = plain(b, *args, **kwargs)
                         attention = b.run.attention
-                        made([found, b.run.gradients, attention.keys, attention.values, attention.sums()])
-                        return found
+                        made([result, b.run.gradients, attention.keys, attention.values, attention.sums()])
+                        return result
 
                 return run
 
             return make
 
-        def unseen(plain: Any) -> Any:
-            """A graph that is built only for its shapes."""
-
-            def run(*args: Any) -> Any:
-                self.paused = True
-                try:
-                    return plain(*args)
-                finally:
-                    self.paused = False
-
-            return run
-
-        wrap(backprop, "kept_bytes", unseen)
+        wrap(backprop, "kept_bytes", self._unseen)
         wrap(Pass, "embed", whole("embed"))
         wrap(Pass, "forward", block("forward"))
         wrap(BackpropEngine, "backward", block("backward"))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mebp_mlx.errors import UserError
+from ..errors import UserError
+from ..weights.writer import NewFolder
 
 SHARD_BYTES = 1_000_000_000
 _PIECE_BYTES = 16 << 20
@@ -107,8 +106,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of a safetensors file. Its values: random words if U32, else centre + std * noise, noise being
-    normal, or uniform in [-1, 1] for what belongs to packed words."""
+    """One entry of a safetensors file. Its values are random words for U32, else centre + std * noise.
+
+    The noise is normal, or uniform in [-1, 1] for scales and biases of quantized weights.
+    """
 
     name: str
     dtype: str
@@ -145,18 +146,36 @@ def layers_of(config: dict[str, Any]) -> list[Layer]:
     gemma = family.startswith("gemma3")
     prefix = "language_model." if family == "gemma3" else ""
     text = config["text_config"] if family == "gemma3" else config
-    V = config["vocab_size"]
+    V, D = config["vocab_size"], text["hidden_size"]
+    head_dim, projections = _projections(family, text)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if gemma:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    layers = [Layer(f"{prefix}model.embed_tokens", (V, D), "matrix")]
+    for index in range(text["num_hidden_layers"]):
+        block = f"{prefix}model.layers.{index}"
+        layers += [Layer(f"{block}.{norm}", (D,), "norm") for norm in norms]
+        if gemma or family == "qwen3":
+            layers += [Layer(f"{block}.self_attn.{norm}", (head_dim,), "norm") for norm in ("q_norm", "k_norm")]
+        for name, n_out, n_in, has_bias in projections:
+            layers.append(Layer(f"{block}.{name}", (n_out, n_in), "matrix"))
+            if has_bias:
+                layers.append(Layer(f"{block}.{name}", (n_out,), "bias"))
+    layers.append(Layer(f"{prefix}model.norm", (D,), "norm"))
+    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)):
+        layers.append(Layer(f"{prefix}lm_head", (V, D), "matrix"))
+    return layers
+
+
+def _projections(family: str, text: dict[str, Any]) -> tuple[int, list[tuple[str, int, int, bool]]]:
+    """Head size, and (name, out, in, has a bias) of a block's seven projections."""
     D, F, H = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
     K = text.get("num_key_value_heads") or H
     head_dim = D // H if family == "qwen2" else text.get("head_dim") or D // H
     qkv_bias = family == "qwen2" or bool(text.get("attention_bias"))
     o_bias = family != "qwen2" and bool(text.get("attention_bias"))
     mlp_bias = bool(text.get("mlp_bias"))
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if gemma:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    projections = (
+    return head_dim, [
         ("self_attn.q_proj", H * head_dim, D, qkv_bias),
         ("self_attn.k_proj", K * head_dim, D, qkv_bias),
         ("self_attn.v_proj", K * head_dim, D, qkv_bias),
@@ -164,21 +183,7 @@ def layers_of(config: dict[str, Any]) -> list[Layer]:
         ("mlp.gate_proj", F, D, mlp_bias),
         ("mlp.up_proj", F, D, mlp_bias),
         ("mlp.down_proj", D, F, mlp_bias),
-    )
-    found = [Layer(f"{prefix}model.embed_tokens", (V, D), "matrix")]
-    for index in range(text["num_hidden_layers"]):
-        block = f"{prefix}model.layers.{index}"
-        found += [Layer(f"{block}.{norm}", (D,), "norm") for norm in norms]
-        if gemma or family == "qwen3":
-            found += [Layer(f"{block}.self_attn.{norm}", (head_dim,), "norm") for norm in ("q_norm", "k_norm")]
-        for name, n_out, n_in, has_bias in projections:
-            found.append(Layer(f"{block}.{name}", (n_out, n_in), "matrix"))
-            if has_bias:
-                found.append(Layer(f"{block}.{name}", (n_out,), "bias"))
-    found.append(Layer(f"{prefix}model.norm", (D,), "norm"))
-    if not tied:
-        found.append(Layer(f"{prefix}lm_head", (V, D), "matrix"))
-    return found
+    ]
 
 
 def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> Iterator[Tensor]:
@@ -188,7 +193,7 @@ def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> 
             yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 0.0 if gemma else 1.0, 0.05)
         elif layer.kind == "bias":
             yield Tensor(f"{layer.name}.bias", dtype, layer.shape, 0.0, _WEIGHT_STD)
-        elif bits == 16 or layer.shape[1] % group_size:  # mlx-lm leaves what it cannot group unpacked, too
+        elif bits == 16 or layer.shape[1] % group_size:  # mlx-lm does not quantize what it cannot group either
             yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 0.0, _WEIGHT_STD)
         else:
             n_out, n_in = layer.shape
@@ -213,45 +218,42 @@ def write_model(
 ) -> Path:
     """Writes config.json and model*.safetensors into `folder` and returns it; about 100 MB of memory at any size.
 
-    shape: a name of SHAPES, or a config.json as a dict. bits: 2-8 packed affine, 16 plain. dtype: of scales, norms
-    and all else that is not packed. sparse: headers and holes only, every weight zero (for measuring headers).
-    The folder appears whole at the end. UserError if it exists and is not empty, if the disk is too full, or
-    for a shape, bits or group size that cannot be.
+    shape: a name of SHAPES, or a config.json as a dict. bits: 2 to 8 affine quantization, 16 none. dtype: of scales,
+    norms and everything else that is not quantized. sparse: headers and holes only; every weight is zero. The folder
+    appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be written, if the
+    disk is too full, and for an unknown shape, bits, group size or dtype.
     """
-    folder = Path(folder)
     config = model_config(shape, layers)
-    if bits not in _BITS:
-        raise UserError(f"--bits {bits} is not one of {', '.join(map(str, _BITS))}")
-    if group_size not in (32, 64, 128):
-        raise UserError(f"--group-size {group_size} is not one of 32, 64, 128")
-    if dtype not in DTYPES or (bits == 16 and dtype == "float32"):
-        raise UserError(f"--dtype {dtype} is not one of {', '.join(list(DTYPES)[: 2 if bits == 16 else 3])}")
+    _check_format(bits, group_size, dtype)
     if bits < 16:
         config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
         config["quantization_config"] = dict(config["quantization"])
     config.get("text_config", config)["torch_dtype"] = dtype
     shards = _shards(list(_tensors(config, bits, group_size, DTYPES[dtype])))
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"DIR {folder} exists and is not an empty folder")
-    n_bytes = sum(tensor.n_bytes for shard in shards for tensor in shard)
+    new = NewFolder(folder, "DIR")
+    new.check()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(folder.parent).free
-        if not sparse and free_bytes < n_bytes * 1.01:
-            raise UserError(f"DIR {folder}: needs {n_bytes / 1e9:.2f} GB of disk, {free_bytes / 1e9:.2f} GB are free")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        partial.mkdir()
+        new.remove_leftovers()
+        if not sparse:
+            new.check_space(sum(tensor.n_bytes for shard in shards for tensor in shard))
+        with new:
+            _write_shards(new.partial, shards, None if sparse else seed)
+            text = json.dumps(config, indent=4) + "\n"
+            (new.partial / "config.json").write_text(text, encoding="utf-8")
+            new.publish()
     except OSError as error:
         raise UserError(f"DIR {folder}: {error.strerror or error}") from None
-    try:
-        _write_shards(partial, shards, None if sparse else seed)
-        (partial / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    return Path(folder)
+
+
+def _check_format(bits: int, group_size: int, dtype: str) -> None:
+    if bits not in _BITS:
+        raise UserError(f"--bits {bits} is not one of {', '.join(map(str, _BITS))}")
+    if group_size not in (32, 64, 128):
+        raise UserError(f"--group-size {group_size} is not one of 32, 64, 128")
+    if dtype not in DTYPES or (bits == 16 and dtype == "float32"):
+        raise UserError(f"--dtype {dtype} is not one of {', '.join(list(DTYPES)[: 2 if bits == 16 else 3])}")
 
 
 def _shards(tensors: list[Tensor]) -> list[list[Tensor]]:
