@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import probes
+from . import __version__, probes
 from .api import open_model
 from .engine.arena import choose_folder, filesystem_of
 from .errors import UserError
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
     )
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
     parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
 
 
@@ -245,6 +246,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
             groups[about.group].add_argument(
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line
             )
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
 

@@ -76,6 +76,7 @@ def _assert_exact(model: Any, lora: Any, tokens: np.ndarray, targets: np.ndarray
     assert largest_error(loss.item(), grads, *truth) <= allowed, f"seed {seed}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("plan", [None, TINY_BLOCKS], ids=["default", "tiny-blocks"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | None, seed: int) -> None:

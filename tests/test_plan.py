@@ -166,6 +166,7 @@ def test_long_sequences_and_more_state_take_more_but_little(real_shapes: dict[st
     assert peaks[-1] < start_bytes + 400 * MB, peaks
 
 
+@pytest.mark.quick
 def test_what_a_probe_does_not_see_is_added() -> None:
     """More blocks' kept values, the optimizer's state in memory, all gradients where they are gathered."""
 
@@ -305,6 +306,7 @@ def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], 
     assert not case.budget_mb or found["measured"] <= case.budget_mb * MB
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("arena_budget", [None, 0])
 def test_gradients_are_the_same_with_the_smallest_plan(
@@ -327,6 +329,7 @@ def test_gradients_are_the_same_with_the_smallest_plan(
         assert relative_error(grads[parameter], gradient) <= 3e-5, f"{parameter}, seed {seed}"
 
 
+@pytest.mark.quick
 def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
     """Through JSON, whatever else stands in the record; one that lacks something is none."""
     rng = np.random.default_rng(0)
@@ -426,6 +429,7 @@ def test_a_dry_run_needs_no_tokenizer(
     assert "smallest workable budget" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
     class Meter:
         peak_bytes = 90 * MB
@@ -458,6 +462,7 @@ def test_sizes(text: str, n_bytes: int) -> None:
     assert train.TrainConfig.from_args(["--memory-budget", text]).memory_budget == n_bytes
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("text", ["much", "-1GB", "1TBX", "", "0", "0MB", "nano", "500", "1.2.3MB", "MB"])
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(mebp_mlx.UserError, match="--memory-budget"):

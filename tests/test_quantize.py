@@ -11,6 +11,8 @@ import pytest
 from mebp_mlx.export.quantize import MODES, Packing, pack, unpacked
 from mebp_mlx.kernels import cpu
 
+pytestmark = pytest.mark.quick
+
 FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
 
