@@ -14,8 +14,6 @@ from mebp_mlx.engine.arena import Arena, choose_folder, filesystem_of
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.pages import PAGE_BYTES
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_what_is_put_comes_back_to_the_bit(tmp_path: Path, dtype: mx.Dtype, seed: int) -> None:

@@ -16,8 +16,6 @@ from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.training.update import Updater
 from tests.tiny import CONFIGS, randomize_lora, write_model
 
-pytestmark = pytest.mark.quick
-
 _SCHEDULE = optim.join_schedules([optim.linear_schedule(0, 1e-2, 3), optim.cosine_decay(1e-2, 20)], [4])
 OPTIMIZERS = {
     "sgd": lambda: optim.SGD(1e-2, momentum=0.9),
