@@ -46,7 +46,7 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
     for flag, value, known in (("--dtype", dtype, ("auto", *device.DTYPES)), ("--weights", weights, WEIGHTS)):
         if value not in known:
             raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
-    kernel_mode()  # a wrong MEBP_KERNELS is told before anything is computed
+    kernel_mode()  # report a wrong MEBP_KERNELS before anything is computed
     allocator.settle()
     model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
     model.dtype = device.compute_dtype(dtype, model.spec.family, _own_dtype(model))
