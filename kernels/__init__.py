@@ -2,7 +2,7 @@
 
 Ships as `mebp_mlx.kernels`.
 
-A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel where Metal is there and the kernel has
+A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel where Metal is available and the kernel has
 proved itself (trust.py), the reference elsewhere.
 """
 

@@ -27,7 +27,7 @@ _is_off = False
 
 
 def is_on() -> bool:
-    """Whether numpy may work on arrays' memory: MLX computes on the CPU, and nobody traces a graph."""
+    """Whether numpy may work on arrays' memory: MLX computes on the CPU, and no graph is being traced."""
     return not _is_off and mx.default_device().type == mx.cpu
 
 
@@ -199,7 +199,7 @@ _GELU, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
 
 
 def buffer_of(array: mx.array) -> np.ndarray:
-    """An evaluated float32 array's own memory, writable; for arrays nobody else reads. CPU only."""
+    """An evaluated float32 array's own memory, writable; for arrays with no other reader. CPU only."""
     memory: Any = array  # exports its buffer, which its type hints leave out
     return np.frombuffer(memoryview(memory).cast("B"), np.float32).reshape(array.shape)
 

@@ -13,7 +13,7 @@ factory: Any = mx.fast.metal_kernel  # tests put an emulator here
 
 
 def available() -> bool:
-    """Whether kernels can run: Metal is there, and MLX computes on the GPU."""
+    """Whether kernels can run: Metal is available, and MLX computes on the GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 

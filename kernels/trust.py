@@ -1,11 +1,11 @@
-"""Kernels prove themselves on the machine they run on, before anything is computed with them.
+"""Each kernel is checked against its reference at first use, on the machine it runs on.
 
-At the first use of a kernel for a (dtype, group size) it works on a small sample beside its reference; both are held
-against the reference in float32 on the CPU. A compile error or a mismatch: one warning, and the reference from then on.
+At the first use for a (dtype, group size), kernel and reference run on a small sample; both are compared with the
+reference in float32 on the CPU. After a compile error or a mismatch the kernel warns once, and the reference is used.
 
-MEBP_KERNELS=off   never a kernel
-             on    kernels wherever Metal is, unchecked
-             check the first-use check, and every call beside the reference (slow: for finding faults)
+MEBP_KERNELS=off   never use a kernel
+             on    use kernels wherever Metal is available, unchecked
+             check the first-use check, and compare every call with the reference (slow: for finding faults)
              unset the first-use check
 """
 
@@ -57,7 +57,7 @@ def register(
 
 
 def mode() -> str:
-    """The value of MEBP_KERNELS; UserError for one that means nothing."""
+    """The value of MEBP_KERNELS. Raises UserError for an unknown one."""
     found = os.environ.get("MEBP_KERNELS", "")
     if found not in MODES:
         raise UserError(f"MEBP_KERNELS={found}: must be off, on or check, or unset")
@@ -65,7 +65,7 @@ def mode() -> str:
 
 
 def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_size: int = 0) -> Any:
-    """A kernel's result, or its reference's. impl: "metal" and "reference" are obeyed, None asks trust."""
+    """A kernel's result, or its reference's. impl: "metal", "reference", or None to choose by the check."""
     if impl not in (None, "metal", "reference"):
         raise ValueError(f"impl={impl!r}: must be 'metal', 'reference' or None")
     kernel = KERNELS[name]
@@ -86,7 +86,7 @@ def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
-    """The verdict on a kernel, found at the first time of asking; a bad one is warned of then."""
+    """Whether a kernel passed its check, which runs at the first call and warns if it fails."""
     kernel = KERNELS[name]
     key = (dtype, group_size)
     if key not in kernel.verdicts:
@@ -95,15 +95,15 @@ def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
-    """What is wrong with a kernel on this machine, in a line; "" if nothing is."""
+    """What is wrong with a kernel on this machine, in one line; "" if nothing is."""
     arguments = kernel.sample(dtype, group_size)
     try:
         found = kernel.metal(*arguments)
         mx.eval(found)
     except Exception as error:  # a compile error has no type of its own
         lines = str(error).splitlines() or [type(error).__name__]
-        told = next((line for line in lines if "error:" in line), lines[0])  # compilers begin with where they are
-        return " ".join(told.split())[:300]
+        reported = next((line for line in lines if "error:" in line), lines[0])  # compilers print the place first
+        return " ".join(reported.split())[:300]
     with mx.stream(mx.cpu):
         truth = kernel.reference(*(_widened(argument) for argument in arguments))
         expected = kernel.reference(*arguments)
@@ -111,7 +111,7 @@ def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
 
 
 def _beside_reference(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
-    """The kernel's result if it is the reference's, else the reference's."""
+    """The kernel's result if it equals the reference's within tolerance, else the reference's."""
     found, expected = kernel.metal(*arguments), kernel.reference(*arguments)
     problem = _difference(found, expected, expected, key[0])
     if not problem:

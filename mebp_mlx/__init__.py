@@ -11,6 +11,7 @@ Importing the package loads a fast BLAS on Linux, which must happen before
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,17 @@ from .system.machine import NO_BACKEND, backend_missing, load_blas
 if TYPE_CHECKING:
     from .api import Plan, init_lora, loss, loss_and_grads, open_model
 
-# A wrong $MEBP_BLAS is told where it can be answered: train asks for the BLAS again.
+# A wrong $MEBP_BLAS is reported by the commands, which load the BLAS again and can print one line.
 with contextlib.suppress(UserError):
     load_blas()
 if backend_missing():
-    if sys.argv[:1] == ["-m"]:  # python -m mebp_mlx.train: one line in the place of a traceback
+    # python -m mebp_mlx.train, or a console script: one line instead of a traceback.
+    if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]).startswith(("mebp_mlx.", "mebp-mlx")):
         print(f"error: {NO_BACKEND}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(NO_BACKEND)
 
-__version__: str = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "BudgetError",
     "NonFiniteLoss",
@@ -50,3 +52,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The interface, without the modules that it is made of."""
+    return sorted(__all__)

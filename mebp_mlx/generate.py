@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mebp_mlx import __version__
 from mebp_mlx.errors import UserError, memory_errors_told
 from mebp_mlx.system.child import ChildFailure, answer, one_line, run_child
 from mebp_mlx.weights.hub import resolve_model
@@ -84,9 +86,10 @@ def generate(model_path: Path, adapter_path: Path | None, prompt: str, max_token
     return {"before": before, "after": after}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the texts, or one JSON object with --json; returns the exit code (2: stderr says why)."""
     parser = argparse.ArgumentParser(prog=PROG, description="Continue a prompt without and with adapters.")
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("--model", required=True, help="folder, hub id, or `bundled`")
     parser.add_argument("--adapter-path", type=Path, help="folder with adapters.safetensors")
     parser.add_argument("--prompt", required=True, help="text to continue, or a chat model's question")

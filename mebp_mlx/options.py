@@ -261,6 +261,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
             groups[about.group].add_argument(
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line
             )
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="show it and exit")
     return parser

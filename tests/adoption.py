@@ -18,7 +18,11 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from mebp_mlx.model.base import Model
+from mebp_mlx.ops.plan import Plan
+from mebp_mlx.planner.search import choose
+from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system import allocator
+from mebp_mlx.system.machine import default_budget_bytes
 from mebp_mlx.system.pages import PAGE_BYTES
 from mebp_mlx.testing.tiny import random_batch, randomize_lora
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -78,9 +82,10 @@ def place(file: Path, shift: int) -> None:
     file.write_bytes(content + bytes(-len(content) % PAGE_BYTES))
 
 
-def read_and_step(folder: Path, seed: int) -> dict[str, Any]:
+def read_and_step(folder: Path, seed: int, plans: dict[str, Plan]) -> dict[str, Any]:
     """Every tensor read, computed with and read again, then two steps; all of it against copies, bit by bit.
 
+    The plan is chosen, by measuring, for the first checkpoint of a family, and kept in `plans` for its others.
     Returns {"adopted": names of adopted tensors, "copied": {name: why}}.
     """
     model, plain = (mebp_mlx.open_model(folder, "bfloat16", "packed") for _ in range(2))
@@ -88,9 +93,13 @@ def read_and_step(folder: Path, seed: int) -> dict[str, Any]:
     weights.adopt = True
     _compute_with_all(weights)
     tokens, targets = random_batch(seed, 2, 9, model.spec.V)
-    expected = _step(plain, seed, tokens, targets)
+    family = model.spec.family
+    if family not in plans:
+        workload = Workload(model, mebp_mlx.init_lora(model, rank=2), *tokens.shape)
+        plans[family] = choose(workload, default_budget_bytes()).plan
+    expected = _step(plain, seed, tokens, targets, plans[family])
     for _ in range(2):
-        found = _step(model, seed, tokens, targets)
+        found = _step(model, seed, tokens, targets, plans[family])
         assert all(np.array_equal(found[name], value) for name, value in expected.items()), folder
     for name in weights.names:
         assert mx.array_equal(weights.rows(name), plain.weights.rows(name)).item(), name
@@ -113,10 +122,10 @@ def _compute_with_all(weights: MappedWeights) -> None:
         assert np.array_equal(np.asarray(bits), expected), name
 
 
-def _step(model: Model, seed: int, tokens: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+def _step(model: Model, seed: int, tokens: np.ndarray, targets: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:
     lora = mebp_mlx.init_lora(model, rank=2)
     randomize_lora(lora, seed)
-    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+    loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
     return {"loss": np.array(loss)} | {name: np.array(grad) for name, grad in grads.items()}
 
 
@@ -133,7 +142,8 @@ def main(how: str, seed: int, folders: list[str]) -> None:
             return found
 
         MappedWeights.in_place = in_place
-    print(json.dumps({folder: read_and_step(Path(folder), seed) for folder in folders}))
+    plans: dict[str, Plan] = {}
+    print(json.dumps({folder: read_and_step(Path(folder), seed, plans) for folder in folders}))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
-import mebp_mlx  # noqa: F401  (the BLAS must be loaded before mlx.core)
+# One thread a process, children included: the matrices here are small, and threads that wait for one another take
+# three times as long on a busy machine. The BLAS reads this when it is loaded.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
-import mlx.core as mx  # isort: skip
+import mebp_mlx  # noqa: E402, F401  (the BLAS must be loaded before mlx.core)
+
+import mlx.core as mx  # noqa: E402  # isort: skip
 
 # Bit-equality and float64 references need the CPU backend; MEBP_TEST_DEVICE=gpu tries the same tests on Metal.
 mx.set_default_device(mx.gpu if os.environ.get("MEBP_TEST_DEVICE") == "gpu" else mx.cpu)

@@ -297,8 +297,8 @@ def test_all_goes_on_after_one_that_fails(
     assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json"}
 
 
-def test_the_projection_misses_the_paper_by_what_the_readme_says() -> None:
-    """And is right where it is calibrated: the table of the README comes from here."""
+def test_the_projection_misses_the_paper_by_what_the_measurements_say() -> None:
+    """And is right where it is calibrated: the figures of bench/MEASUREMENTS.md come from here."""
     workloads = {shape: projection.workloads_of(shape, 256) for shape in report.PAPER}
     phone = DEVICES["a17-pro"]
     rates = Rates(phone.flops[2], phone.bandwidth)

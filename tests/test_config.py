@@ -19,6 +19,8 @@ from mebp_mlx.options import describe, suggest
 from mebp_mlx.system import machine
 from mebp_mlx.training.optimizers import CLASSES, learning_rate, make_optimizer
 
+pytestmark = pytest.mark.quick
+
 MLX_LM_EXAMPLE = """\
 # The keys of mlx-lm's own example.
 model: "bundled"

@@ -13,6 +13,8 @@ import pytest
 
 from mebp_mlx.system import files
 
+pytestmark = pytest.mark.quick
+
 N_BYTES = 5 << 14
 # flags of each call: contiguous and all of it, then all of it
 CALLS = [(42, 6, 3, 0, N_BYTES, 0), (42, 4, 3, 0, N_BYTES, 0)]

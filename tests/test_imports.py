@@ -6,7 +6,11 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import mebp_mlx
+
+pytestmark = pytest.mark.quick
 
 # From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
 ORDER = ["training", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights", "system"]

@@ -78,8 +78,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "gemma3-1b"])
-@pytest.mark.parametrize(("B", "T"), [(1, 256), (4, 130)])
+@pytest.mark.parametrize(("shape", "B", "T"), [("qwen2.5-0.5b", 1, 256), ("gemma3-1b", 4, 130)])
 def test_budgets_are_kept_and_smaller_ones_never_cost_more(
     real_shapes: dict[str, Path], shape: str, B: int, T: int
 ) -> None:
@@ -134,7 +133,7 @@ def test_a_known_plan_is_taken_if_it_fits(real_shapes: dict[str, Path], monkeypa
 
 @pytest.mark.usefixtures("steady")
 def test_arena_budget_trades_saved_values_for_recomputation(real_shapes: dict[str, Path]) -> None:
-    workload = _workload(real_shapes["qwen2.5-0.5b"], state_bytes=MB)
+    workload = _workload(real_shapes["qwen2.5-0.5b"], T=256, state_bytes=MB)
     with pytest.raises(BudgetError, match="--arena-budget") as refused:
         choose(workload, smallest=True, arena_budget_bytes=1)
     inputs = _named_budget(refused.value)
@@ -161,12 +160,13 @@ def test_long_sequences_and_more_state_take_more_but_little(real_shapes: dict[st
     estimator = make_estimator("mezo", mebp_mlx.init_lora(model), seed=0, eps=1e-2)
     start_bytes = footprint_bytes()
     # From small to large: a process never gives back all that it once had.
-    peaks = [peak(256, estimator=estimator), peak(256), peak(256, T_eval=1024), peak(1024), peak(4096)]
+    peaks = [peak(256, estimator=estimator), peak(256), peak(256, T_eval=1024), peak(2048)]
     noise = 15 * MB
     assert all(later >= earlier - noise for earlier, later in pairwise(peaks)), peaks
-    assert peaks[-1] < start_bytes + 400 * MB, peaks
+    assert peaks[-1] < start_bytes + 250 * MB, peaks
 
 
+@pytest.mark.quick
 def test_what_a_probe_does_not_see_is_added() -> None:
     """More blocks' kept values, the optimizer's state in memory, all gradients where they are gathered."""
 
@@ -305,6 +305,7 @@ def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], 
     assert not case.budget_mb or found["measured"] <= case.budget_mb * MB
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("arena_budget", [None, 0])
 def test_gradients_are_the_same_with_the_smallest_plan(
@@ -327,6 +328,7 @@ def test_gradients_are_the_same_with_the_smallest_plan(
         assert relative_error(grads[parameter], gradient) <= 3e-5, f"{parameter}, seed {seed}"
 
 
+@pytest.mark.quick
 def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
     """Through JSON, whatever else stands in the record; one that lacks something is none."""
     rng = np.random.default_rng(0)
@@ -426,6 +428,7 @@ def test_a_dry_run_needs_no_tokenizer(
     assert "smallest workable budget" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
     class Meter:
         peak_bytes = 90 * MB
@@ -458,6 +461,7 @@ def test_sizes(text: str, n_bytes: int) -> None:
     assert train.TrainConfig.from_args(["--memory-budget", text]).memory_budget == n_bytes
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("text", ["much", "-1GB", "1TBX", "", "0", "0MB", "nano", "500", "1.2.3MB", "MB"])
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(mebp_mlx.UserError, match="--memory-budget"):

@@ -12,6 +12,8 @@ from mebp_mlx.export.quantize import BITS, GROUP_SIZES, MODES, Packing, pack, un
 from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import FLOAT_MODES
 
+pytestmark = pytest.mark.quick
+
 FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
 

@@ -13,6 +13,8 @@ import mebp_mlx
 from mebp_mlx.errors import UserError
 from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 
+pytestmark = pytest.mark.quick
+
 
 def _change(folder: Path, **changes: Any) -> Path:
     path = folder / "config.json"

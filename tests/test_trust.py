@@ -1,4 +1,4 @@
-"""Kernels prove themselves before they are used: at first use, by MEBP_KERNELS, in the engine, and in the doctor."""
+"""Kernels are checked against their references: at first use, by MEBP_KERNELS, in the engine, and in the doctor."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from mebp_mlx.errors import UserError
 from mebp_mlx.weights.safetensors import INDEX_NAME, MappedWeights
 
+pytestmark = pytest.mark.quick
+
 DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,

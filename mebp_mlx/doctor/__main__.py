@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 
+from .. import __version__
 from ..kernels import trust
 from ..system import allocator
 from ..system.command import DONE, FAILED, run_command
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
     )
+    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
     parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")

@@ -29,7 +29,7 @@ class Kept(Protocol):
         """A kept value, or None."""
 
     def take(self, layer: int, name: str, position: int) -> mx.array | None:
-        """The same, given away: nobody else has the array."""
+        """The same, handed over: the caller holds the only reference."""
 
 
 class BlockKept:
@@ -155,7 +155,7 @@ class Block:
             run.kept.put("x", position, x)
 
     def was_read(self, names: tuple[str, ...]) -> None:
-        """Give up values that nobody reads any more."""
+        """Release values that have no further reader."""
         if self.unread is None:
             return
         self.unread.subtract(names)

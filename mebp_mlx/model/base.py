@@ -133,7 +133,7 @@ class Model:
         return n_items * (packing.bits / 8 + 2 * self.dtype.size / packing.group_size)
 
     def unread(self) -> Model:
-        """The same model with nothing behind it: for graphs that are built and never evaluated."""
+        """The same model without weights: for graphs that are built and never evaluated."""
         model = copy.copy(self)
         model.weights = UnreadWeights(self.weights)  # type: ignore[assignment]
         return model
@@ -192,7 +192,7 @@ _numbers = itertools.count()
 
 
 def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array that nobody evaluates, unlike any other: a graph that is exported has equal parts once only."""
+    """A distinct array that is never evaluated: exporting a graph merges equal parts."""
     return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)
 
 
@@ -213,7 +213,7 @@ class Views:
 
 
 class UnreadWeights:
-    """Tensors of a checkpoint by shape and dtype alone, as arrays that nobody evaluates."""
+    """Tensors of a checkpoint by shape and dtype alone, as arrays that are never evaluated."""
 
     def __init__(self, weights: MappedWeights):
         self.weights = weights

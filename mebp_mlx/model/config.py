@@ -29,7 +29,7 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family of decoders from another."""
+    """What distinguishes one family of decoders from another."""
 
     qkv_bias: bool | str = False  # a string names the config key that decides
     o_bias: bool | str = False

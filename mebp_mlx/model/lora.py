@@ -129,7 +129,7 @@ def init_lora(
 
 
 def random_key(*parts: int | str) -> mx.array:
-    """A random key that is a pure function of its parts: the same on every machine, in any order of asking."""
+    """A random key that is a pure function of its parts: the same on every machine, whatever the order of calls."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else struct.pack("<q", part)
@@ -138,7 +138,7 @@ def random_key(*parts: int | str) -> mx.array:
 
 
 class Dropout:
-    """Inverted dropout, its masks drawn again whenever they are asked for.
+    """Inverted dropout; masks are drawn again at each use.
 
     rate in (0, 1); parts: what the random keys are made of besides projection, position and column.
     """

@@ -1,4 +1,4 @@
-"""Asks the system for the pages of the next block while this one computes, so that the disk is not waited for.
+"""Asks the system for the pages of the next block while this one computes, to avoid waiting for the disk.
 
 A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that made them.
 """
@@ -24,7 +24,7 @@ class Prefetch:
         self._last: Future[None] | None = None
 
     def block(self, index: int) -> None:
-        """A block's matrices are next; those of a block that does not exist are nothing, and L is the head."""
+        """Ask for a block's matrices; L means the head, a block that does not exist is ignored."""
         if 0 <= index < len(self._blocks):
             self._ask(self._blocks[index])
         elif index == len(self._blocks):

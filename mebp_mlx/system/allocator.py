@@ -19,7 +19,7 @@ _GPU_CACHE_BYTES = 32 << 20
 
 @lru_cache(maxsize=1)
 def settle() -> None:
-    """Once per process: MLX keeps no freed buffers (on a GPU a few), and the C heap (glibc) keeps them for the next.
+    """Once per process: MLX keeps no freed buffers (on a GPU a few), and the C heap (glibc) recycles them.
 
     A step asks for the same sizes again and again, so the heap fits without growing, and its pages
     need not be mapped anew; MLX's own cache would hold 32 MB more. Measured on the Qwen2.5-0.5B shape,

@@ -53,7 +53,7 @@ def _preallocate(descriptor: int, n_bytes: int) -> bool:
 
 
 def flush(file: Any) -> None:
-    """An open file's content to the disk."""
+    """Writes an open file's content to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -108,7 +108,7 @@ class NewFolder:
         self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
 
     def check(self) -> None:
-        """That the name is free."""
+        """Raises UserError if the name is taken."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.shown}: is a file")
         if os.path.ismount(self.path):
@@ -117,12 +117,12 @@ class NewFolder:
             raise UserError(f"{self.shown}: exists and is not empty")
 
     def check_space(self, n_bytes: int) -> None:
-        """That the disk has room."""
+        """Raises UserError if the disk has too little room."""
         parent = next(folder for folder in self.path.parents if folder.exists())
         free_bytes = shutil.disk_usage(parent).free
         if free_bytes < n_bytes * 1.01:
-            wanted, free = f"{n_bytes / 1e9:,.2f} GB", f"{free_bytes / 1e9:,.2f} GB"
-            raise UserError(f"{self.shown}: needs {wanted} of disk, {free} are free")
+            needed, free = f"{n_bytes / 1e9:,.2f} GB", f"{free_bytes / 1e9:,.2f} GB"
+            raise UserError(f"{self.shown}: needs {needed} of disk space, {free} is free")
 
     def remove_leftovers(self) -> None:
         """Removes partial folders whose process is gone."""

@@ -65,7 +65,7 @@ def _darwin_rusage() -> tuple[int, ...]:
 
 
 def _lifetime_peak_bytes() -> int:
-    """What the system itself has recorded as the highest footprint; 0 where it records none (Linux)."""
+    """The highest footprint that the system itself recorded; 0 where it records none (Linux)."""
     return _darwin_rusage()[_LIFETIME_MAX_FIELD] if sys.platform == "darwin" else 0
 
 
@@ -134,7 +134,7 @@ class PeakMeter:
             self._peak_bytes = footprint_bytes()
 
     def mark(self) -> int:
-        """Takes a sample at this very point and returns it, in bytes."""
+        """Takes a sample now and returns it, in bytes."""
         return self._sample()
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-# Arguments: the last save, and a file and its size by turns. `read` fails at the end of file: nothing happened.
+# Arguments: the last save, then pairs of a file and its size. `read` fails at the end of file: nothing happened.
 _SCRIPT = r"""
 IFS= read -r fault || exit 0
 cat > /dev/null

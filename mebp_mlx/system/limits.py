@@ -1,7 +1,7 @@
 """The limits that the system puts on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), as a footprint.
 
 Where memory cannot be had, MLX's CPU backend does not raise: malloc gives NULL and the process dies with SIGSEGV. So a
-limit counts as a memory budget, before anything is asked for.
+limit counts as a memory budget, before anything is allocated.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _blas: Blas | None = None
 
 @dataclass(frozen=True)
 class Blas:
-    """The matrix library under MLX's CPU backend: name, the file it came from, and a remark for people."""
+    """The matrix library under MLX's CPU backend: name, the file it came from, and a remark for the reader."""
 
     name: str  # "Accelerate", "MKL", "OpenBLAS", "custom", "preloaded" or "reference"
     path: str | None
@@ -57,7 +57,7 @@ def memory_bytes() -> int:
 
 
 def default_budget_bytes() -> int:
-    """The footprint to stay within where nobody names one: 1 GB or a quarter of the memory, whichever is less."""
+    """The default memory budget: 1 GB or a quarter of the memory, whichever is less."""
     return min(1_000_000_000, memory_bytes() // 4)
 
 
@@ -73,7 +73,7 @@ def backend_missing() -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement has to name: machine, processor, cores, memory, system, versions, BLAS."""
+    """What a measurement must name: machine, processor, cores, memory, system, versions, BLAS."""
     from importlib import metadata
 
     def version(name: str) -> str | None:
@@ -140,13 +140,13 @@ def _load() -> Blas:
         return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
     problems = []
     for name, find in (("MKL", _mkl_files), ("OpenBLAS", _openblas_files)):
-        for path in find():  # the second is asked only if the first has nothing: looking costs a process
+        for path in find():  # OpenBLAS only if MKL is missing: the search starts a process
             if name == "MKL":
                 _settle_mkl()
             problem = _open_global(path)
             if problem is None:
                 return Blas(name, path, "loaded before MLX in place of its built-in BLAS")
-            if os.path.isabs(path):  # it exists, so the reason is worth telling
+            if os.path.isabs(path):  # it exists, so the reason is worth reporting
                 problems.append(f"{path}: {problem}")
     if any(glob.glob(str(folder.parent / "mlx_cuda*")) for folder in _mlx_folders()):
         return Blas("reference", None, "none is needed: MLX computes on the GPU")
@@ -169,7 +169,7 @@ def _has_library() -> bool:
 
 
 def _settle_mkl() -> None:
-    """Settings that MKL reads when it is loaded; what the user has set stays.
+    """Settings that MKL reads when it is loaded; the user's own values are kept.
 
     MKL_CBWR: without it results may change with the alignment of the operands and with the number of
     threads (seen: [1, 896] x [896, 151] on 1 and 2 threads), and then a recomputed or resumed step would

@@ -1,4 +1,4 @@
-"""A phone as seen from here: what an app gets on it, its published rates, and how warm this machine is.
+"""Device profiles: an app's memory on a phone, its published rates; and this machine's thermal state.
 
 The rates are estimates from public sources, and are printed with every projection made from them.
 """
@@ -25,7 +25,7 @@ class Phone:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What is taken for granted, in sentences."""
+        """The assumptions, as sentences."""
         return (
             f"{self.chip}: {self.bandwidth / 1e9:.1f} GB/s, {self.flops[4] / 1e12:.2f} TFLOP/s in 32 bits and "
             f"{self.flops[2] / 1e12:.2f} in 16, published estimates of peaks",

@@ -1,7 +1,7 @@
 """Safetensors as named views over memory-mapped files.
 
 Opening reads the headers alone. Bytes enter anonymous memory only through `rows`, `columns` and `gather`, which copy
-what is asked for into MLX; the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
+the rows into MLX; the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
 and read-only: macOS would make private, writable ones the process's own memory as their pages are read.
 """
 
@@ -182,7 +182,7 @@ class MappedWeights:
         return self._adopted[name]
 
     def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
-        """These tensors by why they are copied, not adopted; None: adopted, or would be where MLX adopts pages."""
+        """These tensors grouped by the reason for copying them; None: adopted, or would be where MLX adopts pages."""
         found: dict[str | None, list[TensorInfo]] = {}
         for name in names:
             info = self.info(name)

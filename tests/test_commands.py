@@ -1,0 +1,45 @@
+"""Commands by every name: console scripts, `mebp-mlx COMMAND` and `python -m`, and what the package shows."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import mebp_mlx
+from mebp_mlx.__main__ import COMMANDS, main
+from tests.runs import ROOT
+
+
+def test_the_list_of_commands_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"]):
+        assert main(argv) == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed and what in printed for name, what in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_version_and_its_script(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"mebp_mlx {mebp_mlx.__version__}\n"
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[f"mebp_mlx.{name}"] == f"mebp_mlx.{name}:main"
+    assert callable(importlib.import_module(f"mebp_mlx.{name}").main)
+    assert scripts.keys() == {"mebp-mlx", *(f"mebp_mlx.{each}" for each in COMMANDS)}
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: trian: no such command") and "train" in line
+
+
+def test_the_package_runs_and_shows_its_interface() -> None:
+    done = subprocess.run([sys.executable, "-m", "mebp_mlx", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"mebp_mlx {mebp_mlx.__version__}\n")
+    assert dir(mebp_mlx) == sorted(mebp_mlx.__all__)
+    assert all(getattr(mebp_mlx, name) for name in mebp_mlx.__all__)
