@@ -8,9 +8,12 @@ from pathlib import Path
 import mebp_mlx
 
 # From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
-ORDER = ["training", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights", "system"]
+ORDER = [
+    "training", "generation", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights",
+    "system",
+]  # fmt: skip
 FREE = {"errors", "bundled"}  # import nothing above them, and serve everybody
-COMMAND = {"config", "options", "generate"}  # a run's options, and the child that samples for it: for training alone
+COMMAND = {"config", "options"}  # a run's options, for training alone
 ROOT = Path(mebp_mlx.__file__).parent
 
 
