@@ -1,132 +1,80 @@
-"""What a model writes after a prompt, without and with adapters, through mlx-lm.
-
-`python -m mebp_mlx.generate --model M --adapter-path A --prompt P` prints both texts; the trainer calls
-`sample`, which runs this module in a process of its own: training imports neither mlx_lm nor transformers.
-"""
+"""`python -m mebp_mlx.generate`: streams what a model, with or without adapters, writes after a prompt."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mebp_mlx import __version__
-from mebp_mlx.errors import UserError, memory_errors_told
-from mebp_mlx.system.child import ChildFailure, answer, one_line, run_child
-from mebp_mlx.weights.hub import resolve_model
+from .command import exit_code, over_budget, parse
+from .errors import UserError
+from .export.adapters import trained_with
+from .generation.text import Prompt, Writer
+from .options import option
+from .system.footprint import PeakMeter
+from .system.units import megabytes
+from .weights.hub import resolve_model
 
 PROG = "python -m mebp_mlx.generate"
+_GROUP, _TEXT = "model", "text"
+_TEXTS = (
+    "Continue a prompt, token by token.",
+    "The text goes to stdout, everything else to stderr. The whole model is held in memory, on the CPU as float32 as\n"
+    "far as --memory-budget has room: packed weights are slow there. exit codes: 0 done, 2 wrong option or input,\n"
+    "3 memory budget cannot be met or was passed, 130 interrupted",
+)
+_NOT_HERE = {"--trust-remote-code": "no code from a model folder is ever run"}
 
 
-def sample(
-    model_path: str | Path,
-    adapter_path: str | Path | None,
-    prompt: str,
-    max_tokens: int = 64,
-    *,
-    timeout_s: float = 600,
-) -> dict[str, str | None]:
-    """{"before": text without the adapters, "after": text with them, None without an adapter_path}, greedy.
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
 
-    Runs in a child process that holds the whole model. Raises UserError if it fails or takes too long.
-    """
-    request = {
-        "model": str(model_path),
-        "adapter_path": None if adapter_path is None else str(adapter_path),
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-    }
-    try:
-        return run_child(["mebp_mlx.generate"], request, offline=True, timeout_s=timeout_s)
-    except (ChildFailure, TimeoutError) as error:
-        raise UserError(f"sampling from {model_path} failed: {one_line(error)}") from error
+    # fmt: off
+    model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
+    adapter_path: str | None = option(None, _GROUP, "folder of adapters, ours or mlx-lm's", metavar="PATH",
+                                      shown_default="none")
+    memory_budget: int | str | None = option(None, _GROUP, "footprint to stay within: 500MB", metavar="SIZE", size=True,
+                                             words=("none",), above=0, shown_default="none")
 
-
-def generate(model_path: Path, adapter_path: Path | None, prompt: str, max_tokens: int) -> dict[str, str | None]:
-    """Both texts, in this process: loads the model, continues the prompt, adds the adapters, continues again.
-
-    A tokenizer with a chat template gets the prompt as a user's message, any other as plain text.
-    """
-    if not prompt:
-        raise UserError("--prompt: must not be empty")
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens: must be at least 1, got {max_tokens}")
-    for name in ("adapter_config.json", "adapters.safetensors"):
-        if adapter_path is not None and not (adapter_path / name).is_file():
-            raise UserError(f"--adapter-path {adapter_path}: the folder holds no {name}")
-    from mebp_mlx.system.machine import load_blas
-
-    load_blas()  # before mlx_lm brings mlx.core
-    try:
-        import mlx_lm
-        from mlx_lm.tuner.utils import load_adapters
-    except ImportError as error:
-        raise UserError(f"sampling needs mlx-lm: pip install mlx-lm ({one_line(error)})") from error
-    try:
-        model, tokenizer = mlx_lm.load(str(model_path))[:2]
-        if tokenizer.has_chat_template:
-            tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        else:
-            tokens = tokenizer.encode(prompt)
-    except Exception as error:  # whatever a broken model, tokenizer or template makes its library raise
-        raise UserError(f"--model {model_path}: {type(error).__name__}: {one_line(error)}") from error
-    before = mlx_lm.generate(model, tokenizer, tokens, max_tokens=max_tokens)
-    if adapter_path is None:
-        return {"before": before, "after": None}
-    try:
-        model = load_adapters(model, str(adapter_path))
-        model.eval()  # no dropout
-        after = mlx_lm.generate(model, tokenizer, tokens, max_tokens=max_tokens)
-    except Exception as error:  # older mlx-lm notices adapters of another shape only when it computes with them
-        raise UserError(f"--adapter-path {adapter_path}: {type(error).__name__}: {one_line(error)}") from error
-    return {"before": before, "after": after}
+    prompt: str | None = option(None, _TEXT, "text, or a chat model's message; - reads stdin", metavar="TEXT",
+                                flags=("-p",))
+    system_prompt: str | None = option(None, _TEXT, "a chat model's instructions", metavar="TEXT", shown_default="none")
+    ignore_chat_template: bool = option(False, _TEXT, "the prompt as plain text")
+    max_tokens: int = option(100, _TEXT, "length of the text", at_least=1, flags=("-m",))
+    temp: float = option(0.0, _TEXT, "temperature, 0: always the likeliest token", at_least=0)
+    top_p: float = option(1.0, _TEXT, "of the others, those that make up this probability", above=0)
+    seed: int | None = option(None, _TEXT, "of the random choices", at_least=0, below=2**63, shown_default="random")
+    # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the texts, or one JSON object with --json; returns the exit code (2: stderr says why)."""
-    parser = argparse.ArgumentParser(prog=PROG, description="Continue a prompt without and with adapters.")
-    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
-    parser.add_argument("--model", required=True, help="folder, hub id, or `bundled`")
-    parser.add_argument("--adapter-path", type=Path, help="folder with adapters.safetensors")
-    parser.add_argument("--prompt", required=True, help="text to continue, or a chat model's question")
-    parser.add_argument("--max-tokens", type=int, default=64, help="length of the answer [64]")
-    parser.add_argument("--json", action="store_true", help='print {"before": text, "after": text}')
-    given = parser.parse_args(argv)
-    try:
-        with memory_errors_told():
-            texts = generate(resolve_model(given.model), given.adapter_path, given.prompt, given.max_tokens)
-    except UserError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    if given.json:
-        print(json.dumps(texts))
-    else:
-        for name in ("before", "after"):
-            if texts[name] is not None:
-                print(f"--- {name}\n{texts[name]}")
-    return 0
+    """Runs the command; returns the exit code."""
+    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv, _NOT_HERE)), "the text ends here")
 
 
-def _answer(request: dict[str, Any], _progress: Any) -> dict[str, Any]:
-    adapter = request["adapter_path"]
-    return dict(
-        generate(
-            Path(request["model"]),
-            Path(adapter) if adapter else None,
-            request["prompt"],
-            request["max_tokens"],
-        )
-    )
+def _run(options: Options) -> None:
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UserError(f"--prompt: {'is required' if text is None else 'must not be empty'}")
+    folder = None if options.adapter_path is None else Path(options.adapter_path).expanduser()
+    known = {} if folder is None else trained_with(folder)
+    model_path = resolve_model(options.model or known.get("model") or "bundled")
+    budget_bytes = options.memory_budget if isinstance(options.memory_budget, int) else None
+    prompt = Prompt(text, options.max_tokens, options.system_prompt, options.ignore_chat_template, options.temp,
+                    options.top_p, options.seed)  # fmt: skip
+    with PeakMeter() as meter:
+        for piece in Writer(model_path, folder, budget_bytes, _note).stream(prompt):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    _note(f"peak footprint {megabytes(meter.peak_bytes)}")
+    over_budget(budget_bytes, meter.peak_bytes)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 or sys.stdin.isatty():
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        sys.exit(main(sys.argv[1:]))
-    answer(_answer)
+    sys.exit(main())

@@ -263,7 +263,6 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
             )
     parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
-    parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="show it and exit")
     return parser
 
 

@@ -13,10 +13,12 @@ import mebp_mlx
 pytestmark = pytest.mark.quick
 
 # From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
-ORDER = ["training", "export", "data", "planner", "engine", "families", "ops", "model", "kernels", "weights", "system"]
-ORDER.insert(0, "testing")  # for tests/ and bench/ alone
+ORDER = [
+    "testing", "training", "generation", "export", "data", "planner", "engine", "families", "ops", "model", "kernels",
+    "weights", "system",
+]  # fmt: skip
 FREE = {"errors", "bundled", "__version__"}  # import nothing above them, and serve everybody
-COMMAND = {"config", "options", "generate"}  # a run's options, and the child that samples for it: for training alone
+COMMAND = {"config", "options"}  # a run's options, for training alone
 ROOT = Path(mebp_mlx.__file__).parent
 
 

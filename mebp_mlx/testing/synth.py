@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError
-from ..weights.writer import NewFolder
+from ..system.files import NewFolder
 
 SHARD_BYTES = 1_000_000_000
 _PIECE_BYTES = 16 << 20

@@ -12,7 +12,7 @@ from .. import bundled
 from ..config import TrainConfig
 from ..data.dataset import DataSets
 from ..errors import UserError
-from ..generate import sample
+from ..generation.sample import sample
 from ..model.base import Model
 from ..planner.search import Planned
 from ..system.footprint import PeakMeter
@@ -186,15 +186,35 @@ def summarize(
 
 
 def show_sample(config: TrainConfig, model_path: Path, folder: Path) -> None:
-    """Text before and after, from a child process; a failure is told, not raised."""
+    """Text before and after, as a child process makes it. A failure is told, not raised, and so is an interrupt: the
+    run is complete.
+    """
     prompt = config.sample_prompt
     if prompt is None and config.model == "bundled":
         prompt = bundled.SAMPLE_PROMPT
     if prompt is None:
         return
+    budget_bytes = config.memory_budget if isinstance(config.memory_budget, int) else None
+    shown: list[str] = []
+
+    def show(kind: str, text: str) -> None:
+        if kind == "note":
+            print(f"sample     {text}", flush=True)
+            return
+        if not shown:
+            print(f"--- prompt\n{prompt}")
+        if kind not in shown:
+            print(f"{chr(10) if shown else ''}--- {kind}")
+            shown.append(kind)
+        print(text, end="", flush=True)
+
+    print(f"sample     another process loads {config.model}; interrupting it loses nothing, the run is complete",
+          flush=True)  # fmt: skip
     try:
-        texts = sample(model_path, folder, prompt)
+        sample(model_path, folder, prompt, budget_bytes=budget_bytes, show=show)
+        print(flush=True)
     except UserError as error:
-        print(f"note: {error}")
-        return
-    print(f"--- prompt\n{prompt}\n--- before\n{texts['before']}\n--- after\n{texts['after']}", flush=True)
+        print(f"{chr(10) if shown else ''}note: no sample: {error}", flush=True)
+    except KeyboardInterrupt:
+        print(f"{chr(10) if shown else ''}sample interrupted; the run itself is complete, adapters in {folder}",
+              flush=True)  # fmt: skip

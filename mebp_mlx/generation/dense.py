@@ -1,0 +1,111 @@
+"""Decompresses a model in memory, as far as a budget has room.
+
+On MLX's CPU backend products with packed or 16-bit weights run at a fiftieth of the BLAS's speed: every token would
+wait for them. A matrix made float32 once, before the first token, is fast from then on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import BudgetError
+from ..system.device import on_gpu
+from ..system.footprint import footprint_bytes
+from ..system.units import megabytes
+
+_RESERVE_BYTES = 48 << 20  # cached keys and values, activations, what libraries take at the first token
+_STEP_BYTES = 1_000_000  # budgets in messages are rounded up to this
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+_DENSE = (nn.Linear, nn.Embedding)
+
+
+def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
+    """What a budget leaves beside the weights as they are stored, of a model that is not loaded yet; infinite without
+    a budget. Raises BudgetError, naming the smallest workable one, where nothing is left.
+    """
+    if budget_bytes is None:
+        return math.inf
+    stored = sum(value.nbytes for _, value in _parameters(model))
+    transient = max((4 * _n_weights(module) for _, module in _slow_matrices(model)), default=0)
+    widened = 0 if on_gpu() else sum(value.nbytes for _, _, value in _small(model))
+    least = footprint_bytes() + stored + widened + transient + _RESERVE_BYTES
+    if least > budget_bytes:
+        raise BudgetError(
+            f"--memory-budget: {budget_bytes / 1e6:.1f} MB is too little to generate with this model; the smallest "
+            f"workable budget is {math.ceil(least / _STEP_BYTES)}MB"
+        )
+    return budget_bytes - least
+
+
+def make_dense(model: nn.Module, room: float, say: Callable[[str], None]) -> None:
+    """Makes matrices float32, one after the other, while what they grow by is within `room` bytes; all else always.
+
+    say: called with lines about what takes time.
+    """
+    matrices = list(_slow_matrices(model))
+    wanted = sum(4 * _n_weights(module) for _, module in matrices)
+    if matrices:
+        say(f"decompressing the weights once, {megabytes(wanted)}")
+    n_left = 0
+    for name, module in matrices:
+        growth = 4 * _n_weights(module) - sum(value.nbytes for _, value in _parameters(module))
+        if growth > room:
+            n_left += 1
+            continue
+        room -= growth
+        _replace(model, name, module)
+    if n_left:
+        say(f"the budget has no room for {n_left} of {len(matrices)} matrices, which stay as stored: slower")
+    for module, key, value in list(_small(model)):
+        module[key] = value.astype(mx.float32)
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
+    found: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    return found
+
+
+def _slow_matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _PACKED) or (isinstance(module, _DENSE) and module.weight.dtype != mx.float32):
+            yield name, module
+
+
+def _n_weights(module: Any) -> int:
+    rows, words = module.weight.shape
+    return rows * (words * 32 // module.bits if isinstance(module, _PACKED) else words)
+
+
+def _replace(model: nn.Module, name: str, module: Any) -> None:
+    """The module with a float32 weight in place of its own, evaluated: the old one is free from here on."""
+    if not isinstance(module, _PACKED):
+        module.weight = module.weight.astype(mx.float32)
+        mx.eval(module.weight)
+        return
+    scales, biases = module.scales, module.get("biases")
+    if biases is not None:  # widened first: 16 bits would lose weight bits
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    how: dict[str, Any] = dict(group_size=module.group_size, bits=module.bits, mode=module.mode, dtype=mx.float32)
+    weight = mx.dequantize(module.weight, scales, biases, **how)
+    mx.eval(weight)
+    is_linear = isinstance(module, nn.QuantizedLinear)
+    new: Any = nn.Linear(1, 1, bias="bias" in module) if is_linear else nn.Embedding(1, 1)
+    new.weight = weight
+    if "bias" in module:
+        new.bias = module.bias
+    model.update_modules(tree_unflatten([(name, new)]))
+
+
+def _small(model: nn.Module) -> Iterator[tuple[Any, str, mx.array]]:
+    """Vectors, and the group parameters of packed matrices: with these in 16 bits all activations would be, too."""
+    for _, module in model.named_modules():
+        for key, value in module.items():
+            is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+            if is_float and (value.ndim == 1 or isinstance(module, _PACKED)):
+                yield module, key, value
