@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from mebp_mlx import evaluate
+from mebp_mlx.config import TrainConfig
 from mebp_mlx.data import dataset
+from mebp_mlx.training.evaluate import evaluate_alone, table
 from tests.adapters import make_adapters, mlx_lm_loss
 from tests.runs import tokenize_here
 from tests.texts import write_rows, write_tokenizer
@@ -63,7 +65,7 @@ def test_any_file_and_any_split_within_a_budget(
     assert two["n_rows"] == 2
     assert evaluate.main(["--model", str(model), "--data", str(file)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("valid.jsonl: 6 rows, ") and f"{whole['loss']:.4f}" in said
+    assert said.startswith("valid.jsonl: 6 rows, ") and f"{whole['loss']:.4f}" in said and "peak footprint" in said
 
 
 def test_labels_are_those_of_training(
@@ -86,6 +88,22 @@ def test_a_budget_that_is_too_small_is_refused(
     assert evaluate.main(argv) == 3
     said = capsys.readouterr().err
     assert said.startswith("error: --memory-budget: 1.0 MB is too little") and said.count("\n") == 1
+
+
+def test_without_training_the_test_rows_are_all_that_is_needed(
+    home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = home / "model", write_rows(tmp_path / "data", ROWS, "test")
+    adapters = make_adapters(tmp_path / "adapters", model)
+    config = TrainConfig(model=str(model), data=str(data), adapter_path=str(adapters), test=True)
+    rows, found = evaluate_alone(config, model)
+    expected = measured(capsys, "--model", model, "--data", data, "--adapter-path", adapters)
+    assert len(rows) == 3 and {name: q.loss for name, q in found.items()} == {
+        name: q["loss"] for name, q in expected.items()
+    }
+    assert [line.split()[0] for line in table(rows, found)] == ["test.jsonl:", "loss", "model", "adapters"]
+    nothing = config.replace(adapter_path=str(tmp_path / "none"))
+    assert list(evaluate_alone(nothing, model)[1]) == ["model"]
 
 
 @pytest.mark.parametrize(
