@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mebp_mlx import evaluate
+from mebp_mlx import bundled, evaluate
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.data import dataset
 from mebp_mlx.training.evaluate import evaluate_alone, table
@@ -127,3 +129,14 @@ def test_bad_input_is_one_line(
     assert evaluate.main([part.format(home=home) for part in given]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message.format(home=home)}") and said.count("\n") == 1, said
+
+
+def test_the_whole_process_stays_within_the_budget(tmp_path: Path) -> None:
+    """Exit 3 where the measured peak has passed it."""
+    adapters = make_adapters(tmp_path / "adapters", Path(bundled.MODEL_DIR))
+    command = [sys.executable, "-m", "mebp_mlx.evaluate", "--model", "bundled", "--adapter-path", str(adapters)]
+    more = ["--data", "bundled", "--test-batches", "2", "--memory-budget", "60MB"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    peak_mb = int(done.stdout.partition("peak footprint ")[2].partition(" MB")[0])
+    assert 0 < peak_mb <= 60
