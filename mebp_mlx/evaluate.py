@@ -15,7 +15,7 @@ from .export.adapters import adapters_of, trained_with
 from .options import option
 from .system.footprint import PeakMeter
 from .system.units import megabytes
-from .training.evaluate import Evaluator, rows_as_trained
+from .training.evaluate import Evaluator, rows_as_trained, table
 from .weights.hub import SPLITS, resolve_model
 
 PROG = "python -m mebp_mlx.evaluate"
@@ -75,12 +75,8 @@ def _run(options: Options) -> None:
     if options.json:
         say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in found.items()}))
     else:
-        first = found["model"]
-        say(f"{rows.name}: {first.n_rows:,} rows, {first.n_labels:,} labelled tokens; peak footprint "
-            f"{megabytes(meter.peak_bytes)}")  # fmt: skip
-        say(f"{'':<10}{'loss':>10}{'perplexity':>14}{'accuracy':>10}")
-        for name, q in found.items():
-            say(f"{name:<10}{q.loss:>10.4f}{q.perplexity:>14,.2f}{q.accuracy:>10.1%}")
+        for line in (*table(rows, found), f"peak footprint {megabytes(meter.peak_bytes)}"):
+            say(line)
     over_budget(budget_bytes, meter.peak_bytes)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mebp_mlx import evaluate
+from mebp_mlx import bundled, evaluate
+from mebp_mlx.config import TrainConfig
 from mebp_mlx.data import dataset
 from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.testing.tiny import CONFIGS, write_model
+from mebp_mlx.training.evaluate import evaluate_alone, table
 from tests.adapters import make_adapters, mlx_lm_loss
 from tests.runs import tokenize_here
 from tests.texts import write_rows, write_tokenizer
@@ -61,7 +65,7 @@ def test_any_file_and_any_split_within_a_budget(
     assert two["n_rows"] == 2
     assert evaluate.main(["--model", str(model), "--data", str(file)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("valid.jsonl: 6 rows, ") and f"{whole['loss']:.4f}" in said
+    assert said.startswith("valid.jsonl: 6 rows, ") and f"{whole['loss']:.4f}" in said and "peak footprint" in said
 
 
 def test_labels_are_those_of_training(
@@ -86,6 +90,22 @@ def test_a_budget_that_is_too_small_is_refused(
     assert said.startswith("error: --memory-budget: 1.0 MB is too little") and said.count("\n") == 1
 
 
+def test_without_training_the_test_rows_are_all_that_is_needed(
+    home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = home / "model", write_rows(tmp_path / "data", ROWS, "test")
+    adapters = make_adapters(tmp_path / "adapters", model)
+    config = TrainConfig(model=str(model), data=str(data), adapter_path=str(adapters), test=True)
+    rows, found = evaluate_alone(config, model)
+    expected = measured(capsys, "--model", model, "--data", data, "--adapter-path", adapters)
+    assert len(rows) == 3 and {name: q.loss for name, q in found.items()} == {
+        name: q["loss"] for name, q in expected.items()
+    }
+    assert [line.split()[0] for line in table(rows, found)] == ["test.jsonl:", "loss", "model", "adapters"]
+    nothing = config.replace(adapter_path=str(tmp_path / "none"))
+    assert list(evaluate_alone(nothing, model)[1]) == ["model"]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -107,3 +127,14 @@ def test_bad_input_is_one_line(
     assert evaluate.main([part.format(home=home) for part in given]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message.format(home=home)}") and said.count("\n") == 1, said
+
+
+def test_the_whole_process_stays_within_the_budget(tmp_path: Path) -> None:
+    """Exit 3 where the measured peak has passed it."""
+    adapters = make_adapters(tmp_path / "adapters", Path(bundled.MODEL_DIR))
+    command = [sys.executable, "-m", "mebp_mlx.evaluate", "--model", "bundled", "--adapter-path", str(adapters)]
+    more = ["--data", "bundled", "--test-batches", "2", "--memory-budget", "60MB"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    peak_mb = int(done.stdout.partition("peak footprint ")[2].partition(" MB")[0])
+    assert 0 < peak_mb <= 60

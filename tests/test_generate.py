@@ -23,9 +23,9 @@ from mebp_mlx.generation import dense
 from mebp_mlx.generation import sample as sampling
 from mebp_mlx.generation.sample import sample
 from mebp_mlx.generation.text import Prompt, Writer
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 from mebp_mlx.training.report import show_sample
 from tests.texts import write_tokenizer
-from mebp_mlx.testing.tiny import CONFIGS, packed_config, write_model
 
 PROMPT = "what is the capital"
 

@@ -300,7 +300,8 @@ class _Reader:
         scalings = [found for found in (old_scaling, nested) if found]
         traditional = bool(self.get("rope_traditional", False))
         ropes = [make_rope(head_dim, base, found, traditional=traditional, where=self.where) for found in scalings]
-        if len(set(bases)) > 1 or len(set(ropes)) > 1:
+        differ = any(rope != ropes[0] or rope.freqs is not ropes[0].freqs for rope in ropes)  # made once for a setting
+        if len(set(bases)) > 1 or differ:
             old = key if len(set(bases)) > 1 else "rope_scaling"
             raise UserError(f"{self.where}: {old} and rope_parameters contradict each other; remove one of them")
         return ropes[0] if ropes else make_rope(head_dim, base, None, traditional=traditional, where=self.where)

@@ -10,10 +10,12 @@ from typing import Any
 
 import mebp_mlx
 
+from ..config import TrainConfig
 from ..data.dataset import TokenRows, eval_batches, prepare_rows
 from ..data.rows import ALL, COMPLETION, RowOptions
 from ..engine.base import Pass
 from ..errors import NonFiniteLoss
+from ..export.adapters import ADAPTER_CONFIG, adapters_of
 from ..model.base import Model
 from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
@@ -110,3 +112,33 @@ class Evaluator:
         longest = int(self.rows.lengths.max()) - 1
         workload = Workload(model, lora or NO_LORA, min(self.batch_size, len(self.rows)), longest, forward_only=True)
         return choose(workload, self.budget_bytes, smallest=self.smallest).plan
+
+
+def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, dict[str, Quality]]:
+    """What `--test` means where nothing is trained: the test rows, and the quality of the model on them, and with the
+    adapters in --adapter-path where it holds some. Raises UserError, BudgetError, NonFiniteLoss.
+    """
+    rows = prepare_rows(
+        data=config.data,
+        split="test",
+        model_path=model_path,
+        mask_prompt=config.mask_prompt,
+        max_seq_length=config.max_seq_length,
+        overlong=config.overlong,
+    )
+    quality = Evaluator(
+        rows, config.batch_size, config.test_batches, config.budget_bytes, config.smallest, config.dtype
+    )
+    found = {"model": quality(model_path, None)}
+    folder = Path(config.adapter_path).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        found["adapters"] = quality(model_path, adapters_of(folder, model_path))
+    return rows, found
+
+
+def table(rows: TokenRows, found: Mapping[str, Quality]) -> list[str]:
+    """Lines for a person."""
+    first = next(iter(found.values()))
+    lines = [f"{rows.name}: {first.n_rows:,} rows, {first.n_labels:,} labelled tokens"]
+    lines += [f"{'':<10}{'loss':>10}{'perplexity':>14}{'accuracy':>10}"]
+    return lines + [f"{n:<10}{q.loss:>10.4f}{q.perplexity:>14,.2f}{q.accuracy:>10.1%}" for n, q in found.items()]
