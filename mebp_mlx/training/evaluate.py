@@ -118,14 +118,7 @@ def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, di
     """What `--test` means where nothing is trained: the test rows, and the quality of the model on them, and with the
     adapters in --adapter-path where it holds some. Raises UserError, BudgetError, NonFiniteLoss.
     """
-    rows = prepare_rows(
-        data=config.data,
-        split="test",
-        model_path=model_path,
-        mask_prompt=config.mask_prompt,
-        max_seq_length=config.max_seq_length,
-        overlong=config.overlong,
-    )
+    rows = prepare_rows(config.data_source, "test", model_path, config.row_options)
     quality = Evaluator(
         rows, config.batch_size, config.test_batches, config.budget_bytes, config.smallest, config.dtype
     )
