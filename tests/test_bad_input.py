@@ -136,12 +136,12 @@ def test_memory_that_cannot_be_had_is_one_line(
 
     monkeypatch.setattr(training_train, "make_engine", fail)
     monkeypatch.setattr(convert, "convert", fail)
-    monkeypatch.setattr(sample, "generate", fail)
+    monkeypatch.setattr(sample, "_run", fail)
     texts = []
     for run, code in (
         (lambda: train.main(arguments(home, tmp_path / "out")), 3),
         (lambda: convert.main(["--model", "bundled", "--out", str(tmp_path / "converted")]), 3),
-        (lambda: sample.main(["--model", "bundled", "--prompt", "x"]), 2),
+        (lambda: sample.main(["--model", "bundled", "--prompt", "x"]), 3),
     ):
         capsys.readouterr()
         assert run() == code

@@ -27,8 +27,9 @@ def test_every_command_has_its_version_and_its_script(name: str, capsys: pytest.
         main([name, "--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"mebp_mlx {mebp_mlx.__version__}\n"
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts[f"mebp_mlx.{name}"] == f"mebp_mlx.{name}:main"
-    assert callable(importlib.import_module(f"mebp_mlx.{name}").main)
+    module = f"mebp_mlx.{name}" + (".__main__" if name in ("doctor", "export") else "")  # folders
+    assert scripts[f"mebp_mlx.{name}"] == f"{module}:main"
+    assert callable(importlib.import_module(module).main)
     assert scripts.keys() == {"mebp-mlx", *(f"mebp_mlx.{each}" for each in COMMANDS)}
 
 
