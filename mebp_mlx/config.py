@@ -15,8 +15,8 @@ from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
-from mebp_mlx.options import Spec, build_parser, convert, describe, option, read_yaml, suggest
-from mebp_mlx.system.machine import default_budget_bytes
+from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
+from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
 
@@ -25,7 +25,6 @@ PROJECTIONS = tuple(_PROJECTIONS.values())
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
-SMALLEST, UNLIMITED = "min", "none"  # in place of --memory-budget's size
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -195,18 +194,14 @@ class TrainConfig:
         """The footprint to stay within: --memory-budget, else what --device gives an app, else 1 GB or a quarter of
         the machine's memory, whichever is less. None without a size: for `none`, and for `min` (see `smallest`).
         """
-        if isinstance(self.memory_budget, int):
-            return self.memory_budget
-        if self.memory_budget in (SMALLEST, UNLIMITED):
-            return None
-        if self.phone is not None:
+        if self.memory_budget is None and self.phone is not None:
             return self.phone.budget_bytes
-        return default_budget_bytes()
+        return named_budget(self.memory_budget)[0]
 
     @property
     def smallest(self) -> bool:
         """Whether the smallest footprint is asked for, however slow (--memory-budget min)."""
-        return self.memory_budget == SMALLEST
+        return named_budget(self.memory_budget)[1]
 
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -280,17 +275,10 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     given, taken = {}, []
     for name, raw in vars(found).items():
         if name in specs:
-            given[name] = _checked(specs[name], raw, specs[name].flag)
+            given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
-
-
-def _checked(spec: Spec, raw: Any, where: str) -> Any:
-    try:
-        return convert(spec, raw)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 # YAML
@@ -318,7 +306,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         if raw is not None:
             if specs[name].option.size and type(raw) in (int, float):
                 raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
-            given[name] = _checked(specs[name], raw, where)
+            given[name] = checked_value(specs[name], raw, where)
 
     for key, raw in file.values.items():
         where = file.where(key)
@@ -359,7 +347,8 @@ def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[
     specs = describe(Schedule)
     _only_keys(schedule, list(specs), where, "lr_schedule")
     checked = {
-        key: _checked(spec, schedule.get(key, spec.default), where("lr_schedule", key)) for key, spec in specs.items()
+        key: checked_value(spec, schedule.get(key, spec.default), where("lr_schedule", key))
+        for key, spec in specs.items()
     }
     return {**checked, "arguments": list(checked["arguments"])}
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import UserError
 from .export.folder import check_outside, new_config, new_folder, write_folder
@@ -17,19 +16,19 @@ from .export.quantize import MIXED, MODES, Recipe, checked_packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
 from .model.config import read_config
-from .options import Spec, build_parser, describe, option, suggest
-from .options import convert as checked_value
+from .options import build_parser, given_options, option
 from .system.allocator import settle
-from .system.command import DONE, run_command
+from .system.command import run_command
 from .system.device import DTYPES
 from .system.footprint import PeakMeter
+from .system.terminal import say
 from .system.units import megabytes
 from .weights.hub import resolve_model
 
 PROG = "python -m mebp_mlx.convert"
 _GROUP = "conversion"
 KEEP = "keep"
-_NOT_HERE = {
+_REFUSED = {
     "--upload-repo": "not available: `hf upload NAME DIR` does it",
     "--trust-remote-code": "no code of a model's folder is ever run; leave it out",
 }
@@ -95,21 +94,20 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
 
-    def work(_: object) -> int:
-        options = _from_flags(argv)
-        with PeakMeter() as meter:
-            report = convert(options, say=_say)
-            for line in _summary(options, report, meter.peak_bytes):
-                _say(line)
-        return DONE
-
-    return run_command(work, "interrupted; nothing unfinished is left behind")
+    return run_command(lambda _: _run(_from_flags(argv)), "interrupted; nothing unfinished is left behind")
 
 
-def convert(options: Options, say: Say = lambda text: None) -> Report:
+def _run(options: Options) -> None:
+    with PeakMeter() as meter:
+        report = convert(options, say)
+        for line in _summary(options, report, meter.peak_bytes):
+            say(line)
+
+
+def convert(options: Options, on_line: Say = lambda text: None) -> Report:
     """Converts `options.model` into the new folder `options.out`.
 
-    say: called with a line for each decoder block. Raises UserError, before anything is written for all that can be
+    on_line: called with a line for each decoder block. Raises UserError, before anything is written for all that can be
     known then; whatever is raised, the folder appears whole or not at all.
     """
     began_s = time.perf_counter()
@@ -124,7 +122,7 @@ def convert(options: Options, say: Say = lambda text: None) -> Report:
     try:
         repack = Repack(model, recipe, DTYPES[options.dtype] if options.dtype else None)
         config = new_config(read_config(source), recipe, repack.report.others, options.dtype)
-        write_folder(out, source, repack, config, say)
+        write_folder(out, source, repack, config, on_line)
     finally:
         model.weights.close()
     repack.report.seconds = time.perf_counter() - began_s
@@ -147,29 +145,12 @@ def _from_flags(argv: Sequence[str] | None) -> Options:
         "packing, keep is meant. DIR appears when it is complete. exit codes: 0 done, 2 wrong option or input,\n"
         "130 interrupted",
     )
-    given = sys.argv[1:] if argv is None else list(argv)
-    found, unknown = parser.parse_known_args(given)
-    specs = describe(Options)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        why = _NOT_HERE.get(flag) or f"no such option{suggest(flag, [spec.flag for spec in specs.values()])}"
-        raise UserError(f"{flag}: {why}")
-    values = {name: _checked(specs[name], raw) for name, raw in vars(found).items()}
-    is_mlx_lms = any(each.partition("=")[0] in ("--hf-path", "--mlx-path") for each in given)
+    values = given_options(Options, parser, argv, _REFUSED)
+    words = sys.argv[1:] if argv is None else argv
+    is_mlx_lms = any(word.partition("=")[0] in ("--hf-path", "--mlx-path") for word in words)
     if is_mlx_lms and not values.keys() & {"quantize", "dequantize", "bits", "group_size", "mode", "quant_predicate"}:
         values["mode"] = KEEP
     return Options(**values)
-
-
-def _checked(spec: Spec, raw: Any) -> Any:
-    try:
-        return checked_value(spec, raw)
-    except ValueError as error:
-        raise UserError(f"{spec.flag}: {error}") from None
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _summary(options: Options, report: Report, peak_bytes: int) -> Iterator[str]:

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .command import exit_code, limits, over_budget, parse, say
 from .data.rows import ALL, COMPLETION
 from .export.adapters import adapters_of, trained_with
-from .options import option
+from .options import option, parse
+from .system.command import run_command
 from .system.footprint import PeakMeter
+from .system.limits import check_peak, named_budget
+from .system.terminal import say
 from .system.units import megabytes
 from .training.evaluate import Evaluator, rows_as_trained, table
 from .weights.hub import SPLITS, resolve_model
@@ -56,7 +58,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv)), "nothing was written")
+    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv)), "interrupted; nothing was written")
 
 
 def _run(options: Options) -> None:
@@ -67,7 +69,7 @@ def _run(options: Options) -> None:
         labels = None if options.mask_prompt is None else COMPLETION if options.mask_prompt else ALL
         changes = {"train_on": labels, "max_seq_length": options.max_seq_length, "overlong": options.overlong}
         rows = rows_as_trained(known, model_path, options.split, options.data, changes)
-        budget_bytes, smallest = limits(options.memory_budget)
+        budget_bytes, smallest = named_budget(options.memory_budget)
         quality = Evaluator(rows, options.batch_size, options.test_batches, budget_bytes, smallest, options.dtype)
         found = {"model": quality(model_path, None)}
         if folder is not None:
@@ -77,7 +79,7 @@ def _run(options: Options) -> None:
     else:
         for line in (*table(rows, found), f"peak footprint {megabytes(meter.peak_bytes)}"):
             say(line)
-    over_budget(budget_bytes, meter.peak_bytes)
+    check_peak(budget_bytes, meter.peak_bytes)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .command import exit_code, limits, over_budget, parse, say
 from .errors import UserError
 from .export.adapters import adapters_of, trained_with
 from .export.card import Card, model_card
@@ -15,18 +14,21 @@ from .export.folder import check_outside, new_folder
 from .export.fuse import Format, Kept, Measure, fuse
 from .export.quantize import MODES, Recipe, checked_packing
 from .export.upload import check_repo, upload
-from .options import option
+from .options import option, parse
+from .system.command import run_command
 from .system.device import DTYPES
 from .system.footprint import PeakMeter
+from .system.limits import check_peak, named_budget
+from .system.terminal import say
 from .system.units import megabytes
 from .training.evaluate import Evaluator, rows_as_trained
 from .weights.hub import SPLITS, resolve_model
 
 PROG = "python -m mebp_mlx.fuse"
 _MODEL, _STORED, _MEASURED = "model and adapters", "how it is stored", "what is kept"
-_GGUF = "python -m mebp_mlx.export --gguf writes the adapters for llama.cpp"
-_CODE = "no code from a model folder is ever run"
-_NOT_HERE = {"--export-gguf": _GGUF, "--gguf-path": _GGUF, "--trust-remote-code": _CODE}
+_GGUF = "not available: python -m mebp_mlx.export --gguf writes the adapters for llama.cpp"
+_CODE = "not available: no code from a model folder is ever run"
+_REFUSED = {"--export-gguf": _GGUF, "--gguf-path": _GGUF, "--trust-remote-code": _CODE}
 _TEXTS = (
     "Add adapters to the weights of their model, a few rows at a time, and measure what that keeps.",
     "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of what\n"
@@ -82,7 +84,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv, _NOT_HERE)), "nothing unfinished is left behind")
+    interrupted = "interrupted; nothing unfinished is left behind"
+    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv, _REFUSED)), interrupted)
 
 
 def _run(options: Options) -> None:
@@ -94,7 +97,7 @@ def _run(options: Options) -> None:
     base = options.model or known.get("model") or "bundled"
     source = resolve_model(base)
     check_outside(out, source)
-    budget_bytes, smallest = limits(options.memory_budget)
+    budget_bytes, smallest = named_budget(options.memory_budget)
     measure = None
     with PeakMeter() as meter:
         lora = adapters_of(folder, source)
@@ -112,7 +115,7 @@ def _run(options: Options) -> None:
     say(f"  stored    in {how}; {report.bytes_before:,} -> {report.bytes_after:,} bytes")
     say(f"  measured  {'nothing' if measure is None else f'{measure.rows}: {kept}'}")
     say(f"  took      peak footprint {megabytes(meter.peak_bytes)}")
-    over_budget(budget_bytes, meter.peak_bytes)
+    check_peak(budget_bytes, meter.peak_bytes)
     if options.upload_repo is not None:
         say(f"  uploaded  {upload(out.path, options.upload_repo)}")
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .command import exit_code, over_budget, parse
 from .errors import UserError
 from .export.adapters import trained_with
 from .generation.text import Prompt, Writer
-from .options import option
+from .options import option, parse
+from .system.command import run_command
 from .system.footprint import PeakMeter
+from .system.limits import check_peak
 from .system.units import megabytes
 from .weights.hub import resolve_model
 
@@ -24,7 +25,7 @@ _TEXTS = (
     "far as --memory-budget has room: packed weights are slow there. exit codes: 0 done, 2 wrong option or input,\n"
     "3 memory budget cannot be met or was passed, 130 interrupted",
 )
-_NOT_HERE = {"--trust-remote-code": "no code from a model folder is ever run"}
+_REFUSED = {"--trust-remote-code": "not available: no code from a model folder is ever run"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv, _NOT_HERE)), "the text ends here")
+    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv, _REFUSED)), "interrupted; the text ends here")
 
 
 def _run(options: Options) -> None:
@@ -69,7 +70,7 @@ def _run(options: Options) -> None:
             print(piece, end="", flush=True)
         print(flush=True)
     _note(f"peak footprint {megabytes(meter.peak_bytes)}")
-    over_budget(budget_bytes, meter.peak_bytes)
+    check_peak(budget_bytes, meter.peak_bytes)
 
 
 def _note(line: str) -> None:

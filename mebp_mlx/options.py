@@ -12,14 +12,17 @@ import difflib
 import math
 import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
+
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +206,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """`, did you mean X?` when a known name is close to `name`, or one begins with the other, otherwise nothing."""
     bare = {each.lstrip("-"): each for each in known}
     name = name.lstrip("-")
-    close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.7)
     close += [each for each in bare if len(name) >= 3 and (each.startswith(name) or name.startswith(each))]
     return f"; did you mean {bare[close[0]]}?" if close else ""
 
@@ -264,6 +267,42 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
     parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
+
+
+def given_options(
+    cls: type, parser: argparse.ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The options that a command line gives, checked, by name. refused: flags of mlx-lm's command of that name, and
+    why they are not there. Raises UserError naming the flag; --help exits.
+    """
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    specs = describe(cls)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        why = (refused or {}).get(flag) or f"no such option{suggest(flag, [spec.flag for spec in specs.values()])}"
+        raise UserError(f"{flag}: {why}")
+    return {name: checked_value(specs[name], raw, specs[name].flag) for name, raw in vars(raw_values).items()}
+
+
+def parse(
+    cls: type[Options],
+    prog: str,
+    texts: tuple[str, str],
+    argv: Sequence[str] | None,
+    refused: Mapping[str, str] | None = None,
+) -> Options:
+    """The options of a command line. texts: of --help, before the options and after them. Otherwise as
+    given_options.
+    """
+    return cls(**given_options(cls, build_parser(cls, prog, *texts), argv, refused))
+
+
+def checked_value(spec: Spec, raw: Any, where: str) -> Any:
+    """An option's value. Raises UserError that begins with `where`."""
+    try:
+        return convert(spec, raw)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _shown_default(spec: Spec) -> str:

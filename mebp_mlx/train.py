@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import TrainConfig
-from .system.command import DONE, run_command
+from .system.command import run_command
 from .system.footprint import PeakMeter
 from .system.interrupt import Interrupt
 from .training.checkpoint import saved_options
@@ -29,13 +29,12 @@ def config_of(argv: Sequence[str] | None) -> TrainConfig:
     return config
 
 
-def run(config: TrainConfig, interrupt: Interrupt) -> int:
-    """Trains as `config` says and returns the exit code. Raises UserError, BudgetError, NonFiniteLoss, Stopped."""
+def run(config: TrainConfig, interrupt: Interrupt) -> None:
+    """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped."""
     with PeakMeter() as meter:
         prepared = prepare_run(config)
         if prepared is not None:
             train_run(prepared, interrupt, meter)
-    return DONE
 
 
 if __name__ == "__main__":

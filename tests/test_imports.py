@@ -26,6 +26,8 @@ def _imported(file: Path, package: list[str]) -> set[str]:
     """The rooms that a file imports from, by name."""
     rooms = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            rooms |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "mebp_mlx"}
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             path = [*base, *(node.module or "").split(".")] if node.module else base

@@ -240,3 +240,11 @@ def test_batches_are_checked(tmp_path: Path, tokens: list, targets: list, said: 
     model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["qwen2"]))
     with pytest.raises(UserError, match=said):
         mebp_mlx.loss_and_grads(model, mebp_mlx.init_lora(model), tokens, targets)
+
+
+def test_a_config_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS["qwen2"])
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON") as caught:
+        mebp_mlx.open_model(folder)
+    assert "\n" not in str(caught.value)

@@ -88,7 +88,7 @@ def write_tokenizers(root: Path) -> dict[str, Path]:
 
 def request(folder: Path, model: Path, out: Path, **options: Any) -> dict[str, Any]:
     """What the child is asked for all splits in a folder."""
-    files = {path.stem: [str(path), dataset._sha256(path)] for path in folder.glob("*.jsonl")}
+    files = {path.stem: [str(path), dataset.sha256_of(path)] for path in folder.glob("*.jsonl")}
     return {"rows": {**OPTIONS, **options}, "model_path": str(model), "out": str(out), "files": files}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mebp_mlx.data.rows import RowOptions
-from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta
+from mebp_mlx.data.tokenize import FILES, FORMAT_VERSION, read_meta, sha256_of
 from mebp_mlx.errors import UserError
 from mebp_mlx.model import NO_LABEL
 from mebp_mlx.system.child import run_child
@@ -159,7 +159,7 @@ def _tokenized(
     """Counts of each split as of DataSets, and the folder of their token files, from the cache or made now."""
     options = {"rows": asdict(rows)}
     try:
-        hashes = {split: _sha256(path) for split, path in files.items()}
+        hashes = {split: sha256_of(path) for split, path in files.items()}
         key = _cache_key(hashes, _tokenizer_hashes(model_path), options)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
@@ -250,15 +250,7 @@ def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
     if not has_tokenizer(model_path):
         raise UserError(f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)")
     paths = {path for pattern in _TOKENIZER_FILES for path in model_path.glob(pattern) if path.is_file()}
-    return {path.relative_to(model_path).as_posix(): _sha256(path) for path in paths}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 18):
-            digest.update(block)
-    return digest.hexdigest()
+    return {path.relative_to(model_path).as_posix(): sha256_of(path) for path in paths}
 
 
 @contextlib.contextmanager

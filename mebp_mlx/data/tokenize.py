@@ -27,6 +27,7 @@ from typing import Any
 from mebp_mlx.data.rows import Encoder, Row, RowOptions, kind_of
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.child import answer, one_line
+from mebp_mlx.system.files import flush
 from mebp_mlx.weights.hub import SPLITS
 
 FORMAT_VERSION = 3
@@ -62,11 +63,11 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
                     files = _Files(folder, split)
                     with files:
                         splits[split] = _tokenize_split(Path(path), sha256, files, encoder, vocabulary, progress)
-            hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
             meta = {"format": FORMAT_VERSION, "splits": splits, "sha256": hashes}
             with open(folder / "meta.json", "w", encoding="utf-8") as file:
                 json.dump(meta, file)
-                _sync(file)
+                flush(file)
             _publish(folder, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -94,14 +95,15 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
                 ("lines", 4 * rows),
             ):
                 path = folder / f"{split}.{name}"
-                if path.stat().st_size != n_bytes or _sha256(path) != meta["sha256"][path.name]:
+                if path.stat().st_size != n_bytes or sha256_of(path) != meta["sha256"][path.name]:
                     return None
         return meta
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's hash, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 16):
@@ -177,7 +179,7 @@ class _Files:
 
     def sync(self) -> None:
         for file in self._open.values():
-            _sync(file)
+            flush(file)
 
 
 def _tokenize_split(
@@ -317,11 +319,6 @@ def _vocabulary(model_path: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return size if isinstance(size, int) else None
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _publish(folder: Path, out: Path) -> None:

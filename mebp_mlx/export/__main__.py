@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..command import exit_code, parse, say
 from ..errors import UserError
 from ..model.base import Model
-from ..options import option
+from ..options import option, parse
+from ..system.command import run_command
+from ..system.terminal import say
 from ..weights.hub import resolve_model
 from .adapters import FLAG, load_adapters, read_about
 from .folder import new_folder
@@ -44,7 +45,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return exit_code(lambda: _run(parse(Options, PROG, _TEXTS, argv)), "nothing unfinished is left behind")
+    interrupted = "interrupted; nothing unfinished is left behind"
+    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv)), interrupted)
 
 
 def _run(options: Options) -> None:

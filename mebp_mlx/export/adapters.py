@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..model.base import Model
 from ..model.config import PROJECTIONS, Linear, ModelSpec
 from ..model.lora import Lora
-from ..system.files import write_json
+from ..system.files import read_json_object, write_json
 from ..weights.safetensors import MappedWeights
 from ..weights.writer import Entry, Shard, write_arrays
 
@@ -30,14 +30,9 @@ def read_about(folder: Path, flag: str = FLAG) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{flag} {folder}: the folder holds no {ADAPTER_CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return about
 
 
 def trained_with(folder: Path) -> dict[str, Any]:

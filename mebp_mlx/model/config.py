@@ -6,13 +6,13 @@ that the checkpoint's tensors have the shapes it promises before anything is com
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..system.files import read_json_object
 from ..weights.safetensors import MappedWeights
 from .rope import Rope, make_rope
 
@@ -148,14 +148,9 @@ def read_config(folder: Path) -> dict:
     """config.json of a model folder as a dict; UserError when it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; --model needs a folder with config.json and *.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return config
 
 
 def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") -> ModelSpec:

@@ -11,18 +11,17 @@ from .interrupt import Interrupt, Stopped
 from .terminal import forgiving_output
 
 DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
-EXIT_CODES = "exit codes: 0 done, 2 wrong option or input, 3 memory cannot be had or its budget met, 130 interrupted"
 
 
-def run_command(work: Callable[[Interrupt], int], interrupted: str) -> int:
-    """Runs a command's work and returns the exit code: the work's own, or that of the error or signal that ended it.
+def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> int:
+    """Runs a command's work and returns the exit code: the work's own (None: 0), or that of what ended it.
 
     interrupted: the line after a signal, unless Stopped brings its own.
     """
     with forgiving_output():
         try:
             with memory_errors_told(), Interrupt() as interrupt:
-                return work(interrupt)
+                return work(interrupt) or DONE
         except (UserError, NonFiniteLoss, ChildFailure) as error:
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
             return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT

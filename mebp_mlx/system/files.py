@@ -86,6 +86,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) ->
             partial.unlink()
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises FileNotFoundError, and UserError naming the file for everything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any], flag: str) -> None:
     """Writes a JSON object, indented, as write_atomically does."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

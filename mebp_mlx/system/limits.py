@@ -11,13 +11,35 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import BudgetError
 from .footprint import footprint_bytes
-from .machine import usable_cores
+from .machine import default_budget_bytes, usable_cores
 
 # Threads that are still to come (the BLAS's, MLX's) reserve their stacks, and a heap of glibc's each in address space.
 _MORE_THREADS = 2
 _STACK_BYTES, _HEAP_BYTES = 8 << 20, 128 << 20
 _LIMITS = (("ulimit -d", "RLIMIT_DATA", "VmData", 0), ("ulimit -v", "RLIMIT_AS", "VmSize", _HEAP_BYTES))
+
+
+SMALLEST, UNLIMITED = "min", "none"  # in place of --memory-budget's size
+
+
+def named_budget(budget: int | str | None) -> tuple[int | None, bool]:
+    """--memory-budget as (bytes, or None for no limit; whether the smallest footprint is asked for). Not given: 1 GB or
+    a quarter of the machine's memory, whichever is less.
+    """
+    if isinstance(budget, int):
+        return budget, False
+    return (default_budget_bytes() if budget is None else None), budget == SMALLEST
+
+
+def check_peak(budget_bytes: int | None, peak_bytes: int) -> None:
+    """Raises BudgetError when the measured peak has passed the budget."""
+    if budget_bytes is not None and not peak_bytes <= budget_bytes:
+        raise BudgetError(
+            f"--memory-budget: the budget of {budget_bytes / 1e6:.1f} MB is exceeded: the footprint reached "
+            f"{peak_bytes / 1e6:.1f} MB"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def say(text: str) -> None:
+    """One line on standard output, at once."""
+    print(text, flush=True)
+
+
 @contextlib.contextmanager
 def forgiving_output() -> Iterator[None]:
     """Within it, what cannot be written to sys.stdout or sys.stderr is dropped, there and from then on."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import mebp_mlx
-
 from ..config import TrainConfig
 from ..data.dataset import TokenRows, eval_batches, prepare_rows
 from ..data.rows import ALL, COMPLETION, RowOptions
@@ -18,6 +16,7 @@ from ..errors import NonFiniteLoss
 from ..export.adapters import ADAPTER_CONFIG, adapters_of
 from ..model.base import Model
 from ..model.lora import Adapter, Lora
+from ..model.opening import open_model
 from ..ops.plan import Plan
 from ..planner.search import choose
 from ..planner.workload import Workload
@@ -102,7 +101,7 @@ class Evaluator:
         """Of the model in a folder, with pairs or without. Raises UserError, NonFiniteLoss, and BudgetError, naming
         the smallest workable budget, when no plan fits.
         """
-        model = mebp_mlx.open_model(path, self.dtype)
+        model = open_model(path, self.dtype)
         try:
             return evaluate(model, lora or NO_LORA, self.rows, self._plan(model, lora), self.batch_size, self.n_batches)
         finally:

@@ -37,8 +37,8 @@ def prepare_run(config: TrainConfig) -> Run | None:
     None when there is nothing to train: a dry run, or a resumed run that has done all of its iterations. Raises
     UserError, BudgetError.
     """
-    about = machine()
-    print(f"backend    MLX {about['mlx']} on {mx.default_device().type.name}, BLAS {about['blas']}", flush=True)
+    here = machine()
+    print(f"backend    MLX {here['mlx']} on {mx.default_device().type.name}, BLAS {here['blas']}", flush=True)
     model_path = resolve_model(config.model)
     if config.dry_run and not has_tokenizer(model_path):
         plan_without_data(config, model_path)
@@ -64,7 +64,7 @@ def prepare_run(config: TrainConfig) -> Run | None:
     if config.dry_run:
         return None
     updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
-    return Run(config, inputs, model, lora, estimator, planned, updater, before_model_bytes)
+    return Run(config, inputs, model, lora, estimator, planned, updater, before_model_bytes, here)
 
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
@@ -84,7 +84,9 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
 
 @dataclass
 class Run:
-    """Everything that a run works with, before its first step. planned: None for an engine without a plan."""
+    """Everything that a run works with, before its first step. planned: None for an engine without a plan;
+    machine: what it runs on.
+    """
 
     config: TrainConfig
     inputs: Inputs
@@ -94,6 +96,7 @@ class Run:
     planned: Planned | None
     updater: Updater
     before_model_bytes: int
+    machine: dict[str, Any]
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,6 @@ from ..system.device import dtype_name
 from ..system.footprint import PeakMeter, footprint_bytes
 from ..system.interrupt import Interrupt, Stopped
 from ..system.last_line import LastLine
-from ..system.machine import machine
 from ..system.units import megabytes
 from . import folder
 from .log import RunLog, reporter
@@ -79,7 +78,7 @@ def _print_model(run: Run) -> None:
 @contextmanager
 def _open_log(run: Run) -> Iterator[RunLog]:
     """The run's log, after run.json and the first events."""
-    config, first, about_machine = run.config, run.iteration(run.inputs.first_step), machine()
+    config, first = run.config, run.iteration(run.inputs.first_step)
     send = reporter(config.report_to, config.project_name or run.folder.resolve().name, config.to_dict())
     last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
     log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=send)
@@ -92,10 +91,10 @@ def _open_log(run: Run) -> Iterator[RunLog]:
             "plan": None if run.planned is None else plan_record(run.planned),
             "origin": run.inputs.fingerprints,
             "version": __version__,
-            "machine": about_machine,
+            "machine": run.machine,
         }
         folder.write_record(run.folder, record)
-        measured = {"before_model_bytes": run.before_model_bytes, "blas": about_machine["blas"]}
+        measured = {"before_model_bytes": run.before_model_bytes, "blas": run.machine["blas"]}
         log.event("start", iter=first, n_updates=run.inputs.n_updates, **about, **measured)
         if first:
             log.say(f"resuming after iteration {first} of {run.n_iters}")
