@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,20 @@ import mlx.core as mx  # noqa: E402  # isort: skip
 
 # Bit-equality and float64 references need the CPU backend; MEBP_TEST_DEVICE=gpu tries the same tests on Metal.
 mx.set_default_device(mx.gpu if os.environ.get("MEBP_TEST_DEVICE") == "gpu" else mx.cpu)
+
+
+@pytest.fixture(autouse=True)
+def _alone_or_with_others(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Under pytest-xdist, tests marked `alone` wait until the other processes of the session are between two tests."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    how = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:  # the session's own folder
+        fcntl.flock(lock, how)  # until the file is closed
+        yield
 
 
 @pytest.fixture

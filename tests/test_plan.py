@@ -294,6 +294,7 @@ print(json.dumps({"predicted": predicted.peak_bytes, "measured": meter.phases["s
     ],
     ids=str,
 )
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap's gaps were measured with glibc")
 def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], case: Case) -> None:
     process = child("-c", _MEASURE, str(real_shapes[case.shape]), json.dumps(dataclasses.asdict(case)))
