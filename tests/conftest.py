@@ -25,9 +25,7 @@ mx.set_default_device(mx.gpu if os.environ.get("MEBP_TEST_DEVICE") == "gpu" else
 
 
 @pytest.fixture(autouse=True)
-def _alone_or_with_others(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+def _alone_or_with_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Under pytest-xdist, tests marked `alone` wait until the other processes of the session are between two tests."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
