@@ -120,22 +120,24 @@ def test_linear_cross_entropy(
 ) -> None:
     check("linear_cross_entropy", f"{str(dtype).rpartition('.')[2]}, thread order {order}")
     arguments = _head(np.random.default_rng(seed), T, V, D, group, dtype, symmetric)
+    h, *weight, targets = arguments
     how = {"group_size": group, "symmetric": symmetric}
     with running(order):
-        found = linear_cross_entropy(*arguments, **how, impl="metal")
+        found = linear_cross_entropy(h, weight, targets, **how, impl="metal")
         mx.eval(found)
     assert found.dtype == mx.float32
-    reference = linear_cross_entropy(*arguments, **how, impl="reference")
+    reference = linear_cross_entropy(h, weight, targets, **how, impl="reference")
     _assert_no_worse(found, reference, _head_truth(*arguments, group)[0], dtype, seed)
 
 
 def test_linear_cross_entropy_of_the_largest_vocabulary(seed: int, check: Any) -> None:
     check("linear_cross_entropy", "V = 262,144")
     arguments = _head(np.random.default_rng(seed), 3, 262_144, 32, 32, mx.bfloat16, False)
+    h, *weight, targets = arguments
     with running():
-        found = linear_cross_entropy(*arguments, group_size=32, impl="metal")
+        found = linear_cross_entropy(h, weight, targets, group_size=32, impl="metal")
         mx.eval(found)
-    reference = linear_cross_entropy(*arguments, group_size=32, impl="reference")
+    reference = linear_cross_entropy(h, weight, targets, group_size=32, impl="reference")
     _assert_no_worse(found, reference, _head_truth(*arguments, 32)[0], mx.bfloat16, seed)
 
 
@@ -151,7 +153,7 @@ def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int,
     weights = rng.normal(0, 1, 9)
 
     def total(h: mx.array) -> mx.array:
-        losses = linear_cross_entropy(h, *rest, group_size=32, impl=impl)
+        losses = linear_cross_entropy(h, rest[:-1], rest[-1], group_size=32, impl=impl)
         return (losses * mx.array(weights, mx.float32)).sum()
 
     def plain(h: mx.array) -> mx.array:

@@ -26,6 +26,7 @@ from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.testing.synth import model_config
 from mebp_mlx.testing.synth import write_model as write_shape
 from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 from mebp_mlx.training.folder import recorded_plan
@@ -47,7 +48,7 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of real shapes with two blocks."""
     home = tmp_path_factory.mktemp("shapes")
     for shape in ("qwen2.5-0.5b", "gemma3-1b"):
-        write_shape(shape, home / shape, layers=2)
+        write_shape(model_config(shape, 2), home / shape)
     return {shape: home / shape for shape in ("qwen2.5-0.5b", "gemma3-1b")}
 
 

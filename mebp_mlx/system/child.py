@@ -42,10 +42,7 @@ def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
     if quiet:
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     root = Path(__file__).resolve().parents[2]
-    if root.name not in (
-        "site-packages",
-        "dist-packages",
-    ):  # a checkout: the child must find the same package
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout: the child must find the same package
         old = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{old}{os.pathsep}{root}" if old else str(root)
     return environment
