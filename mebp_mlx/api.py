@@ -13,7 +13,6 @@ from .engine.base import Pass
 from .errors import UserError
 from .model import NO_LABEL
 from .model.base import Model
-from .model.config import PROJECTIONS
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
 from .model.opening import open_model
@@ -40,12 +39,12 @@ def init_lora(
     num_layers: int = -1,
     seed: int = 0,
 ) -> Lora:
-    """Fresh LoRA parameters on `keys` (default: the seven projections) of the last `num_layers` blocks (-1: all).
+    """Fresh LoRA parameters on `keys` (default: all that the family has) of the last `num_layers` blocks (-1: all).
 
     A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key, and for parameters that
     are more than the machine's memory: MLX's CPU backend would end the process.
     """
-    keys = tuple(PROJECTIONS.values()) if keys is None else tuple(keys)
+    keys = None if keys is None else tuple(keys)
     n_bytes = lora_sizes(model.spec, keys, num_layers, rank).parameters
     if n_bytes > (most := memory_bytes()):
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..model.config import Linear
-from ..model.lora import Dropout
+from ..model.lora import Dropout, Pair
 from .plan import Context
 
 
@@ -65,9 +65,19 @@ class LoraLinear:
         context = shared.context
         self.shared, self.low_name, self.linear = shared, f"low.{short}", linear
         self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
-        self.pair, self.scale = context.adapter.pairs.get(linear.name), context.adapter.scale
+        self.scale = context.adapter.scale
+        self.whole = context.adapter.pairs.get(linear.name)  # of the matrix that this projection is, or is rows of
+        self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
         self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are brought in at a time
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.linear.first_row, self.linear.first_row + self.linear.out_dims)
+
+    def _own(self, whole: Pair) -> Pair:
+        """What of a matrix's pair belongs to this projection's rows."""
+        return whole if whole.b.shape[1] == self.linear.out_dims else Pair(whole.a, whole.b[:, self._rows])
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -114,6 +124,11 @@ class LoraLinear:
         """Sum up a gradient of the pair; side: "a" or "b"."""
         name = f"{self.linear.name}.lora_{side}"
         gradients = self.shared.gradients
+        if side == "b" and self.whole is not None and self.pair is not self.whole:
+            whole = gradients.get(name, mx.zeros(self.whole.b.shape))
+            gradients[name] = whole.at[:, self._rows].add(gradient)
+            self.barrier.piece(gradients[name])
+            return
         gradients[name] = gradients[name] + gradient if name in gradients else gradient
         self.barrier.piece(gradients[name])
 
