@@ -120,8 +120,8 @@ class TrainConfig:
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
                                           at_least=1)
 
-    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
-                        may_change=True)
+    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
+                        at_least=0, may_change=True)
     epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
                                   may_change=True, shown_default="by --iters")
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
@@ -158,6 +158,8 @@ class TrainConfig:
         if self.mask_prompt and self.train_on not in (None, COMPLETION):
             raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which is --train-on completion")
         _check_sets(self.hf_dataset, _dotted)
+        if not self.iters and self.epochs is None and not self.test:
+            raise UserError("--iters: 0 trains nothing; with --test it measures the model and the adapters")
         if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
             raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
 

@@ -28,7 +28,7 @@ def check_unused(folder: Path) -> None:
         remedy = "--resume continues it, " if CHECKPOINT in names else "remove the folder, or "
         raise UserError(
             f"--adapter-path {folder}: already holds a run ({names[0]}); {remedy}"
-            "another --adapter-path starts a new one"
+            "another --adapter-path starts a new one; --test --iters 0 measures it"
         )
 
 
