@@ -104,6 +104,8 @@ class TrainConfig:
                                    choices=PROJECTIONS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all seven")
     num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
                              at_least=1, or_minus_one=True)
+    resume_adapter_file: str | None = option(None, LORA, "adapters that a new run starts from, ours or mlx-lm's",
+                                             metavar="FILE", path=True, shown_default="none")
 
     optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
                                    choices=OPTIMIZERS, shown_default="adam; sgd with zeroth order")

@@ -40,7 +40,6 @@ FOREIGN = {
     "grad_checkpoint": Foreign("what is kept or recomputed follows from --memory-budget", _always),
     "clear_cache_threshold": Foreign("no cache of buffers grows here", _always, has_value=True),
     "trust_remote_code": Foreign("no code of a model's folder is ever run, and no family here needs any; leave it out"),
-    "resume_adapter_file": Foreign("use --resume, which restores the optimizer and the data order too", has_value=True),
     "use_dora": Foreign(DORA),
     "wandb": Foreign("use report_to: wandb, and project_name for its project", has_value=True),
     "lora_layers": Foreign("its name is num_layers now", has_value=True),

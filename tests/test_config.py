@@ -89,7 +89,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "memory_budget": "500MB", "over_budget": "warn", "arena_budget": "1MB", "dry_run": True, "device": "a17-pro",
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
         "train_on": "completion", "prompt_feature": "p", "completion_feature": "c", "text_feature": "t",
-        "chat_feature": "m", "preview": 3, "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
+        "chat_feature": "m", "preview": 3, "resume_adapter_file": "f", "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - set(other) == {"config", "epochs", "lr_schedule"}  # a file; exclusive with iters; with warmup

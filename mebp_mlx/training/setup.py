@@ -10,6 +10,7 @@ from typing import Any
 from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from ..engine.zeroth_order import Estimator, make_estimator
 from ..errors import BudgetError, UserError
+from ..export.start import start_file, start_from
 from ..model.base import Model
 from ..model.lora import Lora, init_lora
 from ..model.opening import open_model
@@ -36,9 +37,9 @@ class Sizes:
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
-    """Fresh trainable parameters as the options say. BudgetError, before they are made, when there is no room."""
+    """What training starts from, as the options say. BudgetError, before it is made, when there is no room."""
     check_lora(config, model)
-    return init_lora(
+    lora = init_lora(
         model.spec,
         rank=config.rank,
         scale=config.scale,
@@ -47,6 +48,9 @@ def make_lora(config: TrainConfig, model: Model) -> Lora:
         num_layers=config.num_layers,
         seed=config.seed,
     )
+    if config.resume_adapter_file is not None and not config.resume:
+        start_from(start_file(config.resume_adapter_file), lora, model.spec)
+    return lora
 
 
 def check_lora(config: TrainConfig, model: Model) -> None:
