@@ -7,6 +7,7 @@ Flags win over the YAML file, the YAML file over a resumed run's options, those 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,9 +96,13 @@ class TrainConfig:
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
+    fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
+                                 choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
     rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
                        at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
+    rslora_alpha: float | None = option(None, LORA, "rsLoRA: scale is this / sqrt(rank), in place of --scale",
+                                        above=0, shown_default="by --scale")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
     keys: tuple[str, ...] = option(PROJECTIONS, LORA, "projections that get a LoRA pair (q_proj is enough)",
@@ -112,6 +117,7 @@ class TrainConfig:
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
+    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: the rate of every B is so many times that of A", above=0)
     warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
@@ -171,6 +177,11 @@ class TrainConfig:
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
 
     @property
+    def lora_scale(self) -> float:
+        """The factor of the LoRA product: scale, or rsLoRA's alpha / sqrt(rank) (Kalajdzievski 2023)."""
+        return self.scale if self.rslora_alpha is None else self.rslora_alpha / math.sqrt(self.rank)
+
+    @property
     def data_source(self) -> str | list[dict[str, Any]]:
         """What rows come from: hf_dataset, if it is given, or data."""
         return self.data if self.hf_dataset is None else [dict(each) for each in self.hf_dataset]
@@ -224,8 +235,12 @@ class TrainConfig:
         for newer in (given, flags):
             if "iters" in newer and "epochs" in newer:
                 raise UserError("--epochs: cannot be combined with --iters")
+            if "scale" in newer and "rslora_alpha" in newer:
+                raise UserError("--rslora-alpha: cannot be combined with --scale, whose place it takes")
         if "iters" in flags:
             given.pop("epochs", None)
+        if "scale" in flags:
+            given.pop("rslora_alpha", None)
         given.update(flags)
         own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
         known = {name: value for name, value in (saved or {}).items() if name not in own}
@@ -280,6 +295,8 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     for name, raw in vars(found).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
+        elif name == "use_dora":
+            given.setdefault("fine_tune_type", "dora")
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -316,6 +333,8 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         where = file.where(key)
         if key in specs and key != "config":
             take(key, raw, where)
+        elif key == "use_dora" and raw is True:
+            take("fine_tune_type", "dora", where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)

@@ -58,7 +58,7 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
     keys = [key for key in PROJECTIONS.values() if any(f".{key}.lora_" in name for name in shapes)]
     trained = [layer.index for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in own)]
     wanted = {
-        "--fine-tune-type": ("lora", about.get("fine_tune_type", "lora")),
+        "--fine-tune-type": (lora.fine_tune_type, _kind(shapes)),
         "--rank": (lora.rank, ranks.pop()),
         "--scale": (lora.scale, lora.scale if scale is None else scale),
         "--keys": (" ".join(key for key in PROJECTIONS.values() if key in lora.keys), " ".join(keys)),
@@ -70,3 +70,7 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
         raise UserError(f"{differing[0]}: is {ours}, {FLAG} {file} has {theirs}; {options} goes on from it")
     for name in sorted(own.keys() ^ shapes.keys()):
         raise UserError(f"{FLAG} {file}: {name} is {'missing' if name in own else 'not of this run'}")
+
+
+def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return "dora" if any(name.endswith(".m") for name in shapes) else "lora"

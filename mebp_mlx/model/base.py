@@ -22,6 +22,7 @@ from .config import FLOAT_MODES, Layer, Linear, ModelSpec, Quantization, read_co
 
 # What mx.quantized_matmul takes; other packings are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
+_NORM_BYTES = 2 << 20  # of rows whose norms are measured at a time
 # Reads some rows or columns of a tensor from MappedWeights or the like: its name, and how many items it stores for how
 # many columns of the matrix.
 Read = Callable[[Any, str, int, int], Any]
@@ -93,6 +94,7 @@ class Model:
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
         self.dtype, self.packed = dtype, packed
+        self._squared_norms: dict[str, mx.array] = {}
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products."""
@@ -112,6 +114,21 @@ class Model:
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
         return self._dense(linear, lambda weights, name, *_: weights.rows(name, start, stop))
+
+    def squared_norms(self, linear: Linear) -> mx.array:
+        """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
+        if linear.name not in self._squared_norms:
+            if isinstance(self.weights, UnreadWeights):
+                return stand_in((linear.out_dims,), mx.float32)
+            step = max(1, _NORM_BYTES // (4 * linear.in_dims))
+            parts = []
+            for start in range(0, linear.out_dims, step):
+                rows = self.rows(linear, start, min(start + step, linear.out_dims)).astype(mx.float32)
+                parts.append(mx.square(rows).sum(axis=1))
+                mx.eval(parts[-1])
+            self._squared_norms[linear.name] = mx.concatenate(parts)
+            mx.eval(self._squared_norms[linear.name])
+        return self._squared_norms[linear.name]
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype."""
