@@ -135,6 +135,10 @@ class TrainConfig:
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
     val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
+    patience: int | None = option(None, LENGTH, "early stopping: end after so many validations that are no better",
+                                  at_least=1, may_change=True, shown_default="never")
+    min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
+                              may_change=True)
     test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
@@ -143,6 +147,8 @@ class TrainConfig:
                                path=True, may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
+    save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
+                             may_change=True)
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
@@ -175,6 +181,11 @@ class TrainConfig:
     def optimizer_name(self) -> str:
         """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
+
+    @property
+    def tracks_best(self) -> bool:
+        """Whether the best validation is kept in best/."""
+        return self.save_best or self.patience is not None
 
     @property
     def lora_scale(self) -> float:

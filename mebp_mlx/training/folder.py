@@ -45,7 +45,7 @@ def make_folder(folder: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what killed saves left behind. The caller holds the folder's log, so nobody else is saving there."""
-    for path in folder.glob(".*.partial"):
+    for path in [*folder.glob(".*.partial"), *folder.glob("best/.*.partial")]:
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 

@@ -51,6 +51,8 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
     print_data(data, config)
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
+    if config.patience is not None and (data.valid is None or not config.val_batches):
+        raise UserError("--patience: there are no validations (valid.jsonl, --val-batches)")
     fingerprints = {"model": model_fingerprint(model_path), "data": data_fingerprint(data.cache_dir)}
     if saved is not None:
         check_same_run(config, saved, fingerprints)
