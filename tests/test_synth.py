@@ -36,7 +36,10 @@ _TINY: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _TINY_GEMMA = _TINY | {
-    "model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8,
+    "model_type": "gemma3_text",
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
     "sliding_window_pattern": 2,
 }
 TINY: dict[str, dict[str, Any]] = {
@@ -119,8 +122,16 @@ def test_the_number_of_parameters_is_the_published_one(name: str, expected: int)
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [
-        (2, "bfloat16"), (3, "float16"), (4, "float32"), (4, "bfloat16"), (4, "float16"),
-        (5, "bfloat16"), (6, "float16"), (8, "float32"), (16, "bfloat16"), (16, "float16"),
+        (2, "bfloat16"),
+        (3, "float16"),
+        (4, "float32"),
+        (4, "bfloat16"),
+        (4, "float16"),
+        (5, "bfloat16"),
+        (6, "float16"),
+        (8, "float32"),
+        (16, "bfloat16"),
+        (16, "float16"),
     ],
 )
 def test_weights_have_the_spread_of_a_real_model(tmp_path: Path, bits: int, dtype: str) -> None:

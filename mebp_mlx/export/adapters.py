@@ -54,8 +54,8 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
     if "peft_type" in about:
         raise UserError(f"{flag} {folder}: is PEFT's; python -m mebp_mlx.export --from-peft converts it")
     kind = about.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora")
+    if kind not in ("lora", "dora"):
+        raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora and dora")
     parameters = about.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise UserError(f"{where}: lora_parameters is missing")
@@ -93,10 +93,11 @@ def as_lora(
 
     Raises UserError for half a pair, and where there is none.
     """
+    is_dora = any(name.endswith(".m") for name in parameters)
     for name in parameters:
-        other = name[:-1] + ("b" if name.endswith("a") else "a")
-        if other not in parameters:
-            raise UserError(f"{file}: {name} has no {other.rpartition('.')[2]} beside it")
+        for part in ("lora_a", "lora_b", *(["m"] if is_dora else [])):
+            if f"{name.rpartition('.')[0]}.{part}" not in parameters:
+                raise UserError(f"{file}: {name} has no {part} beside it")
     if not parameters:
         raise UserError(f"{file}: holds no LoRA pair")
     layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
@@ -134,7 +135,7 @@ def write_adapters(folder: Path, lora: Lora, about: dict[str, Any]) -> None:
 
 def _described(lora: Lora) -> dict[str, Any]:
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": lora.fine_tune_type,
         "num_layers": lora.num_layers,
         "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
     }
@@ -152,12 +153,13 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
     """One matrix of a pair, in float32."""
     info = weights.info(name)
     module, _, part = name.rpartition(".")
-    if part not in ("lora_a", "lora_b"):
-        raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b)")
+    if part not in ("lora_a", "lora_b", "m"):
+        raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b) or DoRA's m")
     if module not in linears:
         raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
     linear = linears[module]
-    wanted = (linear.in_dims, rank) if part == "lora_a" else (rank, linear.out_dims)
+    shapes = {"lora_a": (linear.in_dims, rank), "lora_b": (rank, linear.out_dims), "m": (linear.out_dims,)}
+    wanted: tuple[int, ...] = shapes[part]
     return checked_matrix(weights, name, wanted, rank)
 
 

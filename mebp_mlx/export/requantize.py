@@ -228,11 +228,14 @@ class Repack:
         return sums
 
     def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32."""
+        """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
         rows = self._model.rows(linear, start, stop)
         if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
             return rows
-        return rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        rows = rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        if pair.m is None:
+            return rows
+        return rows * (pair.m[start:stop] / mx.linalg.norm(rows, axis=1))[:, None]
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)

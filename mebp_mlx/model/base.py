@@ -23,6 +23,7 @@ from .reading import read_config, read_spec
 
 # What mx.quantized_matmul takes; other packings are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
+_NORM_BYTES = 2 << 20  # of rows whose norms are measured at a time
 # Reads some rows or columns of a tensor from MappedWeights or the like: its name, and how many items it stores for how
 # many columns of the matrix.
 Read = Callable[[Any, str, int, int], Any]
@@ -94,6 +95,7 @@ class Model:
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
         self.dtype, self.packed = dtype, packed
+        self._squared_norms: dict[Linear, mx.array] = {}
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products."""
@@ -115,6 +117,21 @@ class Model:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
         start, stop = start + linear.first_row, stop + linear.first_row
         return self._dense(linear, lambda weights, name, *_: weights.rows(name, start, stop))
+
+    def squared_norms(self, linear: Linear) -> mx.array:
+        """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
+        if linear not in self._squared_norms:
+            if isinstance(self.weights, UnreadWeights):
+                return stand_in((linear.out_dims,), mx.float32)
+            step = max(1, _NORM_BYTES // (4 * linear.in_dims))
+            parts = []
+            for start in range(0, linear.out_dims, step):
+                rows = self.rows(linear, start, min(start + step, linear.out_dims)).astype(mx.float32)
+                parts.append(mx.square(rows).sum(axis=1))
+                mx.eval(parts[-1])
+            self._squared_norms[linear] = mx.concatenate(parts)
+            mx.eval(self._squared_norms[linear])
+        return self._squared_norms[linear]
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype."""
