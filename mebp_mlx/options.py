@@ -33,6 +33,7 @@ class Option:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # values of mlx-lm's, and why they are no choice
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -189,6 +190,8 @@ def _number(kind: type, raw: Any) -> int | float:
 def _check_limits(about: Option, value: Any) -> None:
     if about.choices is not None:
         for name in value if isinstance(value, tuple) else (value,):
+            if name in about.refused:
+                raise ValueError(about.refused[name])
             if name not in about.choices:
                 hint = suggest(name, (*about.choices, *about.aliases))
                 raise ValueError(f"{name!r} is not one of {', '.join(about.choices)}{hint}")

@@ -228,9 +228,7 @@ def test_mlx_lms_names_mean_the_same(tmp_path: Path, source: Path, capsys: pytes
         mlx_lm.utils.load_model(out, strict=True)
 
 
-def test_without_a_name_the_result_is_mlx_model(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_name_the_result_is_mlx_model(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert convert.main(["--model", str(source)]) == 0
     assert (tmp_path / "mlx_model" / "config.json").exists()

@@ -23,6 +23,7 @@ from tests.runs import arguments
 from tests.texts import write_tokenizer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gemma3"]
+FAMILIES += ["mistral3", "minicpm", "olmo2", "glm4", "phi3", "gemma2"]
 
 
 def run(model: Path, adapters: Path, out: Path, *more: str) -> int:
@@ -68,8 +69,10 @@ def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | No
             assert (pair is None) == (layer.index == 0 or linear.name.rpartition(".")[2] not in ("q_proj", "down_proj"))
             found = new.rows(f"{linear.name}.weight")
             assert found.dtype == getattr(mx, dtype)
-            step = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64) if dtype == "float16" else (
-                2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 7)
+            step = (
+                np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
+                if dtype == "float16"
+                else (2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 7))
             )
             error = np.abs(np.asarray(found.astype(mx.float32), np.float64) - exact)
             assert (error <= 0.501 * step + 1e-6).all(), f"{linear.name}, seed {seed}"

@@ -6,6 +6,7 @@
 pre-training text. Everything is a pure function of the interpreter's version: order follows names, choices
 follow hashes.
 """
+
 from __future__ import annotations
 
 import ast
@@ -19,34 +20,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SKIPPED_FOLDERS = frozenset({
-    "test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "lib-dynload",
-    "_bundled", "__pycache__", "pydoc_data", "encodings", "__phello__",
-})
+SKIPPED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "_bundled",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+        "__phello__",
+    }
+)
 # C modules and the public names under which people know their contents.
 C_MODULES = {
-    "builtins": "", "math": "math", "cmath": "cmath", "itertools": "itertools", "time": "time", "sys": "sys",
-    "gc": "gc", "_functools": "functools", "_collections": "collections", "_operator": "operator",
-    "_heapq": "heapq", "_io": "io", "_datetime": "datetime", "_thread": "threading", "_socket": "socket",
-    "_random": "random", "_struct": "struct", "array": "array", "binascii": "binascii", "zlib": "zlib",
-    "select": "select", "marshal": "marshal", "atexit": "atexit", "signal": "signal", "posix": "os",
-    "unicodedata": "unicodedata", "_weakref": "weakref", "_csv": "csv", "_codecs": "codecs",
-    "_string": "string", "faulthandler": "faulthandler", "mmap": "mmap", "_bisect": "bisect",
+    "builtins": "",
+    "math": "math",
+    "cmath": "cmath",
+    "itertools": "itertools",
+    "time": "time",
+    "sys": "sys",
+    "gc": "gc",
+    "_functools": "functools",
+    "_collections": "collections",
+    "_operator": "operator",
+    "_heapq": "heapq",
+    "_io": "io",
+    "_datetime": "datetime",
+    "_thread": "threading",
+    "_socket": "socket",
+    "_random": "random",
+    "_struct": "struct",
+    "array": "array",
+    "binascii": "binascii",
+    "zlib": "zlib",
+    "select": "select",
+    "marshal": "marshal",
+    "atexit": "atexit",
+    "signal": "signal",
+    "posix": "os",
+    "unicodedata": "unicodedata",
+    "_weakref": "weakref",
+    "_csv": "csv",
+    "_codecs": "codecs",
+    "_string": "string",
+    "faulthandler": "faulthandler",
+    "mmap": "mmap",
+    "_bisect": "bisect",
 }
 MAX_DOC_CHARS = 12_000
 QUESTIONS = {
     "function": (
-        "What does {name} do?", "What does {call} do?", "What is {name} for?",
-        "Explain {name} in one sentence.", "Describe {name}.", "Tell me what {call} does.",
-        "In short, what does {name} do?", "I found {call} in some code. What does it do?",
+        "What does {name} do?",
+        "What does {call} do?",
+        "What is {name} for?",
+        "Explain {name} in one sentence.",
+        "Describe {name}.",
+        "Tell me what {call} does.",
+        "In short, what does {name} do?",
+        "I found {call} in some code. What does it do?",
         "What happens when I call {call}?",
     ),
     "class": (
-        "What is {name}?", "What is the class {name} for?", "Describe the class {name}.", "What is a {name}?",
-        "Explain {name} in one sentence.", "When would I use {name}?",
+        "What is {name}?",
+        "What is the class {name} for?",
+        "Describe the class {name}.",
+        "What is a {name}?",
+        "Explain {name} in one sentence.",
+        "When would I use {name}?",
     ),
     "module": (
-        "What is the module {name} for?", "What does the module {name} provide?",
+        "What is the module {name} for?",
+        "What does the module {name} provide?",
         "Describe the module {name}.",
     ),
 }
@@ -262,11 +312,21 @@ def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_t
     one_per_name = {entry.name: answer for answer, entry in reversed(by_answer.items())}
     usable = (answer for answer, entry in by_answer.items() if one_per_name[entry.name] == answer)
     answers = sorted(usable, key=_hash)
-    bounds = {"valid": answers[:n_valid], "test": answers[n_valid:n_valid + n_test],
-              "train": answers[n_valid + n_test:n_valid + n_test + n_train]}
+    bounds = {
+        "valid": answers[:n_valid],
+        "test": answers[n_valid : n_valid + n_test],
+        "train": answers[n_valid + n_test : n_valid + n_test + n_train],
+    }
     rows = {
-        split: [{"messages": [{"role": "user", "content": question(by_answer[answer])},
-                              {"role": "assistant", "content": answer}]} for answer in chosen]
+        split: [
+            {
+                "messages": [
+                    {"role": "user", "content": question(by_answer[answer])},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+            for answer in chosen
+        ]
         for split, chosen in bounds.items()
     }
     hidden = bounds["valid"] + bounds["test"]
@@ -274,7 +334,8 @@ def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_t
     stems = [answer.rstrip(".!") for answer in hidden]
     held_out = [entry for entry in found if entry.name in hidden_names]
     pretrain = [
-        entry for entry in found
+        entry
+        for entry in found
         if entry.name not in hidden_names and not any(stem in _squeeze(entry.doc) for stem in stems)
     ]
     return Splits(pretrain, held_out, rows)

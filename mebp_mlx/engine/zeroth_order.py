@@ -206,7 +206,8 @@ class Perturbed(Mapping[str, Pair]):
         pair = self.pairs[name]
         if self.probe.amount == 0:
             return pair
-        return Pair(self._moved(pair.a, f"{name}.lora_a"), self._moved(pair.b, f"{name}.lora_b"))
+        m = None if pair.m is None else self._moved(pair.m, f"{name}.m")
+        return Pair(self._moved(pair.a, f"{name}.lora_a"), self._moved(pair.b, f"{name}.lora_b"), m)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pairs)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ..model.base import Model
-from ..model.config import read_config
+from ..model.reading import read_config
 from ..system.allocator import settle
 from ..system.device import DTYPES
 from ..weights.hub import resolve_model

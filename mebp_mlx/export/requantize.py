@@ -103,7 +103,7 @@ class Repack:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
-        blocks += [[*layer.norms.values(), *layer.linears.values()] for layer in spec.layers]
+        blocks += [[*layer.norms.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
         linears = [item for block in blocks for item in block if isinstance(item, Linear)]
@@ -228,11 +228,14 @@ class Repack:
         return sums
 
     def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32."""
+        """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
         rows = self._model.rows(linear, start, stop)
         if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
             return rows
-        return rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        rows = rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        if pair.m is None:
+            return rows
+        return rows * (pair.m[start:stop] / mx.linalg.norm(rows, axis=1))[:, None]
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)

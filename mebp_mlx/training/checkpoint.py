@@ -28,7 +28,8 @@ _LORA, _OPTIMIZER, _ENGINE = "lora/", "optimizer/", "engine/"
 class Checkpoint:
     """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
 
-    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps.
+    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps;
+    best: as of Best.state().
     The optimizer's arrays, in dicts of dicts, may be numpy's views of a file.
     """
 
@@ -38,6 +39,7 @@ class Checkpoint:
     options: dict[str, Any]
     origin: dict[str, str]
     engine: dict[str, mx.array] = dataclasses.field(default_factory=dict)
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, Array]:
         """All arrays under the names that they have in the file."""
@@ -54,7 +56,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
-    about = {"step": state.step, "options": state.options, "origin": state.origin}
+    about = {"step": state.step, "options": state.options, "origin": state.origin, "best": state.best}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
     write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", "--adapter-path", metadata)
 
@@ -94,6 +96,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
         if about is not None:
             step, options, origin = int(about["step"]), dict(about["options"]), dict(about["origin"])
+            best = dict(about.get("best", {}))
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"--resume: {path} is damaged: {one_line(error)}") from None
     if about is None:
@@ -102,7 +105,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
         for prefix in (_LORA, _OPTIMIZER, _ENGINE)
     )
-    return Checkpoint(lora, _nested(optimizer), step, options, origin, engine)
+    return Checkpoint(lora, _nested(optimizer), step, options, origin, engine, best)
 
 
 def saved_options(folder: Path) -> dict[str, Any]:

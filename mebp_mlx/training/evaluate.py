@@ -113,6 +113,17 @@ class Evaluator:
         return choose(workload, self.budget_bytes, smallest=self.smallest).plan
 
 
+def is_test_alone(config: TrainConfig) -> bool:
+    """Whether --test is all that is asked for: --iters 0, or a folder of data without training rows."""
+    if not config.test or config.dry_run or config.preview:
+        return False
+    if not config.iters and config.epochs is None:
+        return True
+    folder = Path(config.data).expanduser()
+    is_given = config.hf_dataset is None and config.data != "bundled" and (folder / "test.jsonl").is_file()
+    return is_given and not (folder / "train.jsonl").exists()
+
+
 def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, dict[str, Quality]]:
     """What `--test` means where nothing is trained: the test rows, and the quality of the model on them, and with the
     adapters in --adapter-path where it holds some. Raises UserError, BudgetError, NonFiniteLoss.
@@ -121,11 +132,11 @@ def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, di
     quality = Evaluator(
         rows, config.batch_size, config.test_batches, config.budget_bytes, config.smallest, config.dtype
     )
-    found = {"model": quality(model_path, None)}
+    qualities = {"model": quality(model_path, None)}
     folder = Path(config.adapter_path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
-        found["adapters"] = quality(model_path, adapters_of(folder, model_path))
-    return rows, found
+        qualities["adapters"] = quality(model_path, adapters_of(folder, model_path))
+    return rows, qualities
 
 
 def table(rows: TokenRows, found: Mapping[str, Quality]) -> list[str]:
