@@ -281,7 +281,7 @@ class ZerothOrderEngine:
         self.barrier.finish()
 
 
-def make_estimator(
+def make_estimator(  # noqa: PLR0913 - the options of four estimators, by keyword
     name: str,
     lora: Lora,
     *,
