@@ -304,14 +304,14 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
         raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
     given, taken = {}, []
-    for name, raw in vars(found).items():
+    for name, raw in vars(raw_values).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":

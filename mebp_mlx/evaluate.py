@@ -71,13 +71,13 @@ def _run(options: Options) -> None:
         rows = rows_as_trained(known, model_path, options.split, options.data, changes)
         budget_bytes, smallest = named_budget(options.memory_budget)
         quality = Evaluator(rows, options.batch_size, options.test_batches, budget_bytes, smallest, options.dtype)
-        found = {"model": quality(model_path, None)}
+        qualities = {"model": quality(model_path, None)}
         if folder is not None:
-            found["adapters"] = quality(model_path, adapters_of(folder, model_path))
+            qualities["adapters"] = quality(model_path, adapters_of(folder, model_path))
     if options.json:
-        say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in found.items()}))
+        say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in qualities.items()}))
     else:
-        for line in (*table(rows, found), f"peak footprint {megabytes(meter.peak_bytes)}"):
+        for line in (*table(rows, qualities), f"peak footprint {megabytes(meter.peak_bytes)}"):
             say(line)
     check_peak(budget_bytes, meter.peak_bytes)
 

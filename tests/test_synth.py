@@ -232,7 +232,8 @@ def test_a_failure_half_way_leaves_nothing(
 )
 def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        write_model(**{"shape": TINY["qwen2"], "folder": tmp_path / "model", **options})
+        config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
+        write_model(config, tmp_path / "model", **options)
     assert list(tmp_path.iterdir()) == []
 
 
