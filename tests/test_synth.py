@@ -231,6 +231,7 @@ def test_a_failure_half_way_leaves_nothing(
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    options = dict(options)
     with pytest.raises(UserError, match=named):
         config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
         write_model(config, tmp_path / "model", **options)
