@@ -124,7 +124,7 @@ def convert(options: Options, on_line: Say = lambda text: None) -> Report:
         config = new_config(read_config(source), recipe, repack.report.others, options.dtype)
         write_folder(out, source, repack, config, on_line)
     finally:
-        model.weights.close()
+        model.close()
     repack.report.seconds = time.perf_counter() - began_s
     return repack.report
 
