@@ -16,7 +16,16 @@ from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.families import LORA_KEYS
-from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
+from mebp_mlx.options import (
+    build_parser,
+    checked_value,
+    convert,
+    describe,
+    option,
+    read_yaml,
+    size_option,
+    suggest,
+)
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
@@ -82,14 +91,14 @@ class TrainConfig:
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
-                                   metavar="PATH", path=True, may_change=True, shown_default="temporary")
-    memory_budget: int | str | None = option(
-        None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
+                                   path=True, may_change=True, shown_default="temporary")
+    memory_budget: int | str | None = size_option(
+        METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        may_change=True, shown_default="1GB, at most 1/4 of memory")
     over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = option(2_000_000_000, METHOD, "for kept activations; less: more is recomputed",
-                               metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
+    arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
+                                    may_change=True, shown_default="2GB")
     device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
@@ -142,8 +151,8 @@ class TrainConfig:
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
-                               path=True, may_change=True)
+    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", path=True,
+                               may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
     save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
@@ -155,8 +164,8 @@ class TrainConfig:
                                    choices=("wandb",), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
-    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
-                                path=True, flags=("-c",), may_change=True, shown_default="none")
+    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
+                                flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -295,14 +304,14 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
         raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
     given, taken = {}, []
-    for name, raw in vars(found).items():
+    for name, raw in vars(raw_values).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":

@@ -72,6 +72,11 @@ def option(default: Any, group: str, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def size_option(group: str, help: str, *, default: int | None = None, **limits: Any) -> Any:
+    """An option whose value is a number of bytes above 0, such as 500MB."""
+    return option(default, group, help, metavar="SIZE", size=True, above=0, **limits)
+
+
 def describe(cls: type) -> dict[str, Spec]:
     """The options of a dataclass, by field name, in the order of their definition."""
     hints = typing.get_type_hints(cls)
@@ -262,7 +267,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
                 *names, dest=spec.name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=help_line
             )
         else:
-            metavar = about.metavar or {int: "N", float: "X"}.get(spec.kind, "NAME")
+            metavar = about.metavar or ("PATH" if about.path else {int: "N", float: "X"}.get(spec.kind, "NAME"))
             many = None if spec.kind in (int, float, str) else "+"
             groups[about.group].add_argument(
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line

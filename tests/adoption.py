@@ -99,8 +99,8 @@ def read_and_step(folder: Path, seed: int, plans: dict[str, Plan]) -> dict[str, 
         plans[family] = choose(workload, default_budget_bytes()).plan
     expected = _step(plain, seed, tokens, targets, plans[family])
     for _ in range(2):
-        found = _step(model, seed, tokens, targets, plans[family])
-        assert all(np.array_equal(found[name], value) for name, value in expected.items()), folder
+        actual = _step(model, seed, tokens, targets, plans[family])
+        assert all(np.array_equal(actual[name], value) for name, value in expected.items()), folder
     for name in weights.names:
         assert mx.array_equal(Tensor(weights, name)[...], Tensor(plain.weights, name)[...]).item(), name
     adopted = [name for name in weights.names if weights.in_place(name) is not None]
@@ -137,9 +137,9 @@ def main(how: str, seed: int, folders: list[str]) -> None:
 
         def in_place(weights: MappedWeights, name: str) -> mx.array | None:
             weights._adopted.clear()
-            found = keep(weights, name)
+            actual = keep(weights, name)
             weights._adopted.clear()
-            return found
+            return actual
 
         MappedWeights.in_place = in_place
     plans: dict[str, Plan] = {}

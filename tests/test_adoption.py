@@ -46,9 +46,9 @@ def test_reads_casts_and_steps_write_into_no_adopted_page(tmp_path: Path, family
     folders = [_write(folder, family, *case, seed) for case, folder in cases.items()]
     code, said, problems = _run("kept", seed, *folders)
     assert code == 0, f"seed {seed}: {problems}"
-    found = json.loads(said)
+    actual = json.loads(said)
     for (dtype, shift), folder in cases.items():
-        weights, result = MappedWeights(folder), found[str(folder)]
+        weights, result = MappedWeights(folder), actual[str(folder)]
         item_bytes = {"U32": 4, "F32": 4, "F16": 2, "BF16": 2}
         aligned = [name for name in weights.names if shift % item_bytes[weights.info(name).dtype] == 0]
         assert result["adopted"] == aligned, (dtype, shift)
@@ -96,18 +96,18 @@ def test_a_tensor_is_adopted_once_and_its_pages_go_with_close(
                 n = value.shape[0]
                 ranges += [slice(0, n), slice(min(1, n), n), slice(n // 2, min(n // 2 + 1, n)), slice(n, n)]
             for given in ranges:
-                found, expected = (Tensor(weights, name)[given] for weights in (adopted, copied))
-                assert found.dtype == expected.dtype and found.shape == expected.shape, (name, given)
-                assert mx.array_equal(found, expected).item(), (name, given, seed)
-                found += 1  # changes nothing for the next read
-                mx.eval(found)
+                actual, expected = (Tensor(weights, name)[given] for weights in (adopted, copied))
+                assert actual.dtype == expected.dtype and actual.shape == expected.shape, (name, given)
+                assert mx.array_equal(actual, expected).item(), (name, given, seed)
+                actual += 1  # changes nothing for the next read
+                mx.eval(actual)
             if value.ndim == 2:
                 columns = [Tensor(weights, name)[:, 1 : value.shape[1] - 1] for weights in (adopted, copied)]
                 assert mx.array_equal(*columns).item() and columns[0].shape == columns[1].shape, name
     n_adoptable = sum(adopted.info(name).not_adoptable is None for name in tensors)
     assert len(calls) == n_adoptable >= 3
     assert all((address - min(calls)) % adopt.PAGE_BYTES == 0 for address in calls)
-    del found
+    del actual
     adopted.close()
     assert not adopted._adopted
     with pytest.raises(ValueError, match="closed"):

@@ -113,8 +113,8 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
         for part, expected in zip(
             ("weight", "scales", "biases"), mx.quantize(value, group_size=group, bits=bits, mode=mode), strict=False
         ):
-            found = Tensor(ours, f"{stem}.{part}")[...]
-            assert found.dtype == expected.dtype and mx.array_equal(found, expected).item(), (stem, part)
+            actual = Tensor(ours, f"{stem}.{part}")[...]
+            assert actual.dtype == expected.dtype and mx.array_equal(actual, expected).item(), (stem, part)
     widths = (config["hidden_size"], config["intermediate_size"])  # rows of 96 are not whole groups of 64
     assert n_packed == 3 * (6 * (widths[0] % group == 0) + (widths[1] % group == 0)) + 2 * (widths[0] % group == 0)
 
@@ -205,8 +205,8 @@ def test_mixed_recipes_are_mlx_lms(tmp_path: Path, recipe: str, seed: int) -> No
     theirs = mixed_quant_predicate_builder(recipe, load_model(folder)[0], 32)
     assert run(folder, tmp_path / "out", "--quant-predicate", recipe, "--q-group-size", "32") == 0
     for linear in _linears(Model(tmp_path / "out")):
-        found, expected = linear.quantization, theirs(linear.name, None)  # type: ignore[call-arg, arg-type]
-        assert found is not None and vars(found) == expected, linear.name
+        actual, expected = linear.quantization, theirs(linear.name, None)  # type: ignore[call-arg, arg-type]
+        assert actual is not None and vars(actual) == expected, linear.name
     _, loaded = load_model(tmp_path / "out", strict=True)
     assert loaded["quantization"]["bits"] == int(recipe.split("_")[1])
 
@@ -224,8 +224,8 @@ def test_mlx_lms_names_mean_the_same(tmp_path: Path, source: Path, capsys: pytes
     for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
         out = tmp_path / mode
         assert convert.main(["--hf-path", str(source), "--mlx-path", str(out), "-q", "--q-mode", mode]) == 0
-        found = json.loads((out / "config.json").read_text())["quantization"]
-        assert found == {"group_size": size, "bits": bits, "mode": mode}
+        actual = json.loads((out / "config.json").read_text())["quantization"]
+        assert actual == {"group_size": size, "bits": bits, "mode": mode}
         import mlx_lm.utils
 
         mlx_lm.utils.load_model(out, strict=True)

@@ -45,13 +45,13 @@ def _rows(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict
 
 def _bytes(folder: Path, shift: int) -> dict[str, int]:
     """What the headers say, of the tensors that the model uses."""
-    weights, found = MappedWeights(folder), dict[str, int]()
+    weights, actual = MappedWeights(folder), dict[str, int]()
     for info in map(weights.info, weights.names):
         if info.name != "vision_tower.patch.weight":
             n = ITEM_BYTES[info.dtype]
             what = f"copied at every pass: not {n}-byte aligned" if info.offset % n else "adopted in place"
-            found[what] = found.get(what, 0) + info.n_bytes
-    return found
+            actual[what] = actual.get(what, 0) + info.n_bytes
+    return actual
 
 
 @pytest.mark.parametrize("shift", [0, 2, 1])
@@ -61,10 +61,10 @@ def test_what_of_a_model_metal_would_adopt_is_said(
     folder = _model(tmp_path / "model", shift)
     rows = _rows(capsys, "--model", str(folder))
     assert "not on this machine" in rows["Metal"]["detail"]
-    found = {what: row["figures"]["bytes"] for what, row in rows.items() if "bytes" in row["figures"]}
-    assert found == _bytes(folder, shift)
-    assert ("adopted in place" in found) == (shift != 1)
-    assert all(row["state"] == "-" for what, row in rows.items() if what in found)
+    actual = {what: row["figures"]["bytes"] for what, row in rows.items() if "bytes" in row["figures"]}
+    assert actual == _bytes(folder, shift)
+    assert ("adopted in place" in actual) == (shift != 1)
+    assert all(row["state"] == "-" for what, row in rows.items() if what in actual)
 
 
 @linux
@@ -74,9 +74,9 @@ def test_what_is_adopted_is_said(
 ) -> None:
     folder = _model(tmp_path / "model", shift)
     rows = _rows(capsys, "--model", str(folder))
-    found = {what: (row["state"], row["figures"]["bytes"]) for what, row in rows.items() if "bytes" in row["figures"]}
+    actual = {what: (row["state"], row["figures"]["bytes"]) for what, row in rows.items() if "bytes" in row["figures"]}
     expected = _bytes(folder, shift)
-    assert found == {what: ("note" if "copied" in what else "ok", n) for what, n in expected.items()}
+    assert actual == {what: ("note" if "copied" in what else "ok", n) for what, n in expected.items()}
     assert "Metal" not in rows and all("--mode keep" in row["detail"] for what, row in rows.items() if "copied" in what)
 
 

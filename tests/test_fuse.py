@@ -67,14 +67,14 @@ def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | No
             if (pair := lora.pairs.get(linear.name)) is not None:
                 exact += lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
             assert (pair is None) == (layer.index == 0 or linear.name.rpartition(".")[2] not in ("q_proj", "down_proj"))
-            found = Tensor(new, f"{linear.name}.weight")[...]
-            assert found.dtype == getattr(mx, dtype)
+            actual = Tensor(new, f"{linear.name}.weight")[...]
+            assert actual.dtype == getattr(mx, dtype)
             step = (
                 np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
                 if dtype == "float16"
                 else (2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 7))
             )
-            error = np.abs(np.asarray(found.astype(mx.float32), np.float64) - exact)
+            error = np.abs(np.asarray(actual.astype(mx.float32), np.float64) - exact)
             assert (error <= 0.501 * step + 1e-6).all(), f"{linear.name}, seed {seed}"
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
     load_model(tmp_path / "out", strict=True)

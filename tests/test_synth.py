@@ -173,7 +173,7 @@ def test_the_values_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path, mon
 
 
 def test_fewer_layers(tmp_path: Path) -> None:
-    folder = write_model(TINY["gemma3"] | {}, tmp_path / "model", layers=1)
+    folder = write_model(model_config(TINY["gemma3"], 1), tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"] == 1
     assert len(load(folder).layers) == 1
     assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is left alone
@@ -232,8 +232,10 @@ def test_a_failure_half_way_leaves_nothing(
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    options = dict(options)
     with pytest.raises(UserError, match=named):
-        write_model(**{"shape": TINY["qwen2"], "folder": tmp_path / "model", **options})
+        config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
+        write_model(config, tmp_path / "model", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,11 +259,11 @@ def test_the_command_writes_a_model_and_says_so_in_json(tmp_path: Path) -> None:
 def test_memory_stays_small_whatever_the_tensor(tmp_path: Path) -> None:
     code = """
 import sys
-from mebp_mlx.testing.synth import write_model
+from mebp_mlx.testing.synth import model_config, write_model
 from mebp_mlx.system.footprint import PeakMeter
 with PeakMeter() as meter:
     before = meter.now_bytes
-    write_model("qwen2.5-0.5b", sys.argv[1], bits=8, layers=1)  # the embedding alone has 145 MB
+    write_model(model_config("qwen2.5-0.5b", 1), sys.argv[1], bits=8)  # the embedding alone has 145 MB
     print(meter.peak_bytes - before)
 """
     done = subprocess.run(

@@ -71,8 +71,8 @@ def save_sharded(folder: Path, tensors: dict[str, mx.array], n_shards: int, with
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def same(found: mx.array, expected: mx.array) -> bool:
-    return found.dtype == expected.dtype and bool(mx.array_equal(found, expected))  # shapes included
+def same(actual: mx.array, expected: mx.array) -> bool:
+    return actual.dtype == expected.dtype and bool(mx.array_equal(actual, expected))  # shapes included
 
 
 def raw_file(header: Any, data: bytes = b"") -> bytes:

@@ -184,5 +184,5 @@ def _number(parameters: dict[str, Any], key: str, where: Path) -> float:
     if is_number and math.isfinite(value) and (key != "rank" or (value >= 1 and value == int(value))):
         return value
     wanted = "a positive whole number" if key == "rank" else "a number"
-    found = "is missing" if value is None else f"must be {wanted}, found {value!r}"
-    raise UserError(f"{where}: lora_parameters.{key} {found}")
+    problem = "is missing" if value is None else f"must be {wanted}, found {value!r}"
+    raise UserError(f"{where}: lora_parameters.{key} {problem}")

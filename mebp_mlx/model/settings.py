@@ -23,8 +23,8 @@ class Settings:
         """A positive number. Raises UserError."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            found = "is missing" if value is None else f"must be a positive number, found {value!r}"
-            raise UserError(f"{self.where}: {key} {found}")
+            problem = "is missing" if value is None else f"must be a positive number, found {value!r}"
+            raise UserError(f"{self.where}: {key} {problem}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:

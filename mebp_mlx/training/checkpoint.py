@@ -140,12 +140,12 @@ def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
 
     fresh: the state of a new run with the same options.
     """
-    wanted, found = fresh.arrays(), checkpoint.arrays()
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found or name not in wanted:
+    wanted, saved = fresh.arrays(), checkpoint.arrays()
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved or name not in wanted:
             raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
-        if found[name].shape != wanted[name].shape:
-            shapes = f"shape {found[name].shape}, not {wanted[name].shape}"
+        if saved[name].shape != wanted[name].shape:
+            shapes = f"shape {saved[name].shape}, not {wanted[name].shape}"
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
 
 

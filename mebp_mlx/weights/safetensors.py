@@ -153,20 +153,20 @@ class MappedWeights:
         if not self.adopt or info.not_adoptable:
             return None
         if name not in self._adopted:
-            found = adopt(self._map(info), info.offset, info.n_bytes)
-            self._adopted[name] = None if found is None else found.view(info.mlx_dtype).reshape(info.shape)
+            array = adopt(self._map(info), info.offset, info.n_bytes)
+            self._adopted[name] = None if array is None else array.view(info.mlx_dtype).reshape(info.shape)
         return self._adopted[name]
 
     def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
         """These tensors grouped by the reason for copying them; None: adopted, or would be where MLX adopts pages."""
-        found: dict[str | None, list[TensorInfo]] = {}
+        tensors: dict[str | None, list[TensorInfo]] = {}
         for name in names:
             info = self.info(name)
             why = info.not_adoptable
             if self.adopt and why is None and self.in_place(name) is None:
                 why = "refused by MLX"
-            found.setdefault(why, []).append(info)
-        return found
+            tensors.setdefault(why, []).append(info)
+        return tensors
 
     def advise(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Asks the kernel to read these rows soon (madvise WILLNEED). Uses no MLX: safe in any thread."""
@@ -219,17 +219,17 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    index, found = path / INDEX_NAME, sorted(path.glob("model*.safetensors"))
+    index, files = path / INDEX_NAME, sorted(path.glob("model*.safetensors"))
     if index.is_file():
         named = [path / file for file in sorted(set(_read_index(index).values()))]
         missing = [file for file in named if not file.is_file()]
         if not missing:
             return named
-        if len(missing) < len(named) or not found:
+        if len(missing) < len(named) or not files:
             raise UserError(f"{index}: names {missing[0].name}, which is missing")
-    if not found:
+    if not files:
         raise UserError(f"{path}: no model*.safetensors in this folder")
-    return found
+    return files
 
 
 def _read_index(index: Path) -> dict[str, str]:
