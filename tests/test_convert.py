@@ -18,7 +18,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx import convert
-from mebp_mlx.model.base import Model
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.system.pages import PAGE_BYTES
 from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -101,16 +101,19 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
     ours, plain = MappedWeights(tmp_path / "out"), MappedWeights(source)
     n_packed = 0
     for name in plain.names:
-        value = plain.rows(name)
+        value = Tensor(plain, name)[...]
         stem = name.removesuffix(".weight")
         if f"{stem}.scales" not in ours:
-            assert mx.array_equal(ours.rows(name), value).item() and ours.info(name).dtype == plain.info(name).dtype
+            assert (
+                mx.array_equal(Tensor(ours, name)[...], value).item()
+                and ours.info(name).dtype == plain.info(name).dtype
+            )
             continue
         n_packed += 1
         for part, expected in zip(
             ("weight", "scales", "biases"), mx.quantize(value, group_size=group, bits=bits, mode=mode), strict=False
         ):
-            actual = ours.rows(f"{stem}.{part}")
+            actual = Tensor(ours, f"{stem}.{part}")[...]
             assert actual.dtype == expected.dtype and mx.array_equal(actual, expected).item(), (stem, part)
     widths = (config["hidden_size"], config["intermediate_size"])  # rows of 96 are not whole groups of 64
     assert n_packed == 3 * (6 * (widths[0] % group == 0) + (widths[1] % group == 0)) + 2 * (widths[0] % group == 0)
@@ -127,7 +130,7 @@ def test_what_is_in_the_format_already_is_copied(
     assert "already packed in this way" in capsys.readouterr().out
     one, two = (MappedWeights(tmp_path / name) for name in ("one", "two"))
     assert set(one.names) == set(two.names)
-    assert all(mx.array_equal(one.rows(name), two.rows(name)).item() for name in one.names)
+    assert all(mx.array_equal(Tensor(one, name)[...], Tensor(two, name)[...]).item() for name in one.names)
     assert run(tmp_path / "one", tmp_path / "eight", "--bits", "8", "--group-size", "32") == 0
     losses = [_loss(tmp_path / name, seed) for name in ("one", "eight")]
     assert abs(losses[1] / losses[0] - 1) <= 2e-2, f"seed {seed}"
@@ -181,7 +184,7 @@ def test_dequantized_it_is_what_the_packed_weights_are(tmp_path: Path, kind: str
     before, after = Model(folder), Model(tmp_path / "out")
     for linear in _linears(before):
         packed = linear.quantization
-        new = after.weights.rows(f"{linear.name}.weight")
+        new = Tensor(after.weights, f"{linear.name}.weight")[...]
         assert new.dtype == dtype, linear.name
         if packed is None or packed.mode == "affine":
             exact = before.rows(linear, 0, linear.out_dims).astype(dtype)

@@ -13,6 +13,7 @@ import pytest
 
 from mebp_mlx.doctor import __main__ as doctor
 from mebp_mlx.doctor import probes
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.system import device
 from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -130,8 +131,8 @@ def test_measurements_use_adopted_pages_where_they_are(
 def test_other_numbers_at_the_second_read_are_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
-    rows = MappedWeights.rows
-    monkeypatch.setattr(MappedWeights, "rows", lambda weights, *given: rows(weights, *given) + 1)
+    read = Tensor.__getitem__
+    monkeypatch.setattr(Tensor, "__getitem__", lambda tensor, index: read(tensor, index) + 1)
     assert _rows(capsys, "--probe", code=1)["a float16 tensor read, cast, read again"]["state"] == "FAIL"
 
 

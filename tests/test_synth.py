@@ -18,6 +18,7 @@ import pytest
 
 import mebp_mlx.testing.synth as synth
 from mebp_mlx.errors import UserError
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.testing.synth import SHAPES, layers_of, model_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 
@@ -137,21 +138,21 @@ def test_the_number_of_parameters_is_the_published_one(name: str, expected: int)
 def test_weights_have_the_spread_of_a_real_model(tmp_path: Path, bits: int, dtype: str) -> None:
     weights = MappedWeights(write_model(TINY["qwen2"], tmp_path / "model", bits=bits, group_size=32, dtype=dtype))
     for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
-        w = weights.rows(f"{name}.weight")
+        w = Tensor(weights, f"{name}.weight")[...]
         if bits < 16:
-            scales, biases = weights.rows(f"{name}.scales"), weights.rows(f"{name}.biases")
+            scales, biases = Tensor(weights, f"{name}.scales")[...], Tensor(weights, f"{name}.biases")[...]
             assert scales.dtype == getattr(mx, dtype)
             w = mx.dequantize(w, scales, biases, group_size=32, bits=bits)
         values = np.array(w.astype(mx.float32))
         assert abs(values.mean()) <= 0.002
         assert 0.018 <= values.std() <= 0.022
-    norm = np.array(weights.rows("model.layers.0.input_layernorm.weight").astype(mx.float32))
+    norm = np.array(Tensor(weights, "model.layers.0.input_layernorm.weight")[...].astype(mx.float32))
     assert abs(norm.mean() - 1) <= 0.05
 
 
 def test_gemmas_norm_weights_are_near_zero(tmp_path: Path) -> None:
     weights = MappedWeights(write_model(TINY["gemma3"], tmp_path / "model"))
-    norm = weights.rows("language_model.model.layers.0.pre_feedforward_layernorm.weight")
+    norm = Tensor(weights, "language_model.model.layers.0.pre_feedforward_layernorm.weight")[...]
     assert float(norm.astype(mx.float32).abs().max()) <= 0.5
 
 

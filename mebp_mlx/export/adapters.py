@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..model.base import Model
+from ..model.base import Model, Tensor
 from ..model.config import Linear, ModelSpec
 from ..model.lora import Lora
 from ..system.files import read_json_object, write_json
@@ -71,7 +71,7 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
 def adapters_of(folder: Path, model_path: Path) -> Lora:
     """The same for the model in a folder, of which only headers are read."""
     model = Model(model_path)
-    model.weights.close()
+    model.close()
     return load_adapters(folder, model.spec)
 
 
@@ -172,7 +172,7 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
         )
     if not mx.issubdtype(info.mlx_dtype, mx.floating):
         raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
-    value = weights.rows(name).astype(mx.float32)
+    value = Tensor(weights, name)[...].astype(mx.float32)
     if not mx.isfinite(value).all().item():
         raise UserError(f"{info.file}: {name} holds values that are not finite")
     return value

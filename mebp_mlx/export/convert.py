@@ -33,7 +33,7 @@ def convert(model: str, out: str, recipe: Recipe | None, dtype: str | None, on_l
         config = new_config(read_config(source), recipe, repack.report.others, dtype)
         write_folder(new, source, repack, config, on_line)
     finally:
-        opened.weights.close()
+        opened.close()
     repack.report.seconds = time.perf_counter() - began_s
     return repack.report
 

@@ -123,7 +123,7 @@ def fuse(
         config = new_config(read_config(source), how.recipe, repack.report.others, how.dtype)
         write_folder(out, source, repack, config, say, check)
     finally:
-        model.weights.close()
+        model.close()
     return repack.report, kept[0] if kept else None
 
 

@@ -105,7 +105,7 @@ class Evaluator:
         try:
             return evaluate(model, lora or NO_LORA, self.rows, self._plan(model, lora), self.batch_size, self.n_batches)
         finally:
-            model.weights.close()
+            model.close()
 
     def _plan(self, model: Model, lora: Lora | None) -> Plan:
         longest = int(self.rows.lengths.max()) - 1
