@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..system.files import read_json_object
 from ..weights.safetensors import MappedWeights
-from .rope import Rope, make_rope
+from .rope import Rope, is_positive, make_rope
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -73,6 +73,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Far above any model's. Libraries that read config.json make lists of these lengths.
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "vocab_size": 10**8,
+}
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> bits, group size: it has no others
 
 
@@ -145,12 +155,21 @@ class ModelSpec:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder as a dict; UserError when it is missing or not a JSON object."""
+    """config.json of a model folder as a dict; UserError when it is missing, not a JSON object, or gives a size beyond
+    SIZE_LIMITS.
+    """
     path = folder / "config.json"
     try:
-        return read_json_object(path)
+        config = read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; --model needs a folder with config.json and *.safetensors") from None
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key, limit in SIZE_LIMITS.items():
+            value = section.get(key)
+            if isinstance(value, (int, float)) and not 0 < value <= limit:
+                raise UserError(f"{path}: {key} must be a positive integer up to {limit:,}, found {str(value)[:40]}")
+    return config
 
 
 def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") -> ModelSpec:
@@ -255,10 +274,13 @@ class _Reader:
         return self.family.defaults.get(key, default) if value is None else value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            found = "is missing" if value is None else f"must be a positive number, found {value!r}"
-            raise UserError(f"{self.where}: {key} {found}")
+        return self.positive(key, self.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        if value is None:
+            raise UserError(f"{self.where}: {key} is missing")
+        if not is_positive(value):
+            raise UserError(f"{self.where}: {key} must be a positive number, found {str(value)[:100]!r}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -290,8 +312,11 @@ class _Reader:
         nested = self._rope_parameters("sliding_attention" if window is not None else "full_attention")
         key = "rope_local_base_freq" if local else "rope_theta"
         old_scaling = None if local else self.get("rope_scaling")
-        bases = [float(value) for value in (self.config.get(key), nested.get("rope_theta")) if value is not None]
+        given = (self.config.get(key), nested.get("rope_theta"))
+        bases = [float(self.positive(key, value)) for value in given if value is not None]
         base = bases[0] if bases else float(self.number(key))
+        if old_scaling is not None and not isinstance(old_scaling, dict):
+            raise UserError(f"{self.where}: rope_scaling must be an object, found {str(old_scaling)[:100]!r}")
         scalings = [found for found in (old_scaling, nested) if found]
         traditional = bool(self.get("rope_traditional", False))
         ropes = [make_rope(head_dim, base, found, traditional=traditional, where=self.where) for found in scalings]

@@ -7,8 +7,10 @@ The frequency formulas are those of the models' published configs ("llama3", "ya
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
@@ -33,6 +35,11 @@ class Rope:
     magnitude: float = 1.0
 
 
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether it is a positive number that a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool = False, where: str) -> Rope:
     """The Rope that config.json's rope_scaling (or None) asks for. UserError for a kind that is not supported."""
     kind = (scaling or {}).get("type") or (scaling or {}).get("rope_type") or "default"
@@ -41,12 +48,18 @@ def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool
     if kind == "default" or scaling is None:
         return Rope(dims, base, traditional)
     factor = scaling.get("factor")
-    if not isinstance(factor, (int, float)) or not factor > 0:
-        raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {factor!r}")
+    if not is_positive(factor):
+        raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
     if kind == "linear":
         return Rope(dims, base, traditional, scale=1 / factor)
     settings = {k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+    try:
+        freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+        usable = bool((mx.isfinite(freqs) & (freqs > 0)).all()) and math.isfinite(magnitude)
+    except (ArithmeticError, ValueError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
     return Rope(dims, base, traditional, freqs=freqs, magnitude=magnitude)
 
 

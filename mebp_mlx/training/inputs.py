@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..data.dataset import DataSets, TokenRows, n_batches_per_epoch, prepare
 from ..errors import UserError
+from ..model.config import read_config
 from . import folder as run_folder
 from .checkpoint import Checkpoint, check_same_run, load_checkpoint
 from .fingerprint import data_fingerprint, model_fingerprint
@@ -44,6 +45,7 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
     saved = load_checkpoint(folder) if config.resume else None
     if saved is None and not (config.dry_run or config.preview):
         run_folder.check_unused(folder)
+    read_config(model_path)  # its sizes are checked before a library makes anything of them
     data = prepare(config.data_source, model_path, config.row_options)
     print_data(data, config)
     if config.test and data.test is None:
