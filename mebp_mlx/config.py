@@ -52,7 +52,7 @@ class Schedule:
 
     name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
     arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
-    warmup: int = option(0, OPTIMIZER, "updates", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates", at_least=0, below=2**31)
     warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
 
 
@@ -82,10 +82,10 @@ class TrainConfig:
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
                          choices=("mebp", "whole-graph", *ZEROTH_ORDER))
     zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
-    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1)
+    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1, below=10**7)
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
     hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
-    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2, below=10**6)
     dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
@@ -126,7 +126,7 @@ class TrainConfig:
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
     lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: the rate of every B is so many times that of A", above=0)
-    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
@@ -134,7 +134,7 @@ class TrainConfig:
     max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
                                          above=0, shown_default="no clipping")
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
-                                          at_least=1)
+                                          at_least=1, below=10**6)
 
     iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
                         at_least=0, may_change=True)

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from .settings import is_positive
 
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -65,7 +66,13 @@ def make_rope(
         return replace(plain, scale=1 / settings["factor"])
     if kind == "dynamic" and "alpha" not in settings:
         return replace(plain, limit=int(settings["max_position_embeddings"]))
-    freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+    try:
+        freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+        usable = bool((mx.isfinite(freqs) & (freqs > 0)).all()) and math.isfinite(magnitude)
+    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
     return replace(plain, freqs=freqs, magnitude=magnitude)
 
 
@@ -73,8 +80,8 @@ def _settings(kind: str, scaling: dict, lengths: dict, dims: int, where: str) ->
     """The checked numbers of a kind of scaling: rope_scaling's, and what is beside it."""
     if kind not in ("default", "longrope") and "alpha" not in scaling:
         factor = scaling.get("factor")
-        if not isinstance(factor, (int, float)) or not factor > 0:
-            raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {factor!r}")
+        if not is_positive(factor):
+            raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
     numbers: dict[str, Any] = {
         k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
     }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import UserError
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether it is a positive number that a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 class Settings:
@@ -21,10 +27,14 @@ class Settings:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number. Raises UserError."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            problem = "is missing" if value is None else f"must be a positive number, found {value!r}"
-            raise UserError(f"{self.where}: {key} {problem}")
+        return self.positive(key, self.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        """The value of a key, wherever it stands. Raises UserError unless it is a positive number."""
+        if value is None:
+            raise UserError(f"{self.where}: {key} is missing")
+        if not is_positive(value):
+            raise UserError(f"{self.where}: {key} must be a positive number, found {str(value)[:100]!r}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
