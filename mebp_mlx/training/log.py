@@ -149,18 +149,6 @@ class RunLog:
         )
 
 
-def reporter(service: str | None, project: str, options: dict[str, Any]) -> Send | None:
-    """What sends reports to `service` ("wandb"), or None for None. Raises UserError when its library is missing."""
-    if service is None:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f'--report-to {service}: is not installed; pip install "mebp_mlx[logging]"') from None
-    run = wandb.init(project=project, config=options)
-    return lambda numbers, iteration: run.log(numbers, step=iteration)
-
-
 def events(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
     """The events of that kind in a run's log, in order; what is not JSON is passed over, and so is a missing log."""
     with contextlib.suppress(FileNotFoundError), open(folder / LOG, encoding="utf-8", errors="replace") as lines:

@@ -16,9 +16,10 @@ from ..system.last_line import LastLine
 from ..system.units import megabytes
 from . import folder
 from .best import FOLDER as BEST
-from .log import RunLog, reporter
+from .log import RunLog
 from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
 from .run import Run
+from .services import Services
 from .trainer import Trainer
 
 
@@ -84,10 +85,12 @@ def _print_model(run: Run) -> None:
 def _open_log(run: Run) -> Iterator[RunLog]:
     """The run's log, after run.json and the first events."""
     config, first = run.config, run.iteration(run.inputs.first_step)
-    send = reporter(config.report_to, config.project_name or run.folder.resolve().name, config.to_dict())
+    project = config.project_name or run.folder.resolve().name
+    services = Services(config.report_to or (), project, run.folder, config.to_dict(), print)
     last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
-    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=send)
-    with last_line, log:
+    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=services.send)
+    services.say = log.notice
+    with last_line, log, services:
         folder.remove_partial_files(run.folder)
         about = {"n_iters": run.n_iters, "n_lora_parameters": run.n_parameters, "data": run.inputs.data.counts}
         record = {
