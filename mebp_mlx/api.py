@@ -13,7 +13,6 @@ from .engine.base import Pass
 from .errors import UserError
 from .model import NO_LABEL
 from .model.base import Model
-from .model.config import PROJECTIONS
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
 from .model.opening import open_model
@@ -41,7 +40,7 @@ def init_lora(
     seed: int = 0,
     fine_tune_type: str = "lora",
 ) -> Lora:
-    """Fresh LoRA parameters on `keys` (default: the seven projections) of the last `num_layers` blocks (-1: all).
+    """Fresh LoRA parameters on `keys` (default: all that the family has) of the last `num_layers` blocks (-1: all).
 
     A is uniform in +-1/sqrt(in), B is zero, both float32; fine_tune_type "dora" adds the lengths of rows. Raises
     UserError for an unknown key, and for parameters that are more than the machine's memory: MLX's CPU backend would
@@ -49,7 +48,7 @@ def init_lora(
     """
     if fine_tune_type not in ("lora", "dora"):
         raise UserError(f"fine_tune_type: {fine_tune_type!r} is not one of lora, dora")
-    keys = tuple(PROJECTIONS.values()) if keys is None else tuple(keys)
+    keys = None if keys is None else tuple(keys)
     n_bytes = lora_sizes(model.spec, keys, num_layers, rank, is_dora=fine_tune_type == "dora").parameters
     if n_bytes > (most := memory_bytes()):
         raise UserError(

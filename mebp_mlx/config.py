@@ -15,15 +15,14 @@ from typing import Any
 from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
-from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
+from mebp_mlx.model.families import LORA_KEYS
 from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
 
 PROG = "python -m mebp_mlx.train"
-PROJECTIONS = tuple(_PROJECTIONS.values())
-SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
+SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
@@ -106,8 +105,8 @@ class TrainConfig:
                                         above=0, shown_default="by --scale")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
-    keys: tuple[str, ...] = option(PROJECTIONS, LORA, "projections that get a LoRA pair (q_proj is enough)",
-                                   choices=PROJECTIONS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all seven")
+    keys: tuple[str, ...] | None = option(None, LORA, "projections that get a LoRA pair (q_proj is enough)",
+                                          choices=LORA_KEYS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all")
     num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
                              at_least=1, or_minus_one=True)
     resume_adapter_file: str | None = option(None, LORA, "adapters that a new run starts from, ours or mlx-lm's",
@@ -268,7 +267,7 @@ class TrainConfig:
         return {
             **dataclasses.asdict(self),
             "hf_dataset": sets,
-            "keys": list(self.keys),
+            "keys": None if self.keys is None else list(self.keys),
             "report_to": None if self.report_to is None else list(self.report_to),
             "optimizer": self.optimizer_name,
         }

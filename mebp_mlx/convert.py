@@ -15,7 +15,7 @@ from .export.folder import check_outside, new_config, new_folder, write_folder
 from .export.quantize import MIXED, MODES, Recipe, checked_packing
 from .export.requantize import Repack, Report, Say
 from .model.base import Model
-from .model.config import read_config
+from .model.reading import read_config
 from .options import build_parser, given_options, option
 from .system.allocator import settle
 from .system.command import run_command

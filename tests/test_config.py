@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mebp_mlx.config import PROJECTIONS, TrainConfig
+from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import describe, suggest
 from mebp_mlx.system import machine
@@ -350,10 +350,12 @@ def test_short_names_of_projections() -> None:
     assert TrainConfig.from_args(["--keys", "q_proj", "mlp.up_proj"]).keys == ("self_attn.q_proj", "mlp.up_proj")
 
 
-def test_projections_are_those_of_the_models() -> None:
-    from mebp_mlx.model.config import PROJECTIONS as of_models
-
-    assert tuple(of_models.values()) == PROJECTIONS
+def test_every_family_s_matrices_are_keys() -> None:
+    assert TrainConfig().keys is None
+    assert TrainConfig.from_args(["--keys", "qkv_proj", "gate_up_proj"]).keys == (
+        "self_attn.qkv_proj",
+        "mlp.gate_up_proj",
+    )
 
 
 # Budgets

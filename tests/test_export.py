@@ -170,6 +170,13 @@ def test_modules_that_are_not_the_models_are_named(tmp_path: Path, capsys: pytes
 # GGUF
 
 
+def test_a_family_without_a_name_in_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model", CONFIGS["phi3"])
+    adapters = make_adapters(tmp_path / "adapters", model)
+    assert run(adapters, tmp_path / "a.gguf", "--gguf") == 2
+    assert "--gguf: phi3 is not supported; supported: llama" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "gemma3"])
 def test_the_gguf_file_holds_the_same_products(tmp_path: Path, family: str) -> None:
     gguf = pytest.importorskip("gguf")

@@ -12,8 +12,9 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx import train
-from mebp_mlx.config import OPTIMIZERS, PROJECTIONS, TrainConfig
+from mebp_mlx.config import OPTIMIZERS, TrainConfig
 from mebp_mlx.errors import BudgetError
+from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.planner.sizes import lora_sizes
 from mebp_mlx.system import limits
 from mebp_mlx.system.footprint import footprint_bytes
@@ -23,13 +24,14 @@ from mebp_mlx.training.optimizers import make_optimizer, state_bytes
 from mebp_mlx.training.update import Updater
 from tests.runs import arguments, child
 
+KEYS = tuple(PROJECTIONS.values())
 MB = 1_000_000
 MOMENTUM: dict[str, Any] = {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": 0.9}}}
 OF_OPTIMIZERS = {**{name: {"optimizer": name} for name in OPTIMIZERS}, "sgd with momentum": MOMENTUM}
 
 
 @pytest.mark.parametrize("options", OF_OPTIMIZERS.values(), ids=OF_OPTIMIZERS.keys())
-@pytest.mark.parametrize(("keys", "num_layers"), [(PROJECTIONS, -1), (PROJECTIONS[1:5], 2)])
+@pytest.mark.parametrize(("keys", "num_layers"), [(KEYS, -1), (KEYS[1:5], 2)])
 def test_sizes_are_those_of_what_is_then_made(
     tmp_path: Path, options: dict[str, Any], keys: tuple[str, ...], num_layers: int
 ) -> None:
@@ -58,7 +60,7 @@ def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: P
     arrays_before = mx.get_active_memory()  # of other tests in this process
     mx.reset_peak_memory()
     for name in OPTIMIZERS:
-        found = lora_sizes(model.spec, PROJECTIONS, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
+        found = lora_sizes(model.spec, None, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
         assert found.parameters > 1e13 and found.state >= 0, name
     assert mx.get_peak_memory() - arrays_before <= MB and footprint_bytes() - before <= 5 * MB
 
@@ -110,7 +112,7 @@ def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
         return int(found[1])
 
     optimizer = make_optimizer(TrainConfig(), 1)
-    sizes = lora_sizes(model.spec, PROJECTIONS, -1, 30_000, optimizer)
+    sizes = lora_sizes(model.spec, None, -1, 30_000, optimizer)
     base = named_mb(optimizer="sgd")
     assert abs(named_mb(optimizer="adam") - base) <= 3  # parked in a file
     more_mb = (sizes.parameters - sizes.block_gradients) / MB

@@ -104,6 +104,15 @@ def test_rank_8_on_seven_projections_has_the_papers_number_of_parameters(name: s
         ("qwen2.5-3b", 3_085_938_688),
         ("qwen2.5-7b", 7_615_616_512),
         ("gemma3-1b", 999_885_952),
+        ("gemma2-2b", 2_614_341_888),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("smollm2-135m", 134_515_008),
+        ("smollm3-3b", 3_075_098_624),
+        ("phi4-mini", 3_836_021_760),
+        ("olmo2-1b", 1_484_916_736),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(name: str, expected: int) -> None:

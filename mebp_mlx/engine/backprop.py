@@ -139,7 +139,7 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
         assert x is not None
         inputs.append(x)
         position += tile.shape[1]
-    pairs = {linear.linear.name: linear.pair for linear in run.linear.values() if linear.pair is not None}
+    pairs = {linear.linear.name: linear.whole for linear in run.linear.values() if linear.whole is not None}
     trainables = flat(pairs)
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..model.base import Model
-from ..model.config import PROJECTIONS, Linear, ModelSpec
+from ..model.config import Linear, ModelSpec
 from ..model.lora import Lora
 from ..system.files import read_json_object, write_json
 from ..weights.safetensors import MappedWeights
@@ -77,7 +77,7 @@ def adapters_of(folder: Path, model_path: Path) -> Lora:
 
 def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
     """The pairs of a safetensors file under mlx-lm's names. Raises UserError naming file and tensor."""
-    linears = {linear.name: linear for layer in spec.layers for linear in layer.linears.values()}
+    linears = {linear.name: linear for layer in spec.layers for linear in layer.matrices.values()}
     weights = MappedWeights(file)
     try:
         parameters = {name: _parameter(weights, name, linears, rank) for name in sorted(weights.names)}
@@ -101,7 +101,7 @@ def as_lora(
     if not parameters:
         raise UserError(f"{file}: holds no LoRA pair")
     layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
-    keys = tuple(key for key in PROJECTIONS.values() if any(f".{key}.lora_" in name for name in parameters))
+    keys = tuple(key for key in spec.lora_keys if any(f".{key}.lora_" in name for name in parameters))
     n_layers = spec.L - layers[0].index
     return Lora(parameters, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=n_layers)
 

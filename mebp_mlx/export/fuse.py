@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..model.base import Model
-from ..model.config import read_config
 from ..model.lora import Lora
+from ..model.reading import read_config
 from ..system.device import DTYPES
 from ..system.files import NewFolder
 from .folder import new_config, write_folder, write_text

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..model.config import PROJECTIONS, ModelSpec
+from ..model.config import ModelSpec
 from ..model.lora import Lora
 from ..system.files import NewFolder
 from ..weights.safetensors import MappedWeights
@@ -82,10 +82,9 @@ def write_ours(out: NewFolder, lora: Lora, base: str) -> None:
 def _matrix(weights: MappedWeights, name: str, spec: ModelSpec, rank: int) -> tuple[str, mx.array]:
     """One matrix under our name, transposed."""
     found = _NAME.fullmatch(name)
-    shorts = {key: short for short, key in PROJECTIONS.items()}
-    if found is None or int(found[1]) >= spec.L or found[2] not in shorts:
+    if found is None or int(found[1]) >= spec.L or found[2] not in spec.layers[int(found[1])].matrices:
         raise UserError(f"{weights.info(name).file}: {name}: the model has no such module that LoRA goes on")
-    linear = spec.layers[int(found[1])].linears[shorts[found[2]]]
+    linear = spec.layers[int(found[1])].matrices[found[2]]
     wanted = (rank, linear.in_dims) if found[3] == "A" else (linear.out_dims, rank)
     value = checked_matrix(weights, name, wanted, rank)
     return f"{linear.name}.lora_{found[3].lower()}", mx.contiguous(value.T)
@@ -103,7 +102,7 @@ def _peft_config(lora: Lora, spec: ModelSpec, base: str) -> dict[str, Any]:
     shorts = sorted({name.rpartition(".")[2] for name in modules})
     is_regular = len(modules) == len(layers) * len(shorts)
     # A vision tower has layers with the same names: short names would take them, too.
-    by_short_name = is_regular and spec.family != "gemma3"
+    by_short_name = is_regular and not spec.final_norm.startswith("language_model.")
     alpha = lora.scale * lora.rank
     return {
         "peft_type": "LORA",

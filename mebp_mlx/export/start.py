@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UserError
-from ..model.config import PROJECTIONS, ModelSpec
+from ..model.config import ModelSpec
 from ..model.lora import Lora
 from ..system.files import read_json_object
 from ..weights.safetensors import MappedWeights
@@ -42,7 +42,7 @@ def start_from(file: Path, lora: Lora, spec: ModelSpec) -> None:
 
 
 def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    linears = {linear.name for layer in spec.layers for linear in layer.linears.values()}
+    linears = {linear.name for layer in spec.layers for linear in layer.matrices.values()}
     for name in shapes:
         if name.rpartition(".")[0] not in linears:
             raise UserError(f"{FLAG} {file}: {name}: the model has no {name.rpartition('.')[0]} that LoRA goes on")
@@ -55,13 +55,13 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
     parameters = about.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     layers = [layer.index for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in shapes)]
-    keys = [key for key in PROJECTIONS.values() if any(f".{key}.lora_" in name for name in shapes)]
+    keys = [key for key in spec.lora_keys if any(f".{key}.lora_" in name for name in shapes)]
     trained = [layer.index for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in own)]
     wanted = {
         "--fine-tune-type": (lora.fine_tune_type, _kind(shapes)),
         "--rank": (lora.rank, ranks.pop()),
         "--scale": (lora.scale, lora.scale if scale is None else scale),
-        "--keys": (" ".join(key for key in PROJECTIONS.values() if key in lora.keys), " ".join(keys)),
+        "--keys": (" ".join(key for key in spec.lora_keys if key in lora.keys), " ".join(keys)),
         "--num-layers": (spec.L - trained[0], spec.L - layers[0]),
     }
     if differing := [flag for flag, (ours, theirs) in wanted.items() if ours != theirs]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..kernels import cpu
 from ..weights.safetensors import MappedWeights
-from .config import FLOAT_MODES, Layer, Linear, ModelSpec, Quantization, read_config, read_spec
+from .config import FLOAT_MODES, Layer, Linear, ModelSpec, Quantization
+from .reading import read_config, read_spec
 
 # What mx.quantized_matmul takes; other packings are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
@@ -94,10 +95,11 @@ class Model:
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
         self.dtype, self.packed = dtype, packed
-        self._squared_norms: dict[str, mx.array] = {}
+        self._squared_norms: dict[Linear, mx.array] = {}
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products."""
+        start, stop = start + linear.first_row, stop + linear.first_row
         return self._block(linear, lambda weights, name, *_: weights.rows(name, start, stop))
 
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
@@ -113,11 +115,12 @@ class Model:
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
+        start, stop = start + linear.first_row, stop + linear.first_row
         return self._dense(linear, lambda weights, name, *_: weights.rows(name, start, stop))
 
     def squared_norms(self, linear: Linear) -> mx.array:
         """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
-        if linear.name not in self._squared_norms:
+        if linear not in self._squared_norms:
             if isinstance(self.weights, UnreadWeights):
                 return stand_in((linear.out_dims,), mx.float32)
             step = max(1, _NORM_BYTES // (4 * linear.in_dims))
@@ -126,9 +129,9 @@ class Model:
                 rows = self.rows(linear, start, min(start + step, linear.out_dims)).astype(mx.float32)
                 parts.append(mx.square(rows).sum(axis=1))
                 mx.eval(parts[-1])
-            self._squared_norms[linear.name] = mx.concatenate(parts)
-            mx.eval(self._squared_norms[linear.name])
-        return self._squared_norms[linear.name]
+            self._squared_norms[linear] = mx.concatenate(parts)
+            mx.eval(self._squared_norms[linear])
+        return self._squared_norms[linear]
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype."""
@@ -185,12 +188,13 @@ class Model:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
         if not linear.bias:
             return None
+        start, stop = start + linear.first_row, stop + linear.first_row
         return self.weights.rows(f"{linear.name}.bias", start, stop).astype(self.dtype)
 
     def norm(self, name: str) -> mx.array:
         """A norm's weight vector as rms_norm takes it, in the compute dtype."""
         weight = self.weights.rows(name).astype(self.dtype)
-        return 1.0 + weight if self.spec.gemma else weight
+        return self.spec.norm_offset + weight if self.spec.norm_offset else weight
 
     def norms(self, layer: Layer) -> dict[str, mx.array]:
         """All norm weights of a block, by the last part of their module's name ("input_layernorm")."""
@@ -199,10 +203,8 @@ class Model:
     def embed(self, tokens: np.ndarray) -> mx.array:
         """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled where the family does."""
         x = self.gather(self.spec.embedding, tokens.reshape(-1)).reshape(*tokens.shape, self.spec.D)
-        if self.spec.embed_scale is not None:
-            # Gemma was trained with the factor rounded to bfloat16.
-            x = x * mx.array(self.spec.embed_scale, mx.bfloat16).astype(x.dtype)
-        return x
+        scale = self.spec.embed_scale
+        return x if scale is None else x * scale
 
 
 _numbers = itertools.count()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import UserError
-from .config import PROJECTIONS, Linear, ModelSpec
+from .config import Linear, ModelSpec
 
 DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 
@@ -123,14 +123,14 @@ def init_lora(
 ) -> Lora:
     """Fresh LoRA pairs: A uniform in +-1/sqrt(in), B zero, as mlx-lm starts them.
 
-    keys: projection names inside a block (default: all seven); num_layers: the last N
+    keys: projection names inside a block (default: all of the family); num_layers: the last N
     blocks, -1 for all. Each A depends on (seed, its name) only. lengths: of the rows of a frozen
     matrix, float32 [out], which DoRA's m starts as; None: plain LoRA. Raises UserError.
     """
-    chosen = tuple(PROJECTIONS.values()) if keys is None else tuple(dict.fromkeys(keys))
-    unknown = [key for key in chosen if key not in PROJECTIONS.values()]
+    chosen = spec.lora_keys if keys is None else tuple(dict.fromkeys(keys))
+    unknown = [key for key in chosen if key not in spec.lora_keys]
     if unknown or not chosen:
-        known = ", ".join(PROJECTIONS.values())
+        known = ", ".join(spec.lora_keys)
         raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; LoRA goes on: {known}")
     if rank < 1:
         raise UserError(f"--rank: must be at least 1, found {rank}")
@@ -140,10 +140,9 @@ def init_lora(
         raise UserError(f"--num-layers: must be -1 (all) or 1 to {spec.L}, found {num_layers}")
     parameters = {}
     for layer in spec.layers if num_layers == -1 else spec.layers[-num_layers:]:
-        for short, key in PROJECTIONS.items():
+        for key, linear in layer.matrices.items():
             if key not in chosen:
                 continue
-            linear = layer.linears[short]
             bound = 1 / math.sqrt(linear.in_dims)
             a = mx.random.uniform(-bound, bound, (linear.in_dims, rank), key=random_key("lora", seed, linear.name))
             parameters[f"{linear.name}.lora_a"] = a

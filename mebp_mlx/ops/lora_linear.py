@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from ..model.base import WeightBlock
 from ..model.config import Linear
-from ..model.lora import Dropout
+from ..model.lora import Dropout, Pair
 from .plan import Context
 
 
@@ -71,9 +71,21 @@ class LoraLinear:
         context = shared.context
         self.shared, self.low_name, self.linear = shared, f"low.{short}", linear
         self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
-        self.pair, self.scale = context.adapter.pairs.get(linear.name), context.adapter.scale
+        self.scale = context.adapter.scale
+        self.whole = context.adapter.pairs.get(linear.name)  # of the matrix that this projection is, or is rows of
+        self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
         self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are brought in at a time
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.linear.first_row, self.linear.first_row + self.linear.out_dims)
+
+    def _own(self, whole: Pair) -> Pair:
+        """What of a matrix's pair belongs to this projection's rows."""
+        if whole.b.shape[1] == self.linear.out_dims:
+            return whole
+        return Pair(whole.a, whole.b[:, self._rows], None if whole.m is None else whole.m[self._rows])
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -133,7 +145,8 @@ class LoraLinear:
 
     def row_lengths(self, start: int, stop: int, block: WeightBlock | None = None) -> mx.array:
         """n of rows [start, stop), float32; found once a pass. block: those rows, None: they are brought in here."""
-        known, key = self.shared.context.row_lengths, (self.linear.name, start, stop)
+        first = self.linear.first_row
+        known, key = self.shared.context.row_lengths, (self.linear.name, first + start, first + stop)
         if key in known:
             return known[key]
         assert self.pair is not None
@@ -158,6 +171,13 @@ class LoraLinear:
         """Sum up a gradient of the pair; part: "lora_a", "lora_b" or "m"."""
         name = f"{self.linear.name}.{part}"
         gradients = self.shared.gradients
+        if part != "lora_a" and self.whole is not None and self.pair is not self.whole:
+            whole = gradients.get(name)
+            if whole is None:
+                whole = mx.zeros((*gradient.shape[:-1], self.whole.b.shape[1]))
+            gradients[name] = whole.at[..., self._rows].add(gradient)
+            self.barrier.piece(gradients[name])
+            return
         gradients[name] = gradients[name] + gradient if name in gradients else gradient
         self.barrier.piece(gradients[name])
 

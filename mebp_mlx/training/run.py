@@ -54,6 +54,8 @@ def prepare_run(config: TrainConfig) -> Run | None:
     model = open_model(model_path, config.dtype, config.weights)
     if config.phone is not None:
         print(impose(config.phone, config.budget_bytes))
+    if config.keys is None:  # a record of the run says what that was
+        config = config.replace(keys=model.spec.lora_keys)
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, inputs.n_updates)
     estimator = estimator_of(config, lora)

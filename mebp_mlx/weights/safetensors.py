@@ -8,10 +8,11 @@ and read-only: macOS would make private, writable ones the process's own memory 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -106,6 +107,15 @@ class MappedWeights:
 
     def __len__(self) -> int:
         return len(self._infos)
+
+    def rename(self, prefixes: Mapping[str, str]) -> None:
+        """Call tensors by other names from here on: those that begin as a key do, by its value in that place."""
+        for old, new in prefixes.items():
+            for name in [name for name in self._infos if name.startswith(old)]:
+                renamed = new + name.removeprefix(old)
+                if renamed not in self._infos:
+                    self._infos[renamed] = dataclasses.replace(self._infos.pop(name), name=renamed)
+        self.names = tuple(self._infos)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor. UserError if there is none of that name."""
