@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
+from mebp_mlx.version import __version__
 
 Options = TypeVar("Options")
 

@@ -17,7 +17,7 @@ ORDER = [
     "testing", "training", "generation", "export", "data", "planner", "engine", "families", "ops", "model", "kernels",
     "weights", "system",
 ]  # fmt: skip
-FREE = {"errors", "bundled", "__version__"}  # import nothing above them, and serve everybody
+FREE = {"errors", "bundled", "version"}  # import nothing above them, and serve everybody
 COMMAND = {"config", "options"}  # a run's options, for training alone
 ROOT = Path(mebp_mlx.__file__).parent
 

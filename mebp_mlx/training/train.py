@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from .. import __version__
 from ..engine import Engine, make_engine
 from ..errors import BudgetError
 from ..planner.projection import host_rates, project
@@ -14,8 +13,10 @@ from ..system.footprint import PeakMeter, footprint_bytes
 from ..system.interrupt import Interrupt, Stopped
 from ..system.last_line import LastLine
 from ..system.units import megabytes
+from ..version import __version__
 from . import folder
 from .best import FOLDER as BEST
+from .callbacks import sender
 from .log import RunLog
 from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
 from .run import Run
@@ -88,7 +89,8 @@ def _open_log(run: Run) -> Iterator[RunLog]:
     project = config.project_name or run.folder.resolve().name
     services = Services(config.report_to or (), project, run.folder, config.to_dict(), print)
     last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
-    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=services.send)
+    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume)
+    log.senders = [services.send, sender(run.callbacks)]
     services.say = log.notice
     with last_line, log, services:
         folder.remove_partial_files(run.folder)
