@@ -34,6 +34,7 @@ PROG = "python -m mebp_mlx.train"
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
+SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -160,8 +161,8 @@ class TrainConfig:
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
-    report_to: str | None = option(None, REPORT, "wandb: send reports there too (costs the memory of its library)",
-                                   choices=("wandb",), may_change=True, shown_default="none")
+    report_to: tuple[str, ...] | None = option(None, REPORT, "send reports to wandb, tensorboard, trackio, swanlab",
+                                               choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
     config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
@@ -276,6 +277,7 @@ class TrainConfig:
             **dataclasses.asdict(self),
             "hf_dataset": sets,
             "keys": None if self.keys is None else list(self.keys),
+            "report_to": None if self.report_to is None else list(self.report_to),
             "optimizer": self.optimizer_name,
         }
 
@@ -316,6 +318,9 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":
             given.setdefault("fine_tune_type", "dora")
+        elif name == "wandb":  # older mlx-lm: the project's name
+            given.setdefault("report_to", ("wandb",))
+            given.setdefault("project_name", raw)
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -354,6 +359,9 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             take(key, raw, where)
         elif key == "use_dora" and raw is True:
             take("fine_tune_type", "dora", where)
+        elif key == "wandb" and isinstance(raw, str):  # older mlx-lm: the project's name
+            take("report_to", "wandb", where)
+            take("project_name", raw, where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)
