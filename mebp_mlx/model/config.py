@@ -179,7 +179,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
     Raises UserError for an unknown family, a missing key, or a tensor that contradicts the config.
     """
     family_name = config.get("model_type")
-    if family_name not in FAMILIES:
+    if not isinstance(family_name, str) or family_name not in FAMILIES:
         raise UserError(f"{where}: model_type {family_name!r} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[family_name]
     reader = _Reader(config, family, where)
