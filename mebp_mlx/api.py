@@ -13,7 +13,6 @@ from .engine.base import Pass
 from .errors import UserError
 from .model import NO_LABEL
 from .model.base import Model
-from .model.config import PROJECTIONS
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
 from .model.opening import open_model
@@ -31,7 +30,7 @@ class _Batch(NamedTuple):
     targets: np.ndarray
 
 
-def init_lora(
+def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     model: Model,
     rank: int = 8,
     scale: float = 20.0,
@@ -39,19 +38,32 @@ def init_lora(
     keys: Iterable[str] | None = None,
     num_layers: int = -1,
     seed: int = 0,
+    fine_tune_type: str = "lora",
 ) -> Lora:
-    """Fresh LoRA parameters on `keys` (default: the seven projections) of the last `num_layers` blocks (-1: all).
+    """Fresh LoRA parameters on `keys` (default: all that the family has) of the last `num_layers` blocks (-1: all).
 
-    A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key, and for parameters that
-    are more than the machine's memory: MLX's CPU backend would end the process.
+    A is uniform in +-1/sqrt(in), B is zero, both float32; fine_tune_type "dora" adds the lengths of rows. Raises
+    UserError for an unknown key, and for parameters that are more than the machine's memory: MLX's CPU backend would
+    end the process.
     """
-    keys = tuple(PROJECTIONS.values()) if keys is None else tuple(keys)
-    n_bytes = lora_sizes(model.spec, keys, num_layers, rank).parameters
+    if fine_tune_type not in ("lora", "dora"):
+        raise UserError(f"fine_tune_type: {fine_tune_type!r} is not one of lora, dora")
+    keys = None if keys is None else tuple(keys)
+    n_bytes = lora_sizes(model.spec, keys, num_layers, rank, is_dora=fine_tune_type == "dora").parameters
     if n_bytes > (most := memory_bytes()):
         raise UserError(
             f"rank {rank}: LoRA takes {n_bytes / 1e6:,.1f} MB, the machine's memory is {most / 1e6:,.1f} MB"
         )
-    return _init_lora(model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed)
+    return _init_lora(
+        model.spec,
+        rank=rank,
+        scale=scale,
+        dropout=dropout,
+        keys=keys,
+        num_layers=num_layers,
+        seed=seed,
+        lengths=(lambda linear: mx.sqrt(model.squared_norms(linear))) if fine_tune_type == "dora" else None,
+    )
 
 
 def loss_and_grads(

@@ -7,6 +7,7 @@ Flags win over the YAML file, the YAML file over a resumed run's options, those 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,15 +15,23 @@ from typing import Any
 from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
-from mebp_mlx.model.config import PROJECTIONS as _PROJECTIONS
-from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
+from mebp_mlx.model.families import LORA_KEYS
+from mebp_mlx.options import (
+    build_parser,
+    checked_value,
+    convert,
+    describe,
+    option,
+    read_yaml,
+    size_option,
+    suggest,
+)
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
 
 PROG = "python -m mebp_mlx.train"
-PROJECTIONS = tuple(_PROJECTIONS.values())
-SHORT_KEYS = {key.rpartition(".")[2]: key for key in PROJECTIONS}
+SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
@@ -82,34 +91,41 @@ class TrainConfig:
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
-                                   metavar="PATH", path=True, may_change=True, shown_default="temporary")
-    memory_budget: int | str | None = option(
-        None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
+                                   path=True, may_change=True, shown_default="temporary")
+    memory_budget: int | str | None = size_option(
+        METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        may_change=True, shown_default="1GB, at most 1/4 of memory")
     over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = option(2_000_000_000, METHOD, "for kept activations; less: more is recomputed",
-                               metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
+    arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
+                                    may_change=True, shown_default="2GB")
     device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
     seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
 
+    fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
+                                 choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
     rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
                        at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
+    rslora_alpha: float | None = option(None, LORA, "rsLoRA: scale is this / sqrt(rank), in place of --scale",
+                                        above=0, shown_default="by --scale")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
-    keys: tuple[str, ...] = option(PROJECTIONS, LORA, "projections that get a LoRA pair (q_proj is enough)",
-                                   choices=PROJECTIONS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all seven")
+    keys: tuple[str, ...] | None = option(None, LORA, "projections that get a LoRA pair (q_proj is enough)",
+                                          choices=LORA_KEYS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all")
     num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
                              at_least=1, or_minus_one=True)
+    resume_adapter_file: str | None = option(None, LORA, "adapters that a new run starts from, ours or mlx-lm's",
+                                             metavar="FILE", path=True, shown_default="none")
 
     optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
                                    choices=OPTIMIZERS, shown_default="adam; sgd with zeroth order")
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
+    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: the rate of every B is so many times that of A", above=0)
     warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
@@ -120,21 +136,27 @@ class TrainConfig:
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
                                           at_least=1, below=10**6)
 
-    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
-                        may_change=True)
+    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
+                        at_least=0, may_change=True)
     epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
                                   may_change=True, shown_default="by --iters")
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
     val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
+    patience: int | None = option(None, LENGTH, "early stopping: end after so many validations that are no better",
+                                  at_least=1, may_change=True, shown_default="never")
+    min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
+                              may_change=True)
     test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
-                               path=True, may_change=True)
+    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", path=True,
+                               may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
+    save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
+                             may_change=True)
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
@@ -142,8 +164,8 @@ class TrainConfig:
                                    choices=("wandb",), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
-    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
-                                path=True, flags=("-c",), may_change=True, shown_default="none")
+    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
+                                flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -158,6 +180,8 @@ class TrainConfig:
         if self.mask_prompt and self.train_on not in (None, COMPLETION):
             raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which is --train-on completion")
         _check_sets(self.hf_dataset, _dotted)
+        if not self.iters and self.epochs is None and not self.test:
+            raise UserError("--iters: 0 trains nothing; with --test it measures the model and the adapters")
         if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
             raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
 
@@ -165,6 +189,16 @@ class TrainConfig:
     def optimizer_name(self) -> str:
         """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
+
+    @property
+    def tracks_best(self) -> bool:
+        """Whether the best validation is kept in best/."""
+        return self.save_best or self.patience is not None
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of the LoRA product: scale, or rsLoRA's alpha / sqrt(rank) (Kalajdzievski 2023)."""
+        return self.scale if self.rslora_alpha is None else self.rslora_alpha / math.sqrt(self.rank)
 
     @property
     def data_source(self) -> str | list[dict[str, Any]]:
@@ -220,8 +254,12 @@ class TrainConfig:
         for newer in (given, flags):
             if "iters" in newer and "epochs" in newer:
                 raise UserError("--epochs: cannot be combined with --iters")
+            if "scale" in newer and "rslora_alpha" in newer:
+                raise UserError("--rslora-alpha: cannot be combined with --scale, whose place it takes")
         if "iters" in flags:
             given.pop("epochs", None)
+        if "scale" in flags:
+            given.pop("rslora_alpha", None)
         given.update(flags)
         own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
         known = {name: value for name, value in (saved or {}).items() if name not in own}
@@ -237,7 +275,7 @@ class TrainConfig:
         return {
             **dataclasses.asdict(self),
             "hf_dataset": sets,
-            "keys": list(self.keys),
+            "keys": None if self.keys is None else list(self.keys),
             "optimizer": self.optimizer_name,
         }
 
@@ -266,16 +304,18 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
         raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
     given, taken = {}, []
-    for name, raw in vars(found).items():
+    for name, raw in vars(raw_values).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
+        elif name == "use_dora":
+            given.setdefault("fine_tune_type", "dora")
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -312,6 +352,8 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         where = file.where(key)
         if key in specs and key != "config":
             take(key, raw, where)
+        elif key == "use_dora" and raw is True:
+            take("fine_tune_type", "dora", where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)

@@ -10,10 +10,10 @@ from pathlib import Path
 from .errors import UserError
 from .export.adapters import trained_with
 from .generation.text import Prompt, Writer
-from .options import option, parse
+from .options import option, parse, size_option
 from .system.command import run_command
 from .system.footprint import PeakMeter
-from .system.limits import check_peak
+from .system.limits import UNLIMITED, check_peak
 from .system.units import megabytes
 from .weights.hub import resolve_model
 
@@ -36,8 +36,8 @@ class Options:
     model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
     adapter_path: str | None = option(None, _GROUP, "folder of adapters, ours or mlx-lm's", metavar="PATH",
                                       shown_default="none")
-    memory_budget: int | str | None = option(None, _GROUP, "footprint to stay within: 500MB", metavar="SIZE", size=True,
-                                             words=("none",), above=0, shown_default="none")
+    memory_budget: int | str | None = size_option(_GROUP, "footprint to stay within: 500MB", words=(UNLIMITED,),
+                                                  shown_default="none")
 
     prompt: str | None = option(None, _TEXT, "text, or a chat model's message; - reads stdin", metavar="TEXT",
                                 flags=("-p",))

@@ -35,6 +35,7 @@ class Option:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # values of mlx-lm's, and why they are no choice
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -71,6 +72,11 @@ def option(default: Any, group: str, help: str, **limits: Any) -> Any:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def size_option(group: str, help: str, *, default: int | None = None, **limits: Any) -> Any:
+    """An option whose value is a number of bytes above 0, such as 500MB."""
+    return option(default, group, help, metavar="SIZE", size=True, above=0, **limits)
 
 
 def describe(cls: type) -> dict[str, Spec]:
@@ -195,6 +201,8 @@ def _shortened(raw: Any) -> str:
 def _check_limits(about: Option, value: Any) -> None:
     if about.choices is not None:
         for name in value if isinstance(value, tuple) else (value,):
+            if name in about.refused:
+                raise ValueError(about.refused[name])
             if name not in about.choices:
                 hint = suggest(name, (*about.choices, *about.aliases))
                 raise ValueError(f"{name!r} is not one of {', '.join(about.choices)}{hint}")
@@ -270,7 +278,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
                 *names, dest=spec.name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=help_line
             )
         else:
-            metavar = about.metavar or {int: "N", float: "X"}.get(spec.kind, "NAME")
+            metavar = about.metavar or ("PATH" if about.path else {int: "N", float: "X"}.get(spec.kind, "NAME"))
             many = None if spec.kind in (int, float, str) else "+"
             groups[about.group].add_argument(
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line

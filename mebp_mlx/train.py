@@ -10,9 +10,14 @@ from .config import TrainConfig
 from .system.command import run_command
 from .system.footprint import PeakMeter
 from .system.interrupt import Interrupt
+from .system.limits import check_peak
+from .system.terminal import say
+from .system.units import megabytes
 from .training.checkpoint import saved_options
+from .training.evaluate import evaluate_alone, is_test_alone, table
 from .training.run import prepare_run
 from .training.train import train_run
+from .weights.hub import resolve_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +37,12 @@ def config_of(argv: Sequence[str] | None) -> TrainConfig:
 def run(config: TrainConfig, interrupt: Interrupt) -> None:
     """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped."""
     with PeakMeter() as meter:
+        if is_test_alone(config):
+            for line in table(*evaluate_alone(config, resolve_model(config.model))):
+                say(line)
+            say(f"peak footprint {megabytes(meter.peak_bytes)}")
+            check_peak(config.budget_bytes, meter.peak_bytes)
+            return
         prepared = prepare_run(config)
         if prepared is not None:
             train_run(prepared, interrupt, meter)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mebp_mlx.config import PROJECTIONS, TrainConfig
+from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import describe, suggest
 from mebp_mlx.system import machine
@@ -90,9 +90,11 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
         "train_on": "completion", "prompt_feature": "p", "completion_feature": "c", "text_feature": "t",
         "chat_feature": "m", "preview": 3, "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
+        "resume_adapter_file": "f", "patience": 2, "min_delta": 0.5, "save_best": True,
+        "fine_tune_type": "dora", "lora_plus_ratio": 4.0,
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names - set(other) == {"config", "epochs", "lr_schedule"}  # a file; exclusive with iters; with warmup
+    assert names - set(other) == {"config", "epochs", "lr_schedule", "rslora_alpha"}  # a file; exclusive with others
     argv = []
     for name, value in other.items():
         flag = "--" + name.replace("_", "-")
@@ -169,9 +171,8 @@ def test_epochs_and_iters(tmp_path: Path) -> None:
         (["--keys"], "--keys", "expected at least one argument"),
         (["--learning-rat", "1"], "--learning-rat", "did you mean --learning-rate?"),
         (["--trust-remote-code"], "--trust-remote-code", "no code of a model's folder is ever run"),
-        (["--fine-tune-type", "dora"], "--fine-tune-type", "use lora"),
         (["--fine-tune-type", "full"], "--fine-tune-type", "lora with a larger rank"),
-        (["--fine-tune-type", "none"], "--fine-tune-type", "only lora"),
+        (["--fine-tune-type", "none"], "--fine-tune-type", "not one of lora, dora"),
         (["--lora-layers", "4"], "--lora-layers", "num_layers"),
         (["--wandb", "project"], "--wandb", "report_to: wandb"),
         (["stray"], "stray", "no such option"),
@@ -200,7 +201,6 @@ def test_wrong_flags_are_named(argv: list[str], flag: str, reason: str) -> None:
         ("train: false\n", 1, "train", "must be true"),
         ("fine_tune_type: full\n", 1, "fine_tune_type", "full is not available"),
         ("seed: 1\ntrust_remote_code: true\n", 2, "trust_remote_code", "leave it out"),
-        ("seed: 1\nuse_dora: true\n", 2, "use_dora", "use lora"),
         ("seed: 1\nlora_layers: 8\n", 2, "lora_layers", "num_layers"),
         ("wandb: mine\n", 1, "wandb", "report_to: wandb"),
         ("report_to: swanlab\n", 1, "report_to", "wandb"),
@@ -350,10 +350,12 @@ def test_short_names_of_projections() -> None:
     assert TrainConfig.from_args(["--keys", "q_proj", "mlp.up_proj"]).keys == ("self_attn.q_proj", "mlp.up_proj")
 
 
-def test_projections_are_those_of_the_models() -> None:
-    from mebp_mlx.model.config import PROJECTIONS as of_models
-
-    assert tuple(of_models.values()) == PROJECTIONS
+def test_every_family_s_matrices_are_keys() -> None:
+    assert TrainConfig().keys is None
+    assert TrainConfig.from_args(["--keys", "qkv_proj", "gate_up_proj"]).keys == (
+        "self_attn.qkv_proj",
+        "mlp.gate_up_proj",
+    )
 
 
 # Budgets

@@ -28,12 +28,12 @@ def run(adapters: Path, out: Path, *more: str) -> int:
 def deltas(folder: Path, model: Path) -> dict[str, np.ndarray]:
     """s (A B)^T of every pair, float64 [out, in], by the matrix's name."""
     lora = adapters_of(folder, model)
-    found = {}
+    actual = {}
     for layer in Model(model).spec.layers:
         for linear in layer.linears.values():
             if (pair := lora.pairs.get(linear.name)) is not None:
-                found[linear.name] = lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
-    return found
+                actual[linear.name] = lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
+    return actual
 
 
 # PEFT
@@ -168,6 +168,13 @@ def test_modules_that_are_not_the_models_are_named(tmp_path: Path, capsys: pytes
 
 
 # GGUF
+
+
+def test_a_family_without_a_name_in_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model", CONFIGS["phi3"])
+    adapters = make_adapters(tmp_path / "adapters", model)
+    assert run(adapters, tmp_path / "a.gguf", "--gguf") == 2
+    assert "--gguf: phi3 is not supported; supported: llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "gemma3"])

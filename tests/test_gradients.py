@@ -89,9 +89,14 @@ def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | N
     assert abs(forward - loss.item()) <= TOLERANCE * forward
 
 
+TILED = ["qwen2", "llama-sliding", "gemma3_text", "olmo3", "glm4", "phi3-partial", "gemma2", "ministral3", "minicpm"]
+
+
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
-@pytest.mark.parametrize("name", ["qwen2", "llama-sliding", "gemma3_text"])
-@pytest.mark.parametrize("masking", ["ragged", "holes"])
+@pytest.mark.parametrize(
+    "name, masking",
+    [(name, masking) for name in TILED for masking in ("ragged", "holes") if name in TILED[:3] or masking == "ragged"],
+)
 def test_gradients_of_sequences_in_tiles(
     tmp_path: Path, name: str, masking: str, saved: frozenset[str], seed: int
 ) -> None:
@@ -217,7 +222,41 @@ def test_gradients_for_every_placement(
     _assert_exact(model, lora, tokens, targets, Plan(saved=saved), seed)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name, keys, num_layers",
+    [
+        ("phi3", ["self_attn.qkv_proj"], -1),
+        ("phi3", ["mlp.gate_up_proj"], 1),
+        ("glm4", ["self_attn.k_proj", "mlp.gate_up_proj"], 2),
+        ("olmo2", ["mlp.up_proj"], 2),
+        ("olmo2", ["self_attn.v_proj"], -1),
+        ("granite", ["self_attn.o_proj"], 2),
+        ("hunyuan_v1_dense", ["self_attn.k_proj"], -1),
+        ("gemma2", ["self_attn.q_proj", "mlp.down_proj"], 3),
+    ],
+)
+def test_gradients_for_placements_in_other_blocks(
+    tmp_path: Path, name: str, keys: list[str], num_layers: int, seed: int
+) -> None:
+    model = _model(tmp_path, CONFIGS[name], seed=seed)
+    lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, keys=keys, num_layers=num_layers)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 8, model.spec.V)
+    _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral3", "granite", "minicpm", "olmo3", "exaone4", "hunyuan_v1_dense", "glm4", "phi3", "gemma2"]
+)
+def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
+    model = _model(tmp_path, packed_config(name), seed=seed, quantization={"group_size": 32, "bits": 4})
+    lora = mebp_mlx.init_lora(model, rank=4, scale=2.0)
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 2, 9, model.spec.V)
+    _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3"])
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
@@ -231,10 +270,10 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     for saved in policies:
         plan = Plan(saved=saved, token_block=64, query_block=17)
         loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
-        found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
-        reference = reference or found
+        actual = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+        reference = reference or actual
         for key, value in reference.items():
-            assert np.array_equal(found[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
+            assert np.array_equal(actual[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
 
 
 @pytest.mark.parametrize("numpy_too", [True, False], ids=["numpy", "plain"])
@@ -260,14 +299,24 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
                 mx.eval(grads)
             assert kept_bytes != 0 or engine.store.written_bytes > 0
             engine.close()
-            found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
-            reference = reference or found
+            actual = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+            reference = reference or actual
             for key, value in reference.items():
-                assert np.array_equal(found[key], value), f"{key} differs with {grain}, {kept_bytes}, seed {seed}"
+                assert np.array_equal(actual[key], value), f"{key} differs with {grain}, {kept_bytes}, seed {seed}"
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama-sliding", "gemma3_text"])
-@pytest.mark.parametrize("keys", [None, ["mlp.up_proj"], ["self_attn.q_proj", "self_attn.o_proj"]])
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        *(
+            (n, k)
+            for n in ("qwen2", "llama-sliding", "gemma3_text")
+            for k in (None, ["mlp.up_proj"], ["self_attn.q_proj", "self_attn.o_proj"])
+        ),
+        ("phi3", None),
+        ("phi3", ["self_attn.qkv_proj"]),
+    ],
+)
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3, keys=keys)

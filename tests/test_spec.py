@@ -38,7 +38,8 @@ def _change(folder: Path, **changes: Any) -> Path:
         ({"vocab_size": None}, r"config\.json: vocab_size is missing"),
         ({"rms_norm_eps": "tiny"}, r"rms_norm_eps must be a positive number, found 'tiny'"),
         ({"num_key_value_heads": 4}, r"num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, r"rope scaling 'ntk' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, r"needs a list of 5 numbers 'long_factor'"),
         ({"rope_scaling": {"type": "linear"}}, r"needs a positive 'factor'"),
         ({"tie_word_embeddings": False}, r"asks for the tensor lm_head\.weight"),
     ],
@@ -88,8 +89,8 @@ def test_the_mode_is_the_tensors_own_however_it_is_said(tmp_path: Path, packing:
             mebp_mlx.open_model(folder)
         return
     spec = mebp_mlx.open_model(folder).spec
-    found = spec.layers[0].linears["q"].quantization
-    assert found is not None and vars(found) == packing
+    actual = spec.layers[0].linears["q"].quantization
+    assert actual is not None and vars(actual) == packing
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def _read_model(folder: Path) -> None:
 
     model = Model(folder)
     for name in model.weights.names:
-        model.weights.rows(name)
+        model.weights.view(name).tobytes()
     model.weights.close()
 
 
@@ -330,7 +330,10 @@ def _read_log(folder: Path) -> None:
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
 
 
 KINDS: dict[str, Kind] = {

@@ -131,8 +131,8 @@ class Encoder:
 
     def _messages(self, messages: Any, where: str) -> list[Message]:
         if not isinstance(messages, list) or not messages:
-            found = "an empty list" if messages == [] else kind_of(messages)
-            raise UserError(f'{where}: "{self.options.chat_feature}" must be a list of messages, found {found}')
+            what = "an empty list" if messages == [] else kind_of(messages)
+            raise UserError(f'{where}: "{self.options.chat_feature}" must be a list of messages, found {what}')
         for number, message in enumerate(messages, 1):
             if not isinstance(message, dict):
                 raise UserError(f"{where}: message {number} must be an object, found {kind_of(message)}")
@@ -184,9 +184,9 @@ def _last_turn(tokens: list[int], messages: list[Message], template: Template) -
     prompt = _attempt(template, messages[:-1], add_generation_prompt=messages[-1]["role"] == "assistant")
     if prompt is not None and tokens[: len(prompt)] == prompt:
         return Row(tokens, [(len(prompt), len(tokens))])
-    found = _content_range(tokens, messages, number, template)
-    if found is not None:
-        return Row(tokens, [(found[0], len(tokens))], differs=True)
+    content = _content_range(tokens, messages, number, template)
+    if content is not None:
+        return Row(tokens, [(content[0], len(tokens))], differs=True)
     start = len(prompt or ())
     return Row(tokens, [(start, len(tokens))] if start < len(tokens) else [], differs=True, unsure=True)
 
@@ -205,12 +205,12 @@ def _assistant_turns(tokens: list[int], messages: list[Message], template: Templ
         stop = len(through) if through is not None and tokens[: len(through)] == through else None
         if start is None or stop is None:
             differs |= number > 0 and start is None
-            found = _content_range(tokens, messages, number, template)
-            if found is None:
+            content = _content_range(tokens, messages, number, template)
+            if content is None:
                 unsure = True
                 continue
-            start = found[0] if start is None else start
-            stop = found[1] if stop is None else stop
+            start = content[0] if start is None else start
+            stop = content[1] if stop is None else stop
         labels.append((start, stop))
     return Row(tokens, labels, differs, unsure)
 

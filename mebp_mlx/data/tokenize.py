@@ -262,15 +262,15 @@ class _Kinds:
         self._options, self._first, self._first_line = options, "", 0
 
     def of(self, row: dict[str, Any], line: int, where: str) -> str:
-        options, found = self._options, self._options.kind(row)
-        if found is None:
+        options, kind = self._options, self._options.kind(row)
+        if kind is None:
             prompt, completion = options.keys("prompt")
             expected = f'"{options.text_feature}", "{options.chat_feature}", or "{prompt}" and "{completion}"'
             raise UserError(f"{where}: no known keys: expected {expected}, found {_keys(row)}")
         if not self._first:
-            self._first, self._first_line = found, line
+            self._first, self._first_line = kind, line
         if not options.one_kind:
-            return found
+            return kind
         if missing := [key for key in options.keys(self._first) if key not in row]:
             raise UserError(
                 f'{where}: has no "{missing[0]}", as line {self._first_line} and so the whole file must have'

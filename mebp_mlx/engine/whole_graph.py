@@ -18,6 +18,7 @@ from ..model import NO_LABEL
 from ..model.base import Model
 from ..model.config import Layer, Linear
 from ..model.lora import Adapter, Lora, pairs_of
+from ..ops.cross_entropy import capped, final_norm
 from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
 
@@ -88,8 +89,7 @@ class WholeGraphEngine:
 
             # Trainables go in as arguments: a captured one would get a silent zero gradient.
             x = (mx.checkpoint(block) if self.checkpoint else block)(x, own)
-        h = mx.fast.rms_norm(x, model.norm(model.spec.final_norm), model.spec.norm_eps)
-        logits = self._linear(model.spec.head, h)
+        logits = capped(self._linear(model.spec.head, final_norm(model)(x)), model.spec.logit_cap)
         return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
 
     def _linear(self, linear: Linear, x: mx.array) -> mx.array:

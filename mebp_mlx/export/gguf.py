@@ -32,7 +32,9 @@ def write_gguf(path: Path, lora: Lora, spec: ModelSpec, name: str, flag: str) ->
     """A new file, whole or not there at all. name: of the adapters, for people. Raises UserError naming `flag`."""
     if lora.scale == 0:
         raise UserError(f"{FLAG}: scale 0 cannot be told to llama.cpp, which takes alpha 0 for no scaling")
-    if _interleaves(spec) and any(layer.rope.traditional for layer in spec.layers):
+    if spec.family not in _ARCHITECTURES:
+        raise UserError(f"--gguf: {spec.family} is not supported; supported: {', '.join(_ARCHITECTURES)}")
+    if _interleaves(spec) and any(layer.rope is not None and layer.rope.traditional for layer in spec.layers):
         raise UserError("--gguf: rope_traditional in config.json: llama.cpp's converters know no such model")
     if path.suffix != ".gguf":
         raise UserError(f"{flag} {path}: must end with .gguf")

@@ -103,7 +103,7 @@ class Repack:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
-        blocks += [[*layer.norms.values(), *layer.linears.values()] for layer in spec.layers]
+        blocks += [[*layer.norms.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
         linears = [item for block in blocks for item in block if isinstance(item, Linear)]
@@ -147,7 +147,7 @@ class Repack:
                 for item in block:
                     if isinstance(item, _Vector):
                         name, dtype = item.entry.name, DTYPES[item.entry.dtype]
-                        shard.append(name, self._cast(name, self._model.weights.rows(name), dtype))
+                        shard.append(name, self._cast(name, self._model.tensor(name)[...], dtype))
                     elif isinstance(item, _Same):
                         self._copy(shard, item.entry)
                     else:
@@ -207,7 +207,7 @@ class Repack:
 
     def _copy(self, shard: Shard, entry: Entry) -> None:
         for start, stop in _row_blocks(entry.shape):
-            shard.append(entry.name, self._model.weights.rows(entry.name, start, stop))
+            shard.append(entry.name, self._model.tensor(entry.name)[start:stop])
 
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
@@ -228,11 +228,14 @@ class Repack:
         return sums
 
     def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32."""
+        """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
         rows = self._model.rows(linear, start, stop)
         if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
             return rows
-        return rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        rows = rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        if pair.m is None:
+            return rows
+        return rows * (pair.m[start:stop] / mx.linalg.norm(rows, axis=1))[:, None]
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)

@@ -45,11 +45,11 @@ class BlockKept:
         """Whether values of that name, without their number, may be kept."""
         return self.kept is not None and (self.names is None or name in self.names)
 
-    def put(self, name: str, position: int, found: mx.array) -> bool:
+    def put(self, name: str, position: int, value: mx.array) -> bool:
         """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
         if self.kept is None or self.names is None or name.partition(".")[0] not in self.names:
             return False
-        return self.kept.put(self.layer, name, position, found)
+        return self.kept.put(self.layer, name, position, value)
 
     def get(self, name: str, position: int) -> mx.array | None:
         """A kept value, in a backward pass."""
@@ -77,14 +77,14 @@ class value:
     def __get__(self, block: Any, owner: type | None = None) -> Any:
         if block is None:
             return self
-        found = block.run.kept.get(self.name, block.position)
-        if found is None:
-            found = self.equation(block, *[getattr(block, name) for name in self.inputs])
+        value = block.run.kept.get(self.name, block.position)
+        if value is None:
+            value = self.equation(block, *[getattr(block, name) for name in self.inputs])
             block.was_read(self.inputs)
-            block.run.barrier.value(found)
-            block.run.kept.put(self.name, block.position, found)
-        block.__dict__[self.name] = found  # from now on the attribute itself
-        return found
+            block.run.barrier.value(value)
+            block.run.kept.put(self.name, block.position, value)
+        block.__dict__[self.name] = value  # from now on the attribute itself
+        return value
 
 
 class BlockRun:
@@ -103,7 +103,7 @@ class BlockRun:
     ):
         model, spec = context.model, context.model.spec
         self.barrier, self.kept = context.barrier, BlockKept(kept, layer.index, names)
-        self.norm_eps, self.dtype = spec.norm_eps, model.dtype
+        self.norm_eps, self.residual_scale, self.dtype = spec.norm_eps, spec.residual_scale, model.dtype
         self.norms = model.norms(layer)
         self.shared = Shared(context, self.kept)
         self.gradients = self.shared.gradients  # of the pairs by parameter name, float32
@@ -111,7 +111,16 @@ class BlockRun:
         self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
         self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], gate)
         qk_norms = {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")}
-        heads = Heads(spec.head_dim, spec.attention_scale, layer.window, layer.rope, spec.norm_eps, qk_norms)
+        heads = Heads(
+            spec.head_dim,
+            spec.attention_scale,
+            layer.window,
+            layer.rope,
+            spec.norm_eps,
+            qk_norms,
+            spec.norm_after_rope,
+            spec.attention_cap,
+        )
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.blocks: list[Block] = []  # of a backward pass, a tile each
 
@@ -192,6 +201,11 @@ class Block:
                 self.run.barrier.piece(dx)
         self.drop(source)
         return None if dx is None else self.evaluated(dx.astype(dtype))
+
+    def branch(self, x: mx.array) -> mx.array:
+        """A branch's output as it joins the stream, and its cotangent as it comes from there."""
+        scale = self.run.residual_scale
+        return x if scale == 1 else x * scale
 
     def norm(self, name: str, x: mx.array) -> mx.array:
         """x / rms(x) * weight."""

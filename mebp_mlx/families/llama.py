@@ -1,6 +1,6 @@
-"""The decoder block of llama, mistral, qwen2 and qwen3: they differ in biases and in q/k norms alone.
+"""The decoder block of llama and of most families: they differ in biases, q/k norms, rope and windows alone.
 
-x1 = x + Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + mlp(norm(x1))
+x1 = x + c Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + c mlp(norm(x1));   c = 1 but in granite and minicpm
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class LlamaBlock(Block):
     K = value(lambda b, k: b.rotate("k", k))
     a = value(lambda b, Q: b.attend(Q))
     o = value(lambda b, a: b.linear("o", a))
-    x1 = value(lambda b, x, o: x + o)
+    x1 = value(lambda b, x, o: x + b.branch(o))
     h2 = value(lambda b, x1: b.norm("post_attention_layernorm", x1))
     d = value(lambda b, h2: b.mlp(h2))
-    y = value(lambda b, x1, d: x1 + d)
+    y = value(lambda b, x1, d: x1 + b.branch(d))
 
     def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
         below_mlp = need_dx or self.trains("q", "k", "v", "o")
-        dh2 = self.mlp_backward("h2", dy, below_mlp)
+        dh2 = self.mlp_backward("h2", self.branch(dy), below_mlp)
         if dh2 is None:
             return None
         dx1 = self.evaluated(dy + self.norm_backward("post_attention_layernorm", self.x1, dh2))
         self.drop("x", "x1", "o")
         del dh2, dy
-        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": dx1})
+        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": self.branch(dx1)})
         if da is None:
             return None
         dh = self.linear_backward("h", need_dx, self.attend_backward(da))

@@ -16,8 +16,7 @@ class Prefetch:
     def __init__(self, model: Model):
         self._weights = model.weights
         self._blocks = [
-            [name for linear in layer.linears.values() for name in linear.tensors]
-            for layer in model.spec.layers
+            [name for linear in layer.matrices.values() for name in linear.tensors] for layer in model.spec.layers
         ]
         self._head = model.spec.head.tensors
         self._thread: ThreadPoolExecutor | None = None
@@ -48,4 +47,3 @@ class Prefetch:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._last = self._thread.submit(run)
-

@@ -1,30 +1,33 @@
 """Rotary position embedding: which frequencies a config asks for; ops/attention.py rotates.
 
-The frequency formulas are those of the models' published configs ("llama3", "yarn",
-"linear" rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
+The frequency formulas are those of the models' published configs ("llama3", "yarn", "longrope", "dynamic" and "linear"
+rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 
 from ..errors import UserError
+from .settings import is_positive
 
-SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
 
 @dataclass(frozen=True)
 class Rope:
     """How one layer rotates its queries and keys.
 
-    dims: rotated dimensions of a head; base: rotary base; scale: position scale (linear scaling has 1/factor); freqs:
-    wavelength divisors [dims/2] that stand in base's place, or None; magnitude: a factor on the rotated vector.
+    dims: rotated dimensions of a head, the first ones; base: rotary base; scale: position scale (linear scaling has
+    1/factor); freqs: wavelength divisors [dims/2] that stand in base's place, or None; magnitude: a factor on what is
+    rotated; limit: positions from which on the frequencies would depend on a row's length, or None; growth: (beta,
+    context), queries are multiplied by 1 + beta ln(1 + floor(position / context)), or None.
     """
 
     dims: int
@@ -33,41 +36,103 @@ class Rope:
     scale: float = 1.0
     freqs: mx.array | None = field(default=None, compare=False)
     magnitude: float = 1.0
+    limit: int | None = None
+    growth: tuple[float, float] | None = None
 
 
-def is_positive(value: Any) -> TypeGuard[float]:
-    """Whether it is a positive number that a float holds."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+def make_rope(
+    dims: int,
+    base: float,
+    scaling: dict | None,
+    *,
+    traditional: bool = False,
+    where: str,
+    lengths: Mapping[str, float] | None = None,
+) -> Rope:
+    """The Rope that config.json's rope_scaling (or None) asks for. UserError for a kind that is not supported.
 
-
-def make_rope(dims: int, base: float, scaling: dict | None, *, traditional: bool = False, where: str) -> Rope:
-    """The Rope that config.json's rope_scaling (or None) asks for. UserError for a kind that is not supported."""
-    kind = (scaling or {}).get("type") or (scaling or {}).get("rope_type") or "default"
+    lengths: (original_)max_position_embeddings of the config, which some kinds need.
+    """
+    scaling = scaling or {}
+    kind = scaling.get("type") or scaling.get("rope_type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
-    if kind == "default" or scaling is None:
-        return Rope(dims, base, traditional)
-    factor = scaling.get("factor")
-    if not is_positive(factor):
-        raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
-    if kind == "linear":
-        return Rope(dims, base, traditional, scale=1 / factor)
-    settings = {k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    settings = _settings(kind, scaling, dict(lengths or {}), dims, where)
     try:
-        freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
-        usable = bool((mx.isfinite(freqs) & (freqs > 0)).all()) and math.isfinite(magnitude)
-    except (ArithmeticError, ValueError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
+        rope = _made(kind, Rope(dims, base, traditional, growth=_growth(scaling)), settings)
+        usable = math.isfinite(rope.magnitude) and (rope.freqs is None or _are_positive(rope.freqs))
+    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
         usable = False
     if not usable:
         raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
-    return Rope(dims, base, traditional, freqs=freqs, magnitude=magnitude)
+    return rope
+
+
+def _are_positive(freqs: mx.array) -> bool:
+    return bool((mx.isfinite(freqs) & (freqs > 0)).all())
+
+
+def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return replace(plain, scale=1 / settings["factor"])
+    if kind == "dynamic" and "alpha" not in settings:
+        return replace(plain, limit=int(settings["max_position_embeddings"]))
+    freqs, magnitude = _frequencies(kind, plain.dims, plain.base, tuple(sorted(settings.items())))
+    return replace(plain, freqs=freqs, magnitude=magnitude)
+
+
+def _settings(kind: str, scaling: dict, lengths: dict, dims: int, where: str) -> dict[str, Any]:
+    """The checked numbers of a kind of scaling: rope_scaling's, and what is beside it."""
+    if kind not in ("default", "longrope") and "alpha" not in scaling:
+        factor = scaling.get("factor")
+        if not is_positive(factor):
+            raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
+    numbers: dict[str, Any] = {
+        k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    if kind == "longrope":
+        long = scaling.get("long_factor")
+        if not isinstance(long, list) or len(long) != dims // 2:
+            raise UserError(f"{where}: rope scaling 'longrope' needs a list of {dims // 2} numbers 'long_factor'")
+        numbers["long_factor"] = tuple(long)
+    if kind in ("longrope", "dynamic"):
+        numbers = _LENGTHS | lengths | numbers
+    return numbers
+
+
+_LENGTHS = {"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096}  # as in mlx-lm's phi3
+
+
+def _growth(scaling: dict) -> tuple[float, float] | None:
+    """Llama 4's and Ministral 3's factor of queries, where rope_parameters have it."""
+    beta, context = scaling.get("llama_4_scaling_beta"), scaling.get("original_max_position_embeddings")
+    return None if not beta or not context else (float(beta), float(context))
 
 
 @cache  # one entry per distinct rope of a model (one or two); a few hundred bytes each
-def _frequencies(kind: str, dims: int, base: float, settings: tuple[tuple[str, float], ...]) -> tuple[mx.array, float]:
-    freqs, magnitude = (_llama3 if kind == "llama3" else _yarn)(dims, base, dict(settings))
+def _frequencies(kind: str, dims: int, base: float, settings: tuple[tuple[str, Any], ...]) -> tuple[mx.array, float]:
+    make = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope, "dynamic": _alpha}[kind]
+    freqs, magnitude = make(dims, base, dict(settings))
     mx.eval(freqs)
     return freqs, magnitude
+
+
+def _longrope(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
+    """As in mlx-lm, long_factor for rows of any length."""
+    plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    context = s["original_max_position_embeddings"]
+    factor = s["max_position_embeddings"] / context
+    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return mx.array(s["long_factor"], mx.float32) * plain, magnitude
+
+
+def _alpha(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
+    """Hunyuan's: a larger base whatever the length."""
+    base = base * s["alpha"] ** (dims / (dims - 2))
+    return base ** (mx.arange(0, dims, 2) / dims), 1.0
 
 
 def _llama3(dims: int, base: float, s: dict) -> tuple[mx.array, float]:

@@ -1,6 +1,6 @@
 """Attention of one block over the tiles of a sequence, with its rotary embedding and its q/k norms.
 
-    Q = rope(norm(q)), K = rope(norm(k));  P = softmax(scale Q K^T + mask),  A = P V
+    Q = rope(norm(q)), K = rope(norm(k)), or norm(rope());  P = softmax(scale Q K^T + mask),  A = P V
     dV = P^T dA,  dP = dA V^T,  dS = scale P (dP - sum(P dP)),  dQ = dS K,  dK = dS^T Q
 
 A tile's queries, in small blocks, meet only the keys that the mask lets in: exact, about half the work of the full
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..errors import UserError
 from ..kernels import cpu
 from ..model.rope import Rope
 from .plan import Barrier
@@ -28,35 +29,57 @@ class Heads:
     head_dim: int
     scale: float
     window: int | None
-    rope: Rope
+    rope: Rope | None
     norm_eps: float
-    norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or None
+    norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or [heads * head_dim] over a row, or None
+    norm_after_rope: bool = False
+    cap: float | None = None  # scores are cap * tanh(score / cap)
 
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
         """q or k [B, T, heads * head_dim] -> Q or K [B, heads, T, head_dim]."""
-        x = x.reshape(*x.shape[:2], -1, self.head_dim)
-        return self._turned(self._normed(short, x).transpose(0, 2, 1, 3), position, self.rope.scale)
+        if not self.norm_after_rope:
+            return self._turned(short, self.split(self._normed(short, x)), position)
+        return self._normed(short, self._turned(short, self.split(x), position))
 
     def rotated_backward(self, short: str, x: mx.array | None, g: mx.array, position: int) -> mx.array:
-        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where a norm is before the rotation."""
-        g = self._turned(g, position, -self.rope.scale).transpose(0, 2, 1, 3)  # a rotation's transpose turns back
-        if x is not None:
-            g = mx.vjp(lambda x: self._normed(short, x), [x.reshape(g.shape)], [g])[1][0]
-        return g.reshape(*g.shape[:2], -1)
+        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where there is a norm."""
+        if x is not None and self.norm_after_rope:
+            g = self._normed_backward(short, self._turned(short, self.split(x), position), g)
+        g = self._turned(short, g, position, back=True).transpose(0, 2, 1, 3)
+        g = g.reshape(*g.shape[:2], -1)
+        return g if x is None or self.norm_after_rope else self._normed_backward(short, x, g)
 
-    def _turned(self, x: mx.array, position: int, scale: float) -> mx.array:
-        """The rotary embedding of [B, heads, T, head_dim] from a position on; scale: of positions."""
-        rope = self.rope
+    def _turned(self, short: str, x: mx.array, position: int, back: bool = False) -> mx.array:
+        """The rotary embedding of [B, heads, T, head_dim] from a position on, or its transpose, which turns back."""
+        rope, n_positions = self.rope, position + x.shape[2]
+        if rope is None:
+            return x
+        if rope.limit is not None and n_positions > rope.limit:
+            raise UserError(
+                f"--max-seq-length: {n_positions} positions are more than max_position_embeddings={rope.limit}, from "
+                "which on this model's dynamic rope depends on a row's length"
+            )
         if rope.magnitude != 1.0:
-            x = x * rope.magnitude
+            factor = mx.where(mx.arange(self.head_dim) < rope.dims, rope.magnitude, 1.0)
+            x = x * (rope.magnitude if rope.dims == self.head_dim else factor.astype(x.dtype))
+        if rope.growth is not None and short == "q" and n_positions > rope.growth[1]:
+            beta, context = rope.growth
+            growth = 1 + beta * mx.log(1 + mx.floor(mx.arange(position, n_positions) / context))
+            x = x * growth.astype(x.dtype)[:, None]
         base = rope.base if rope.freqs is None else None
+        scale = -rope.scale if back else rope.scale
         return mx.fast.rope(
             x, rope.dims, traditional=rope.traditional, base=base, scale=scale, offset=position, freqs=rope.freqs
         )
 
     def _normed(self, short: str, x: mx.array) -> mx.array:
         norm = self.norms.get(short)
-        return x if norm is None else mx.fast.rms_norm(x, norm, self.norm_eps)
+        if norm is None:
+            return x
+        return mx.fast.rms_norm(x.reshape(*x.shape[:2], -1, norm.size), norm, self.norm_eps).reshape(x.shape)
+
+    def _normed_backward(self, short: str, x: mx.array, g: mx.array) -> mx.array:
+        return mx.vjp(lambda x: self._normed(short, x), [x], [g])[1][0]
 
     def split(self, x: mx.array) -> mx.array:
         """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
@@ -143,7 +166,7 @@ def forward(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low
 
     q [B, H, Tq, head_dim]; k, v [B, K, Tk, head_dim], ending with the last query's own key.
     """
-    if not cpu.serves(q, k, v):
+    if heads.cap is not None or not cpu.serves(q, k, v):
         return _merged(_plain(heads, q, k, v, start, low), q.shape)
     p = _probabilities(heads, _grouped(q, k), k, q.shape[2], start, low)
     return _merged(p @ v, q.shape)
@@ -155,7 +178,7 @@ def backward(
     """(dq, dk, dv) in the shapes of q, k, v from da [B, Tq, H * head_dim]."""
     B, H, Tq, width = q.shape
     d_out = da.reshape(B, Tq, H, width).transpose(0, 2, 1, 3)
-    if not cpu.serves(q, k, v, da):
+    if heads.cap is not None or not cpu.serves(q, k, v, da):
         dq, dk, dv = mx.vjp(lambda q, k, v: _plain(heads, q, k, v, start, low), [q, k, v], [d_out])[1]
         return dq, dk, dv
     rows, d_out = _grouped(q, k), _grouped(d_out, k)
@@ -170,11 +193,23 @@ def backward(
 
 
 def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
-    """MLX's own attention: [B, H, Tq, head_dim]."""
+    """MLX's own attention, or with capped scores: [B, H, Tq, head_dim]."""
+    if heads.cap is not None:
+        return _capped(heads, q, k, v, start, low)
     mask: mx.array | str = "causal"  # aligned at the end: query i sees the keys up to its own
     if heads.window is not None and start + q.shape[2] > heads.window:
         mask = _visible(heads, q.shape[2], k.shape[2], start, low)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=heads.scale, mask=mask)
+
+
+def _capped(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
+    """The same with scores t = cap tanh(scale Q K^T / cap), as products: [B, H, Tq, head_dim]."""
+    assert heads.cap is not None
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    scores = heads.cap * mx.tanh((_grouped(q, k) * heads.scale) @ k.swapaxes(-1, -2) / heads.cap)
+    by_head = scores.reshape(*scores.shape[:2], -1, n_queries, n_keys)
+    seen = mx.where(_visible(heads, n_queries, n_keys, start, low), by_head, -mx.inf)
+    return (mx.softmax(seen, axis=-1, precise=True).reshape(scores.shape) @ v).reshape(q.shape)
 
 
 def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) -> mx.array:

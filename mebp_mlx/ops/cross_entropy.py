@@ -6,6 +6,7 @@ submitted, and the chunk before it waited for, so that two chunks' logits exist 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ def cross_entropy(
     picked = [_pick(tile, rows) for tile, rows in zip(x, labelled, strict=True)]
     shapes = [tile.shape for tile in x]
     x.clear()
-    norm = model.norm(spec.final_norm)
-    h = [mx.fast.rms_norm(part, norm, spec.norm_eps) for part in picked]
+    normed = final_norm(model)
+    h = [normed(part) for part in picked]
     joined = h[0] if len(h) == 1 else mx.concatenate(h)
     del h
     barrier.value(joined, *picked)
@@ -66,7 +67,10 @@ def cross_entropy(
     loss_sum, correct = float(np.asarray(losses)), int(np.asarray(n_correct))
     if not need_dx:
         return HeadResult(loss_sum, len(y), correct, None)
-    dh = (state.gradient(model.gather(spec.head, y)) * weight).astype(joined.dtype)
+    target_rows = model.gather(spec.head, y)
+    if spec.logit_cap is not None:
+        target_rows = target_rows * _slope(state.target_logit, spec.logit_cap)[:, None]
+    dh = (state.gradient(target_rows) * weight).astype(joined.dtype)
     barrier.value(dh)
     del state, joined
     dx, first = [], 0
@@ -77,7 +81,7 @@ def cross_entropy(
         if len(rows) == 0:
             dx.append(mx.zeros(shape, dh.dtype))
             continue
-        (d_part,) = mx.vjp(lambda v: mx.fast.rms_norm(v, norm, spec.norm_eps), [part], [cotangent])[1]
+        (d_part,) = mx.vjp(normed, [part], [cotangent])[1]
         n_rows = shape[0] * shape[1]
         if len(rows) < n_rows:
             d_part = mx.zeros((n_rows, spec.D), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
@@ -98,24 +102,52 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
         block = model.row_block(spec.head, first, min(first + chunk, spec.V))
         if fused:
             assert isinstance(block, QuantizedBlock)
-            state = linear_softmax(state, h, *block.parts, labels, first, block.packing.group_size)
+            state = linear_softmax(state, h, block.parts, labels, first, block.packing.group_size)
         else:
-            z = block.matmul(h)
-            barrier.piece(z)
+            z = capped(block.matmul(h), spec.logit_cap)
+            slope = _slope(z, spec.logit_cap) if need_dx and spec.logit_cap is not None else None
+            barrier.piece(*(part for part in (z, slope) if part is not None))
             softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
             step = softmax(z, *state.softmax, labels, first)
             del z
-            state = state.update(step, block.matmul_t(step.p) if need_dx else None)
-            del step
+            dz = step.p if slope is None else step.p * slope
+            state = state.update(step, block.matmul_t(dz) if need_dx else None)
+            del step, dz, slope
         barrier.chunk(*(part for part in state if part is not None))
         del block  # before the next one is brought in
     return state
 
 
+def final_norm(model: Model) -> Callable[[mx.array], mx.array]:
+    """What the head's rows are of the last block's output: x / rms(x) * weight / divisor."""
+    spec, weight = model.spec, model.norm(model.spec.final_norm)
+
+    def normed(x: mx.array) -> mx.array:
+        h = mx.fast.rms_norm(x, weight, spec.norm_eps)
+        return h if spec.head_divisor == 1 else h / spec.head_divisor
+
+    return normed
+
+
+def capped(z: mx.array, cap: float | None) -> mx.array:
+    """Logits as the loss sees them: cap tanh(z / cap) in the families that have a cap."""
+    return z if cap is None else cap * mx.tanh(z / cap)
+
+
+def _slope(z: mx.array, cap: float) -> mx.array:
+    """dz/dl of capped logits z of l."""
+    return 1 - (z / cap) ** 2
+
+
 def _is_fused(model: Model) -> bool:
     """Whether the loss alone is taken by one kernel, without logits."""
     packing = model.spec.head.quantization
-    if packing is None or not model.stays_packed(model.spec.head) or (packing.mode, packing.bits) != ("affine", 4):
+    if (
+        model.spec.logit_cap is not None
+        or packing is None
+        or not model.stays_packed(model.spec.head)
+        or (packing.mode, packing.bits) != ("affine", 4)
+    ):
         return False
     return bool(uses_metal("linear_cross_entropy", model.dtype, packing.group_size))
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ..model.config import PROJECTIONS, Layer, ModelSpec
+from ..model.config import Layer, ModelSpec
 
 ITEM_BYTES = 4  # LoRA parameters and their gradients are float32 always
 
@@ -27,31 +27,37 @@ class LoraSizes:
 
 
 def lora_sizes(
-    spec: ModelSpec, keys: Iterable[str], num_layers: int, rank: int, optimizer: optim.Optimizer | None = None
+    spec: ModelSpec,
+    keys: Iterable[str] | None,
+    num_layers: int,
+    rank: int,
+    optimizer: optim.Optimizer | None = None,
+    is_dora: bool = False,
 ) -> LoraSizes:
-    """What LoRA pairs of `rank` on the projections `keys` of the last `num_layers` blocks (-1: all) will take.
+    """What LoRA pairs of `rank` on `keys` (None: all matrices) of the last `num_layers` blocks (-1: all) will take.
 
     optimizer: with or without a state of its own, which is not looked at; None: there is no state. With one, rank must
     be below 2^31, MLX's longest axis.
     """
     blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]
-    chosen = frozenset(keys)
-    per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank))) for layer in blocks]
-    shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank)]
+    chosen = frozenset(spec.lora_keys if keys is None else keys)
+    per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank, is_dora))) for layer in blocks]
+    shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank, is_dora)]
     state = {shape: 0 if optimizer is None else _state_bytes(optimizer, shape) for shape in set(shapes)}
     return LoraSizes(sum(per_block), max(per_block), sum(state[shape] for shape in shapes))
 
 
-def _shapes(layer: Layer, keys: frozenset[str], rank: int) -> Iterator[tuple[int, int]]:
-    """The shapes of a block's A [in, r] and B [r, out]."""
-    for short, key in PROJECTIONS.items():
+def _shapes(layer: Layer, keys: frozenset[str], rank: int, is_dora: bool) -> Iterator[tuple[int, ...]]:
+    """The shapes of a block's A [in, r] and B [r, out], and of DoRA's m [out]."""
+    for key, linear in layer.matrices.items():
         if key in keys:
-            linear = layer.linears[short]
             yield linear.in_dims, rank
             yield rank, linear.out_dims
+            if is_dora:
+                yield (linear.out_dims,)
 
 
-def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, int]) -> int:
+def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, ...]) -> int:
     """Of one parameter's state, as the optimizer itself starts it: MLX arrays take no memory until evaluated."""
     entry: dict[str, mx.array] = {}
     optimizer.init_single(mx.zeros(shape), entry)

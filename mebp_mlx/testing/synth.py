@@ -18,7 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError
+from ..model.config import Linear, ModelSpec
+from ..model.families import FAMILIES
+from ..model.reading import describe
 from ..system.files import NewFolder
+from .shapes import SHAPES
 
 SHARD_BYTES = 1_000_000_000
 _PIECE_BYTES = 16 << 20
@@ -26,73 +30,6 @@ _WEIGHT_STD = 0.02
 _BITS = (2, 3, 4, 5, 6, 8, 16)
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3")
-
-
-def _qwen(D: int, layers: int, H: int, K: int, F: int, V: int, tied: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": D,
-        "num_hidden_layers": layers,
-        "num_attention_heads": H,
-        "num_key_value_heads": K,
-        "intermediate_size": F,
-        "vocab_size": V,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": tied,
-        "use_sliding_window": False,
-    }
-
-
-_GEMMA = {
-    "model_type": "gemma3_text",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0,
-    "sliding_window_pattern": 6,
-}
-_GEMMA_1B = _GEMMA | {
-    "architectures": ["Gemma3ForCausalLM"],
-    "hidden_size": 1152,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "intermediate_size": 6912,
-    "vocab_size": 262_144,
-    "sliding_window": 512,
-    "max_position_embeddings": 32768,
-}
-_GEMMA_4B_TEXT = _GEMMA | {
-    "hidden_size": 2560,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 10240,
-    "sliding_window": 1024,
-    "max_position_embeddings": 131_072,
-    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-}
-# The public config.json of each model, as far as it concerns the text model.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": _qwen(896, 24, 14, 2, 4864, 151_936, tied=True),
-    "qwen2.5-1.5b": _qwen(1536, 28, 12, 2, 8960, 151_936, tied=True),
-    "qwen2.5-3b": _qwen(2048, 36, 16, 2, 11008, 151_936, tied=True),
-    "qwen2.5-7b": _qwen(3584, 28, 28, 4, 18944, 152_064, tied=False),
-    "gemma3-1b": _GEMMA_1B,
-    "gemma3-4b": {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "vocab_size": 262_208,
-        "text_config": _GEMMA_4B_TEXT,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -140,57 +77,45 @@ def model_config(shape: str | dict[str, Any], layers: int | None = None) -> dict
     return config
 
 
+class _Listing:
+    """What a config asks for, in place of a checkpoint (model/reading.py: Reader)."""
+
+    def __init__(self, config: dict[str, Any]):
+        text = config.get("text_config", config)
+        self.is_tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
+        self.read: list[str] = []
+        self.layers: list[Layer] = []
+
+    def has(self, name: str) -> bool:
+        return not self.is_tied
+
+    def linear(self, name: str, out_dims: int, in_dims: int, bias: bool = False) -> Linear:
+        self.layers.append(Layer(name, (out_dims, in_dims), "matrix"))
+        if bias:
+            self.layers.append(Layer(name, (out_dims,), "bias"))
+        return Linear(name, out_dims, in_dims, bias)
+
+    def vector(self, name: str, size: int) -> str:
+        self.layers.append(Layer(name.removesuffix(".weight"), (size,), "norm"))
+        return name
+
+
 def layers_of(config: dict[str, Any]) -> list[Layer]:
     """Every parameter of the model that a config.json describes, in order of use, under mlx-lm's names."""
-    family = config["model_type"]
-    gemma = family.startswith("gemma3")
-    prefix = "language_model." if family == "gemma3" else ""
-    text = config["text_config"] if family == "gemma3" else config
-    V, D = config["vocab_size"], text["hidden_size"]
-    head_dim, projections = _projections(family, text)
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if gemma:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    layers = [Layer(f"{prefix}model.embed_tokens", (V, D), "matrix")]
-    for index in range(text["num_hidden_layers"]):
-        block = f"{prefix}model.layers.{index}"
-        layers += [Layer(f"{block}.{norm}", (D,), "norm") for norm in norms]
-        if gemma or family == "qwen3":
-            layers += [Layer(f"{block}.self_attn.{norm}", (head_dim,), "norm") for norm in ("q_norm", "k_norm")]
-        for name, n_out, n_in, has_bias in projections:
-            layers.append(Layer(f"{block}.{name}", (n_out, n_in), "matrix"))
-            if has_bias:
-                layers.append(Layer(f"{block}.{name}", (n_out,), "bias"))
-    layers.append(Layer(f"{prefix}model.norm", (D,), "norm"))
-    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)):
-        layers.append(Layer(f"{prefix}lm_head", (V, D), "matrix"))
-    return layers
+    return _described(config)[0]
 
 
-def _projections(family: str, text: dict[str, Any]) -> tuple[int, list[tuple[str, int, int, bool]]]:
-    """Head size, and (name, out, in, has a bias) of a block's seven projections."""
-    D, F, H = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    K = text.get("num_key_value_heads") or H
-    head_dim = D // H if family == "qwen2" else text.get("head_dim") or D // H
-    qkv_bias = family == "qwen2" or bool(text.get("attention_bias"))
-    o_bias = family != "qwen2" and bool(text.get("attention_bias"))
-    mlp_bias = bool(text.get("mlp_bias"))
-    return head_dim, [
-        ("self_attn.q_proj", H * head_dim, D, qkv_bias),
-        ("self_attn.k_proj", K * head_dim, D, qkv_bias),
-        ("self_attn.v_proj", K * head_dim, D, qkv_bias),
-        ("self_attn.o_proj", D, H * head_dim, o_bias),
-        ("mlp.gate_proj", F, D, mlp_bias),
-        ("mlp.up_proj", F, D, mlp_bias),
-        ("mlp.down_proj", D, F, mlp_bias),
-    ]
+def _described(config: dict[str, Any]) -> tuple[list[Layer], ModelSpec]:
+    listing = _Listing(config)
+    spec = describe(config, listing)
+    return sorted(listing.layers, key=lambda layer: layer.name == spec.head.name != spec.embedding.name), spec
 
 
 def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> Iterator[Tensor]:
-    gemma = config["model_type"].startswith("gemma3")
-    for layer in layers_of(config):
+    layers, spec = _described(config)
+    for layer in layers:
         if layer.kind == "norm":
-            yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 0.0 if gemma else 1.0, 0.05)
+            yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 1.0 - spec.norm_offset, 0.05)
         elif layer.kind == "bias":
             yield Tensor(f"{layer.name}.bias", dtype, layer.shape, 0.0, _WEIGHT_STD)
         elif bits == 16 or layer.shape[1] % group_size:  # mlx-lm does not quantize what it cannot group either
@@ -212,7 +137,6 @@ def write_model(
     bits: int = 4,
     group_size: int = 64,
     dtype: str = "bfloat16",
-    layers: int | None = None,
     seed: int = 0,
     sparse: bool = False,
 ) -> Path:
@@ -223,7 +147,7 @@ def write_model(
     appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be written, if the
     disk is too full, and for an unknown shape, bits, group size or dtype.
     """
-    config = model_config(shape, layers)
+    config = model_config(shape)
     _check_format(bits, group_size, dtype)
     if bits < 16:
         config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -38,14 +38,38 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
     if unknown := sorted(arguments.keys() - known):
         raise UserError(f"optimizer_config.{name}.{unknown[0]}: unknown argument{suggest(unknown[0], known)}")
     kind = PlainSGD if name == "sgd" and not arguments.get("momentum") else CLASSES[name]
+    if config.lora_plus_ratio != 1:
+        kind = with_ratio(kind)
     rate = learning_rate(config, n_updates)
     try:
-        if arguments:  # their classes check little: one update of a throwaway says whether these can be used
+        if arguments:  # the classes check little: one update of a throwaway says whether these can be used
             tried = kind(learning_rate=1e-3, **arguments)  # type: ignore[call-arg]
             mx.eval(tried.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))}))
-        return kind(learning_rate=rate, **arguments)  # type: ignore[call-arg]
+        optimizer = kind(learning_rate=rate, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UserError(f"optimizer_config.{name}: {error}") from None
+    if config.lora_plus_ratio != 1 and not uses_learning_rate(optimizer):
+        raise UserError(
+            f"--lora-plus-ratio: {name} sets its own step sizes, relative_step: false makes it use the rate"
+        )
+    return optimizer
+
+
+def with_ratio(kind: type[optim.Optimizer]) -> type[optim.Optimizer]:
+    """The same optimizer, whose learning rate is `ratio` times what it is set to: LoRA+ (Hayou et al. 2024)."""
+
+    class WithRatio(kind):  # type: ignore[misc, valid-type]
+        ratio = 1.0
+
+        @property
+        def learning_rate(self) -> mx.array:
+            return self.state["learning_rate"] * self.ratio
+
+        @learning_rate.setter
+        def learning_rate(self, rate: float | mx.array) -> None:
+            self.state["learning_rate"] = mx.array(rate)
+
+    return WithRatio
 
 
 def state_bytes(optimizer: Any) -> int:

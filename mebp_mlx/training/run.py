@@ -22,6 +22,7 @@ from ..system.machine import machine
 from ..system.units import megabytes
 from ..weights.hub import resolve_model
 from . import folder as run_folder
+from .best import Best
 from .checkpoint import restore
 from .inputs import Inputs, read_inputs
 from .log import last_event
@@ -53,9 +54,12 @@ def prepare_run(config: TrainConfig) -> Run | None:
     model = open_model(model_path, config.dtype, config.weights)
     if config.phone is not None:
         print(impose(config.phone, config.budget_bytes))
+    if config.keys is None:  # a record of the run says what that was
+        config = config.replace(keys=model.spec.lora_keys)
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, inputs.n_updates)
     estimator = estimator_of(config, lora)
+    best = Best.of(config, None if inputs.saved is None else inputs.saved.best)
     if inputs.saved is not None:
         restore(inputs.saved, lora, optimizer, estimator)
         inputs.saved = None  # its arrays belong to lora and optimizer now
@@ -64,17 +68,22 @@ def prepare_run(config: TrainConfig) -> Run | None:
     if config.dry_run:
         return None
     updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
-    return Run(config, inputs, model, lora, estimator, planned, updater, before_model_bytes, here)
+    return Run(config, inputs, model, lora, estimator, planned, updater, best, before_model_bytes, here)
 
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
     """Whether a resumed run has nothing left to do, which it says."""
     step, accumulate = inputs.first_step, config.grad_accumulation_steps
     folder = Path(config.adapter_path)
-    if inputs.saved is None or step < inputs.n_updates or not is_whole(folder, config, step):
+    if inputs.saved is None or not is_whole(folder, config, step, best := Best.of(config, inputs.saved.best)):
+        return False
+    if step < inputs.n_updates and not best.is_exhausted:
         return False
     if config.test and (last_event(folder, "test") or {}).get("iter") != step * accumulate:
         return False
+    if step < inputs.n_updates:
+        print(f"nothing to do: the run in {folder} has stopped early: {best}; a larger --patience continues it")
+        return True
     print(
         f"nothing to do: the run in {folder} has done {step * accumulate} iterations of "
         f"{inputs.n_updates * accumulate}; a larger --iters continues it"
@@ -95,6 +104,7 @@ class Run:
     estimator: Estimator | None
     planned: Planned | None
     updater: Updater
+    best: Best
     before_model_bytes: int
     machine: dict[str, Any]
 

@@ -15,6 +15,7 @@ from ..system.interrupt import Interrupt, Stopped
 from ..system.last_line import LastLine
 from ..system.units import megabytes
 from . import folder
+from .best import FOLDER as BEST
 from .log import RunLog, reporter
 from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
 from .run import Run
@@ -44,7 +45,11 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
                 raise Stopped(interrupt.requested, saved)
             interrupt.deferred = False
             _check_budget(run, step, watch)
-            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.n_iters, run.planned)
+            if step < run.inputs.n_updates:
+                log.notice(f"stopped early: {run.best}", iter=run.iteration(step))
+            if run.config.tracks_best and run.best.iteration:
+                log.say(f"best       iteration {run.best.iteration}, loss {run.best.loss:.3f}, in {run.folder / BEST}")
+            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.iteration(step), run.planned)
             if run.config.phone is not None and run.planned is not None:
                 plan, workload = run.planned.plan, run.planned.workload
                 for text in project(run.config.phone, workload, plan, trainer.step_s, host_rates()):

@@ -205,7 +205,7 @@ def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
             rows = _load_dataset(where, where, each["path"], split=slice_, **(each.get("config") or {}))
             chosen.setdefault(split, []).append((rows, _kind_of_columns(rows.column_names, columns, where)))
     state = [sets, {split: [_fingerprint(rows) for rows, _ in parts] for split, parts in chosen.items()}]
-    parts = {split: itertools.chain.from_iterable(_renamed(*part) for part in found) for split, found in chosen.items()}
+    parts = {split: itertools.chain.from_iterable(_renamed(*part) for part in each) for split, each in chosen.items()}
     return _write_folder(parts, "--".join(each["path"].replace("/", "--") for each in sets)[:80], state, cache)
 
 
@@ -240,11 +240,11 @@ def _convert_dataset(
             chosen.setdefault(SPLIT_NAMES[split], rows)
     if "train" not in chosen:
         raise UserError(f"{where}: has no split named train (its splits: {', '.join(splits)})")
-    found = chosen["train"].column_names
+    columns = chosen["train"].column_names
     prompt, completion, text, chat, *_ = columns
-    if not {text, chat} & set(found) and not {prompt, completion} <= set(found):
+    if not {text, chat} & set(columns) and not {prompt, completion} <= set(columns):
         known = f"{text}, {chat}, or {prompt} and {completion}"
-        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(found)})")
+        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(columns)})")
     state = {split: _fingerprint(rows) for split, rows in chosen.items()}
     kept = {key: key for key in columns}
     parts = {split: _renamed(rows, kept) for split, rows in chosen.items()}

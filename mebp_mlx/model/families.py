@@ -1,0 +1,188 @@
+"""What distinguishes one family of decoders from another: a row each, by config.json's model_type.
+
+The equations are those of mlx-lm's class of the same name; a string in a row is the config key that decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+# Matrices of a block as they are stored, and the projections that each holds.
+Matrices = dict[str, tuple[str, ...]]
+_QKV: Matrices = {"self_attn.q_proj": ("q",), "self_attn.k_proj": ("k",), "self_attn.v_proj": ("v",)}
+_FUSED_QKV: Matrices = {"self_attn.qkv_proj": ("q", "k", "v")}
+_O: Matrices = {"self_attn.o_proj": ("o",)}
+_GATE_UP: Matrices = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",)}
+_FUSED_GATE_UP: Matrices = {"mlp.gate_up_proj": ("gate", "up")}
+_DOWN: Matrices = {"mlp.down_proj": ("down",)}
+CLASSIC: Matrices = _QKV | _O | _GATE_UP | _DOWN
+
+# Norms of a block: their names in its equations, and their modules.
+_PRE = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+_POST = {name: name for name in ("post_attention_layernorm", "post_feedforward_layernorm")}
+
+
+@dataclass(frozen=True)
+class Family:
+    """See the module's docstring.
+
+    block: whose equations; matrices, norms: see above; qk_norms: modules of the norms of queries and keys, over a head
+    or over a whole row, before the rotation or after it.
+    """
+
+    block: str = "llama"
+    matrices: Matrices = field(default_factory=lambda: CLASSIC)
+    norms: Mapping[str, str] = field(default_factory=lambda: _PRE)
+    norm_offset: float = 0.0  # is added to every norm's weight
+    qk_norm: bool | str = False
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    qk_norm_of_rows: bool = False
+    norm_after_rope: bool = False
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
+    head: str = "config"  # what says whether there is one beside the embedding; or "stored", "always", "never"
+
+    layer_types: bool = False  # whether the config's layer_types are read
+    window_pattern: bool = False  # whether sliding_window_pattern is, where there are no layer_types
+    window_theta: str = "rope_theta"  # the rotary base of layers with a window
+    window_rope_is_plain: bool = False  # layers with a window do not scale their rope
+    rope_in_windows_only: bool = False  # where there is a pattern
+    rope_skips_layers: bool = False  # by no_rope_layers or no_rope_layer_interval
+    partial_rope: bool = False  # partial_rotary_factor of a head is rotated
+    traditional: bool = False  # pairs (2j, 2j + 1) are rotated, unless rope_traditional says otherwise
+
+    embed_scale: str | None = None
+    embed_scale_is_root: bool = False  # sqrt(hidden_size)
+    embed_scale_is_rounded: bool = False  # to bfloat16, whatever it is computed in: gemma 3 was trained so
+    attention_scale: str | None = None  # instead of head_dim^-1/2
+    query_scalar: str | None = None  # its power -1/2 is the scale
+    residual_scale: str | None = None
+    residual_scale_per_root_layer: bool = False  # divided by sqrt(layers)
+    head_divisor: str | None = None
+    head_base: str | None = None  # hidden_size / this divides the rows of a head of its own
+    attention_cap: str | None = None
+    logit_cap: str | None = None
+
+    ignores: tuple[str, ...] = ()  # beginnings of tensors that belong to no block
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_THETA = {"rope_theta": 10_000.0}
+_BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+_LLAMA = Family(**_BIASES, layer_types=True, defaults=_THETA)
+_MINISTRAL3 = Family(layer_types=True)
+_GEMMA2 = Family(
+    block="gemma3",
+    norms=_PRE | {name: name for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")},
+    norm_offset=1.0,
+    head="never",
+    embed_scale_is_root=True,
+    query_scalar="query_pre_attn_scalar",
+    attention_cap="attn_logit_softcapping",
+    logit_cap="final_logit_softcapping",
+    defaults=_THETA | {"query_pre_attn_scalar": 144.0, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    head="stored",
+    embed_scale_is_rounded=True,
+    qk_norm=True,
+    layer_types=True,
+    window_pattern=True,
+    window_theta="rope_local_base_freq",
+    window_rope_is_plain=True,
+    attention_cap=None,
+    logit_cap=None,
+    defaults={
+        "hidden_size": 1152,
+        "num_hidden_layers": 26,
+        "intermediate_size": 6912,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 262_144,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+)
+_OLMO2 = Family(**_BIASES, block="olmo2", norms=_POST, qk_norm=True, qk_norm_of_rows=True, defaults=_THETA)
+
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(qkv_bias=True, own_head_dim=False, defaults={"rope_theta": 1_000_000.0}),
+    "qwen3": Family(qk_norm=True),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "xverse": _LLAMA,
+    "ministral3": _MINISTRAL3,
+    "mistral3": _LLAMA,  # or what its text_config says (reading.py)
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "gemma3": _GEMMA3,
+    "smollm3": replace(_LLAMA, rope_skips_layers=True, defaults=_THETA | {"no_rope_layer_interval": 4}),
+    "granite": Family(
+        **_BIASES,
+        own_head_dim=False,
+        embed_scale="embedding_multiplier",
+        attention_scale="attention_multiplier",
+        residual_scale="residual_multiplier",
+        head_divisor="logits_scaling",
+    ),
+    "minicpm": Family(
+        own_head_dim=False,
+        embed_scale="scale_emb",
+        residual_scale="scale_depth",
+        residual_scale_per_root_layer=True,
+        head_base="dim_model_base",
+        defaults={"rope_theta": 1_000_000.0},
+    ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(
+        _OLMO2,
+        mlp_bias=False,
+        layer_types=True,
+        window_pattern=True,
+        window_rope_is_plain=True,
+        defaults={"sliding_window_pattern": 4},
+    ),
+    "exaone4": Family(block="olmo2", norms=_POST, qk_norm=True, window_pattern=True, rope_in_windows_only=True),
+    "hunyuan_v1_dense": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="use_qk_norm",
+        qk_norms=("query_layernorm", "key_layernorm"),
+        norm_after_rope=True,
+        defaults=_THETA | {"use_qk_norm": True},
+    ),
+    "mimo": Family(qkv_bias=True, own_head_dim=False, ignores=("model.mtp_layers.",), defaults=_THETA),
+    "seed_oss": Family(qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias", defaults=_THETA),
+    "internlm3": Family(qkv_bias="qkv_bias", o_bias="qkv_bias", mlp_bias="bias", own_head_dim=False, defaults=_THETA),
+    "ernie4_5": Family(qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", traditional=True),
+    "helium": Family(qkv_bias="attention_bias", mlp_bias="mlp_bias", own_head_dim=False, traditional=True),
+    "glm4": Family(
+        block="glm4",
+        matrices=_QKV | _O | _FUSED_GATE_UP | _DOWN,
+        norms={
+            "input_layernorm": "input_layernorm",
+            "post_attention_layernorm": "post_self_attn_layernorm",
+            "pre_feedforward_layernorm": "post_attention_layernorm",
+            "post_feedforward_layernorm": "post_mlp_layernorm",
+        },
+        qkv_bias="attention_bias",
+        head="always",
+        partial_rope=True,
+        traditional=True,
+    ),
+    "phi3": Family(
+        matrices=_FUSED_QKV | _O | _FUSED_GATE_UP | _DOWN, own_head_dim=False, partial_rope=True, defaults=_THETA
+    ),
+}
+LORA_KEYS = tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.matrices))

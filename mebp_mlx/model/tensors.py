@@ -1,0 +1,103 @@
+"""The tensors of a checkpoint: checked against what a config asks for, and how each matrix is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import UserError
+from ..weights.safetensors import MappedWeights
+from .config import FLOAT_MODES, Linear, Quantization
+
+
+class Tensors:
+    """Checks the checkpoint's tensors against the config, and infers how each matrix is packed."""
+
+    def __init__(self, weights: MappedWeights, config: dict, where: str):
+        self.weights, self.where = weights, where
+        self.quantized = config.get("quantization") or config.get("quantization_config")
+        self.read: list[str] = []
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.weights:
+            raise UserError(f"{self.where} asks for the tensor {name}, which the checkpoint does not have")
+        return tuple(self.weights.info(name).shape)
+
+    def _expect(self, name: str, want: tuple[int, ...]) -> None:
+        shape = self._shape(name)
+        if shape != want:
+            file = self.weights.info(name).file.name
+            raise UserError(f"{file}: {name} has shape {list(shape)}, but {self.where} asks for {list(want)}")
+        self.read.append(name)
+
+    def vector(self, name: str, size: int) -> str:
+        self._expect(name, (size,))
+        return name
+
+    def linear(self, name: str, out_dims: int, in_dims: int, bias: bool = False) -> Linear:
+        if bias:
+            self._expect(f"{name}.bias", (out_dims,))
+        if f"{name}.scales" not in self.weights:
+            self._expect(f"{name}.weight", (out_dims, in_dims))
+            return Linear(name, out_dims, in_dims, bias)
+        return Linear(name, out_dims, in_dims, bias, self._packing(name, out_dims, in_dims))
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a matrix of that name."""
+        return f"{name}.weight" in self.weights
+
+    def refuse_unread(self, prefix: str, tied_head: str | None, ignored: Sequence[str] = ()) -> None:
+        """UserError for a tensor of the decoder that nothing reads: the loss would be another model's.
+
+        Buffers of frequencies are computed here; the head's matrix beside a tied embedding is the embedding. ignored:
+        beginnings of other names.
+        """
+        spare = [] if tied_head is None else [f"{tied_head}.{part}" for part in ("weight", "scales", "biases")]
+        known = {*self.read, *spare}
+        for name in self.weights.names:
+            if name in known or name.endswith(".inv_freq") or name.startswith(tuple(ignored)):
+                continue
+            if name.startswith(("model.", "lm_head", f"{prefix}model.", f"{prefix}lm_head")):
+                file = self.weights.info(name).file.name
+                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes another model")
+
+    def _packing(self, name: str, out_dims: int, in_dims: int) -> Quantization:
+        """Bits and group size follow from the shapes; what config.json says of them must agree."""
+        said: dict = self.quantized if isinstance(self.quantized, dict) else {}
+        own = said.get(name, said)
+        packed, scales = self._shape(f"{name}.weight"), self._shape(f"{name}.scales")
+        bits = packed[-1] * 32 // in_dims
+        group_size = in_dims // scales[-1] if scales[-1] else 0
+        mode = self._mode(name, own if isinstance(own, dict) else {}, bits, group_size)
+        self._expect(f"{name}.weight", (out_dims, in_dims * bits // 32))
+        self._expect(f"{name}.scales", (out_dims, in_dims // group_size if group_size else 0))
+        if mode == "affine":
+            self._expect(f"{name}.biases", (out_dims, in_dims // group_size))
+        if bits not in (2, 3, 4, 5, 6, 8) or not group_size or in_dims % group_size:
+            raise UserError(f"{name}: {bits} bits in groups of {group_size} over {in_dims} inputs cannot be unpacked")
+        named = isinstance(own, dict) and own is not said and "bits" in own
+        if named and (own["bits"], own.get("group_size", group_size)) != (bits, group_size):
+            raise UserError(
+                f"{self.where}: {name} is said to have {own['bits']} bits in groups of {own.get('group_size')}, "
+                f"but its shapes give {bits} bits in groups of {group_size}"
+            )
+        return Quantization(bits, group_size, mode)
+
+    def _mode(self, name: str, own: dict, bits: int, group_size: int) -> str:
+        """The mode that the tensors have, where config.json names another one or one that is not supported: UserError.
+
+        Byte scales belong to one of FLOAT_MODES, each of which has one number of bits and one group size.
+        """
+        method = own.get("quant_method")
+        said = own.get("mode") or (method if method in FLOAT_MODES else None)
+        if said is not None and said not in ("affine", *FLOAT_MODES):
+            known = ", ".join(("affine", *FLOAT_MODES))
+            raise UserError(f"{self.where}: quantization mode {said!r} of {name} is not supported: {known}")
+        if self.weights.info(f"{name}.scales").dtype != "U8":
+            mode = "affine"
+        else:
+            mode = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), "unknown")
+        if mode == "unknown" or said not in (None, mode):
+            what = f"{bits} bits in groups of {group_size}" + (" with byte scales" if mode != "affine" else "")
+            named = f"is said to be {said}, but " if said is not None else ""
+            raise UserError(f"{self.where}: {name} {named}has {what}, {mode if named else 'which no mode has'}")
+        return mode
