@@ -43,6 +43,18 @@ class Reader(Protocol):
     def vector(self, name: str, size: int) -> str: ...
 
 
+# Far above any model's. Libraries that read config.json make lists of these lengths.
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "vocab_size": 10**8,
+}
+
+
 def read_config(folder: Path) -> dict:
     """config.json of a model folder as a dict; UserError when it is missing, not a JSON object, or gives a size beyond
     SIZE_LIMITS.

@@ -59,20 +59,28 @@ def make_rope(
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
     settings = _settings(kind, scaling, dict(lengths or {}), dims, where)
-    plain = Rope(dims, base, traditional, growth=_growth(scaling))
+    try:
+        rope = _made(kind, Rope(dims, base, traditional, growth=_growth(scaling)), settings)
+        usable = math.isfinite(rope.magnitude) and (rope.freqs is None or _are_positive(rope.freqs))
+    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
+    return rope
+
+
+def _are_positive(freqs: mx.array) -> bool:
+    return bool((mx.isfinite(freqs) & (freqs > 0)).all())
+
+
+def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
     if kind == "default":
         return plain
     if kind == "linear":
         return replace(plain, scale=1 / settings["factor"])
     if kind == "dynamic" and "alpha" not in settings:
         return replace(plain, limit=int(settings["max_position_embeddings"]))
-    try:
-        freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
-        usable = bool((mx.isfinite(freqs) & (freqs > 0)).all()) and math.isfinite(magnitude)
-    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
-        usable = False
-    if not usable:
-        raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
+    freqs, magnitude = _frequencies(kind, plain.dims, plain.base, tuple(sorted(settings.items())))
     return replace(plain, freqs=freqs, magnitude=magnitude)
 
 

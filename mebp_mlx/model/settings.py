@@ -26,15 +26,14 @@ class Settings:
         return self.defaults.get(key, default) if value is None else value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number. Raises UserError."""
+        """A positive number that a float holds. Raises UserError."""
         return self.positive(key, self.get(key, default))
 
     def positive(self, key: str, value: Any) -> float:
-        """The value of a key, wherever it stands. Raises UserError unless it is a positive number."""
-        if value is None:
-            raise UserError(f"{self.where}: {key} is missing")
+        """The same for a value that stands under `key` somewhere else."""
         if not is_positive(value):
-            raise UserError(f"{self.where}: {key} must be a positive number, found {str(value)[:100]!r}")
+            problem = "is missing" if value is None else f"must be a positive number, found {str(value)[:100]!r}"
+            raise UserError(f"{self.where}: {key} {problem}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:

@@ -97,9 +97,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
         if about is not None:
-            step, options, origin = about["step"], dict(about["options"]), dict(about["origin"])
-            if type(step) is not int or not 0 <= step < 2**63:
-                raise ValueError("its step is not a number of updates")
+            step, options, origin = _step(about["step"]), dict(about["options"]), dict(about["origin"])
             best = dict(about.get("best", {}))
         lora, optimizer, engine = (
             {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -111,6 +109,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if about is None:
         raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
     return Checkpoint(lora, state, step, options, origin, engine, best)
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("its step is not a number of updates")
+    return value
 
 
 def saved_options(folder: Path) -> dict[str, Any]:

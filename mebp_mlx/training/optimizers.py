@@ -42,7 +42,7 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
         kind = with_ratio(kind)
     rate = learning_rate(config, n_updates)
     try:
-        if arguments:  # their classes check little: one update of a throwaway says whether these can be used
+        if arguments:  # the classes check little: one update of a throwaway says whether these can be used
             tried = kind(learning_rate=1e-3, **arguments)  # type: ignore[call-arg]
             mx.eval(tried.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))}))
         optimizer = kind(learning_rate=rate, **arguments)  # type: ignore[call-arg]
