@@ -34,6 +34,7 @@ PROG = "python -m mebp_mlx.train"
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
+SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -52,7 +53,7 @@ class Schedule:
 
     name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
     arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
-    warmup: int = option(0, OPTIMIZER, "updates", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates", at_least=0, below=2**31)
     warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
 
 
@@ -82,10 +83,10 @@ class TrainConfig:
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
                          choices=("mebp", "whole-graph", *ZEROTH_ORDER))
     zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
-    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1)
+    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1, below=10**7)
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
     hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
-    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2, below=10**6)
     dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
@@ -126,7 +127,7 @@ class TrainConfig:
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
     lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: factor between the rates of B and A", above=0)
-    warmup: int = option(0, OPTIMIZER, "updates over which the rate rises from 0", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates over which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
@@ -134,7 +135,7 @@ class TrainConfig:
     max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
                                          above=0, shown_default="no clipping")
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
-                                          at_least=1)
+                                          at_least=1, below=10**6)
 
     iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
                         at_least=0, may_change=True)
@@ -160,8 +161,8 @@ class TrainConfig:
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
-    report_to: str | None = option(None, REPORT, "wandb: send reports there too (costs the memory of its library)",
-                                   choices=("wandb",), may_change=True, shown_default="none")
+    report_to: tuple[str, ...] | None = option(None, REPORT, "send reports to wandb, tensorboard, trackio, swanlab",
+                                               choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
     config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
@@ -276,6 +277,7 @@ class TrainConfig:
             **dataclasses.asdict(self),
             "hf_dataset": sets,
             "keys": None if self.keys is None else list(self.keys),
+            "report_to": None if self.report_to is None else list(self.report_to),
             "optimizer": self.optimizer_name,
         }
 
@@ -316,6 +318,9 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":
             given.setdefault("fine_tune_type", "dora")
+        elif name == "wandb":  # older mlx-lm: the project's name
+            given.setdefault("report_to", ("wandb",))
+            given.setdefault("project_name", raw)
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -354,6 +359,9 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             take(key, raw, where)
         elif key == "use_dora" and raw is True:
             take("fine_tune_type", "dora", where)
+        elif key == "wandb" and isinstance(raw, str):  # older mlx-lm: the project's name
+            take("report_to", "wandb", where)
+            take("project_name", raw, where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)
@@ -361,11 +369,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             if raw is not None:
                 raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
             taken.append(key)
-    nested = file.values.get("lora_parameters") or {}
-    if not isinstance(nested, dict):
-        raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
-    _only_keys(nested, ("rank", "scale", "dropout", "keys"), file.where, "lora_parameters")
-    for key, raw in nested.items():
+    for key, raw in _lora_parameters(file.values.get("lora_parameters") or {}, file.where).items():
         take(key, raw, file.where("lora_parameters", key))
     _checked_schedule(given.get("lr_schedule"), file.where)
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
@@ -373,6 +377,14 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
     return given, taken
+
+
+def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
+    """mlx-lm's lora_parameters, whose keys are options here."""
+    if not isinstance(nested, dict):
+        raise UserError(f"{where('lora_parameters')}: expected a mapping, got {nested!r}")
+    _only_keys(nested, ("rank", "scale", "dropout", "keys"), where, "lora_parameters")
+    return nested
 
 
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:

@@ -7,6 +7,7 @@ file; `build_parser` makes the command line; `read_yaml` keeps line numbers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -16,13 +17,14 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
+from mebp_mlx.version import __version__
 
 Options = TypeVar("Options")
+_LARGEST = 2**63  # whole numbers stay below it: what counts with them has 64 bits
+_YAML_BYTES, _YAML_DEPTH, _YAML_NODES = 1_000_000, 20, 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _typed(kind: Any, raw: Any) -> Any:
 def _size(raw: Any, words: tuple[str, ...] = ()) -> int:
     """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. An int is a number of bytes."""
     if isinstance(raw, int) and not isinstance(raw, bool):
-        return raw
+        return int(_number(int, raw))
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmg])(i?)b?|b)?", str(raw).lower().strip())
     try:
         if match is None or isinstance(raw, bool):
@@ -172,19 +174,28 @@ def _number(kind: type, raw: Any) -> int | float:
     if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
         raise ValueError(f"expected {wanted}, got {raw!r}")
     try:
-        if kind is int and not isinstance(raw, float):
-            try:
-                return int(raw)
-            except ValueError:  # "1e3"
-                pass
         value = float(raw)
+        if kind is int and abs(value) < _LARGEST and not isinstance(raw, float):
+            with contextlib.suppress(ValueError):  # "1e3"
+                return int(raw)
     except (ValueError, OverflowError):
-        raise ValueError(f"expected {wanted}, got {raw!r}") from None
+        raise ValueError(f"expected {wanted}, got {_shortened(raw)}") from None
     if kind is float:
         return value
+    if math.isfinite(value) and abs(value) >= _LARGEST:
+        raise ValueError(f"must be less than {_LARGEST:g}, got {value:g}")
     if not value.is_integer():
-        raise ValueError(f"expected {wanted}, got {raw!r}")
+        raise ValueError(f"expected {wanted}, got {_shortened(raw)}")
     return int(value)
+
+
+def _shortened(raw: Any) -> str:
+    """What stands there, as far as a message needs it; Python does not print every integer."""
+    try:
+        text = repr(raw)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _check_limits(about: Option, value: Any) -> None:
@@ -344,13 +355,21 @@ def read_yaml(path: str) -> YamlFile:
     import yaml  # only a run with --config pays for it
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, LookupError, AttributeError, OverflowError):  # "!!int abc", an integer of 5,000 digits
+                kind = node.tag.rpartition(":")[2]
+                raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind}", node.start_mark) from None
 
     exponent = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 wants a dot and a sign
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789."))
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        loader = Loader(text)
+        with open(path, "rb") as file:
+            content = file.read(_YAML_BYTES + 1)
+        if len(content) > _YAML_BYTES:
+            raise UserError(f"--config {path}: is larger than {_YAML_BYTES:,} bytes")
+        loader = Loader(content.decode("utf-8"))
         node = loader.get_single_node()
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
@@ -359,6 +378,8 @@ def read_yaml(path: str) -> YamlFile:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"--config {path}: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{path}:1: is nested more than {_YAML_DEPTH} deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or "not valid YAML"
@@ -372,6 +393,11 @@ def read_yaml(path: str) -> YamlFile:
 
 
 def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
+    where = f"{path}:{node.start_mark.line + 1}"
+    if len(keys) > _YAML_DEPTH:
+        raise UserError(f"{where}: is nested more than {_YAML_DEPTH} deep")
+    if len(lines) > _YAML_NODES:  # aliases counted as often as they are used
+        raise UserError(f"{where}: holds more than {_YAML_NODES:,} values")
     if node.id == "sequence":
         for number, item in enumerate(node.value):
             place = (*keys, str(number))

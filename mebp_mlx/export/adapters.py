@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,8 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
 def _number(parameters: dict[str, Any], key: str, where: Path) -> float:
     value: Any = parameters.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and (key != "rank" or (value >= 1 and value == int(value))):
+    if is_number and abs(value) <= sys.float_info.max and (key != "rank" or (value >= 1 and value == int(value))):
         return value
     wanted = "a positive whole number" if key == "rank" else "a number"
-    problem = "is missing" if value is None else f"must be {wanted}, found {value!r}"
+    problem = "is missing" if value is None else f"must be {wanted}, found {str(value)[:100]}"
     raise UserError(f"{where}: lora_parameters.{key} {problem}")

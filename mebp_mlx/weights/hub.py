@@ -118,7 +118,7 @@ def _checked_model(folder: Path, name: str) -> Path:
         config = {}  # said with more detail where the config is read
     if isinstance(config, dict) and "model_file" in config:
         raise UserError(f"{folder / 'config.json'}: model_file: no code of a model's folder is ever run")
-    if not any(folder.glob("model*.safetensors")):
+    if not any(file.is_file() for file in folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: the folder {folder} holds no weights (model*.safetensors)")
     return folder
 

@@ -240,13 +240,16 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is not an object with entries")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or file != os.path.basename(file) or "\0" in file:
+        plain = isinstance(file, str) and file not in ("", ".", "..") and file == os.path.basename(file)
+        if not plain or "\0" in file or len(file.encode(errors="surrogatepass")) > 255:
             raise UserError(f"{index}: tensor {_one_line(name)} has no plain file name")
     return weight_map
 
 
 def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
     """Maps one file and checks its header wholly."""
+    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{file}: is not a file")
     try:
         with open(file, "rb") as handle:
             file_bytes = os.fstat(handle.fileno()).st_size
