@@ -86,7 +86,7 @@ def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
-    """Whether a kernel passed its check, which runs at the first call and warns if it fails."""
+    """Whether a kernel passed its check, which runs at the first call and warns on failure."""
     kernel = KERNELS[name]
     key = (dtype, group_size)
     if key not in kernel.verdicts:
@@ -95,7 +95,7 @@ def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
-    """What is wrong with a kernel on this machine, in one line; "" if nothing is."""
+    """One line on how a kernel fails on this machine; "" if it is correct."""
     arguments = kernel.sample(dtype, group_size)
     try:
         result = kernel.metal(*arguments)

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from .config import TrainConfig
 from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
+from .export.adapters import load_adapters as _load_adapters
+from .export.adapters import write_adapters
+from .export.folder import errors_of_the_disk, new_folder
 from .model import NO_LABEL
 from .model.base import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
-from .model.opening import open_model
+from .model.opening import open_model as _open_model
 from .ops.plan import Plan
 from .planner.search import choose
 from .planner.sizes import lora_sizes
 from .planner.workload import Workload
 from .system.machine import default_budget_bytes, memory_bytes
+from .train import train
+from .weights.hub import resolve_model
 
-__all__ = ["Plan", "init_lora", "loss", "loss_and_grads", "open_model"]
+__all__ = [
+    "Plan",
+    "TrainConfig",
+    "init_lora",
+    "load_adapters",
+    "loss",
+    "loss_and_grads",
+    "open_model",
+    "save_adapters",
+    "train",
+]
+
+
+def open_model(name: str | Path, dtype: str = "auto", weights: str = "auto") -> Model:
+    """The model of a folder (mlx-lm's layout), of a hub id, which is downloaded, or "bundled"; memory-mapped.
+
+    dtype, weights and what is raised: as of model.opening.open_model; UserError for a name that nothing is found for.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = resolve_model(str(name))
+    return _open_model(folder, dtype, weights)
+
+
+def save_adapters(folder: str | Path, lora: Lora, model: Model) -> Path:
+    """adapters.safetensors and adapter_config.json in a new folder, as mlx-lm loads them; returns the folder.
+
+    Raises UserError where there is something already, and where the disk refuses.
+    """
+    out = new_folder(str(folder), "folder")
+    with errors_of_the_disk(out), out:
+        write_adapters(out.partial, lora, {"model": str(model.path)})
+        out.publish()
+    return out.path
+
+
+def load_adapters(folder: str | Path, model: Model) -> Lora:
+    """The adapters in a folder, ours or mlx-lm's, LoRA or DoRA. Raises UserError for what does not fit the model."""
+    return _load_adapters(Path(folder).expanduser(), model.spec, "folder")
 
 
 class _Batch(NamedTuple):

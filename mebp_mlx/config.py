@@ -34,6 +34,7 @@ PROG = "python -m mebp_mlx.train"
 SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
+SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -64,7 +65,7 @@ class TrainConfig:
     model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
     data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
     hf_dataset: tuple[Mapping[str, Any], ...] | None = option(
-        None, DATA, "sets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
+        None, DATA, "datasets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
     mask_prompt: bool = option(False, DATA, "the same as --train-on completion, as in mlx-lm")
     train_on: str | None = option(None, DATA, "labels: all, the completion (last message), or every assistant turn",
                                   choices=TRAIN_ON, shown_default="all")
@@ -72,7 +73,7 @@ class TrainConfig:
     completion_feature: str = option("completion", DATA, "key of a row's completion", metavar="KEY", may_change=True)
     text_feature: str = option("text", DATA, "key of a row's text", metavar="KEY", may_change=True)
     chat_feature: str = option("messages", DATA, "key of a row's messages", metavar="KEY", may_change=True)
-    preview: int = option(0, DATA, "print so many rows with what is trained on marked, and stop", at_least=0,
+    preview: int = option(0, DATA, "print N rows with the labelled text marked, and stop", at_least=0,
                           may_change=True)
     max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
     overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
@@ -90,19 +91,19 @@ class TrainConfig:
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
-    arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
+    arena_dir: str | None = option(None, METHOD, "folder for kept values that do not fit in memory",
                                    path=True, may_change=True, shown_default="temporary")
     memory_budget: int | str | None = size_option(
         METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
         may_change=True, shown_default="1GB, at most 1/4 of memory")
-    over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
+    over_budget: str = option("stop", METHOD, "if the measured peak exceeds it: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
     arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
                                     may_change=True, shown_default="2GB")
-    device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
+    device: str | None = option(None, METHOD, "simulate a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
-    seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
+    seed: int = option(0, METHOD, "of LoRA's initial values, data order, dropout and noise", at_least=0, below=2**63)
 
     fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
                                  choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
@@ -125,8 +126,8 @@ class TrainConfig:
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
-    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: the rate of every B is so many times that of A", above=0)
-    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0, below=2**31)
+    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: factor between the rates of B and A", above=0)
+    warmup: int = option(0, OPTIMIZER, "updates over which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
@@ -143,7 +144,7 @@ class TrainConfig:
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
     val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
-    patience: int | None = option(None, LENGTH, "early stopping: end after so many validations that are no better",
+    patience: int | None = option(None, LENGTH, "early stopping: end after N validations without improvement",
                                   at_least=1, may_change=True, shown_default="never")
     min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
                               may_change=True)
@@ -151,7 +152,7 @@ class TrainConfig:
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", path=True,
+    adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
                                may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
@@ -160,8 +161,8 @@ class TrainConfig:
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
-    report_to: str | None = option(None, REPORT, "wandb: send reports there too (costs the memory of its library)",
-                                   choices=("wandb",), may_change=True, shown_default="none")
+    report_to: tuple[str, ...] | None = option(None, REPORT, "send reports to wandb, tensorboard, trackio, swanlab",
+                                               choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
     config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
@@ -202,7 +203,7 @@ class TrainConfig:
 
     @property
     def data_source(self) -> str | list[dict[str, Any]]:
-        """What rows come from: hf_dataset, if it is given, or data."""
+        """The source of rows: hf_dataset if given, else data."""
         return self.data if self.hf_dataset is None else [dict(each) for each in self.hf_dataset]
 
     @property
@@ -220,7 +221,7 @@ class TrainConfig:
 
     @property
     def phone(self) -> Phone | None:
-        """What --device names."""
+        """The phone that --device names."""
         return None if self.device is None else DEVICES[self.device]
 
     @property
@@ -234,7 +235,7 @@ class TrainConfig:
 
     @property
     def smallest(self) -> bool:
-        """Whether the smallest footprint is asked for, however slow (--memory-budget min)."""
+        """Whether --memory-budget min asks for the smallest footprint at any speed."""
         return named_budget(self.memory_budget)[1]
 
     @classmethod
@@ -261,7 +262,7 @@ class TrainConfig:
         if "scale" in flags:
             given.pop("rslora_alpha", None)
         given.update(flags)
-        own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
+        own = ("resume", "config", "adapter_path")  # the given folder counts: the saved one may have been copied
         known = {name: value for name, value in (saved or {}).items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
@@ -276,6 +277,7 @@ class TrainConfig:
             **dataclasses.asdict(self),
             "hf_dataset": sets,
             "keys": None if self.keys is None else list(self.keys),
+            "report_to": None if self.report_to is None else list(self.report_to),
             "optimizer": self.optimizer_name,
         }
 
@@ -284,7 +286,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def fixed_by_run(self) -> dict[str, Any]:
-        """The options that the mathematics of a run depends on: a resumed run may not change them."""
+        """The options that a run's results depend on; a resumed run may not change them."""
         may_change = {spec.name for spec in describe(type(self)).values() if spec.option.may_change}
         return {name: value for name, value in self.to_dict().items() if name not in may_change}
 
@@ -293,7 +295,7 @@ class TrainConfig:
 
 
 def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """The options that were given, and the names of what is taken without effect."""
+    """The options that were given, and the names of mlx-lm's options that are accepted without effect."""
     parser = build_parser(
         TrainConfig,
         PROG,
@@ -316,6 +318,9 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":
             given.setdefault("fine_tune_type", "dora")
+        elif name == "wandb":  # older mlx-lm: the project's name
+            given.setdefault("report_to", ("wandb",))
+            given.setdefault("project_name", raw)
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -323,7 +328,7 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
 
 # YAML
 
-Where = Callable[..., str]  # where(outer_key, inner_key) -> what an error message begins with
+Where = Callable[..., str]  # where(outer_key, inner_key) -> the beginning of an error message
 
 
 def _dotted(*keys: str) -> str:
@@ -331,7 +336,7 @@ def _dotted(*keys: str) -> str:
 
 
 def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a YAML file, ours and mlx-lm's, and the names of what is taken without effect.
+    """The options of a YAML file, ours and mlx-lm's, and the names of those that are accepted without effect.
 
     A key with the value null counts as absent.
     """
@@ -342,7 +347,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
     def take(name: str, raw: Any, where: str) -> None:
         if name in given:
-            raise UserError(f"{where}: stands twice, here and at the top level")
+            raise UserError(f"{where}: given twice, here and at the top level")
         if raw is not None:
             if specs[name].option.size and type(raw) in (int, float):
                 raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
@@ -354,6 +359,9 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             take(key, raw, where)
         elif key == "use_dora" and raw is True:
             take("fine_tune_type", "dora", where)
+        elif key == "wandb" and isinstance(raw, str):  # older mlx-lm: the project's name
+            take("report_to", "wandb", where)
+            take("project_name", raw, where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)
@@ -361,11 +369,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             if raw is not None:
                 raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
             taken.append(key)
-    nested = file.values.get("lora_parameters") or {}
-    if not isinstance(nested, dict):
-        raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
-    _only_keys(nested, ("rank", "scale", "dropout", "keys"), file.where, "lora_parameters")
-    for key, raw in nested.items():
+    for key, raw in _lora_parameters(file.values.get("lora_parameters") or {}, file.where).items():
         take(key, raw, file.where("lora_parameters", key))
     _checked_schedule(given.get("lr_schedule"), file.where)
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
@@ -373,6 +377,14 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
     return given, taken
+
+
+def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
+    """mlx-lm's lora_parameters, whose keys are options here."""
+    if not isinstance(nested, dict):
+        raise UserError(f"{where('lora_parameters')}: expected a mapping, got {nested!r}")
+    _only_keys(nested, ("rank", "scale", "dropout", "keys"), where, "lora_parameters")
+    return nested
 
 
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:
@@ -396,7 +408,7 @@ def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[
 
 
 def _check_sets(sets: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, where: Where) -> None:
-    """mlx-lm's hf_dataset: a set, or a list of them."""
+    """Checks mlx-lm's hf_dataset: one dataset, or a list of them."""
     features, splits = [f"{key}_feature" for key in FEATURES], [f"{split}_split" for split in SLICES]
     is_one = isinstance(sets, Mapping)
     for number, each in enumerate([sets] if isinstance(sets, Mapping) else sets or ()):

@@ -25,7 +25,7 @@ _GROUP = "evaluation"
 _TEXTS = (
     "Measure loss, perplexity and accuracy of a model, with and without adapters.",
     "Nothing is trained and nothing is written. Rows are read and labelled as in training.\n"
-    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed, 130 interrupted",
+    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
 )
 
 

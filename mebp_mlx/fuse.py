@@ -32,7 +32,7 @@ _TEXTS = (
     "Add adapters to the weights of their model, a few rows at a time, and measure what that keeps.",
     "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of what\n"
     "was learned is not written. 4 bits often lose a short run; --dequantize does not. PATH appears when complete.\n"
-    "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was passed,\n"
+    "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was exceeded,\n"
     "130 interrupted",
 )
 

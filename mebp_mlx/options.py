@@ -1,7 +1,7 @@
 """Options as dataclass fields: one description gives the flag, the YAML key, the checks and the help line.
 
-`option(...)` describes a field; `describe(cls)` lists the fields; `convert` turns what a flag or a YAML file
-holds into a checked value; `build_parser` makes the command line; `read_yaml` keeps line numbers.
+`option(...)` describes a field; `describe(cls)` lists the fields; `convert` checks a value from a flag or a YAML
+file; `build_parser` makes the command line; `read_yaml` keeps line numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
+from mebp_mlx.version import __version__
 
 Options = TypeVar("Options")
 _LARGEST = 2**63  # whole numbers stay below it: what counts with them has 64 bits
@@ -29,7 +29,7 @@ _YAML_BYTES, _YAML_DEPTH, _YAML_NODES = 1_000_000, 20, 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a field's metadata says about its flag: help text, limits, and whether a resumed run may change it."""
+    """The description of a field's flag: help text, limits, and whether a resumed run may change it."""
 
     group: str
     help: str
@@ -41,8 +41,8 @@ class Option:
     below: float | None = None
     or_minus_one: bool = False
     size: bool = False  # bytes: text with a unit, 500MB or 1.5GB, or a whole number
-    path: bool = False  # of a file or folder: ~ is the home folder, wherever it was written
-    words: tuple[str, ...] = ()  # texts that stand for themselves, beside what the type allows
+    path: bool = False  # of a file or folder; ~ is expanded in flags and files alike
+    words: tuple[str, ...] = ()  # texts that are accepted as they are, besides values of the type
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     yaml_only: bool = False
@@ -62,7 +62,7 @@ class Spec:
 
     @property
     def flag(self) -> str:
-        """`--kebab-case`; a key that exists in YAML files only is named as it is."""
+        """`--kebab-case`; a key that exists only in YAML files keeps its name."""
         return self.name if self.option.yaml_only else "--" + self.name.replace("_", "-")
 
 
@@ -151,7 +151,7 @@ def _typed(kind: Any, raw: Any) -> Any:
 
 
 def _size(raw: Any, words: tuple[str, ...] = ()) -> int:
-    """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. A whole number that is no text counts bytes."""
+    """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. An int is a number of bytes."""
     if isinstance(raw, int) and not isinstance(raw, bool):
         return int(_number(int, raw))
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmg])(i?)b?|b)?", str(raw).lower().strip())
@@ -222,7 +222,7 @@ def _check_limits(about: Option, value: Any) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` when a known name is close to `name`, or one begins with the other, otherwise nothing."""
+    """`, did you mean X?` if a known name is close to `name` or one begins with the other; otherwise ""."""
     bare = {each.lstrip("-"): each for each in known}
     name = name.lstrip("-")
     close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.7)
@@ -239,7 +239,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """One aligned line for each option; `{a,b}` choices are in the help text, not in the left column."""
+    """One aligned line for each option; choices are in the help text, not in the left column."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=33)
@@ -254,7 +254,7 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(cls: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose result holds the raw text of the options that were given, and nothing else."""
+    """A parser whose result holds only the options that were given, as raw text."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -291,8 +291,10 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
 def given_options(
     cls: type, parser: argparse.ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The options that a command line gives, checked, by name. refused: flags of mlx-lm's command of that name, and
-    why they are not there. Raises UserError naming the flag; --help exits.
+    """The options on a command line, checked, by name.
+
+    refused: flags of mlx-lm's command that do not exist here, with the reason. Raises UserError naming the flag;
+    --help exits.
     """
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(cls)
@@ -310,14 +312,12 @@ def parse(
     argv: Sequence[str] | None,
     refused: Mapping[str, str] | None = None,
 ) -> Options:
-    """The options of a command line. texts: of --help, before the options and after them. Otherwise as
-    given_options.
-    """
+    """The options on a command line. texts: --help's text before and after the options; otherwise as given_options."""
     return cls(**given_options(cls, build_parser(cls, prog, *texts), argv, refused))
 
 
 def checked_value(spec: Spec, raw: Any, where: str) -> Any:
-    """An option's value. Raises UserError that begins with `where`."""
+    """The checked value of an option. Raises UserError, which begins with `where`."""
     try:
         return convert(spec, raw)
     except ValueError as error:
@@ -338,7 +338,7 @@ def _shown_default(spec: Spec) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class YamlFile:
-    """The values of a YAML mapping, and where each of them stands."""
+    """The values of a YAML mapping, and the line of each."""
 
     path: str
     values: dict[str, Any]

@@ -35,9 +35,8 @@ def parameters(seed: int) -> dict[str, mx.array]:
 
 
 def lora_of(values: dict[str, mx.array]) -> Any:
-    return SimpleNamespace(
-        parameters=lambda: dict(values), rank=3, scale=20.0, dropout=0.0, keys=("self_attn.q_proj",), num_layers=-1
-    )
+    about = {"rank": 3, "scale": 20.0, "dropout": 0.0, "keys": ("self_attn.q_proj",), "num_layers": -1}
+    return SimpleNamespace(parameters=lambda: dict(values), fine_tune_type="lora", **about)
 
 
 def state_after_updates(name: str, seed: int, n_updates: int = 2) -> tuple[dict[str, mx.array], optim.Optimizer]:
@@ -294,6 +293,7 @@ FIXED = {
     "train_on": "assistant",
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
     "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
+    "fine_tune_type": "dora", "lora_plus_ratio": 4.0, "rslora_alpha": 8.0, "resume_adapter_file": "old/adapters",
 }  # fmt: skip
 
 

@@ -18,6 +18,16 @@ from .settings import Settings
 from .tensors import Tensors
 
 MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "llama"}  # the decoder under text_config, where that names none
+# Far above any model's. Libraries that read config.json make lists of these lengths.
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "vocab_size": 10**8,
+}
 _TEXT_TYPES = {"gemma3": ("gemma3_text",), "mistral3": ("ministral3", "llama", "mistral")}
 
 

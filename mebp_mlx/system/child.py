@@ -30,7 +30,7 @@ def one_line(error: object, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
+def child_environment(*, offline: bool, quiet: bool) -> dict[str, str]:
     environment = dict(os.environ)
     environment |= {
         "TOKENIZERS_PARALLELISM": "false",
@@ -68,7 +68,7 @@ def run_child(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if pass_stderr else errors,
-            env=_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
+            env=child_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
         )
         assert process.stdout is not None
         expired = threading.Event()

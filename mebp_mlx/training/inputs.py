@@ -15,6 +15,7 @@ from . import folder as run_folder
 from .checkpoint import Checkpoint, check_same_run, load_checkpoint
 from .fingerprint import data_fingerprint, model_fingerprint
 from .report import print_data
+from .services import check_installed
 from .setup import Sizes
 
 
@@ -49,6 +50,7 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
     if saved is None and config.resume_adapter_file is not None:
         start_file(config.resume_adapter_file)
     read_config(model_path)  # its sizes are checked before a library makes anything of them
+    check_installed(config.report_to or ())
     data = prepare(config.data_source, model_path, config.row_options)
     print_data(data, config)
     if config.test and data.test is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
 @dataclass
 class Run:
     """Everything that a run works with, before its first step. planned: None for an engine without a plan;
-    machine: what it runs on.
+    machine: what it runs on; callbacks: as of callbacks.sender.
     """
 
     config: TrainConfig
@@ -108,6 +109,7 @@ class Run:
     best: Best
     before_model_bytes: int
     machine: dict[str, Any]
+    callbacks: Sequence[Any] = ()
 
     @property
     def folder(self) -> Path:

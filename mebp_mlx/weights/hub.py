@@ -240,11 +240,11 @@ def _convert_dataset(
             chosen.setdefault(SPLIT_NAMES[split], rows)
     if "train" not in chosen:
         raise UserError(f"{where}: has no split named train (its splits: {', '.join(splits)})")
-    columns = chosen["train"].column_names
+    stored = chosen["train"].column_names
     prompt, completion, text, chat, *_ = columns
-    if not {text, chat} & set(columns) and not {prompt, completion} <= set(columns):
+    if not {text, chat} & set(stored) and not {prompt, completion} <= set(stored):
         known = f"{text}, {chat}, or {prompt} and {completion}"
-        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(columns)})")
+        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(stored)})")
     state = {split: _fingerprint(rows) for split, rows in chosen.items()}
     kept = {key: key for key in columns}
     parts = {split: _renamed(rows, kept) for split, rows in chosen.items()}
