@@ -20,7 +20,7 @@ from bench.torture.faults import Faults
 from mebp_mlx import convert, fuse, train
 from mebp_mlx.errors import UserError
 from mebp_mlx.export import __main__ as export
-from tests.runs import arguments, child, tokenize_here
+from tests.runs import arguments, child, events, tokenize_here
 
 OPTIONS = ["--iters", "4", "--save-every", "2", "--test", "--memory-budget", "min", "--dropout", "0.1"]
 
@@ -56,6 +56,24 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on(
     assert line.startswith("error: ") and "No space left on device" in line
     assert not list(tmp_path.glob("run/.*.partial"))
     ends_the_same(home, out, whole[0])
+
+
+@pytest.mark.usefixtures("tokens_made_here")
+def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, free = tmp_path / "run", shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("mebp_mlx.training.saving.shutil.disk_usage", lambda _: free._replace(free=100_000))
+        assert train.main(arguments(home, out, *OPTIONS, "--save-every", "1")) == 0
+    kinds = [event["event"] for event in events(out)]
+    (notice,) = events(out, "notice")
+    assert kinds.index("notice") < kinds.index("train")
+    assert "4 copies of the adapters" in notice["text"] and "is free" in notice["text"]
+    written_bytes = sum(path.stat().st_size for path in out.iterdir())
+    assert written_bytes > 100_000 and not out.joinpath("best").exists()
+    assert train.main(arguments(home, tmp_path / "other", *OPTIONS)) == 0
+    assert not events(tmp_path / "other", "notice")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.95])
