@@ -107,7 +107,7 @@ def trials(name: str, folder: Path, n_mutants: int, seed: int) -> Iterator[str |
     kind = KINDS[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _in_child(kind.written, folder)
+    in_child(kind.written, folder)
     whole = {file: (folder / file).read_bytes() for file in kind.files}
     done = 0
     while done < n_mutants:
@@ -184,7 +184,7 @@ def _write_model(folder: Path) -> None:
     write_model(folder, config, quantization={"group_size": 32, "bits": 4})
 
 
-def _in_child(write: Callable[[Path], None], folder: Path) -> None:
+def in_child(write: Callable[[Path], None], folder: Path) -> None:
     """Writes in another process: one that is to be forked must not have used MLX."""
     child = os.fork()
     if not child:
