@@ -75,7 +75,7 @@ class _Batch(NamedTuple):
     targets: np.ndarray
 
 
-def init_lora(
+def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     model: Model,
     rank: int = 8,
     scale: float = 20.0,

@@ -16,7 +16,16 @@ from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.families import LORA_KEYS
-from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
+from mebp_mlx.options import (
+    build_parser,
+    checked_value,
+    convert,
+    describe,
+    option,
+    read_yaml,
+    size_option,
+    suggest,
+)
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
@@ -44,7 +53,7 @@ class Schedule:
 
     name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
     arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
-    warmup: int = option(0, OPTIMIZER, "updates", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates", at_least=0, below=2**31)
     warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
 
 
@@ -56,7 +65,7 @@ class TrainConfig:
     model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
     data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
     hf_dataset: tuple[Mapping[str, Any], ...] | None = option(
-        None, DATA, "sets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
+        None, DATA, "datasets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
     mask_prompt: bool = option(False, DATA, "the same as --train-on completion, as in mlx-lm")
     train_on: str | None = option(None, DATA, "labels: all, the completion (last message), or every assistant turn",
                                   choices=TRAIN_ON, shown_default="all")
@@ -64,7 +73,7 @@ class TrainConfig:
     completion_feature: str = option("completion", DATA, "key of a row's completion", metavar="KEY", may_change=True)
     text_feature: str = option("text", DATA, "key of a row's text", metavar="KEY", may_change=True)
     chat_feature: str = option("messages", DATA, "key of a row's messages", metavar="KEY", may_change=True)
-    preview: int = option(0, DATA, "print so many rows with what is trained on marked, and stop", at_least=0,
+    preview: int = option(0, DATA, "print N rows with the labelled text marked, and stop", at_least=0,
                           may_change=True)
     max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
     overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
@@ -74,27 +83,27 @@ class TrainConfig:
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
                          choices=("mebp", "whole-graph", *ZEROTH_ORDER))
     zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
-    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1)
+    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1, below=10**7)
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
     hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
-    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2, below=10**6)
     dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
-    arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
-                                   metavar="PATH", path=True, may_change=True, shown_default="temporary")
-    memory_budget: int | str | None = option(
-        None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
-    over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
+    arena_dir: str | None = option(None, METHOD, "folder for kept values that do not fit in memory",
+                                   path=True, may_change=True, shown_default="temporary")
+    memory_budget: int | str | None = size_option(
+        METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        may_change=True, shown_default="1GB, at most 1/4 of memory")
+    over_budget: str = option("stop", METHOD, "if the measured peak exceeds it: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = option(2_000_000_000, METHOD, "for kept activations; less: more is recomputed",
-                               metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
-    device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
+    arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
+                                    may_change=True, shown_default="2GB")
+    device: str | None = option(None, METHOD, "simulate a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
-    seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
+    seed: int = option(0, METHOD, "of LoRA's initial values, data order, dropout and noise", at_least=0, below=2**63)
 
     fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
                                  choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
@@ -117,8 +126,8 @@ class TrainConfig:
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
-    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: the rate of every B is so many times that of A", above=0)
-    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0)
+    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: factor between the rates of B and A", above=0)
+    warmup: int = option(0, OPTIMIZER, "updates over which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
@@ -126,7 +135,7 @@ class TrainConfig:
     max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
                                          above=0, shown_default="no clipping")
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
-                                          at_least=1)
+                                          at_least=1, below=10**6)
 
     iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
                         at_least=0, may_change=True)
@@ -135,7 +144,7 @@ class TrainConfig:
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
     val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
-    patience: int | None = option(None, LENGTH, "early stopping: end after so many validations that are no better",
+    patience: int | None = option(None, LENGTH, "early stopping: end after N validations without improvement",
                                   at_least=1, may_change=True, shown_default="never")
     min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
                               may_change=True)
@@ -143,8 +152,8 @@ class TrainConfig:
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
-                               path=True, may_change=True)
+    adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
+                               may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
     save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
@@ -156,8 +165,8 @@ class TrainConfig:
                                                choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
-    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
-                                path=True, flags=("-c",), may_change=True, shown_default="none")
+    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
+                                flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -194,7 +203,7 @@ class TrainConfig:
 
     @property
     def data_source(self) -> str | list[dict[str, Any]]:
-        """What rows come from: hf_dataset, if it is given, or data."""
+        """The source of rows: hf_dataset if given, else data."""
         return self.data if self.hf_dataset is None else [dict(each) for each in self.hf_dataset]
 
     @property
@@ -212,7 +221,7 @@ class TrainConfig:
 
     @property
     def phone(self) -> Phone | None:
-        """What --device names."""
+        """The phone that --device names."""
         return None if self.device is None else DEVICES[self.device]
 
     @property
@@ -226,7 +235,7 @@ class TrainConfig:
 
     @property
     def smallest(self) -> bool:
-        """Whether the smallest footprint is asked for, however slow (--memory-budget min)."""
+        """Whether --memory-budget min asks for the smallest footprint at any speed."""
         return named_budget(self.memory_budget)[1]
 
     @classmethod
@@ -253,7 +262,7 @@ class TrainConfig:
         if "scale" in flags:
             given.pop("rslora_alpha", None)
         given.update(flags)
-        own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
+        own = ("resume", "config", "adapter_path")  # the given folder counts: the saved one may have been copied
         known = {name: value for name, value in (saved or {}).items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
@@ -277,7 +286,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def fixed_by_run(self) -> dict[str, Any]:
-        """The options that the mathematics of a run depends on: a resumed run may not change them."""
+        """The options that a run's results depend on; a resumed run may not change them."""
         may_change = {spec.name for spec in describe(type(self)).values() if spec.option.may_change}
         return {name: value for name, value in self.to_dict().items() if name not in may_change}
 
@@ -286,7 +295,7 @@ class TrainConfig:
 
 
 def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """The options that were given, and the names of what is taken without effect."""
+    """The options that were given, and the names of mlx-lm's options that are accepted without effect."""
     parser = build_parser(
         TrainConfig,
         PROG,
@@ -297,14 +306,14 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
         raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
     given, taken = {}, []
-    for name, raw in vars(found).items():
+    for name, raw in vars(raw_values).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
         elif name == "use_dora":
@@ -319,7 +328,7 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
 
 # YAML
 
-Where = Callable[..., str]  # where(outer_key, inner_key) -> what an error message begins with
+Where = Callable[..., str]  # where(outer_key, inner_key) -> the beginning of an error message
 
 
 def _dotted(*keys: str) -> str:
@@ -327,7 +336,7 @@ def _dotted(*keys: str) -> str:
 
 
 def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a YAML file, ours and mlx-lm's, and the names of what is taken without effect.
+    """The options of a YAML file, ours and mlx-lm's, and the names of those that are accepted without effect.
 
     A key with the value null counts as absent.
     """
@@ -338,7 +347,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
     def take(name: str, raw: Any, where: str) -> None:
         if name in given:
-            raise UserError(f"{where}: stands twice, here and at the top level")
+            raise UserError(f"{where}: given twice, here and at the top level")
         if raw is not None:
             if specs[name].option.size and type(raw) in (int, float):
                 raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
@@ -360,11 +369,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             if raw is not None:
                 raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
             taken.append(key)
-    nested = file.values.get("lora_parameters") or {}
-    if not isinstance(nested, dict):
-        raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
-    _only_keys(nested, ("rank", "scale", "dropout", "keys"), file.where, "lora_parameters")
-    for key, raw in nested.items():
+    for key, raw in _lora_parameters(file.values.get("lora_parameters") or {}, file.where).items():
         take(key, raw, file.where("lora_parameters", key))
     _checked_schedule(given.get("lr_schedule"), file.where)
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
@@ -372,6 +377,14 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
     return given, taken
+
+
+def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
+    """mlx-lm's lora_parameters, whose keys are options here."""
+    if not isinstance(nested, dict):
+        raise UserError(f"{where('lora_parameters')}: expected a mapping, got {nested!r}")
+    _only_keys(nested, ("rank", "scale", "dropout", "keys"), where, "lora_parameters")
+    return nested
 
 
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:
@@ -395,7 +408,7 @@ def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[
 
 
 def _check_sets(sets: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, where: Where) -> None:
-    """mlx-lm's hf_dataset: a set, or a list of them."""
+    """Checks mlx-lm's hf_dataset: one dataset, or a list of them."""
     features, splits = [f"{key}_feature" for key in FEATURES], [f"{split}_split" for split in SLICES]
     is_one = isinstance(sets, Mapping)
     for number, each in enumerate([sets] if isinstance(sets, Mapping) else sets or ()):

@@ -27,8 +27,8 @@ def losses_as_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Trainer.evaluate
 
     def listed(self: Trainer, kind: str, iteration: int, *more: Any) -> float | None:
-        found = evaluate(self, kind, iteration, *more)
-        return found if found is None or kind != "valid" else FALLING_THEN_RISING[iteration]
+        actual = evaluate(self, kind, iteration, *more)
+        return actual if actual is None or kind != "valid" else FALLING_THEN_RISING[iteration]
 
     monkeypatch.setattr(Trainer, "evaluate", listed)
 

@@ -40,13 +40,13 @@ def undocumented(): pass
 
 
 def pairs(split: str) -> list[tuple[str, str]]:
-    found = []
+    actual = []
     for line in (bundled.DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert list(row) == ["messages"]
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-        found.append((row["messages"][0]["content"], row["messages"][1]["content"]))
-    return found
+        actual.append((row["messages"][0]["content"], row["messages"][1]["content"]))
+    return actual
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def test_rows_fit_and_the_model_beats_chance(loaded: tuple[Any, Any]) -> None:
 
 
 def test_extraction_reads_names_signatures_and_texts(library: Path) -> None:
-    found = {entry.name: entry for entry in corpus.entries(library, with_runtime=False)}
-    assert set(found) == {
+    actual = {entry.name: entry for entry in corpus.entries(library, with_runtime=False)}
+    assert set(actual) == {
         "aaa",
         "boxes",
         "boxes.Box",
@@ -173,9 +173,9 @@ def test_extraction_reads_names_signatures_and_texts(library: Path) -> None:
         "boxes.Box.size",
         "boxes.carry",
     }
-    assert found["boxes.Box.open"].signature == "(slowly=False, *, hinge=None)"
-    assert found["boxes.carry"].signature == "(box, /, *where, **how)"
-    assert found["boxes.Box.open"].text.startswith("boxes.Box.open(slowly=False, *, hinge=None)\n\nOpen the")
+    assert actual["boxes.Box.open"].signature == "(slowly=False, *, hinge=None)"
+    assert actual["boxes.carry"].signature == "(box, /, *where, **how)"
+    assert actual["boxes.Box.open"].text.startswith("boxes.Box.open(slowly=False, *, hinge=None)\n\nOpen the")
 
 
 def test_extraction_is_deterministic(library: Path) -> None:
@@ -186,11 +186,11 @@ def test_extraction_is_deterministic(library: Path) -> None:
 
 def test_held_out_objects_are_not_pretrained_on(library: Path) -> None:
     (library / "copy_of_boxes.py").write_text(MODULE.replace("Longer", "Other"), encoding="utf-8")
-    found = corpus.entries(library, with_runtime=False)
-    splits = corpus.make_splits(found, 1, 1, 1)
+    actual = corpus.entries(library, with_runtime=False)
+    splits = corpus.make_splits(actual, 1, 1, 1)
     hidden = [row["messages"][1]["content"] for split in ("valid", "test") for row in splits.rows[split]]
     assert len(hidden) == 2
-    assert len(splits.pretrain) + len(splits.held_out) <= len(found)
+    assert len(splits.pretrain) + len(splits.held_out) <= len(actual)
     for answer in hidden:
         assert any(answer.rstrip(".") in " ".join(entry.doc.split()) for entry in splits.held_out)
         assert not any(answer.rstrip(".") in " ".join(entry.doc.split()) for entry in splits.pretrain)

@@ -101,12 +101,12 @@ def test_gradients_are_the_same_bits_for_every_grain(tmp_path: Path, saved: froz
     model = mebp_mlx.open_model(tmp_path)
     lora = moved(mebp_mlx.init_lora(model, rank=2, fine_tune_type="dora"), seed)
     tokens, targets = random_batch(seed, 2, 70, model.spec.V)
-    found = []
+    actual = []
     for grain in ("op", "stage", "tile", "block"):
         plan = Plan(grain=grain, saved=saved, token_block=64)
-        found.append(mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)[1])
-    for other in found[1:]:
-        assert all(np.array_equal(np.asarray(found[0][name]), np.asarray(other[name])) for name in found[0])
+        actual.append(mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)[1])
+    for other in actual[1:]:
+        assert all(np.array_equal(np.asarray(actual[0][name]), np.asarray(other[name])) for name in actual[0])
 
 
 def test_it_starts_at_the_frozen_models_loss(tmp_path: Path, seed: int) -> None:

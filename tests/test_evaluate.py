@@ -39,15 +39,15 @@ def test_losses_are_mlx_lms(tmp_path: Path, tokens_here: None, family: str, caps
     write_model(model, CONFIGS[family] | {"vocab_size": 320}, seed=3)
     write_rows(tmp_path / "data", ROWS, "test")
     adapters = make_adapters(tmp_path / "adapters", model, data=str(tmp_path / "data"))
-    found = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
+    actual = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
     rows = dataset.prepare_rows(str(tmp_path / "data"), "test", model, RowOptions("all", 64, "error"))
     tokens = [[*batch.tokens[0].tolist(), int(batch.targets[0, -1])] for batch in dataset.eval_batches(rows, 1, -1)]
     for name, folder in (("model", None), ("adapters", adapters)):
         expected = mlx_lm_loss(model, folder, tokens)
-        assert abs(found[name]["loss"] / expected - 1) <= 1e-5, name
-        assert found[name]["n_rows"] == 3 and found[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
-        assert math.isclose(found[name]["perplexity"], math.exp(found[name]["loss"]))
-    assert abs(found["model"]["loss"] - found["adapters"]["loss"]) > 1e-3
+        assert abs(actual[name]["loss"] / expected - 1) <= 1e-5, name
+        assert actual[name]["n_rows"] == 3 and actual[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
+        assert math.isclose(actual[name]["perplexity"], math.exp(actual[name]["loss"]))
+    assert abs(actual["model"]["loss"] - actual["adapters"]["loss"]) > 1e-3
 
 
 def test_any_file_and_any_split_within_a_budget(
@@ -95,12 +95,12 @@ def test_without_training_the_test_rows_are_all_that_is_needed(
     model, data = home / "model", write_rows(tmp_path / "data", ROWS, "test")
     adapters = make_adapters(tmp_path / "adapters", model)
     config = TrainConfig(model=str(model), data=str(data), adapter_path=str(adapters), test=True)
-    rows, found = evaluate_alone(config, model)
+    rows, actual = evaluate_alone(config, model)
     expected = measured(capsys, "--model", model, "--data", data, "--adapter-path", adapters)
-    assert len(rows) == 3 and {name: q.loss for name, q in found.items()} == {
+    assert len(rows) == 3 and {name: q.loss for name, q in actual.items()} == {
         name: q["loss"] for name, q in expected.items()
     }
-    assert [line.split()[0] for line in table(rows, found)] == ["test.jsonl:", "loss", "model", "adapters"]
+    assert [line.split()[0] for line in table(rows, actual)] == ["test.jsonl:", "loss", "model", "adapters"]
     nothing = config.replace(adapter_path=str(tmp_path / "none"))
     assert list(evaluate_alone(nothing, model)[1]) == ["model"]
 

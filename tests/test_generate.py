@@ -137,8 +137,8 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
         dense.make_dense(model, share * growth if math.isfinite(share) else share, lines.append)
         n_left = len(list(dense._slow_matrices(model)))
         assert (n_left == 0) if share == math.inf else (0 < n_left < len(slow) if share else n_left == len(slow))
-        found = np.asarray(model(tokens).astype(mx.float32))
-        assert np.abs(found - expected).max() <= 2e-4 * np.abs(expected).max(), f"share {share}, seed {seed}"
+        actual = np.asarray(model(tokens).astype(mx.float32))
+        assert np.abs(actual - expected).max() <= 2e-4 * np.abs(expected).max(), f"share {share}, seed {seed}"
     assert lines[0].startswith("decompressing the weights once, ") and "stay as stored: slower" in lines[2]
 
 

@@ -176,10 +176,10 @@ def fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> dict[str,
 Document = tuple[np.ndarray, np.ndarray]  # the tokens of an entry: plain, and as an answer to help(name)
 
 
-def encoded(found: list[corpus.Entry], processor: sentencepiece.SentencePieceProcessor) -> list[Document]:
+def encoded(entries: list[corpus.Entry], processor: sentencepiece.SentencePieceProcessor) -> list[Document]:
     """Per entry its tokens in both forms, between <s> and </s>."""
-    plain = processor.encode([entry.text for entry in found])
-    helped = processor.encode([f"<|user|>help({e.name})<|end|><|assistant|>{e.text}" for e in found])
+    plain = processor.encode([entry.text for entry in entries])
+    helped = processor.encode([f"<|user|>help({e.name})<|end|><|assistant|>{e.text}" for e in entries])
     bos, eos = processor.bos_id(), processor.eos_id()
     return [
         (np.array([bos, *p, eos], np.int32), np.array([bos, *h, eos], np.int32))
@@ -405,8 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         print(line, flush=True)
 
     say(f"BLAS {BLAS.name}, MLX {importlib.metadata.version('mlx')}, Python {sys.version.split()[0]}")
-    found = corpus.entries()
-    splits = corpus.make_splits(found)
+    entries = corpus.entries()
+    splits = corpus.make_splits(entries)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".staged-", dir=options.out) as staged_name:
         staged = Path(staged_name)

@@ -125,15 +125,15 @@ def stdlib_folder() -> Path:
 
 def python_files(root: Path) -> Iterator[tuple[str, Path]]:
     """(dotted module name, file) of every .py file under `root` that is not skipped, ordered by name."""
-    found = []
+    modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         if any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in parts[:-1]):
             continue
         module = parts[:-1] if parts[-1] == "__init__.py" else (*parts[:-1], parts[-1][:-3])
         if module and all(part.isidentifier() for part in module):
-            found.append((".".join(module), path))
-    return iter(sorted(found))
+            modules.append((".".join(module), path))
+    return iter(sorted(modules))
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> str:
@@ -242,12 +242,12 @@ def entries(root: Path | None = None, with_runtime: bool = True) -> list[Entry]:
 
     `root` is the folder of .py files (the standard library); `with_runtime` adds C modules and topics.
     """
-    found = list(source_entries(root or stdlib_folder()))
+    entries = list(source_entries(root or stdlib_folder()))
     if with_runtime:
-        found += [*c_entries(), *topic_entries()]
+        entries += [*c_entries(), *topic_entries()]
     seen: set[str] = set()
     unique = []
-    for entry in found:
+    for entry in entries:
         key = _squeeze(entry.doc)
         if len(key) >= 20 and key not in seen:
             seen.add(key)
@@ -298,13 +298,13 @@ class Splits:
     rows: dict[str, list[dict[str, Any]]]
 
 
-def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_test: int = 60) -> Splits:
+def make_splits(entries: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_test: int = 60) -> Splits:
     """Chooses the objects to ask about. Rows are mlx-lm "messages"; no answer and no object is in two splits.
 
     An entry whose text contains a held-out answer is left out of `pretrain`, whatever its name.
     """
     by_answer: dict[str, Entry] = {}
-    for entry in found:
+    for entry in entries:
         is_public = not any(part.startswith("_") for part in entry.name.split("."))
         answer = first_sentence(entry.doc) if is_public and entry.kind in QUESTIONS else ""
         if answer and len(entry.name) <= 48:
@@ -332,10 +332,10 @@ def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_t
     hidden = bounds["valid"] + bounds["test"]
     hidden_names = {by_answer[answer].name for answer in hidden}
     stems = [answer.rstrip(".!") for answer in hidden]
-    held_out = [entry for entry in found if entry.name in hidden_names]
+    held_out = [entry for entry in entries if entry.name in hidden_names]
     pretrain = [
         entry
-        for entry in found
+        for entry in entries
         if entry.name not in hidden_names and not any(stem in _squeeze(entry.doc) for stem in stems)
     ]
     return Splits(pretrain, held_out, rows)

@@ -57,7 +57,7 @@ def _run(options: Options) -> None:
     folder = Path(options.adapter_path).expanduser()
     base = model_name(read_about(folder), options.model)
     model = Model(resolve_model(base))
-    model.weights.close()
+    model.close()
     spec = model.spec
     if not options.from_peft and (lora := load_adapters(folder, spec)).fine_tune_type == "dora":
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..model.base import Model
+from ..model.base import Model, Tensor
 from ..model.config import Linear, ModelSpec
 from ..model.lora import Lora
 from ..system.files import read_json_object, write_json
@@ -71,7 +71,7 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
 def adapters_of(folder: Path, model_path: Path) -> Lora:
     """The same for the model in a folder, of which only headers are read."""
     model = Model(model_path)
-    model.weights.close()
+    model.close()
     return load_adapters(folder, model.spec)
 
 
@@ -172,7 +172,7 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
         )
     if not mx.issubdtype(info.mlx_dtype, mx.floating):
         raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
-    value = weights.rows(name).astype(mx.float32)
+    value = Tensor(weights, name)[...].astype(mx.float32)
     if not mx.isfinite(value).all().item():
         raise UserError(f"{info.file}: {name} holds values that are not finite")
     return value
@@ -181,8 +181,8 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
 def _number(parameters: dict[str, Any], key: str, where: Path) -> float:
     value: Any = parameters.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and (key != "rank" or (value >= 1 and value == int(value))):
+    if is_number and abs(value) <= sys.float_info.max and (key != "rank" or (value >= 1 and value == int(value))):
         return value
     wanted = "a positive whole number" if key == "rank" else "a number"
-    found = "is missing" if value is None else f"must be {wanted}, found {value!r}"
-    raise UserError(f"{where}: lora_parameters.{key} {found}")
+    problem = "is missing" if value is None else f"must be {wanted}, found {str(value)[:100]}"
+    raise UserError(f"{where}: lora_parameters.{key} {problem}")

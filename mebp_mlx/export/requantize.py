@@ -147,7 +147,7 @@ class Repack:
                 for item in block:
                     if isinstance(item, _Vector):
                         name, dtype = item.entry.name, DTYPES[item.entry.dtype]
-                        shard.append(name, self._cast(name, self._model.weights.rows(name), dtype))
+                        shard.append(name, self._cast(name, self._model.tensor(name)[...], dtype))
                     elif isinstance(item, _Same):
                         self._copy(shard, item.entry)
                     else:
@@ -207,7 +207,7 @@ class Repack:
 
     def _copy(self, shard: Shard, entry: Entry) -> None:
         for start, stop in _row_blocks(entry.shape):
-            shard.append(entry.name, self._model.weights.rows(entry.name, start, stop))
+            shard.append(entry.name, self._model.tensor(entry.name)[start:stop])
 
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""

@@ -34,9 +34,9 @@ def start_from(file: Path, lora: Lora, spec: ModelSpec) -> None:
         shapes = {name: weights.info(name).shape for name in sorted(weights.names)}
         _check(file, lora, spec, shapes)
         for name, value in lora.parameters().items():
-            found = checked_matrix(weights, name, tuple(value.shape), lora.rank)
-            mx.eval(found)
-            lora.update({name: found})
+            matrix = checked_matrix(weights, name, tuple(value.shape), lora.rank)
+            mx.eval(matrix)
+            lora.update({name: matrix})
     finally:
         weights.close()
 

@@ -110,7 +110,7 @@ def flat(pairs: Mapping[str, Pair]) -> dict[str, mx.array]:
     }
 
 
-def init_lora(
+def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     spec: ModelSpec,
     *,
     rank: int,

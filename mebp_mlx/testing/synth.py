@@ -137,7 +137,6 @@ def write_model(
     bits: int = 4,
     group_size: int = 64,
     dtype: str = "bfloat16",
-    layers: int | None = None,
     seed: int = 0,
     sparse: bool = False,
 ) -> Path:
@@ -148,7 +147,7 @@ def write_model(
     appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be written, if the
     disk is too full, and for an unknown shape, bits, group size or dtype.
     """
-    config = model_config(shape, layers)
+    config = model_config(shape)
     _check_format(bits, group_size, dtype)
     if bits < 16:
         config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..model.lora import Lora
 from ..options import describe
 from ..system.child import one_line
+from ..weights.safetensors import MappedWeights
 from ..weights.writer import Array, write_arrays
 from .folder import CHECKPOINT, recorded_options
 
@@ -92,20 +93,28 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not path.exists():
         raise UserError(f"--resume: nothing is saved in {folder} yet; start without --resume")
     try:
+        MappedWeights(path).close()  # checks the header, of which MLX believes everything
         arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
         if about is not None:
-            step, options, origin = int(about["step"]), dict(about["options"]), dict(about["origin"])
+            step, options, origin = _step(about["step"]), dict(about["options"]), dict(about["origin"])
             best = dict(about.get("best", {}))
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        lora, optimizer, engine = (
+            {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+            for prefix in (_LORA, _OPTIMIZER, _ENGINE)
+        )
+        state = _nested(optimizer)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"--resume: {path} is damaged: {one_line(error)}") from None
     if about is None:
         raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
-    lora, optimizer, engine = (
-        {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-        for prefix in (_LORA, _OPTIMIZER, _ENGINE)
-    )
-    return Checkpoint(lora, _nested(optimizer), step, options, origin, engine, best)
+    return Checkpoint(lora, state, step, options, origin, engine, best)
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("its step is not a number of updates")
+    return value
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
@@ -140,12 +149,12 @@ def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
 
     fresh: the state of a new run with the same options.
     """
-    wanted, found = fresh.arrays(), checkpoint.arrays()
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found or name not in wanted:
+    wanted, saved = fresh.arrays(), checkpoint.arrays()
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved or name not in wanted:
             raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
-        if found[name].shape != wanted[name].shape:
-            shapes = f"shape {found[name].shape}, not {wanted[name].shape}"
+        if saved[name].shape != wanted[name].shape:
+            shapes = f"shape {saved[name].shape}, not {wanted[name].shape}"
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
 
 

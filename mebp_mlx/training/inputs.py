@@ -10,6 +10,7 @@ from ..config import TrainConfig
 from ..data.dataset import DataSets, TokenRows, n_batches_per_epoch, prepare
 from ..errors import UserError
 from ..export.start import start_file
+from ..model.reading import read_config
 from . import folder as run_folder
 from .checkpoint import Checkpoint, check_same_run, load_checkpoint
 from .fingerprint import data_fingerprint, model_fingerprint
@@ -48,6 +49,7 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
         run_folder.check_unused(folder)
     if saved is None and config.resume_adapter_file is not None:
         start_file(config.resume_adapter_file)
+    read_config(model_path)  # its sizes are checked before a library makes anything of them
     check_installed(config.report_to or ())
     data = prepare(config.data_source, model_path, config.row_options)
     print_data(data, config)

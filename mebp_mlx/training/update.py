@@ -27,7 +27,7 @@ class Updater:
     b_ratio: LoRA+'s, for an optimizer of optimizers.with_ratio.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options of the update, by keyword
         self,
         optimizer: Any,
         lora: Lora,
