@@ -33,6 +33,7 @@ MEASUREMENTS = {
     "case": ("case", "one training case in this process: footprint, time, plan"),
     "plan_check": ("plan_check", "predicted against measured peak footprint"),
     "parity": ("parity", "gradients against mlx-lm's own models, family by family"),
+    "flags": ("flags", "mlx_lm.lora's options beside ours, each tried on both parsers"),
     "dispatch": ("dispatch.__main__", "what a GPU would see of a step: waits, submissions, graph nodes, copies"),
     "profile": ("profile", "time of a step stage by stage, and the speed of its products"),
     "in_memory": ("versus", "a step against mlx-lm's model decompressed in memory"),

@@ -118,9 +118,7 @@ def random_batch(V: int, B: int, T: int, seed: int = 0) -> Batch:
     return Batch(tokens, targets, rows=("random",) * B, n_labels=tokens.size)
 
 
-def measure(
-    folder: str | Path, n_tokens: int, n_steps: int, forwards: bool = False, **options: Any
-) -> dict[str, Any]:
+def measure(folder: str | Path, n_tokens: int, n_steps: int, forwards: bool = False, **options: Any) -> dict[str, Any]:
     """Peak footprint in MB, planning included, and seconds per step of `n_steps` steps after a first one; batch 1.
 
     forwards: two forward passes with the same code after each step. options: of Stepper.

@@ -30,10 +30,9 @@ from bench import report
 from bench.case import Stepper, add_memory_budget, plan_line
 from bench.instruments import Clock, Phases, Wraps
 from mebp_mlx.engine.base import Store
-from mebp_mlx.model.base import Model
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 from mebp_mlx.testing.synth import SHAPES
-from mebp_mlx.weights.safetensors import MappedWeights
 
 CASES: dict[str, tuple[str, dict[str, str]]] = {  # label, flags of bench.case
     "mebp": ("MeBP, products saved", {}),
@@ -143,7 +142,7 @@ def _split(stepper: Stepper, number: int) -> Clock:
     clock, inside = Clock(), Wraps()
     phases = Phases(lambda phase, run: clock.timed(f"{phase}|compute", run))
     for owner, names, part in (
-        (MappedWeights, ("rows", "columns", "gather"), "read"),
+        (Tensor, ("__getitem__",), "read"),
         (Model, ("_dense",), "decompress"),
         (Store, ("put", "get", "take", "write_behind"), "save"),
     ):

@@ -26,7 +26,7 @@ from mebp_mlx.families.base import Block, value
 from mebp_mlx.families.gemma3 import Gemma3Block
 from mebp_mlx.families.llama import LlamaBlock
 from mebp_mlx.kernels import cpu
-from mebp_mlx.model.base import Model
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.model.config import Linear
 from mebp_mlx.ops import cross_entropy as head
 from mebp_mlx.ops.attention import Attention
@@ -34,7 +34,6 @@ from mebp_mlx.ops.gated_mlp import Gate, GatedMlp
 from mebp_mlx.ops.lora_linear import Backward, Input, LoraLinear
 from mebp_mlx.testing.synth import SHAPES
 from mebp_mlx.training.update import Updater
-from mebp_mlx.weights.safetensors import MappedWeights
 
 LORA, HEAD, SPLIT = "LoRA: x A and gradients", "head: products, norm and its backward", "attention: split, rope"
 STAGES: list[tuple[Any, str, str]] = [
@@ -50,7 +49,7 @@ STAGES: list[tuple[Any, str, str]] = [
     *((GatedMlp, name, "mlp: sums of blocks") for name in ("__call__", "backward")),
     (Gate, "__call__", "mlp: activation, forward"),
     (Gate, "backward", "mlp: activation, backward"),
-    *((MappedWeights, name, "weights: read") for name in ("rows", "columns", "gather")),
+    (Tensor, "__getitem__", "weights: read"),
     (Model, "_dense", "weights: decompress"),
     (Model, "norms", "weights: norms"),
     *((Store, name, "store: put") for name in ("put", "write_behind")),

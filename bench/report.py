@@ -117,11 +117,11 @@ def refuse(error: object) -> NoReturn:
 
 def model_of(shape: str, models: Path, layers: int | None = None, *, sparse: bool = False) -> Path:
     """The folder in `models` of a random model of a shape, cut to `layers` blocks; written if missing."""
-    from mebp_mlx.testing.synth import write_model
+    from mebp_mlx.testing.synth import model_config, write_model
 
     folder = models / (shape if layers is None else f"{shape}-{layers}")
     if not (folder / "config.json").exists():
-        write_model(shape, folder, layers=layers, sparse=sparse)
+        write_model(model_config(shape, layers), folder, sparse=sparse)
     return folder
 
 

@@ -25,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     began_s = time.perf_counter()
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: at least 0")
-    given = {name: value for name, value in vars(options).items() if name != "command"}
-    folder = write_model(**given)
+    config = model_config(options.shape, options.layers)
+    layout = {"bits": options.bits, "group_size": options.group_size, "dtype": options.dtype}
+    folder = write_model(config, options.folder, **layout, seed=options.seed)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         print(f"{file}  {file.stat().st_size / 1e6:,.1f} MB")
-    layers = layers_of(model_config(options.shape, options.layers))
+    layers = layers_of(config)
     result = {
         "shape": options.shape,
         "bits": options.bits,

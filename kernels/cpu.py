@@ -131,13 +131,13 @@ def softmax_backward(p: mx.array, dp: mx.array, scale: float) -> mx.array:
 
 def _rows_of(values: np.ndarray, part: slice, n_queries: int) -> list[tuple[np.ndarray, slice]]:
     """The rows `part` of values [n, Tq, Tk] counted over the first two axes, cut where a first index ends."""
-    found, at = [], part.start
+    pieces, at = [], part.start
     while at < part.stop:
         head_index, row = divmod(at, n_queries)
         last = min(n_queries, row + part.stop - at)
-        found.append((values[head_index, row:last], slice(row, last)))
+        pieces.append((values[head_index, row:last], slice(row, last)))
         at += last - row
-    return found
+    return pieces
 
 
 def _sigmoid(g: np.ndarray) -> np.ndarray:

@@ -26,9 +26,7 @@ _CHUNK = 4096  # vocabulary rows at a time in the reference and in the gradient
 
 def linear_cross_entropy(
     h: mx.array,
-    packed: mx.array,
-    scales: mx.array,
-    biases: mx.array,
+    weight: tuple[mx.array, mx.array, mx.array],
     targets: mx.array,
     *,
     group_size: int,
@@ -37,11 +35,12 @@ def linear_cross_entropy(
 ) -> mx.array:
     """losses [T] float32: log sum_v exp(h . W_v) - h . W_y;  0 where there is no label (a negative target).
 
-    h [T, D] float32, float16 or bfloat16; packed uint32 [V, D / 8], scales, biases [V, D / group_size]: W in 4 bits,
-    affine, as mx.quantize packs it; targets int32 [T]; symmetric: biases are -8 scales (and are not read by the
+    h [T, D] float32, float16 or bfloat16; weight: W in 4 bits, affine, as mx.quantize packs it: uint32 [V, D / 8],
+    scales and biases [V, D / group_size]; targets int32 [T]; symmetric: biases are -8 scales (and are not read by the
     kernel). Differentiable in h: d loss / dh = softmax W - W_y, by `online_softmax` between two quantized products
     (kernels/README.md says why there is no kernel for it). ValueError for another packing.
     """
+    packed, scales, biases = weight
     if group_size not in GROUP_SIZES or packed.shape[1] * 8 != scales.shape[1] * group_size:
         raise ValueError(f"4-bit rows in groups of {group_size}: not a packing of {GROUP_SIZES}, or other shapes")
     scales, biases = scales.astype(h.dtype), biases.astype(h.dtype)
@@ -89,16 +88,14 @@ def metal(
 ) -> mx.array:
     """The same by the kernel."""
     state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
-    state = linear_softmax(state, h, packed, scales, biases, targets, 0, group_size, symmetric)
+    state = linear_softmax(state, h, (packed, scales, biases), targets, 0, group_size, symmetric)
     return mx.where(targets >= 0, state.losses(), 0)
 
 
 def linear_softmax(
     state: SoftmaxState,
     h: mx.array,
-    packed: mx.array,
-    scales: mx.array,
-    biases: mx.array,
+    weight: tuple[mx.array, ...],
     targets: mx.array,
     first: int,
     group_size: int,
@@ -107,6 +104,7 @@ def linear_softmax(
     """A running softmax (loss only) after the rows from vocabulary index `first` on: the kernel, with its splits of
     these rows combined with what was before. Arguments as in linear_cross_entropy.
     """
+    packed, scales, biases = weight
     T, V = h.shape[0], packed.shape[0]
     n_tiles = -(-T // ROWS)
     n_splits = max(1, min(_THREADGROUPS // n_tiles, -(-V // COLUMNS) // _TILES_PER_SPLIT))

@@ -33,5 +33,5 @@ class Source:
 
     def __call__(self, inputs: list[Any], template: Template, **call: Any) -> list[mx.array]:
         """The outputs, lazily; `call`: grid, threadgroup, output_shapes, output_dtypes."""
-        found: list[mx.array] = self._kernel(inputs=inputs, template=template, **call)
-        return found
+        outputs: list[mx.array] = self._kernel(inputs=inputs, template=template, **call)
+        return outputs

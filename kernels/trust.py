@@ -58,10 +58,10 @@ def register(
 
 def mode() -> str:
     """The value of MEBP_KERNELS. Raises UserError for an unknown one."""
-    found = os.environ.get("MEBP_KERNELS", "")
-    if found not in MODES:
-        raise UserError(f"MEBP_KERNELS={found}: must be off, on or check, or unset")
-    return found
+    setting = os.environ.get("MEBP_KERNELS", "")
+    if setting not in MODES:
+        raise UserError(f"MEBP_KERNELS={setting}: must be off, on or check, or unset")
+    return setting
 
 
 def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_size: int = 0) -> Any:
@@ -86,7 +86,7 @@ def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
-    """Whether a kernel passed its check, which runs at the first call and warns if it fails."""
+    """Whether a kernel passed its check, which runs at the first call and warns on failure."""
     kernel = KERNELS[name]
     key = (dtype, group_size)
     if key not in kernel.verdicts:
@@ -95,11 +95,11 @@ def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
-    """What is wrong with a kernel on this machine, in one line; "" if nothing is."""
+    """One line on how a kernel fails on this machine; "" if it is correct."""
     arguments = kernel.sample(dtype, group_size)
     try:
-        found = kernel.metal(*arguments)
-        mx.eval(found)
+        result = kernel.metal(*arguments)
+        mx.eval(result)
     except Exception as error:  # a compile error has no type of its own
         lines = str(error).splitlines() or [type(error).__name__]
         reported = next((line for line in lines if "error:" in line), lines[0])  # compilers print the place first
@@ -107,15 +107,15 @@ def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
     with mx.stream(mx.cpu):
         truth = kernel.reference(*(_widened(argument) for argument in arguments))
         expected = kernel.reference(*arguments)
-        return _difference(found, expected, truth, dtype)
+        return _difference(result, expected, truth, dtype)
 
 
 def _beside_reference(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
     """The kernel's result if it equals the reference's within tolerance, else the reference's."""
-    found, expected = kernel.metal(*arguments), kernel.reference(*arguments)
-    problem = _difference(found, expected, expected, key[0])
+    result, expected = kernel.metal(*arguments), kernel.reference(*arguments)
+    problem = _difference(result, expected, expected, key[0])
     if not problem:
-        return found
+        return result
     _settle(kernel, key, problem)
     return expected
 
@@ -144,9 +144,9 @@ def _widened(argument: Any) -> Any:
     return argument.astype(mx.float32) if is_16_bit else argument
 
 
-def _difference(found: Any, expected: Any, truth: Any, dtype: mx.Dtype) -> str:
+def _difference(result: Any, expected: Any, truth: Any, dtype: mx.Dtype) -> str:
     """Where the error of `found` passes that of `expected` by more than the dtype's tolerance; "" where nowhere."""
-    for number, (f, e, t) in enumerate(zip(_tuple(found), _tuple(expected), _tuple(truth), strict=True)):
+    for number, (f, e, t) in enumerate(zip(_tuple(result), _tuple(expected), _tuple(truth), strict=True)):
         f, e, t = (array.astype(mx.float32) for array in (f, e, t))
         error, of_reference, size = (float(np.asarray(mx.abs(x).max())) for x in (f - t, e - t, t))
         allowed = of_reference + TOLERANCE[dtype] * max(size, 1.0)

@@ -4,6 +4,8 @@
     lora = mebp_mlx.init_lora(model, rank=8)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
 
+    folder = mebp_mlx.train(mebp_mlx.TrainConfig(model="bundled", iters=20))
+
 Importing the package loads a fast BLAS on Linux, which must happen before
 `mlx.core` is imported; everything else is loaded on first use.
 """
@@ -11,15 +13,17 @@ Importing the package loads a fast BLAS on Linux, which must happen before
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import BudgetError, NonFiniteLoss, UserError
 from .system.machine import NO_BACKEND, backend_missing, load_blas
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .api import Plan, init_lora, loss, loss_and_grads, open_model
+    from .api import Plan, TrainConfig, init_lora, load_adapters, loss, loss_and_grads, open_model, save_adapters
 
 # A wrong $MEBP_BLAS is reported by the commands, which load the BLAS again and can print one line.
 with contextlib.suppress(UserError):
@@ -31,19 +35,22 @@ if backend_missing():
         raise SystemExit(2)
     raise ImportError(NO_BACKEND)
 
-__version__ = "0.2.0.dev0"
 __all__ = [
     "BudgetError",
     "NonFiniteLoss",
     "Plan",
+    "TrainConfig",
     "UserError",
     "init_lora",
+    "load_adapters",
     "loss",
     "loss_and_grads",
     "open_model",
+    "save_adapters",
+    "train",
 ]
 
-_API = ("Plan", "init_lora", "loss", "loss_and_grads", "open_model")
+_API = ("Plan", "TrainConfig", "init_lora", "load_adapters", "loss", "loss_and_grads", "open_model", "save_adapters")
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +58,8 @@ def __getattr__(name: str) -> Any:
         from . import api
 
         return getattr(api, name)
+    if name == "train":  # the command's module, which can be called (train.py)
+        return importlib.import_module(".train", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from .config import TrainConfig
 from .engine.backprop import BackpropEngine
 from .engine.base import Pass
 from .errors import UserError
+from .export.adapters import load_adapters as _load_adapters
+from .export.adapters import write_adapters
+from .export.folder import errors_of_the_disk, new_folder
 from .model import NO_LABEL
 from .model.base import Model
 from .model.lora import Lora
 from .model.lora import init_lora as _init_lora
-from .model.opening import open_model
+from .model.opening import open_model as _open_model
 from .ops.plan import Plan
 from .planner.search import choose
 from .planner.sizes import lora_sizes
 from .planner.workload import Workload
 from .system.machine import default_budget_bytes, memory_bytes
+from .train import train
+from .weights.hub import resolve_model
 
-__all__ = ["Plan", "init_lora", "loss", "loss_and_grads", "open_model"]
+__all__ = [
+    "Plan",
+    "TrainConfig",
+    "init_lora",
+    "load_adapters",
+    "loss",
+    "loss_and_grads",
+    "open_model",
+    "save_adapters",
+    "train",
+]
+
+
+def open_model(name: str | Path, dtype: str = "auto", weights: str = "auto") -> Model:
+    """The model of a folder (mlx-lm's layout), of a hub id, which is downloaded, or "bundled"; memory-mapped.
+
+    dtype, weights and what is raised: as of model.opening.open_model; UserError for a name that nothing is found for.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = resolve_model(str(name))
+    return _open_model(folder, dtype, weights)
+
+
+def save_adapters(folder: str | Path, lora: Lora, model: Model) -> Path:
+    """adapters.safetensors and adapter_config.json in a new folder, as mlx-lm loads them; returns the folder.
+
+    Raises UserError where there is something already, and where the disk refuses.
+    """
+    out = new_folder(str(folder), "folder")
+    with errors_of_the_disk(out), out:
+        write_adapters(out.partial, lora, {"model": str(model.path)})
+        out.publish()
+    return out.path
+
+
+def load_adapters(folder: str | Path, model: Model) -> Lora:
+    """The adapters in a folder, ours or mlx-lm's, LoRA or DoRA. Raises UserError for what does not fit the model."""
+    return _load_adapters(Path(folder).expanduser(), model.spec, "folder")
 
 
 class _Batch(NamedTuple):
@@ -30,7 +75,7 @@ class _Batch(NamedTuple):
     targets: np.ndarray
 
 
-def init_lora(
+def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     model: Model,
     rank: int = 8,
     scale: float = 20.0,
@@ -38,19 +83,32 @@ def init_lora(
     keys: Iterable[str] | None = None,
     num_layers: int = -1,
     seed: int = 0,
+    fine_tune_type: str = "lora",
 ) -> Lora:
     """Fresh LoRA parameters on `keys` (default: all that the family has) of the last `num_layers` blocks (-1: all).
 
-    A is uniform in +-1/sqrt(in), B is zero, both float32; raises UserError for an unknown key, and for parameters that
-    are more than the machine's memory: MLX's CPU backend would end the process.
+    A is uniform in +-1/sqrt(in), B is zero, both float32; fine_tune_type "dora" adds the lengths of rows. Raises
+    UserError for an unknown key, and for parameters that are more than the machine's memory: MLX's CPU backend would
+    end the process.
     """
+    if fine_tune_type not in ("lora", "dora"):
+        raise UserError(f"fine_tune_type: {fine_tune_type!r} is not one of lora, dora")
     keys = None if keys is None else tuple(keys)
-    n_bytes = lora_sizes(model.spec, keys, num_layers, rank).parameters
+    n_bytes = lora_sizes(model.spec, keys, num_layers, rank, is_dora=fine_tune_type == "dora").parameters
     if n_bytes > (most := memory_bytes()):
         raise UserError(
             f"rank {rank}: LoRA takes {n_bytes / 1e6:,.1f} MB, the machine's memory is {most / 1e6:,.1f} MB"
         )
-    return _init_lora(model.spec, rank=rank, scale=scale, dropout=dropout, keys=keys, num_layers=num_layers, seed=seed)
+    return _init_lora(
+        model.spec,
+        rank=rank,
+        scale=scale,
+        dropout=dropout,
+        keys=keys,
+        num_layers=num_layers,
+        seed=seed,
+        lengths=(lambda linear: mx.sqrt(model.squared_norms(linear))) if fine_tune_type == "dora" else None,
+    )
 
 
 def loss_and_grads(

@@ -7,6 +7,7 @@ Flags win over the YAML file, the YAML file over a resumed run's options, those 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,16 @@ from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.families import LORA_KEYS
-from mebp_mlx.options import build_parser, checked_value, convert, describe, option, read_yaml, suggest
+from mebp_mlx.options import (
+    build_parser,
+    checked_value,
+    convert,
+    describe,
+    option,
+    read_yaml,
+    size_option,
+    suggest,
+)
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
@@ -25,6 +35,7 @@ _SHORT = [key.rpartition(".")[2] for key in LORA_KEYS]
 SHORT_KEYS = {short: key for short, key in zip(_SHORT, LORA_KEYS, strict=True) if _SHORT.count(short) == 1}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
+SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
@@ -43,7 +54,7 @@ class Schedule:
 
     name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
     arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
-    warmup: int = option(0, OPTIMIZER, "updates", at_least=0)
+    warmup: int = option(0, OPTIMIZER, "updates", at_least=0, below=2**31)
     warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
 
 
@@ -55,7 +66,7 @@ class TrainConfig:
     model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
     data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
     hf_dataset: tuple[Mapping[str, Any], ...] | None = option(
-        None, DATA, "sets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
+        None, DATA, "datasets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
     mask_prompt: bool = option(False, DATA, "the same as --train-on completion, as in mlx-lm")
     train_on: str | None = option(None, DATA, "labels: all, the completion (last message), or every assistant turn",
                                   choices=TRAIN_ON, shown_default="all")
@@ -63,7 +74,7 @@ class TrainConfig:
     completion_feature: str = option("completion", DATA, "key of a row's completion", metavar="KEY", may_change=True)
     text_feature: str = option("text", DATA, "key of a row's text", metavar="KEY", may_change=True)
     chat_feature: str = option("messages", DATA, "key of a row's messages", metavar="KEY", may_change=True)
-    preview: int = option(0, DATA, "print so many rows with what is trained on marked, and stop", at_least=0,
+    preview: int = option(0, DATA, "print N rows with the labelled text marked, and stop", at_least=0,
                           may_change=True)
     max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
     overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
@@ -73,44 +84,51 @@ class TrainConfig:
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
                          choices=("mebp", "whole-graph", *ZEROTH_ORDER))
     zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
-    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1)
+    kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1, below=10**7)
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
     hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
-    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2, below=10**6)
     dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
                           choices=("auto", "packed", "decompressed"))
-    arena_dir: str | None = option(None, METHOD, "folder for the file of what memory has no room to keep",
-                                   metavar="PATH", path=True, may_change=True, shown_default="temporary")
-    memory_budget: int | str | None = option(
-        None, METHOD, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=(SMALLEST, UNLIMITED), above=0, may_change=True, shown_default="1GB, at most 1/4 of memory")
-    over_budget: str = option("stop", METHOD, "measured above it in spite of all: save and stop (exit 3), or warn",
+    arena_dir: str | None = option(None, METHOD, "folder for kept values that do not fit in memory",
+                                   path=True, may_change=True, shown_default="temporary")
+    memory_budget: int | str | None = size_option(
+        METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        may_change=True, shown_default="1GB, at most 1/4 of memory")
+    over_budget: str = option("stop", METHOD, "if the measured peak exceeds it: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = option(2_000_000_000, METHOD, "for kept activations; less: more is recomputed",
-                               metavar="SIZE", size=True, above=0, may_change=True, shown_default="2GB")
-    device: str | None = option(None, METHOD, "as proxy for a phone: its app's memory, a projection of its speed",
+    arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
+                                    may_change=True, shown_default="2GB")
+    device: str | None = option(None, METHOD, "simulate a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
-    seed: int = option(0, METHOD, "of LoRA's start, data order, dropout and noise", at_least=0, below=2**63)
+    seed: int = option(0, METHOD, "of LoRA's initial values, data order, dropout and noise", at_least=0, below=2**63)
 
+    fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
+                                 choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
     rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
                        at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
+    rslora_alpha: float | None = option(None, LORA, "rsLoRA: scale is this / sqrt(rank), in place of --scale",
+                                        above=0, shown_default="by --scale")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
     keys: tuple[str, ...] | None = option(None, LORA, "projections that get a LoRA pair (q_proj is enough)",
                                           choices=LORA_KEYS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all")
     num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
                              at_least=1, or_minus_one=True)
+    resume_adapter_file: str | None = option(None, LORA, "adapters that a new run starts from, ours or mlx-lm's",
+                                             metavar="FILE", path=True, shown_default="none")
 
     optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
                                    choices=OPTIMIZERS, shown_default="adam; sgd with zeroth order")
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
     learning_rate: float = option(1e-4, OPTIMIZER, "the highest rate, after warm-up and before decay", above=0)
-    warmup: int = option(0, OPTIMIZER, "updates in which the rate rises from 0", at_least=0)
+    lora_plus_ratio: float = option(1.0, OPTIMIZER, "LoRA+: factor between the rates of B and A", above=0)
+    warmup: int = option(0, OPTIMIZER, "updates over which the rate rises from 0", at_least=0, below=2**31)
     lr_decay: str = option("constant", OPTIMIZER, "constant, or cosine or linear down to 0 at the end",
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
@@ -118,32 +136,38 @@ class TrainConfig:
     max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
                                          above=0, shown_default="no clipping")
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
-                                          at_least=1)
+                                          at_least=1, below=10**6)
 
-    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates)", at_least=1,
-                        may_change=True)
+    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
+                        at_least=0, may_change=True)
     epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
                                   may_change=True, shown_default="by --iters")
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
     val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
+    patience: int | None = option(None, LENGTH, "early stopping: end after N validations without improvement",
+                                  at_least=1, may_change=True, shown_default="never")
+    min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
+                              may_change=True)
     test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    adapter_path: str = option("adapters", REPORT, "folder of everything that a run writes", metavar="PATH",
-                               path=True, may_change=True)
+    adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
+                               may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
+    save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
+                             may_change=True)
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
                                        metavar="TEXT", may_change=True, shown_default="none")
-    report_to: str | None = option(None, REPORT, "wandb: send reports there too (costs the memory of its library)",
-                                   choices=("wandb",), may_change=True, shown_default="none")
+    report_to: tuple[str, ...] | None = option(None, REPORT, "send reports to wandb, tensorboard, trackio, swanlab",
+                                               choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
-    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", metavar="PATH",
-                                path=True, flags=("-c",), may_change=True, shown_default="none")
+    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
+                                flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -158,6 +182,8 @@ class TrainConfig:
         if self.mask_prompt and self.train_on not in (None, COMPLETION):
             raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which is --train-on completion")
         _check_sets(self.hf_dataset, _dotted)
+        if not self.iters and self.epochs is None and not self.test:
+            raise UserError("--iters: 0 trains nothing; with --test it measures the model and the adapters")
         if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
             raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
 
@@ -167,8 +193,18 @@ class TrainConfig:
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
 
     @property
+    def tracks_best(self) -> bool:
+        """Whether the best validation is kept in best/."""
+        return self.save_best or self.patience is not None
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of the LoRA product: scale, or rsLoRA's alpha / sqrt(rank) (Kalajdzievski 2023)."""
+        return self.scale if self.rslora_alpha is None else self.rslora_alpha / math.sqrt(self.rank)
+
+    @property
     def data_source(self) -> str | list[dict[str, Any]]:
-        """What rows come from: hf_dataset, if it is given, or data."""
+        """The source of rows: hf_dataset if given, else data."""
         return self.data if self.hf_dataset is None else [dict(each) for each in self.hf_dataset]
 
     @property
@@ -186,7 +222,7 @@ class TrainConfig:
 
     @property
     def phone(self) -> Phone | None:
-        """What --device names."""
+        """The phone that --device names."""
         return None if self.device is None else DEVICES[self.device]
 
     @property
@@ -200,7 +236,7 @@ class TrainConfig:
 
     @property
     def smallest(self) -> bool:
-        """Whether the smallest footprint is asked for, however slow (--memory-budget min)."""
+        """Whether --memory-budget min asks for the smallest footprint at any speed."""
         return named_budget(self.memory_budget)[1]
 
     @classmethod
@@ -220,10 +256,14 @@ class TrainConfig:
         for newer in (given, flags):
             if "iters" in newer and "epochs" in newer:
                 raise UserError("--epochs: cannot be combined with --iters")
+            if "scale" in newer and "rslora_alpha" in newer:
+                raise UserError("--rslora-alpha: cannot be combined with --scale, whose place it takes")
         if "iters" in flags:
             given.pop("epochs", None)
+        if "scale" in flags:
+            given.pop("rslora_alpha", None)
         given.update(flags)
-        own = ("resume", "config", "adapter_path")  # the folder that is named counts: a saved one may have been copied
+        own = ("resume", "config", "adapter_path")  # the given folder counts: the saved one may have been copied
         known = {name: value for name, value in (saved or {}).items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
@@ -238,6 +278,7 @@ class TrainConfig:
             **dataclasses.asdict(self),
             "hf_dataset": sets,
             "keys": None if self.keys is None else list(self.keys),
+            "report_to": None if self.report_to is None else list(self.report_to),
             "optimizer": self.optimizer_name,
         }
 
@@ -246,7 +287,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def fixed_by_run(self) -> dict[str, Any]:
-        """The options that the mathematics of a run depends on: a resumed run may not change them."""
+        """The options that a run's results depend on; a resumed run may not change them."""
         may_change = {spec.name for spec in describe(type(self)).values() if spec.option.may_change}
         return {name: value for name, value in self.to_dict().items() if name not in may_change}
 
@@ -255,7 +296,7 @@ class TrainConfig:
 
 
 def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """The options that were given, and the names of what is taken without effect."""
+    """The options that were given, and the names of mlx-lm's options that are accepted without effect."""
     parser = build_parser(
         TrainConfig,
         PROG,
@@ -266,16 +307,21 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
-    found, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(TrainConfig)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [spec.flag for spec in specs.values() if not spec.option.yaml_only]
         raise UserError(f"{flag}: no such option{suggest(flag, flags)}")
     given, taken = {}, []
-    for name, raw in vars(found).items():
+    for name, raw in vars(raw_values).items():
         if name in specs:
             given[name] = checked_value(specs[name], raw, specs[name].flag)
+        elif name == "use_dora":
+            given.setdefault("fine_tune_type", "dora")
+        elif name == "wandb":  # older mlx-lm: the project's name
+            given.setdefault("report_to", ("wandb",))
+            given.setdefault("project_name", raw)
         elif mlx_lm_options.is_taken(name, raw, mlx_lm_options.flag(name)):
             taken.append(name)
     return given, taken
@@ -283,7 +329,7 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
 
 # YAML
 
-Where = Callable[..., str]  # where(outer_key, inner_key) -> what an error message begins with
+Where = Callable[..., str]  # where(outer_key, inner_key) -> the beginning of an error message
 
 
 def _dotted(*keys: str) -> str:
@@ -291,7 +337,7 @@ def _dotted(*keys: str) -> str:
 
 
 def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a YAML file, ours and mlx-lm's, and the names of what is taken without effect.
+    """The options of a YAML file, ours and mlx-lm's, and the names of those that are accepted without effect.
 
     A key with the value null counts as absent.
     """
@@ -302,7 +348,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
     def take(name: str, raw: Any, where: str) -> None:
         if name in given:
-            raise UserError(f"{where}: stands twice, here and at the top level")
+            raise UserError(f"{where}: given twice, here and at the top level")
         if raw is not None:
             if specs[name].option.size and type(raw) in (int, float):
                 raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
@@ -312,6 +358,11 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         where = file.where(key)
         if key in specs and key != "config":
             take(key, raw, where)
+        elif key == "use_dora" and raw is True:
+            take("fine_tune_type", "dora", where)
+        elif key == "wandb" and isinstance(raw, str):  # older mlx-lm: the project's name
+            take("report_to", "wandb", where)
+            take("project_name", raw, where)
         elif key in mlx_lm_options.FOREIGN:
             if mlx_lm_options.is_taken(key, raw, where):
                 taken.append(key)
@@ -319,11 +370,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
             if raw is not None:
                 raise UserError(f"{where}: unknown key{suggest(key, [*specs, 'lora_parameters'])}")
             taken.append(key)
-    nested = file.values.get("lora_parameters") or {}
-    if not isinstance(nested, dict):
-        raise UserError(f"{file.where('lora_parameters')}: expected a mapping, got {nested!r}")
-    _only_keys(nested, ("rank", "scale", "dropout", "keys"), file.where, "lora_parameters")
-    for key, raw in nested.items():
+    for key, raw in _lora_parameters(file.values.get("lora_parameters") or {}, file.where).items():
         take(key, raw, file.where("lora_parameters", key))
     _checked_schedule(given.get("lr_schedule"), file.where)
     _check_optimizer_config(given.get("optimizer_config", {}), file.where)
@@ -331,6 +378,14 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     if "lr_schedule" in given and (extra := given.keys() & {"warmup", "lr_decay"}):
         raise UserError(f"{file.where(min(extra))}: cannot be combined with lr_schedule, which has both")
     return given, taken
+
+
+def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
+    """mlx-lm's lora_parameters, whose keys are options here."""
+    if not isinstance(nested, dict):
+        raise UserError(f"{where('lora_parameters')}: expected a mapping, got {nested!r}")
+    _only_keys(nested, ("rank", "scale", "dropout", "keys"), where, "lora_parameters")
+    return nested
 
 
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:
@@ -354,7 +409,7 @@ def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[
 
 
 def _check_sets(sets: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, where: Where) -> None:
-    """mlx-lm's hf_dataset: a set, or a list of them."""
+    """Checks mlx-lm's hf_dataset: one dataset, or a list of them."""
     features, splits = [f"{key}_feature" for key in FEATURES], [f"{split}_split" for split in SLICES]
     is_one = isinstance(sets, Mapping)
     for number, each in enumerate([sets] if isinstance(sets, Mapping) else sets or ()):

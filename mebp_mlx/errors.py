@@ -16,12 +16,12 @@ _NO_MEMORY = re.compile(
 
 
 class UserError(ValueError):
-    """What a user can get wrong (exit 2). The message is one line that names the flag, file and line."""
+    """A user's mistake (exit 2). The message is one line that names the flag, file and line."""
 
 
 class BudgetError(UserError):
-    """A memory budget that no plan can meet, or that was passed (exit 3). The message names one that would do, or
-    what was measured.
+    """A memory budget that no plan can meet, or that was exceeded (exit 3). The message names a sufficient budget, or
+    the measured footprint.
     """
 
 
@@ -31,7 +31,7 @@ class NonFiniteLoss(RuntimeError):
 
 @contextlib.contextmanager
 def memory_errors_told() -> Iterator[None]:
-    """Turns every error that says that memory could not be had into a BudgetError of one line.
+    """Turns every error of a failed allocation into a BudgetError of one line.
 
     Python and numpy raise MemoryError, MLX RuntimeError, the system's calls OSError (ENOMEM).
     """

@@ -11,10 +11,10 @@ from typing import Any
 
 from .data.rows import ALL, COMPLETION
 from .export.adapters import adapters_of, trained_with
-from .options import option, parse
+from .options import option, parse, size_option
 from .system.command import run_command
 from .system.footprint import PeakMeter
-from .system.limits import check_peak, named_budget
+from .system.limits import SMALLEST, UNLIMITED, check_peak, named_budget
 from .system.terminal import say
 from .system.units import megabytes
 from .training.evaluate import Evaluator, rows_as_trained, table
@@ -25,7 +25,7 @@ _GROUP = "evaluation"
 _TEXTS = (
     "Measure loss, perplexity and accuracy of a model, with and without adapters.",
     "Nothing is trained and nothing is written. Rows are read and labelled as in training.\n"
-    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed, 130 interrupted",
+    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
 )
 
 
@@ -47,9 +47,9 @@ class Options:
                            choices=("truncate", "drop", "error"))
     batch_size: int = option(4, _GROUP, "rows at a time; memory grows with it", at_least=1)
     test_batches: int = option(500, _GROUP, "batches, -1 for all", at_least=1, or_minus_one=True)
-    memory_budget: int | str | None = option(
-        None, _GROUP, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=("min", "none"), above=0, shown_default="1GB, at most 1/4 of memory")
+    memory_budget: int | str | None = size_option(
+        _GROUP, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        shown_default="1GB, at most 1/4 of memory")
     dtype: str = option("auto", _GROUP, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     json: bool = option(False, _GROUP, "print one JSON object in place of the table")
@@ -71,13 +71,13 @@ def _run(options: Options) -> None:
         rows = rows_as_trained(known, model_path, options.split, options.data, changes)
         budget_bytes, smallest = named_budget(options.memory_budget)
         quality = Evaluator(rows, options.batch_size, options.test_batches, budget_bytes, smallest, options.dtype)
-        found = {"model": quality(model_path, None)}
+        qualities = {"model": quality(model_path, None)}
         if folder is not None:
-            found["adapters"] = quality(model_path, adapters_of(folder, model_path))
+            qualities["adapters"] = quality(model_path, adapters_of(folder, model_path))
     if options.json:
-        say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in found.items()}))
+        say(json.dumps({name: {**asdict(q), "perplexity": q.perplexity} for name, q in qualities.items()}))
     else:
-        for line in (*table(rows, found), f"peak footprint {megabytes(meter.peak_bytes)}"):
+        for line in (*table(rows, qualities), f"peak footprint {megabytes(meter.peak_bytes)}"):
             say(line)
     check_peak(budget_bytes, meter.peak_bytes)
 

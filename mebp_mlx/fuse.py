@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
 from .export.adapters import adapters_of, trained_with
 from .export.card import Card, model_card
 from .export.folder import check_outside, new_folder
-from .export.fuse import Format, Kept, Measure, fuse
-from .export.quantize import MODES, Recipe, checked_packing
+from .export.fuse import Kept, Measure, format_of, fuse
+from .export.quantize import MODES
 from .export.upload import check_repo, upload
-from .options import option, parse
+from .options import option, parse, size_option
 from .system.command import run_command
 from .system.device import DTYPES
 from .system.footprint import PeakMeter
-from .system.limits import check_peak, named_budget
+from .system.limits import SMALLEST, UNLIMITED, check_peak, named_budget
 from .system.terminal import say
 from .system.units import megabytes
 from .training.evaluate import Evaluator, rows_as_trained
@@ -33,7 +32,7 @@ _TEXTS = (
     "Add adapters to the weights of their model, a few rows at a time, and measure what that keeps.",
     "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of what\n"
     "was learned is not written. 4 bits often lose a short run; --dequantize does not. PATH appears when complete.\n"
-    "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was passed,\n"
+    "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was exceeded,\n"
     "130 interrupted",
 )
 
@@ -65,21 +64,10 @@ class Options:
     split: str = option("valid", _MEASURED, "of the data: valid, test, train", choices=SPLITS)
     batch_size: int = option(4, _MEASURED, "rows at a time", at_least=1)
     val_batches: int = option(25, _MEASURED, "batches, -1 for all", at_least=1, or_minus_one=True)
-    memory_budget: int | str | None = option(
-        None, _MEASURED, "footprint to stay within: 500MB; min: the smallest; none", metavar="SIZE", size=True,
-        words=("min", "none"), above=0, shown_default="1GB, at most 1/4 of memory")
+    memory_budget: int | str | None = size_option(
+        _MEASURED, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        shown_default="1GB, at most 1/4 of memory")
     # fmt: on
-
-    def format(self) -> Format:
-        """What the options say of storage. Raises UserError for what does not go together."""
-        packs = [f for f, v in (("--bits", self.bits), ("--group-size", self.group_size), ("--mode", self.mode)) if v]
-        if packs and self.dequantize:
-            raise UserError(f"{packs[0]}: cannot be combined with --dequantize")
-        if packs:
-            return Format(Recipe(checked_packing(self.bits, self.group_size, self.mode or "affine")), self.dtype)
-        if self.dtype and not self.dequantize:
-            raise UserError(f"--dtype {self.dtype}: needs --dequantize or --bits")
-        return Format(Recipe(None) if self.dequantize else None, self.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> None:
-    how, folder = options.format(), Path(options.adapter_path).expanduser()
+    how = format_of(options.bits, options.group_size, options.mode, options.dtype, options.dequantize)
+    folder = Path(options.adapter_path).expanduser()
     if options.upload_repo is not None:
         check_repo(options.upload_repo)
     out = new_folder(options.save_path, "--save-path")

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.generate`: streams what a model, with or without adapters, writes after a prompt."""
+"""`python -m mebp_mlx.generate`: streams the continuation of a prompt by a model, with or without adapters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from .errors import UserError
 from .export.adapters import trained_with
 from .generation.text import Prompt, Writer
-from .options import option, parse
+from .options import option, parse, size_option
 from .system.command import run_command
 from .system.footprint import PeakMeter
-from .system.limits import check_peak
+from .system.limits import UNLIMITED, check_peak
 from .system.units import megabytes
 from .weights.hub import resolve_model
 
@@ -21,9 +21,9 @@ PROG = "python -m mebp_mlx.generate"
 _GROUP, _TEXT = "model", "text"
 _TEXTS = (
     "Continue a prompt, token by token.",
-    "The text goes to stdout, everything else to stderr. The whole model is held in memory, on the CPU as float32 as\n"
-    "far as --memory-budget has room: packed weights are slow there. exit codes: 0 done, 2 wrong option or input,\n"
-    "3 memory budget cannot be met or was passed, 130 interrupted",
+    "The text goes to stdout, everything else to stderr. The whole model is in memory; on the CPU it is float32 as\n"
+    "far as --memory-budget allows, because packed weights are slow there. exit codes:\n"
+    "0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
 )
 _REFUSED = {"--trust-remote-code": "not available: no code from a model folder is ever run"}
 
@@ -36,8 +36,8 @@ class Options:
     model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
     adapter_path: str | None = option(None, _GROUP, "folder of adapters, ours or mlx-lm's", metavar="PATH",
                                       shown_default="none")
-    memory_budget: int | str | None = option(None, _GROUP, "footprint to stay within: 500MB", metavar="SIZE", size=True,
-                                             words=("none",), above=0, shown_default="none")
+    memory_budget: int | str | None = size_option(_GROUP, "footprint to stay within: 500MB", words=(UNLIMITED,),
+                                                  shown_default="none")
 
     prompt: str | None = option(None, _TEXT, "text, or a chat model's message; - reads stdin", metavar="TEXT",
                                 flags=("-p",))
@@ -45,7 +45,7 @@ class Options:
     ignore_chat_template: bool = option(False, _TEXT, "the prompt as plain text")
     max_tokens: int = option(100, _TEXT, "length of the text", at_least=1, flags=("-m",))
     temp: float = option(0.0, _TEXT, "temperature, 0: always the likeliest token", at_least=0)
-    top_p: float = option(1.0, _TEXT, "of the others, those that make up this probability", above=0)
+    top_p: float = option(1.0, _TEXT, "sample from the likeliest tokens with this total probability", above=0)
     seed: int | None = option(None, _TEXT, "of the random choices", at_least=0, below=2**63, shown_default="random")
     # fmt: on
 

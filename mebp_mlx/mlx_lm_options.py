@@ -33,19 +33,15 @@ FULL = (
     "full is not available: gradients and optimizer state of every weight are many times a phone's memory, and "
     "weights are mapped read-only; lora with a larger rank and all keys comes nearest"
 )
-DORA = "dora is not available: it needs the norms of all adapted weights at every step; use lora"
 FOREIGN = {
     "train": Foreign("must be true, this command trains", lambda value: value is True, is_told=False),
-    "fine_tune_type": Foreign("only lora is possible", lambda value: value == "lora", is_told=False, has_value=True),
     "grad_checkpoint": Foreign("what is kept or recomputed follows from --memory-budget", _always),
     "clear_cache_threshold": Foreign("no cache of buffers grows here", _always, has_value=True),
     "trust_remote_code": Foreign("no code of a model's folder is ever run, and no family here needs any; leave it out"),
-    "resume_adapter_file": Foreign("use --resume, which restores the optimizer and the data order too", has_value=True),
-    "use_dora": Foreign(DORA),
+    "use_dora": Foreign("its name is fine_tune_type: dora now"),
     "wandb": Foreign("use report_to: wandb, and project_name for its project", has_value=True),
     "lora_layers": Foreign("its name is num_layers now", has_value=True),
 }
-_FINE_TUNE_TYPES = {"full": FULL, "dora": DORA}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +67,7 @@ def is_taken(name: str, value: Any, where: str) -> bool:
         return False
     if foreign.asks_for_nothing(value):
         return foreign.is_told
-    why = _FINE_TUNE_TYPES.get(value, foreign.why) if name == "fine_tune_type" else foreign.why
-    raise UserError(f"{where}: {why}")
+    raise UserError(f"{where}: {foreign.why}")
 
 
 def notice(names: list[str]) -> str:

@@ -1,12 +1,13 @@
 """Options as dataclass fields: one description gives the flag, the YAML key, the checks and the help line.
 
-`option(...)` describes a field; `describe(cls)` lists the fields; `convert` turns what a flag or a YAML file
-holds into a checked value; `build_parser` makes the command line; `read_yaml` keeps line numbers.
+`option(...)` describes a field; `describe(cls)` lists the fields; `convert` checks a value from a flag or a YAML
+file; `build_parser` makes the command line; `read_yaml` keeps line numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -16,30 +17,32 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mebp_mlx import __version__
 from mebp_mlx.errors import UserError
+from mebp_mlx.version import __version__
 
 Options = TypeVar("Options")
+_LARGEST = 2**63  # whole numbers stay below it: what counts with them has 64 bits
+_YAML_BYTES, _YAML_DEPTH, _YAML_NODES = 1_000_000, 20, 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a field's metadata says about its flag: help text, limits, and whether a resumed run may change it."""
+    """The description of a field's flag: help text, limits, and whether a resumed run may change it."""
 
     group: str
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # values of mlx-lm's, and why they are no choice
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     or_minus_one: bool = False
     size: bool = False  # bytes: text with a unit, 500MB or 1.5GB, or a whole number
-    path: bool = False  # of a file or folder: ~ is the home folder, wherever it was written
-    words: tuple[str, ...] = ()  # texts that stand for themselves, beside what the type allows
+    path: bool = False  # of a file or folder; ~ is expanded in flags and files alike
+    words: tuple[str, ...] = ()  # texts that are accepted as they are, besides values of the type
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     yaml_only: bool = False
@@ -59,7 +62,7 @@ class Spec:
 
     @property
     def flag(self) -> str:
-        """`--kebab-case`; a key that exists in YAML files only is named as it is."""
+        """`--kebab-case`; a key that exists only in YAML files keeps its name."""
         return self.name if self.option.yaml_only else "--" + self.name.replace("_", "-")
 
 
@@ -69,6 +72,11 @@ def option(default: Any, group: str, help: str, **limits: Any) -> Any:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def size_option(group: str, help: str, *, default: int | None = None, **limits: Any) -> Any:
+    """An option whose value is a number of bytes above 0, such as 500MB."""
+    return option(default, group, help, metavar="SIZE", size=True, above=0, **limits)
 
 
 def describe(cls: type) -> dict[str, Spec]:
@@ -143,9 +151,9 @@ def _typed(kind: Any, raw: Any) -> Any:
 
 
 def _size(raw: Any, words: tuple[str, ...] = ()) -> int:
-    """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. A whole number that is no text counts bytes."""
+    """Bytes of `500MB`, `1.5GB`; 1 MB = 10^6 bytes, 1 MiB = 2^20. An int is a number of bytes."""
     if isinstance(raw, int) and not isinstance(raw, bool):
-        return raw
+        return int(_number(int, raw))
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmg])(i?)b?|b)?", str(raw).lower().strip())
     try:
         if match is None or isinstance(raw, bool):
@@ -166,24 +174,35 @@ def _number(kind: type, raw: Any) -> int | float:
     if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
         raise ValueError(f"expected {wanted}, got {raw!r}")
     try:
-        if kind is int and not isinstance(raw, float):
-            try:
-                return int(raw)
-            except ValueError:  # "1e3"
-                pass
         value = float(raw)
+        if kind is int and abs(value) < _LARGEST and not isinstance(raw, float):
+            with contextlib.suppress(ValueError):  # "1e3"
+                return int(raw)
     except (ValueError, OverflowError):
-        raise ValueError(f"expected {wanted}, got {raw!r}") from None
+        raise ValueError(f"expected {wanted}, got {_shortened(raw)}") from None
     if kind is float:
         return value
+    if math.isfinite(value) and abs(value) >= _LARGEST:
+        raise ValueError(f"must be less than {_LARGEST:g}, got {value:g}")
     if not value.is_integer():
-        raise ValueError(f"expected {wanted}, got {raw!r}")
+        raise ValueError(f"expected {wanted}, got {_shortened(raw)}")
     return int(value)
+
+
+def _shortened(raw: Any) -> str:
+    """What stands there, as far as a message needs it; Python does not print every integer."""
+    try:
+        text = repr(raw)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _check_limits(about: Option, value: Any) -> None:
     if about.choices is not None:
         for name in value if isinstance(value, tuple) else (value,):
+            if name in about.refused:
+                raise ValueError(about.refused[name])
             if name not in about.choices:
                 hint = suggest(name, (*about.choices, *about.aliases))
                 raise ValueError(f"{name!r} is not one of {', '.join(about.choices)}{hint}")
@@ -203,7 +222,7 @@ def _check_limits(about: Option, value: Any) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` when a known name is close to `name`, or one begins with the other, otherwise nothing."""
+    """`, did you mean X?` if a known name is close to `name` or one begins with the other; otherwise ""."""
     bare = {each.lstrip("-"): each for each in known}
     name = name.lstrip("-")
     close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.7)
@@ -220,7 +239,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """One aligned line for each option; `{a,b}` choices are in the help text, not in the left column."""
+    """One aligned line for each option; choices are in the help text, not in the left column."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=33)
@@ -235,7 +254,7 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(cls: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose result holds the raw text of the options that were given, and nothing else."""
+    """A parser whose result holds only the options that were given, as raw text."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -259,7 +278,7 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
                 *names, dest=spec.name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=help_line
             )
         else:
-            metavar = about.metavar or {int: "N", float: "X"}.get(spec.kind, "NAME")
+            metavar = about.metavar or ("PATH" if about.path else {int: "N", float: "X"}.get(spec.kind, "NAME"))
             many = None if spec.kind in (int, float, str) else "+"
             groups[about.group].add_argument(
                 *names, dest=spec.name, default=argparse.SUPPRESS, metavar=metavar, nargs=many, help=help_line
@@ -272,8 +291,10 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
 def given_options(
     cls: type, parser: argparse.ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The options that a command line gives, checked, by name. refused: flags of mlx-lm's command of that name, and
-    why they are not there. Raises UserError naming the flag; --help exits.
+    """The options on a command line, checked, by name.
+
+    refused: flags of mlx-lm's command that do not exist here, with the reason. Raises UserError naming the flag;
+    --help exits.
     """
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(cls)
@@ -291,14 +312,12 @@ def parse(
     argv: Sequence[str] | None,
     refused: Mapping[str, str] | None = None,
 ) -> Options:
-    """The options of a command line. texts: of --help, before the options and after them. Otherwise as
-    given_options.
-    """
+    """The options on a command line. texts: --help's text before and after the options; otherwise as given_options."""
     return cls(**given_options(cls, build_parser(cls, prog, *texts), argv, refused))
 
 
 def checked_value(spec: Spec, raw: Any, where: str) -> Any:
-    """An option's value. Raises UserError that begins with `where`."""
+    """The checked value of an option. Raises UserError, which begins with `where`."""
     try:
         return convert(spec, raw)
     except ValueError as error:
@@ -319,7 +338,7 @@ def _shown_default(spec: Spec) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class YamlFile:
-    """The values of a YAML mapping, and where each of them stands."""
+    """The values of a YAML mapping, and the line of each."""
 
     path: str
     values: dict[str, Any]
@@ -336,13 +355,21 @@ def read_yaml(path: str) -> YamlFile:
     import yaml  # only a run with --config pays for it
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, LookupError, AttributeError, OverflowError):  # "!!int abc", an integer of 5,000 digits
+                kind = node.tag.rpartition(":")[2]
+                raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind}", node.start_mark) from None
 
     exponent = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 wants a dot and a sign
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789."))
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        loader = Loader(text)
+        with open(path, "rb") as file:
+            content = file.read(_YAML_BYTES + 1)
+        if len(content) > _YAML_BYTES:
+            raise UserError(f"--config {path}: is larger than {_YAML_BYTES:,} bytes")
+        loader = Loader(content.decode("utf-8"))
         node = loader.get_single_node()
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
@@ -351,6 +378,8 @@ def read_yaml(path: str) -> YamlFile:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"--config {path}: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{path}:1: is nested more than {_YAML_DEPTH} deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or "not valid YAML"
@@ -364,6 +393,11 @@ def read_yaml(path: str) -> YamlFile:
 
 
 def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
+    where = f"{path}:{node.start_mark.line + 1}"
+    if len(keys) > _YAML_DEPTH:
+        raise UserError(f"{where}: is nested more than {_YAML_DEPTH} deep")
+    if len(lines) > _YAML_NODES:  # aliases counted as often as they are used
+        raise UserError(f"{where}: holds more than {_YAML_NODES:,} values")
     if node.id == "sequence":
         for number, item in enumerate(node.value):
             place = (*keys, str(number))

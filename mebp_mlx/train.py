@@ -1,18 +1,30 @@
-"""`python -m mebp_mlx.train`: fine-tunes a model as the options say."""
+"""`python -m mebp_mlx.train`, and `mebp_mlx.train(config)` from Python: fine-tunes a model as the options say.
+
+The command and the function have one name, so this module can be called: `mebp_mlx.train(config, callbacks)` is
+`mebp_mlx.train.train(config, callbacks)`, whichever of the two was imported first.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from .config import TrainConfig
 from .system.command import run_command
 from .system.footprint import PeakMeter
 from .system.interrupt import Interrupt
+from .system.limits import check_peak
+from .system.terminal import say
+from .system.units import megabytes
+from .training.callbacks import Callback
 from .training.checkpoint import saved_options
+from .training.evaluate import evaluate_alone, is_test_alone, table
 from .training.run import prepare_run
 from .training.train import train_run
+from .weights.hub import resolve_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +41,42 @@ def config_of(argv: Sequence[str] | None) -> TrainConfig:
     return config
 
 
-def run(config: TrainConfig, interrupt: Interrupt) -> None:
+def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ()) -> Path:
+    """Trains as `config` says (None: the bundled model on the bundled text) and prints what the command prints.
+
+    callbacks: objects with mlx-lm's on_train_loss_report(info) and on_val_loss_report(info), or one of them. Returns
+    the folder of the adapters. Raises UserError, BudgetError (a UserError), NonFiniteLoss, and KeyboardInterrupt after
+    an interrupt, with everything saved.
+    """
+    config = TrainConfig() if config is None else config
+    with Interrupt() as interrupt:
+        run(config, interrupt, callbacks)
+    return Path(config.adapter_path)
+
+
+def run(config: TrainConfig, interrupt: Interrupt, callbacks: Sequence[Callback] = ()) -> None:
     """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped."""
     with PeakMeter() as meter:
+        if is_test_alone(config):
+            for line in table(*evaluate_alone(config, resolve_model(config.model))):
+                say(line)
+            say(f"peak footprint {megabytes(meter.peak_bytes)}")
+            check_peak(config.budget_bytes, meter.peak_bytes)
+            return
         prepared = prepare_run(config)
         if prepared is not None:
+            prepared.callbacks = callbacks
             train_run(prepared, interrupt, meter)
 
+
+class _Command(ModuleType):
+    """This module, which can be called."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Path:
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Command
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ import mebp_mlx  # (the BLAS must be loaded before mlx.core)
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from mebp_mlx.model.base import Model
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.ops.plan import Plan
 from mebp_mlx.planner.search import choose
 from mebp_mlx.planner.workload import Workload
@@ -99,10 +99,10 @@ def read_and_step(folder: Path, seed: int, plans: dict[str, Plan]) -> dict[str, 
         plans[family] = choose(workload, default_budget_bytes()).plan
     expected = _step(plain, seed, tokens, targets, plans[family])
     for _ in range(2):
-        found = _step(model, seed, tokens, targets, plans[family])
-        assert all(np.array_equal(found[name], value) for name, value in expected.items()), folder
+        actual = _step(model, seed, tokens, targets, plans[family])
+        assert all(np.array_equal(actual[name], value) for name, value in expected.items()), folder
     for name in weights.names:
-        assert mx.array_equal(weights.rows(name), plain.weights.rows(name)).item(), name
+        assert mx.array_equal(Tensor(weights, name)[...], Tensor(plain.weights, name)[...]).item(), name
     adopted = [name for name in weights.names if weights.in_place(name) is not None]
     return {"adopted": adopted, "copied": {n: weights.info(n).not_adoptable for n in weights.names if n not in adopted}}
 
@@ -112,12 +112,12 @@ def _compute_with_all(weights: MappedWeights) -> None:
         expected = np.array(weights.view(name))
         ndim, floating = len(weights.info(name).shape), weights.info(name).dtype in ("F32", "F16", "BF16")
         for dtype in (mx.float32, mx.bfloat16, mx.float16) if floating else (mx.int32,):
-            reads = [weights.rows(name), weights.rows(name)[1:], weights.rows(name, 1)]
-            reads += [weights.columns(name, 0, 2)] if ndim == 2 else []
+            reads = [Tensor(weights, name)[...], Tensor(weights, name)[...][1:], Tensor(weights, name)[1:]]
+            reads += [Tensor(weights, name)[:, 0:2]] if ndim == 2 else []
             mx.eval([read.astype(dtype) for read in reads])
-            mx.eval([1 + read for read in [weights.rows(name), weights.rows(name, 1)]])
-            mx.eval(mx.negative(weights.rows(name)))
-        again = weights.rows(name)
+            mx.eval([1 + read for read in [Tensor(weights, name)[...], Tensor(weights, name)[1:]]])
+            mx.eval(mx.negative(Tensor(weights, name)[...]))
+        again = Tensor(weights, name)[...]
         bits = again.view(mx.uint16) if again.dtype == mx.bfloat16 else again
         assert np.array_equal(np.asarray(bits), expected), name
 
@@ -137,9 +137,9 @@ def main(how: str, seed: int, folders: list[str]) -> None:
 
         def in_place(weights: MappedWeights, name: str) -> mx.array | None:
             weights._adopted.clear()
-            found = keep(weights, name)
+            actual = keep(weights, name)
             weights._adopted.clear()
-            return found
+            return actual
 
         MappedWeights.in_place = in_place
     plans: dict[str, Plan] = {}

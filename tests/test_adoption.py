@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights import zero_copy as adopt
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -45,9 +46,9 @@ def test_reads_casts_and_steps_write_into_no_adopted_page(tmp_path: Path, family
     folders = [_write(folder, family, *case, seed) for case, folder in cases.items()]
     code, said, problems = _run("kept", seed, *folders)
     assert code == 0, f"seed {seed}: {problems}"
-    found = json.loads(said)
+    actual = json.loads(said)
     for (dtype, shift), folder in cases.items():
-        weights, result = MappedWeights(folder), found[str(folder)]
+        weights, result = MappedWeights(folder), actual[str(folder)]
         item_bytes = {"U32": 4, "F32": 4, "F16": 2, "BF16": 2}
         aligned = [name for name in weights.names if shift % item_bytes[weights.info(name).dtype] == 0]
         assert result["adopted"] == aligned, (dtype, shift)
@@ -90,27 +91,27 @@ def test_a_tensor_is_adopted_once_and_its_pages_go_with_close(
     adopted, copied = MappedWeights(path, adopt=True), MappedWeights(path)
     for _ in range(2):
         for name, value in tensors.items():
-            ranges: list[tuple[Any, ...]] = [()]
+            ranges: list[Any] = [...]
             if value.ndim:
                 n = value.shape[0]
-                ranges += [(0, n), (min(1, n), n), (n // 2, min(n // 2 + 1, n)), (n, n)]
+                ranges += [slice(0, n), slice(min(1, n), n), slice(n // 2, min(n // 2 + 1, n)), slice(n, n)]
             for given in ranges:
-                found, expected = (weights.rows(name, *given) for weights in (adopted, copied))
-                assert found.dtype == expected.dtype and found.shape == expected.shape, (name, given)
-                assert mx.array_equal(found, expected).item(), (name, given, seed)
-                found += 1  # changes nothing for the next read
-                mx.eval(found)
+                actual, expected = (Tensor(weights, name)[given] for weights in (adopted, copied))
+                assert actual.dtype == expected.dtype and actual.shape == expected.shape, (name, given)
+                assert mx.array_equal(actual, expected).item(), (name, given, seed)
+                actual += 1  # changes nothing for the next read
+                mx.eval(actual)
             if value.ndim == 2:
-                columns = [weights.columns(name, 1, value.shape[1] - 1) for weights in (adopted, copied)]
+                columns = [Tensor(weights, name)[:, 1 : value.shape[1] - 1] for weights in (adopted, copied)]
                 assert mx.array_equal(*columns).item() and columns[0].shape == columns[1].shape, name
     n_adoptable = sum(adopted.info(name).not_adoptable is None for name in tensors)
     assert len(calls) == n_adoptable >= 3
     assert all((address - min(calls)) % adopt.PAGE_BYTES == 0 for address in calls)
-    del found
+    del actual
     adopted.close()
     assert not adopted._adopted
     with pytest.raises(ValueError, match="closed"):
-        adopted.rows("a")
+        Tensor(adopted, "a")[...]
 
 
 @linux
@@ -131,7 +132,7 @@ def test_the_last_page_of_a_file_is_adopted_where_the_system_maps_it_whole(
         path.write_bytes(len(header).to_bytes(8, "little") + header + whole[-value.size : -missing])
         weights = MappedWeights(path, adopt=True)
         assert (weights.in_place("x") is not None) == taken, missing
-        assert mx.array_equal(weights.rows("x"), value[:n_items]).item(), missing
+        assert mx.array_equal(Tensor(weights, "x")[...], value[:n_items]).item(), missing
 
 
 def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
@@ -141,5 +142,5 @@ def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
     mx.save_safetensors(str(path), {"w": value})
     weights = MappedWeights(path, adopt=True)
     assert mx.metal.is_available() or weights.in_place("w") is None
-    assert mx.array_equal(weights.rows("w", 10, 400), value[10:400]).item()
-    assert mx.array_equal(weights.columns("w", 10, 40), value[:, 10:40]).item()
+    assert mx.array_equal(Tensor(weights, "w")[10:400], value[10:400]).item()
+    assert mx.array_equal(Tensor(weights, "w")[:, 10:40], value[:, 10:40]).item()

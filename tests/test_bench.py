@@ -103,12 +103,12 @@ def test_tables_put_numbers_to_the_right() -> None:
 def test_a_case_of_the_step_table(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
     for engine in ("mebp", "fzoo"):
-        found = case.measure(folder, 12, 3, engine=engine, optimizer="sgd", rank=2, memory_budget="min")
-        assert found["peak_mb"] >= found["before_mb"] > 1 and found["n_steps"] == 3
-        assert 0 < found["step_s"]["p20"] <= found["step_s"]["median"] <= found["step_s"]["p80"]
-        assert found["plan"]["kept_bytes"] == 0 and "grain op" in plan_line(found["plan"])
-    found = case.measure(folder, 12, 2, forwards=True, optimizer="adamw", rank=2, memory_budget="none")
-    assert found["ratio"]["median"] > 0 and found["forward_peak_mb"] > 1 and not found["plan"]["offload_state"]
+        actual = case.measure(folder, 12, 3, engine=engine, optimizer="sgd", rank=2, memory_budget="min")
+        assert actual["peak_mb"] >= actual["before_mb"] > 1 and actual["n_steps"] == 3
+        assert 0 < actual["step_s"]["p20"] <= actual["step_s"]["median"] <= actual["step_s"]["p80"]
+        assert actual["plan"]["kept_bytes"] == 0 and "grain op" in plan_line(actual["plan"])
+    actual = case.measure(folder, 12, 2, forwards=True, optimizer="adamw", rank=2, memory_budget="none")
+    assert actual["ratio"]["median"] > 0 and actual["forward_peak_mb"] > 1 and not actual["plan"]["offload_state"]
 
 
 def test_a_stepper_takes_a_known_plan_and_refuses_what_cannot_be(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_memory_budget_is_the_trainers(text: str, is_right: bool, capsys: pyte
 @pytest.mark.parametrize("blocks", plan_check.BLOCKS)
 def test_a_case_of_the_plan_check(tmp_path: Path, blocks: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"])
-    found = plan_check.measure(str(folder), plan_check.Case("any", 70, 2, "adamw", blocks=blocks))
-    assert found["predicted"].keys() == {"forward", "head", "backward", "update"}
-    assert found["peak"] >= found["planning"] and found["predicted_peak"] == max(found["predicted"].values())
-    assert found["measured"].keys() == {"forward", "head", "backward"}
-    assert all(found["before"] < n_bytes <= found["peak"] for n_bytes in found["measured"].values())
+    actual = plan_check.measure(str(folder), plan_check.Case("any", 70, 2, "adamw", blocks=blocks))
+    assert actual["predicted"].keys() == {"forward", "head", "backward", "update"}
+    assert actual["peak"] >= actual["planning"] and actual["predicted_peak"] == max(actual["predicted"].values())
+    assert actual["measured"].keys() == {"forward", "head", "backward"}
+    assert all(actual["before"] < n_bytes <= actual["peak"] for n_bytes in actual["measured"].values())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
@@ -242,16 +242,16 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
 def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
     budget = f"{footprint_bytes() // 1_000_000 + 80}MB"  # this process has run other tests
-    found = phases.measure(folder, 24, 3, rank=2, memory_budget=budget, **phases.CASES[name][1])
+    actual = phases.measure(folder, 24, 3, rank=2, memory_budget=budget, **phases.CASES[name][1])
     backward = [] if name == "mezo" else ["b2", "b1", "b0"]
-    names = [row["phase"] for row in found["phases"]]
+    names = [row["phase"] for row in actual["phases"]]
     assert names == ["emb", "f0", "f1", "f2", "head", *backward]
-    whole = sum(row["ms"]["median"] for row in found["phases"])
-    assert 0.5 * found["step_ms"]["median"] <= whole <= 1.3 * found["step_ms"]["median"]
-    for row in found["phases"]:
-        assert row["end_mb"] <= row["peak_mb"] <= found["peak_mb"] + 0.1
+    whole = sum(row["ms"]["median"] for row in actual["phases"])
+    assert 0.5 * actual["step_ms"]["median"] <= whole <= 1.3 * actual["step_ms"]["median"]
+    for row in actual["phases"]:
+        assert row["end_mb"] <= row["peak_mb"] <= actual["peak_mb"] + 0.1
         assert min(row["split_ms"].values()) >= 0 < row["split_ms"]["compute"]
-    saved = sum(row["split_ms"]["save"] for row in found["phases"])
+    saved = sum(row["split_ms"]["save"] for row in actual["phases"])
     assert (saved == 0) == (name == "mezo")  # without a backward nothing is kept
 
 
@@ -291,8 +291,8 @@ def test_all_goes_on_after_one_that_fails(
     arguments = ["--only", "not_there", "projection", "--quick", "--out", str(tmp_path)]
     assert command.run_all(arguments) == 1
     printed = capsys.readouterr().out
-    found = json.loads(printed.splitlines()[-1])
-    assert [row["works"] for row in found["rows"]] == [False, True]
+    actual = json.loads(printed.splitlines()[-1])
+    assert [row["works"] for row in actual["rows"]] == [False, True]
     assert "failed (2)" in printed and "A17 Pro" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json"}
 

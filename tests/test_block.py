@@ -17,8 +17,8 @@ import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine, block_backward, kept_names
 from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
-from mebp_mlx.families.prenorm import PreNormBlock
 from mebp_mlx.families.base import value
+from mebp_mlx.families.prenorm import PreNormBlock
 from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
@@ -105,15 +105,15 @@ class Kept(Store):
         self.put_names: Counter[str] = Counter()
         self.found_names: Counter[str] = Counter()
 
-    def put(self, layer: int, name: str, position: int, found: mx.array) -> bool:
+    def put(self, layer: int, name: str, position: int, actual: mx.array) -> bool:
         self.put_names[name.partition(".")[0]] += 1
-        return super().put(layer, name, position, found)
+        return super().put(layer, name, position, actual)
 
     def get(self, layer: int, name: str, position: int) -> mx.array | None:
-        found = super().get(layer, name, position)
-        if found is not None:
+        actual = super().get(layer, name, position)
+        if actual is not None:
             self.found_names[name.partition(".")[0]] += 1
-        return found
+        return actual
 
 
 def _there_and_back(
@@ -196,9 +196,9 @@ def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
         assert asked <= names
         assert watched.values["y"] == 0
         assert len(dx) == (TILES if need_dx else 0)
-        found = {**{n: np.array(g) for n, g in gradients.items()}, **{f"dx{i}": np.array(t) for i, t in enumerate(dx)}}
-        reference = reference or found
-        assert all(np.array_equal(found[key], reference[key]) for key in reference), (sorted(saved), seed)
+        actual = {**{n: np.array(g) for n, g in gradients.items()}, **{f"dx{i}": np.array(t) for i, t in enumerate(dx)}}
+        reference = reference or actual
+        assert all(np.array_equal(actual[key], reference[key]) for key in reference), (sorted(saved), seed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,8 +310,8 @@ def test_no_reference_cycle_keeps_an_array(tmp_path: Path, grain: str, how: dict
     try:
         mx.synchronize()
         before = mx.get_active_memory()
-        found = [run() - before for _ in range(3)]
+        actual = [run() - before for _ in range(3)]
     finally:
         gc.enable()
         engine.close()
-    assert max(found) <= 4096, found
+    assert max(actual) <= 4096, actual

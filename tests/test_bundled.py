@@ -1,4 +1,5 @@
 """The bundled model and data: small, whole, disjoint, loadable, above chance; and how their text is made."""
+
 from __future__ import annotations
 
 import json
@@ -39,13 +40,13 @@ def undocumented(): pass
 
 
 def pairs(split: str) -> list[tuple[str, str]]:
-    found = []
+    actual = []
     for line in (bundled.DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert list(row) == ["messages"]
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-        found.append((row["messages"][0]["content"], row["messages"][1]["content"]))
-    return found
+        actual.append((row["messages"][0]["content"], row["messages"][1]["content"]))
+    return actual
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_chat_tokens_are_single_and_text_comes_back(loaded: tuple[Any, Any]) -> 
     assert tokenizer.encode(text, add_special_tokens=False) == ids
     assert text == f"<s><|user|>{asked}<|end|><|assistant|>{answer}</s>"
     prompt = list(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False))
-    assert ids[:len(prompt)] == prompt  # what --mask-prompt relies on
+    assert ids[: len(prompt)] == prompt  # what --mask-prompt relies on
     assert ids[-1] == tokenizer.eos_token_id
     for token in ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "</s>"):
         assert len(tokenizer.encode(token, add_special_tokens=False)) == 1
@@ -162,13 +163,19 @@ def test_rows_fit_and_the_model_beats_chance(loaded: tuple[Any, Any]) -> None:
 
 
 def test_extraction_reads_names_signatures_and_texts(library: Path) -> None:
-    found = {entry.name: entry for entry in corpus.entries(library, with_runtime=False)}
-    assert set(found) == {
-        "aaa", "boxes", "boxes.Box", "boxes.Box.open", "boxes.Box._hidden", "boxes.Box.size", "boxes.carry",
+    actual = {entry.name: entry for entry in corpus.entries(library, with_runtime=False)}
+    assert set(actual) == {
+        "aaa",
+        "boxes",
+        "boxes.Box",
+        "boxes.Box.open",
+        "boxes.Box._hidden",
+        "boxes.Box.size",
+        "boxes.carry",
     }
-    assert found["boxes.Box.open"].signature == "(slowly=False, *, hinge=None)"
-    assert found["boxes.carry"].signature == "(box, /, *where, **how)"
-    assert found["boxes.Box.open"].text.startswith("boxes.Box.open(slowly=False, *, hinge=None)\n\nOpen the")
+    assert actual["boxes.Box.open"].signature == "(slowly=False, *, hinge=None)"
+    assert actual["boxes.carry"].signature == "(box, /, *where, **how)"
+    assert actual["boxes.Box.open"].text.startswith("boxes.Box.open(slowly=False, *, hinge=None)\n\nOpen the")
 
 
 def test_extraction_is_deterministic(library: Path) -> None:
@@ -179,24 +186,27 @@ def test_extraction_is_deterministic(library: Path) -> None:
 
 def test_held_out_objects_are_not_pretrained_on(library: Path) -> None:
     (library / "copy_of_boxes.py").write_text(MODULE.replace("Longer", "Other"), encoding="utf-8")
-    found = corpus.entries(library, with_runtime=False)
-    splits = corpus.make_splits(found, 1, 1, 1)
+    actual = corpus.entries(library, with_runtime=False)
+    splits = corpus.make_splits(actual, 1, 1, 1)
     hidden = [row["messages"][1]["content"] for split in ("valid", "test") for row in splits.rows[split]]
     assert len(hidden) == 2
-    assert len(splits.pretrain) + len(splits.held_out) <= len(found)
+    assert len(splits.pretrain) + len(splits.held_out) <= len(actual)
     for answer in hidden:
         assert any(answer.rstrip(".") in " ".join(entry.doc.split()) for entry in splits.held_out)
         assert not any(answer.rstrip(".") in " ".join(entry.doc.split()) for entry in splits.pretrain)
 
 
-@pytest.mark.parametrize(("doc", "sentence"), [
-    ("Carry the box\nto another place", "Carry the box to another place."),
-    ("Return the size of the box (e.g. 1.5). Never negative.", "Return the size of the box (e.g. 1.5)."),
-    ("Use the i.e. Latin way of saying it. Done.", "Use the i.e. Latin way of saying it."),
-    ("dict() -> new empty dictionary", ""),
-    ("Too short.", ""),
-    (">>> print('Hello to the world')", ""),
-    ("See the following list of things:", ""),
-])
+@pytest.mark.parametrize(
+    ("doc", "sentence"),
+    [
+        ("Carry the box\nto another place", "Carry the box to another place."),
+        ("Return the size of the box (e.g. 1.5). Never negative.", "Return the size of the box (e.g. 1.5)."),
+        ("Use the i.e. Latin way of saying it. Done.", "Use the i.e. Latin way of saying it."),
+        ("dict() -> new empty dictionary", ""),
+        ("Too short.", ""),
+        (">>> print('Hello to the world')", ""),
+        ("See the following list of things:", ""),
+    ],
+)
 def test_first_sentence(doc: str, sentence: str) -> None:
     assert corpus.first_sentence(doc) == sentence

@@ -35,9 +35,8 @@ def parameters(seed: int) -> dict[str, mx.array]:
 
 
 def lora_of(values: dict[str, mx.array]) -> Any:
-    return SimpleNamespace(
-        parameters=lambda: dict(values), rank=3, scale=20.0, dropout=0.0, keys=("self_attn.q_proj",), num_layers=-1
-    )
+    about = {"rank": 3, "scale": 20.0, "dropout": 0.0, "keys": ("self_attn.q_proj",), "num_layers": -1}
+    return SimpleNamespace(parameters=lambda: dict(values), fine_tune_type="lora", **about)
 
 
 def state_after_updates(name: str, seed: int, n_updates: int = 2) -> tuple[dict[str, mx.array], optim.Optimizer]:
@@ -77,9 +76,9 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: s
     checkpoint.check_arrays(again, fresh_run(parameters(seed), fresh.state))
     fresh.state = again.optimizer
     gradients = parameters(seed + 99)
-    expected, found = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
+    expected, actual = (o.apply_gradients(gradients, v) for o, v in ((optimizer, values), (fresh, again.lora)))
     for key in NAMES:
-        assert same_bits(expected[key], found[key]), key
+        assert same_bits(expected[key], actual[key]), key
 
 
 def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
@@ -106,9 +105,9 @@ def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
     for _ in range(2):
         again = checkpoint.load_checkpoint(tmp_path)
         assert (again.step, again.options, again.origin) == (7, {"x": 1}, {"y": "z"})
-        found = again.arrays()
-        assert found.keys() == wanted.keys()
-        for name, value in found.items():
+        actual = again.arrays()
+        assert actual.keys() == wanted.keys()
+        for name, value in actual.items():
             assert same_bits(value, mx.array(wanted[name])), (name, seed)
         loaded, metadata = mx.load(str(path), return_metadata=True)
         mx.eval(loaded)
@@ -149,9 +148,9 @@ def test_adapters_load_in_mlx_lm_and_give_the_product(tmp_path: Path, seed: int)
     x = mx.random.normal((2, 5))
     base = model.layers[1].self_attn.q_proj(x)
     utils.load_adapters(model, str(tmp_path))
-    found = model.layers[1].self_attn.q_proj(x)
+    actual = model.layers[1].self_attn.q_proj(x)
     expected = base + 20.0 * (x @ values[NAMES[2]]) @ values[NAMES[3]]
-    assert mx.abs(found - expected).max().item() <= 1e-4
+    assert mx.abs(actual - expected).max().item() <= 1e-4
     numbered = tmp_path / "0000100_adapters.safetensors"
     assert numbered.read_bytes() == (tmp_path / ADAPTERS).read_bytes()
 
@@ -294,6 +293,7 @@ FIXED = {
     "train_on": "assistant",
     "optimizer": "lion", "optimizer_config": {"adam": {"eps": 1e-6}}, "overlong": "drop", "rank": 4, "scale": 2.0,
     "seed": 5, "warmup": 3, "dtype": "bfloat16", "weights": "packed",
+    "fine_tune_type": "dora", "lora_plus_ratio": 4.0, "rslora_alpha": 8.0, "resume_adapter_file": "old/adapters",
 }  # fmt: skip
 
 

@@ -85,14 +85,17 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "keys": ["mlp.up_proj", "mlp.down_proj"], "num_layers": 2, "optimizer": "lion", "learning_rate": 0.5,
         "warmup": 3, "lr_decay": "cosine", "max_grad_norm": 1.5, "grad_accumulation_steps": 4, "iters": 12,
         "steps_per_eval": 6, "val_batches": -1, "test": True, "test_batches": 8, "adapter_path": "p", "resume": True,
-        "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "report_to": "wandb", "project_name": "mine",
+        "save_every": 11, "steps_per_report": 13, "sample_prompt": "Once", "project_name": "mine",
+        "report_to": ["wandb", "trackio"],
         "memory_budget": "500MB", "over_budget": "warn", "arena_budget": "1MB", "dry_run": True, "device": "a17-pro",
         "dtype": "bfloat16", "weights": "packed", "optimizer_config": {"lion": {"weight_decay": 0.1}},
         "train_on": "completion", "prompt_feature": "p", "completion_feature": "c", "text_feature": "t",
         "chat_feature": "m", "preview": 3, "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
+        "resume_adapter_file": "f", "patience": 2, "min_delta": 0.5, "save_best": True,
+        "fine_tune_type": "dora", "lora_plus_ratio": 4.0,
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names - set(other) == {"config", "epochs", "lr_schedule"}  # a file; exclusive with iters; with warmup
+    assert names - set(other) == {"config", "epochs", "lr_schedule", "rslora_alpha"}  # a file; exclusive with others
     argv = []
     for name, value in other.items():
         flag = "--" + name.replace("_", "-")
@@ -169,11 +172,9 @@ def test_epochs_and_iters(tmp_path: Path) -> None:
         (["--keys"], "--keys", "expected at least one argument"),
         (["--learning-rat", "1"], "--learning-rat", "did you mean --learning-rate?"),
         (["--trust-remote-code"], "--trust-remote-code", "no code of a model's folder is ever run"),
-        (["--fine-tune-type", "dora"], "--fine-tune-type", "use lora"),
         (["--fine-tune-type", "full"], "--fine-tune-type", "lora with a larger rank"),
-        (["--fine-tune-type", "none"], "--fine-tune-type", "only lora"),
+        (["--fine-tune-type", "none"], "--fine-tune-type", "not one of lora, dora"),
         (["--lora-layers", "4"], "--lora-layers", "num_layers"),
-        (["--wandb", "project"], "--wandb", "report_to: wandb"),
         (["stray"], "stray", "no such option"),
         (["--model", ""], "--model", "expected text"),
         (["--config", "no-such-file.yaml"], "--config no-such-file.yaml", "No such file"),
@@ -200,10 +201,9 @@ def test_wrong_flags_are_named(argv: list[str], flag: str, reason: str) -> None:
         ("train: false\n", 1, "train", "must be true"),
         ("fine_tune_type: full\n", 1, "fine_tune_type", "full is not available"),
         ("seed: 1\ntrust_remote_code: true\n", 2, "trust_remote_code", "leave it out"),
-        ("seed: 1\nuse_dora: true\n", 2, "use_dora", "use lora"),
         ("seed: 1\nlora_layers: 8\n", 2, "lora_layers", "num_layers"),
-        ("wandb: mine\n", 1, "wandb", "report_to: wandb"),
-        ("report_to: swanlab\n", 1, "report_to", "wandb"),
+        ("wandb: true\n", 1, "wandb", "report_to: wandb"),
+        ("report_to: wandb, mlflow\n", 1, "report_to", "'mlflow' is not one of wandb, tensorboard, trackio, swanlab"),
         ("lora_parameters:\n  rank: 2\n  alpha: 16\n", 3, "lora_parameters.alpha", "scale"),
         ("lora_parameters:\n  rank: -2\n", 2, "lora_parameters.rank", "at least 1"),
         ("lora_parameters: 8\n", 1, "lora_parameters", "mapping"),

@@ -18,7 +18,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx import convert
-from mebp_mlx.model.base import Model
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.system.pages import PAGE_BYTES
 from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -101,17 +101,20 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
     ours, plain = MappedWeights(tmp_path / "out"), MappedWeights(source)
     n_packed = 0
     for name in plain.names:
-        value = plain.rows(name)
+        value = Tensor(plain, name)[...]
         stem = name.removesuffix(".weight")
         if f"{stem}.scales" not in ours:
-            assert mx.array_equal(ours.rows(name), value).item() and ours.info(name).dtype == plain.info(name).dtype
+            assert (
+                mx.array_equal(Tensor(ours, name)[...], value).item()
+                and ours.info(name).dtype == plain.info(name).dtype
+            )
             continue
         n_packed += 1
         for part, expected in zip(
             ("weight", "scales", "biases"), mx.quantize(value, group_size=group, bits=bits, mode=mode), strict=False
         ):
-            found = ours.rows(f"{stem}.{part}")
-            assert found.dtype == expected.dtype and mx.array_equal(found, expected).item(), (stem, part)
+            actual = Tensor(ours, f"{stem}.{part}")[...]
+            assert actual.dtype == expected.dtype and mx.array_equal(actual, expected).item(), (stem, part)
     widths = (config["hidden_size"], config["intermediate_size"])  # rows of 96 are not whole groups of 64
     assert n_packed == 3 * (6 * (widths[0] % group == 0) + (widths[1] % group == 0)) + 2 * (widths[0] % group == 0)
 
@@ -127,7 +130,7 @@ def test_what_is_in_the_format_already_is_copied(
     assert "already packed in this way" in capsys.readouterr().out
     one, two = (MappedWeights(tmp_path / name) for name in ("one", "two"))
     assert set(one.names) == set(two.names)
-    assert all(mx.array_equal(one.rows(name), two.rows(name)).item() for name in one.names)
+    assert all(mx.array_equal(Tensor(one, name)[...], Tensor(two, name)[...]).item() for name in one.names)
     assert run(tmp_path / "one", tmp_path / "eight", "--bits", "8", "--group-size", "32") == 0
     losses = [_loss(tmp_path / name, seed) for name in ("one", "eight")]
     assert abs(losses[1] / losses[0] - 1) <= 2e-2, f"seed {seed}"
@@ -181,7 +184,7 @@ def test_dequantized_it_is_what_the_packed_weights_are(tmp_path: Path, kind: str
     before, after = Model(folder), Model(tmp_path / "out")
     for linear in _linears(before):
         packed = linear.quantization
-        new = after.weights.rows(f"{linear.name}.weight")
+        new = Tensor(after.weights, f"{linear.name}.weight")[...]
         assert new.dtype == dtype, linear.name
         if packed is None or packed.mode == "affine":
             exact = before.rows(linear, 0, linear.out_dims).astype(dtype)
@@ -202,8 +205,8 @@ def test_mixed_recipes_are_mlx_lms(tmp_path: Path, recipe: str, seed: int) -> No
     theirs = mixed_quant_predicate_builder(recipe, load_model(folder)[0], 32)
     assert run(folder, tmp_path / "out", "--quant-predicate", recipe, "--q-group-size", "32") == 0
     for linear in _linears(Model(tmp_path / "out")):
-        found, expected = linear.quantization, theirs(linear.name, None)  # type: ignore[call-arg, arg-type]
-        assert found is not None and vars(found) == expected, linear.name
+        actual, expected = linear.quantization, theirs(linear.name, None)  # type: ignore[call-arg, arg-type]
+        assert actual is not None and vars(actual) == expected, linear.name
     _, loaded = load_model(tmp_path / "out", strict=True)
     assert loaded["quantization"]["bits"] == int(recipe.split("_")[1])
 
@@ -221,16 +224,14 @@ def test_mlx_lms_names_mean_the_same(tmp_path: Path, source: Path, capsys: pytes
     for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
         out = tmp_path / mode
         assert convert.main(["--hf-path", str(source), "--mlx-path", str(out), "-q", "--q-mode", mode]) == 0
-        found = json.loads((out / "config.json").read_text())["quantization"]
-        assert found == {"group_size": size, "bits": bits, "mode": mode}
+        actual = json.loads((out / "config.json").read_text())["quantization"]
+        assert actual == {"group_size": size, "bits": bits, "mode": mode}
         import mlx_lm.utils
 
         mlx_lm.utils.load_model(out, strict=True)
 
 
-def test_without_a_name_the_result_is_mlx_model(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_name_the_result_is_mlx_model(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert convert.main(["--model", str(source)]) == 0
     assert (tmp_path / "mlx_model" / "config.json").exists()

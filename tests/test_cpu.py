@@ -18,10 +18,10 @@ GATES = {"silu": SILU, "gelu": GELU_TANH}
 pytestmark = pytest.mark.skipif(not cpu.is_on(), reason="used on the CPU only")
 
 
-def _error(found: mx.array, truth: mx.array) -> float:
+def _error(actual: mx.array, truth: mx.array) -> float:
     """Largest difference over the largest true value."""
     expected = np.asarray(truth, np.float64)
-    return float(np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max())
+    return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("spread", [1.0, 40.0])  # 40: exp overflows, and the gate must not
@@ -40,9 +40,9 @@ def test_gates(kind: str, spread: float, seed: int) -> None:
     assert np.array_equal(plain[0], plain[1])
     for in_place in (False, True):
         own = mx.array(single[0])
-        found = gate(own, single[1], in_place)
-        assert _error(found, m) <= _error(plain[0], m) + 1e-6, f"seed {seed}"
-        assert np.array_equal(own, found if in_place else single[0])
+        actual = gate(own, single[1], in_place)
+        assert _error(actual, m) <= _error(plain[0], m) + 1e-6, f"seed {seed}"
+        assert np.array_equal(own, actual if in_place else single[0])
     for ours, theirs, exact in zip(gate.backward(*single), plain[1:], (m, dg, du), strict=True):
         assert _error(ours, exact) <= _error(theirs, exact) + 1e-6, f"seed {seed}"
 
@@ -69,10 +69,10 @@ def test_attention_of_a_block_of_queries(
     for off in (False, True):
         with cpu.off() if off else contextlib.nullcontext():
             a = forward(settings, *given[:3], start, low)
-            found = backward(settings, *given[:3], start, low, given[3])
-            mx.eval(a, found)
+            actual = backward(settings, *given[:3], start, low, given[3])
+            mx.eval(a, actual)
         assert _error(a, truth[0]) <= 2e-6, f"seed {seed}"
-        for part, expected in zip(found, truth[1:], strict=True):
+        for part, expected in zip(actual, truth[1:], strict=True):
             assert part.shape == expected.shape
             assert float(mx.abs(part.astype(mx.float64) - expected).max()) <= 4e-6 * floor, f"seed {seed}"
 

@@ -170,9 +170,7 @@ def test_killed_and_concurrent_children(models: dict[str, Path], tmp_path: Path)
     assert len(TokenRows(cache / "out", "train")) == 1000
 
 
-def test_the_training_process_stays_light_and_gets_the_childs_messages(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_training_process_stays_light_and_gets_the_childs_messages(models: dict[str, Path], tmp_path: Path) -> None:
     pair = {"prompt": "a", "completion": "b"}
     good = write_rows(tmp_path / "good", [pair])
     bad = write_rows(tmp_path / "bad", [pair, pair | {"completion": 3}])

@@ -26,8 +26,8 @@ def test_unpacked_rows_are_bit_equal_to_dequantize(
         for _ in range(2)
     ]
     expected = mx.dequantize(mx.array(packed), *parts, group_size=group_size, bits=bits)
-    found = cpu.dequantize(packed, *parts, bits, group_size)
-    assert np.array_equal(np.asarray(found), np.asarray(expected)), f"seed {seed}"
+    actual = cpu.dequantize(packed, *parts, bits, group_size)
+    assert np.array_equal(np.asarray(actual), np.asarray(expected)), f"seed {seed}"
 
 
 @pytest.mark.parametrize("T, C", [(1, 1), (3, 70_000), (257, 33)])

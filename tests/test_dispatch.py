@@ -32,13 +32,13 @@ def _case(folder: Path, family: str, n_blocks: int, optimizer: str, **how: Any) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_on_a_gpu(tmp_path: Path, family: str, optimizer: str) -> None:
     """The limits of a step with Metal's defaults: two waits a block, a product a projection and direction, no copy."""
-    found = step.count(_case(tmp_path, family, 3, optimizer))
-    all_of, head = step.total(found["stages"]), found["stages"]["head"]["products"]
+    actual = step.count(_case(tmp_path, family, 3, optimizer))
+    all_of, head = step.total(actual["stages"]), actual["stages"]["head"]["products"]
     assert not (all_of["waits"] > 2 * 3 + FIXED_WAITS), all_of
     assert all_of["products"] == 3 * PRODUCTS - 3 + head  # the first block needs no dL/dx: q, k, v
     assert all_of["copied_weights"] == all_of["copied_file"] == all_of["written"] == all_of["read"] == 0
-    assert all_of["copied_gathered"] > 0 and found["kept_bytes"] > 0
-    assert found["adopted_bytes"] > 0
+    assert all_of["copied_gathered"] > 0 and actual["kept_bytes"] > 0
+    assert actual["adopted_bytes"] > 0
 
 
 def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_waits_copies_and_writes_are_seen(tmp_path: Path) -> None:
     case.model.weights.close()
     copied = _case(tmp_path / "copied", "qwen2", 3, "adamw")
     copied.model.weights.adopt = False
-    found = step.count(copied)
-    assert step.total(found["stages"])["copied_weights"] > 0 and found["adopted_bytes"] == 0
+    actual = step.count(copied)
+    assert step.total(actual["stages"])["copied_weights"] > 0 and actual["adopted_bytes"] == 0
 
 
 def test_nodes_are_those_of_an_unevaluated_graph() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mebp_mlx.doctor import __main__ as doctor
 from mebp_mlx.doctor import probes
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.system import device
 from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -44,13 +45,13 @@ def _rows(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict
 
 def _bytes(folder: Path, shift: int) -> dict[str, int]:
     """What the headers say, of the tensors that the model uses."""
-    weights, found = MappedWeights(folder), dict[str, int]()
+    weights, actual = MappedWeights(folder), dict[str, int]()
     for info in map(weights.info, weights.names):
         if info.name != "vision_tower.patch.weight":
             n = ITEM_BYTES[info.dtype]
             what = f"copied at every pass: not {n}-byte aligned" if info.offset % n else "adopted in place"
-            found[what] = found.get(what, 0) + info.n_bytes
-    return found
+            actual[what] = actual.get(what, 0) + info.n_bytes
+    return actual
 
 
 @pytest.mark.parametrize("shift", [0, 2, 1])
@@ -60,10 +61,10 @@ def test_what_of_a_model_metal_would_adopt_is_said(
     folder = _model(tmp_path / "model", shift)
     rows = _rows(capsys, "--model", str(folder))
     assert "not on this machine" in rows["Metal"]["detail"]
-    found = {what: row["figures"]["bytes"] for what, row in rows.items() if "bytes" in row["figures"]}
-    assert found == _bytes(folder, shift)
-    assert ("adopted in place" in found) == (shift != 1)
-    assert all(row["state"] == "-" for what, row in rows.items() if what in found)
+    actual = {what: row["figures"]["bytes"] for what, row in rows.items() if "bytes" in row["figures"]}
+    assert actual == _bytes(folder, shift)
+    assert ("adopted in place" in actual) == (shift != 1)
+    assert all(row["state"] == "-" for what, row in rows.items() if what in actual)
 
 
 @linux
@@ -73,9 +74,9 @@ def test_what_is_adopted_is_said(
 ) -> None:
     folder = _model(tmp_path / "model", shift)
     rows = _rows(capsys, "--model", str(folder))
-    found = {what: (row["state"], row["figures"]["bytes"]) for what, row in rows.items() if "bytes" in row["figures"]}
+    actual = {what: (row["state"], row["figures"]["bytes"]) for what, row in rows.items() if "bytes" in row["figures"]}
     expected = _bytes(folder, shift)
-    assert found == {what: ("note" if "copied" in what else "ok", n) for what, n in expected.items()}
+    assert actual == {what: ("note" if "copied" in what else "ok", n) for what, n in expected.items()}
     assert "Metal" not in rows and all("--mode keep" in row["detail"] for what, row in rows.items() if "copied" in what)
 
 
@@ -130,8 +131,8 @@ def test_measurements_use_adopted_pages_where_they_are(
 def test_other_numbers_at_the_second_read_are_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
-    rows = MappedWeights.rows
-    monkeypatch.setattr(MappedWeights, "rows", lambda weights, *given: rows(weights, *given) + 1)
+    read = Tensor.__getitem__
+    monkeypatch.setattr(Tensor, "__getitem__", lambda tensor, index: read(tensor, index) + 1)
     assert _rows(capsys, "--probe", code=1)["a float16 tensor read, cast, read again"]["state"] == "FAIL"
 
 

@@ -98,8 +98,8 @@ def test_packed_products_give_the_same_gradients(tmp_path: Path, quantization: d
     packed, plain = (mebp_mlx.open_model(folder, "float32", weights) for weights in ("packed", "decompressed"))
     lora, (tokens, targets) = _lora(packed, seed), random_batch(seed, 2, 33, packed.spec.V)
     assert packed.stays_packed(packed.spec.head) and packed.stays_packed(packed.spec.layers[0].linears["down"])
-    found, expected = (mebp_mlx.loss_and_grads(m, lora, tokens, targets, plan=SMALL_PIECES) for m in (packed, plain))
-    assert largest_error(found[0].item(), found[1], expected[0].item(), expected[1]) <= 1e-5, f"seed {seed}"
+    actual, expected = (mebp_mlx.loss_and_grads(m, lora, tokens, targets, plan=SMALL_PIECES) for m in (packed, plain))
+    assert largest_error(actual[0].item(), actual[1], expected[0].item(), expected[1]) <= 1e-5, f"seed {seed}"
     losses = [mebp_mlx.loss(m, lora, tokens, targets).item() for m in (packed, plain)]
     assert abs(losses[0] - losses[1]) <= 1e-5 * losses[1]
 
@@ -121,9 +121,9 @@ def test_gradients_are_bit_equal_for_every_policy_in_16_bits(tmp_path: Path, see
     for saved in (SAVE_PRODUCTS, SAVE_INPUTS, frozenset({"x", "k", "g", "o"})):
         plan = Plan(saved=saved, token_block=64, query_block=17)
         loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
-        found = {"loss": np.array(loss), **{name: np.array(g) for name, g in grads.items()}}
-        reference = reference or found
-        assert all(np.array_equal(found[name], value) for name, value in reference.items()), f"seed {seed}"
+        actual = {"loss": np.array(loss), **{name: np.array(g) for name, g in grads.items()}}
+        reference = reference or actual
+        assert all(np.array_equal(actual[name], value) for name, value in reference.items()), f"seed {seed}"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -150,7 +150,7 @@ def test_a_float32_lora_promotes_nothing(
     def in_and_out(args: Any, dx: Any) -> list[tuple[str, Any]]:
         return [("in", args[2]), ("out", dx)]  # (self, x or q, the cotangent, ...)
 
-    watch("value", value, "__get__", lambda args, found: [(args[0].name, found)] if args[1] is not None else [])
+    watch("value", value, "__get__", lambda args, actual: [(args[0].name, actual)] if args[1] is not None else [])
     watch("kept", Store, "put", lambda args, _: [(args[2], args[4])])
     watch("y", Pass, "forward", lambda _, tiles: [("", tile) for tile in tiles])
     watch("dy", family, "backward", lambda args, dx: [("in", args[1]), ("out", dx)])
@@ -159,7 +159,7 @@ def test_a_float32_lora_promotes_nothing(
     watch("projection", family, "linear_backward", lambda _, dx: [("out", dx)])
     watch("mlp", GatedMlp, "backward", in_and_out)
     watch("attention", Attention, "backward", in_and_out)
-    watch("keys", Attention, "cotangents", lambda _, found: [("dk", found[0]), ("dv", found[1])])
+    watch("keys", Attention, "cotangents", lambda _, actual: [("dk", actual[0]), ("dv", actual[1])])
     watch("dx", BackpropEngine, "backward", lambda _, tiles: [("", tile) for tile in tiles])
     _, grads = _step(BackpropEngine(model, lora, plan=SMALL_PIECES, seed=5), batch)
     kinds = {what for what, *_ in seen}

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mebp_mlx import bundled, evaluate
+from mebp_mlx import bundled, evaluate, train
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.data import dataset
 from mebp_mlx.data.rows import RowOptions
 from mebp_mlx.testing.tiny import CONFIGS, write_model
 from mebp_mlx.training.evaluate import evaluate_alone, table
 from tests.adapters import make_adapters, mlx_lm_loss
-from tests.runs import tokenize_here
+from tests.runs import arguments, contents, refused, tokenize_here
 from tests.texts import write_rows, write_tokenizer
 
 ROWS = [{"text": text} for text in ("the cat sat on the mat", "what is the capital of France? It is Paris.", "moon")]
@@ -34,22 +34,20 @@ def measured(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, dic
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
-def test_losses_are_mlx_lms(
-    tmp_path: Path, tokens_here: None, family: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_losses_are_mlx_lms(tmp_path: Path, tokens_here: None, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_tokenizer(tmp_path / "model", chat=False)
     write_model(model, CONFIGS[family] | {"vocab_size": 320}, seed=3)
     write_rows(tmp_path / "data", ROWS, "test")
     adapters = make_adapters(tmp_path / "adapters", model, data=str(tmp_path / "data"))
-    found = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
+    actual = measured(capsys, "--adapter-path", adapters, "--batch-size", 2)
     rows = dataset.prepare_rows(str(tmp_path / "data"), "test", model, RowOptions("all", 64, "error"))
     tokens = [[*batch.tokens[0].tolist(), int(batch.targets[0, -1])] for batch in dataset.eval_batches(rows, 1, -1)]
     for name, folder in (("model", None), ("adapters", adapters)):
         expected = mlx_lm_loss(model, folder, tokens)
-        assert abs(found[name]["loss"] / expected - 1) <= 1e-5, name
-        assert found[name]["n_rows"] == 3 and found[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
-        assert math.isclose(found[name]["perplexity"], math.exp(found[name]["loss"]))
-    assert abs(found["model"]["loss"] - found["adapters"]["loss"]) > 1e-3
+        assert abs(actual[name]["loss"] / expected - 1) <= 1e-5, name
+        assert actual[name]["n_rows"] == 3 and actual[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
+        assert math.isclose(actual[name]["perplexity"], math.exp(actual[name]["loss"]))
+    assert abs(actual["model"]["loss"] - actual["adapters"]["loss"]) > 1e-3
 
 
 def test_any_file_and_any_split_within_a_budget(
@@ -76,9 +74,10 @@ def test_labels_are_those_of_training(
     adapters = make_adapters(tmp_path / "adapters", home / "model", data=str(file), mask_prompt=True)
     masked = measured(capsys, "--adapter-path", adapters)
     assert masked == measured(capsys, "--adapter-path", adapters, "--mask-prompt")
-    assert masked["model"]["n_labels"] < measured(capsys, "--adapter-path", adapters, "--no-mask-prompt")["model"][
-        "n_labels"
-    ]
+    assert (
+        masked["model"]["n_labels"]
+        < measured(capsys, "--adapter-path", adapters, "--no-mask-prompt")["model"]["n_labels"]
+    )
 
 
 def test_a_budget_that_is_too_small_is_refused(
@@ -96,14 +95,36 @@ def test_without_training_the_test_rows_are_all_that_is_needed(
     model, data = home / "model", write_rows(tmp_path / "data", ROWS, "test")
     adapters = make_adapters(tmp_path / "adapters", model)
     config = TrainConfig(model=str(model), data=str(data), adapter_path=str(adapters), test=True)
-    rows, found = evaluate_alone(config, model)
+    rows, actual = evaluate_alone(config, model)
     expected = measured(capsys, "--model", model, "--data", data, "--adapter-path", adapters)
-    assert len(rows) == 3 and {name: q.loss for name, q in found.items()} == {
+    assert len(rows) == 3 and {name: q.loss for name, q in actual.items()} == {
         name: q["loss"] for name, q in expected.items()
     }
-    assert [line.split()[0] for line in table(rows, found)] == ["test.jsonl:", "loss", "model", "adapters"]
+    assert [line.split()[0] for line in table(rows, actual)] == ["test.jsonl:", "loss", "model", "adapters"]
     nothing = config.replace(adapter_path=str(tmp_path / "none"))
     assert list(evaluate_alone(nothing, model)[1]) == ["model"]
+
+
+@pytest.mark.parametrize("more", [[], ["--iters", "0"]], ids=["no training rows", "no iterations"])
+def test_test_alone_measures_and_trains_nothing(
+    home: Path, tmp_path: Path, tokens_made_here: None, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "data", ROWS, "test")
+    if more:
+        write_rows(data, ROWS, "train")
+    adapters = make_adapters(tmp_path / "adapters", home / "model")
+    before = contents(tmp_path)
+    argv = ["--model", home / "model", "--data", data, "--adapter-path", adapters, "--test", *more]
+    assert train.main([str(part) for part in argv]) == 0
+    said = capsys.readouterr().out
+    expected = measured(capsys, "--model", home / "model", "--data", data, "--adapter-path", adapters)
+    for name, q in expected.items():
+        assert f"{name:<10}{q['loss']:>10.4f}{q['perplexity']:>14,.2f}{q['accuracy']:>10.1%}" in said
+    assert "iter " not in said and contents(tmp_path) == before
+
+
+def test_no_iterations_without_test_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, arguments(home, tmp_path / "out", "--iters", "0")).startswith("--iters: 0 trains nothing")
 
 
 @pytest.mark.parametrize(

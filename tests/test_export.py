@@ -28,12 +28,12 @@ def run(adapters: Path, out: Path, *more: str) -> int:
 def deltas(folder: Path, model: Path) -> dict[str, np.ndarray]:
     """s (A B)^T of every pair, float64 [out, in], by the matrix's name."""
     lora = adapters_of(folder, model)
-    found = {}
+    actual = {}
     for layer in Model(model).spec.layers:
         for linear in layer.linears.values():
             if (pair := lora.pairs.get(linear.name)) is not None:
-                found[linear.name] = lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
-    return found
+                actual[linear.name] = lora.scale * (np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)).T
+    return actual
 
 
 # PEFT

@@ -111,8 +111,8 @@ def test_weights_cut_within_a_pass_leave_one_line_about_the_signal(home: Path, t
 @pytest.mark.parametrize(
     ("number", "parts"),
     [
-        (signal.SIGSEGV, ("Segmentation fault", "memory that could not be had")),
-        (signal.SIGABRT, ("Aborted", "memory that could not be had")),
+        (signal.SIGSEGV, ("Segmentation fault", "out of memory")),
+        (signal.SIGABRT, ("Aborted", "out of memory")),
         (signal.SIGBUS, ("Bus error", "a mapped file was cut short, or the disk is full or gone")),
         (signal.SIGFPE, ("Floating", "a fault outside of Python")),
     ],

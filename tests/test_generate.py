@@ -137,8 +137,8 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
         dense.make_dense(model, share * growth if math.isfinite(share) else share, lines.append)
         n_left = len(list(dense._slow_matrices(model)))
         assert (n_left == 0) if share == math.inf else (0 < n_left < len(slow) if share else n_left == len(slow))
-        found = np.asarray(model(tokens).astype(mx.float32))
-        assert np.abs(found - expected).max() <= 2e-4 * np.abs(expected).max(), f"share {share}, seed {seed}"
+        actual = np.asarray(model(tokens).astype(mx.float32))
+        assert np.abs(actual - expected).max() <= 2e-4 * np.abs(expected).max(), f"share {share}, seed {seed}"
     assert lines[0].startswith("decompressing the weights once, ") and "stay as stored: slower" in lines[2]
 
 
@@ -153,9 +153,7 @@ def test_float32_weights_are_left_alone(tmp_path: Path) -> None:
     assert all(isinstance(m, nn.Module) for _, m in model.named_modules())
 
 
-def test_a_budget_without_room_is_refused_by_size(
-    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_budget_without_room_is_refused_by_size(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     pattern = r"^--memory-budget: 1\.0 MB is too little .* workable budget is \d+MB$"
     with pytest.raises(BudgetError, match=pattern) as said:
         Writer(folders["plain"], None, 1_000_000)
@@ -169,9 +167,7 @@ def test_a_budget_without_room_is_refused_by_size(
 # Errors
 
 
-def test_bad_input_is_one_line(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, adapters = folders["plain"], folders["adapters"]
     other = write_adapters(tmp_path / "other", CONFIGS["qwen2"] | {"hidden_size": 12})
     broken = tmp_path / "broken"

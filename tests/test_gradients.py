@@ -302,10 +302,10 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     for saved in policies:
         plan = Plan(saved=saved, token_block=64, query_block=17)
         loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
-        found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
-        reference = reference or found
+        actual = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+        reference = reference or actual
         for key, value in reference.items():
-            assert np.array_equal(found[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
+            assert np.array_equal(actual[key], value), f"{key} differs with {sorted(saved)}, seed {seed}"
 
 
 @pytest.mark.parametrize("numpy_too", [True, False], ids=["numpy", "plain"])
@@ -331,10 +331,10 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
                 mx.eval(grads)
             assert kept_bytes != 0 or engine.store.written_bytes > 0
             engine.close()
-            found = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
-            reference = reference or found
+            actual = {"loss": np.array(loss), **{k: np.array(v) for k, v in grads.items()}}
+            reference = reference or actual
             for key, value in reference.items():
-                assert np.array_equal(found[key], value), f"{key} differs with {grain}, {kept_bytes}, seed {seed}"
+                assert np.array_equal(actual[key], value), f"{key} differs with {grain}, {kept_bytes}, seed {seed}"
 
 
 @pytest.mark.parametrize(

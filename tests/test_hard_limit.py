@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mebp_mlx.testing.synth import write_model
+from mebp_mlx.testing.synth import model_config, write_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
 
@@ -29,7 +29,7 @@ def run_case(folder: Path, limit_mb: int) -> dict[str, Any] | str:
 
 @pytest.mark.parametrize("shape", LIMITS_MB)
 def test_a_step_stays_under_the_limit(tmp_path: Path, shape: str) -> None:
-    folder = write_model(shape, tmp_path / "model", layers=1, sparse=True)
+    folder = write_model(model_config(shape, 1), tmp_path / "model", sparse=True)
     result = run_case(folder, LIMITS_MB[shape])
     assert isinstance(result, dict), result
     # All weights are zero, so every token is as likely as any other.
@@ -39,5 +39,5 @@ def test_a_step_stays_under_the_limit(tmp_path: Path, shape: str) -> None:
 
 
 def test_the_limit_bites(tmp_path: Path) -> None:
-    folder = write_model("qwen2.5-0.5b", tmp_path / "model", layers=1, sparse=True)
+    folder = write_model(model_config("qwen2.5-0.5b", 1), tmp_path / "model", sparse=True)
     assert isinstance(run_case(folder, 60), str)

@@ -33,11 +33,11 @@ def _wide(x: mx.array) -> np.ndarray:
 
 
 def _assert_no_worse(
-    found: mx.array, reference: mx.array, truth: np.ndarray, dtype: mx.Dtype, seed: int, tolerance: int = 1
+    actual: mx.array, reference: mx.array, truth: np.ndarray, dtype: mx.Dtype, seed: int, tolerance: int = 1
 ) -> None:
     """error <= error of the reference in that dtype + tolerance; NaN fails."""
     size = max(float(np.abs(truth).max(initial=0)), 1.0)
-    error, theirs = (float(np.abs(_wide(x) - truth).max(initial=0)) for x in (found, reference))
+    error, theirs = (float(np.abs(_wide(x) - truth).max(initial=0)) for x in (actual, reference))
     assert error <= theirs + tolerance * TOLERANCE[dtype] * size, f"seed {seed}: {error} against {theirs}"
 
 
@@ -60,8 +60,8 @@ def test_online_softmax(T: int, C: int, dtype: mx.Dtype, order: int, seed: int, 
     targets = mx.array(rng.integers(-2, 3 * C, T), mx.int32)
     chunks = [(0, C), (C, 2 * C), (2 * C, 3 * C)]
     with running(order):
-        found = _softmax_chunks(z, targets, chunks, "metal")
-        mx.eval(found)
+        actual = _softmax_chunks(z, targets, chunks, "metal")
+        mx.eval(actual)
     reference = _softmax_chunks(z, targets, chunks, "reference")
     wide, y = _wide(z), np.asarray(targets)
     before, highest = wide[:, : 2 * C].max(axis=1), wide.max(axis=1)
@@ -72,8 +72,8 @@ def test_online_softmax(T: int, C: int, dtype: mx.Dtype, order: int, seed: int, 
         np.where(y >= 0, wide[np.arange(T), np.maximum(y, 0)], 0),
         np.exp(before - highest),
     ]
-    assert found[0].dtype == dtype and all(x.dtype == mx.float32 for x in found[1:])
-    for f, r, t in zip(found, reference, truth, strict=True):
+    assert actual[0].dtype == dtype and all(x.dtype == mx.float32 for x in actual[1:])
+    for f, r, t in zip(actual, reference, truth, strict=True):
         _assert_no_worse(f, r, t, dtype, seed)
 
 
@@ -120,23 +120,25 @@ def test_linear_cross_entropy(
 ) -> None:
     check("linear_cross_entropy", f"{str(dtype).rpartition('.')[2]}, thread order {order}")
     arguments = _head(np.random.default_rng(seed), T, V, D, group, dtype, symmetric)
+    h, *weight, targets = arguments
     how = {"group_size": group, "symmetric": symmetric}
     with running(order):
-        found = linear_cross_entropy(*arguments, **how, impl="metal")
-        mx.eval(found)
-    assert found.dtype == mx.float32
-    reference = linear_cross_entropy(*arguments, **how, impl="reference")
-    _assert_no_worse(found, reference, _head_truth(*arguments, group)[0], dtype, seed)
+        actual = linear_cross_entropy(h, weight, targets, **how, impl="metal")
+        mx.eval(actual)
+    assert actual.dtype == mx.float32
+    reference = linear_cross_entropy(h, weight, targets, **how, impl="reference")
+    _assert_no_worse(actual, reference, _head_truth(*arguments, group)[0], dtype, seed)
 
 
 def test_linear_cross_entropy_of_the_largest_vocabulary(seed: int, check: Any) -> None:
     check("linear_cross_entropy", "V = 262,144")
     arguments = _head(np.random.default_rng(seed), 3, 262_144, 32, 32, mx.bfloat16, False)
+    h, *weight, targets = arguments
     with running():
-        found = linear_cross_entropy(*arguments, group_size=32, impl="metal")
-        mx.eval(found)
-    reference = linear_cross_entropy(*arguments, group_size=32, impl="reference")
-    _assert_no_worse(found, reference, _head_truth(*arguments, 32)[0], mx.bfloat16, seed)
+        actual = linear_cross_entropy(h, weight, targets, group_size=32, impl="metal")
+        mx.eval(actual)
+    reference = linear_cross_entropy(h, weight, targets, group_size=32, impl="reference")
+    _assert_no_worse(actual, reference, _head_truth(*arguments, 32)[0], mx.bfloat16, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +153,7 @@ def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int,
     weights = rng.normal(0, 1, 9)
 
     def total(h: mx.array) -> mx.array:
-        losses = linear_cross_entropy(h, *rest, group_size=32, impl=impl)
+        losses = linear_cross_entropy(h, rest[:-1], rest[-1], group_size=32, impl=impl)
         return (losses * mx.array(weights, mx.float32)).sum()
 
     def plain(h: mx.array) -> mx.array:
@@ -162,13 +164,13 @@ def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int,
         return (losses * mx.array(weights, mx.float32)).sum()
 
     with running():
-        found = mx.grad(total)(h)
-        mx.eval(found)
-    assert found.dtype == dtype
+        actual = mx.grad(total)(h)
+        mx.eval(actual)
+    assert actual.dtype == dtype
     truth = _head_truth(h, *rest, 32)[1] * weights[:, None]
     # On the CPU the quantized product of 16-bit rows is summed up in 16 bits.
-    _assert_no_worse(found, mx.grad(plain)(h), truth, dtype, seed, tolerance=1 if dtype == mx.float32 else 10)
-    assert not np.asarray(found.astype(mx.float32))[np.asarray(rest[-1]) < 0].any()
+    _assert_no_worse(actual, mx.grad(plain)(h), truth, dtype, seed, tolerance=1 if dtype == mx.float32 else 10)
+    assert not np.asarray(actual.astype(mx.float32))[np.asarray(rest[-1]) < 0].any()
 
 
 @pytest.mark.parametrize("sanitize", ["address", "thread"])

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.units import megabytes
 from mebp_mlx.training.folder import LOG
-from mebp_mlx.training.log import RunLog, TrainReport, last_event, reporter
+from mebp_mlx.training.log import RunLog, TrainReport, last_event
 from mebp_mlx.training.log import events as events_of
 
 REPORT: dict[str, Any] = {
@@ -129,28 +128,3 @@ def test_without_a_terminal_rich_is_not_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert result.stdout.splitlines() == ["note: x", "[]"], result.stderr
-
-
-def test_reports_go_to_a_service_as_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[dict[str, float], int]] = []
-
-    class Run:
-        def log(self, numbers: dict[str, float], step: int) -> None:
-            sent.append((numbers, step))
-
-    service = types.ModuleType("wandb")
-    service.init = lambda project, config: Run() if (project, config) == ("mine", {"rank": 8}) else None  # type: ignore
-    monkeypatch.setitem(sys.modules, "wandb", service)
-    with RunLog(tmp_path, n_iters=20, stream=io.StringIO(), send=reporter("wandb", "mine", {"rank": 8})) as log:
-        log.train(10, TrainReport(loss=2.5, **REPORT))
-        log.evaluation("valid", 10, loss=2.0, accuracy=0.5, n_tokens=7, seconds=0.5)
-        log.event("save", iter=10)
-    assert [step for _, step in sent] == [10, 10]
-    assert sent[0][0]["train/loss"] == 2.5 and sent[1][0]["valid/loss"] == 2.0
-
-
-def test_a_missing_service_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert reporter(None, "mine", {}) is None
-    with pytest.raises(UserError, match=r"--report-to wandb: is not installed; pip install"):
-        reporter("wandb", "mine", {})

@@ -57,9 +57,9 @@ def exact_softmax(x: mx.array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(out: np.ndarray, by_mlx: mx.array, exact: np.ndarray, name: str) -> None:
-    found = exactly(mx.array(out).view(mx.bfloat16) if out.dtype == np.uint16 else mx.array(out))
-    assert found.shape == by_mlx.shape == exact.shape
-    error, error_of_mlx = np.abs(found - exact).max(), np.abs(exactly(by_mlx) - exact).max()
+    actual = exactly(mx.array(out).view(mx.bfloat16) if out.dtype == np.uint16 else mx.array(out))
+    assert actual.shape == by_mlx.shape == exact.shape
+    error, error_of_mlx = np.abs(actual - exact).max(), np.abs(exactly(by_mlx) - exact).max()
     assert error <= error_of_mlx + TOLERANCE[name] * np.abs(exact).max(), (error, error_of_mlx)  # false for NaN
 
 

@@ -26,6 +26,7 @@ from mebp_mlx.planner.probe import Probe, probe
 from mebp_mlx.planner.search import MARGIN, Planned, Prediction, choose, ladder, predict
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.testing.synth import model_config
 from mebp_mlx.testing.synth import write_model as write_shape
 from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
 from mebp_mlx.training.folder import recorded_plan
@@ -47,7 +48,7 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of real shapes with two blocks."""
     home = tmp_path_factory.mktemp("shapes")
     for shape in ("qwen2.5-0.5b", "gemma3-1b"):
-        write_shape(shape, home / shape, layers=2)
+        write_shape(model_config(shape, 2), home / shape)
     return {shape: home / shape for shape in ("qwen2.5-0.5b", "gemma3-1b")}
 
 
@@ -59,9 +60,9 @@ def _workload(folder: Path, B: int = 1, T: int = 512, **more: Any) -> Workload:
 
 
 def _named_budget(error: BudgetError) -> int:
-    found = re.search(r"smallest workable budget is ([0-9.]+)MB", str(error))
-    assert found is not None, str(error)
-    return round(float(found[1]) * MB)
+    actual = re.search(r"smallest workable budget is ([0-9.]+)MB", str(error))
+    assert actual is not None, str(error)
+    return round(float(actual[1]) * MB)
 
 
 @pytest.fixture
@@ -89,14 +90,14 @@ def test_budgets_are_kept_and_smaller_ones_never_cost_more(
     smallest = _named_budget(refused.value)
     budget, before = math.ceil(peak * (1 + MARGIN)), None
     while budget >= smallest:
-        found = choose(workload, budget)
-        assert found.predicted.peak_bytes * (1 + MARGIN) <= budget, (budget, found)
+        actual = choose(workload, budget)
+        assert actual.predicted.peak_bytes * (1 + MARGIN) <= budget, (budget, actual)
         if before is not None:
-            assert found.plan.token_block <= before.plan.token_block
-            if found.plan.token_block == before.plan.token_block:
-                assert found.predicted.peak_bytes <= before.predicted.peak_bytes
-                assert found.predicted.arena_bytes >= before.predicted.arena_bytes
-        budget, before = int(budget * 0.93), found
+            assert actual.plan.token_block <= before.plan.token_block
+            if actual.plan.token_block == before.plan.token_block:
+                assert actual.predicted.peak_bytes <= before.predicted.peak_bytes
+                assert actual.predicted.arena_bytes >= before.predicted.arena_bytes
+        budget, before = int(budget * 0.93), actual
     assert before is not None
     least = choose(workload, smallest)
     assert least.predicted.peak_bytes * (1 + MARGIN) <= smallest
@@ -112,8 +113,8 @@ def test_a_budget_takes_the_largest_pieces_that_fit(real_shapes: dict[str, Path]
     sizes = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in plans]
     assert sizes == sorted(sizes) and len(set(sizes)) > 2
     least = choose(workload, smallest=True).predicted.peak_bytes * (1 + MARGIN)
-    found = [choose(workload, math.ceil(least * factor)).plan for factor in (1, 1.2, 1.5, 2, 10)]
-    taken = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in found]
+    actual = [choose(workload, math.ceil(least * factor)).plan for factor in (1, 1.2, 1.5, 2, 10)]
+    taken = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in actual]
     assert taken == sorted(taken) and taken[-1] == sizes[-1] and set(taken) <= set(sizes)
     assert choose(workload).plan == dataclasses.replace(plans[-1], kept_bytes=None, offload_state=False)
     assert choose(workload, smallest=True).plan == plans[0]
@@ -140,10 +141,10 @@ def test_arena_budget_trades_saved_values_for_recomputation(real_shapes: dict[st
     full = choose(workload, smallest=True).predicted.arena_bytes
     known, saved = full, SAVE_PRODUCTS
     for budget in (full, full - 1, full // 2, full // 4, inputs):
-        found = choose(workload, smallest=True, arena_budget_bytes=budget)
-        assert found.predicted.arena_bytes <= min(budget, known)
-        assert found.plan.saved <= saved and (found.plan.saved < SAVE_PRODUCTS or budget == full)
-        known, saved = found.predicted.arena_bytes, found.plan.saved
+        actual = choose(workload, smallest=True, arena_budget_bytes=budget)
+        assert actual.predicted.arena_bytes <= min(budget, known)
+        assert actual.plan.saved <= saved and (actual.plan.saved < SAVE_PRODUCTS or budget == full)
+        known, saved = actual.predicted.arena_bytes, actual.plan.saved
     assert saved - {"d"} == SAVE_INPUTS and 0 <= inputs - known <= 100_000  # d is kept by nobody
     with pytest.raises(BudgetError, match="--arena-budget"):
         choose(workload, smallest=True, arena_budget_bytes=known - 1)
@@ -176,7 +177,7 @@ def test_what_a_probe_does_not_see_is_added() -> None:
     class Model:
         spec = Five()
 
-    found = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 10)
+    actual = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 10)
     workload: Any = Workload(Model(), None, 1, 1, state_bytes=7, make_updater=lambda *_: None)  # type: ignore[arg-type]
 
     def peaks(plan: Plan, **more: Any) -> Prediction:
@@ -184,7 +185,7 @@ def test_what_a_probe_does_not_see_is_added() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Workload, "first_trained", 1)
             patch.setattr(Workload, "lora_bytes", 1000)
-            return predict(given, plan, found)
+            return predict(given, plan, actual)
 
     everything = peaks(Plan(kept_bytes=None))
     assert everything.phases == {"forward": 147, "head": 137, "backward": 157, "update": 127}
@@ -213,12 +214,12 @@ def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
         for plan in ladder(workload):
             mx.synchronize()
             held = mx.get_active_memory()
-            found = probe(workload, plan, tmp_path)
+            actual = probe(workload, plan, tmp_path)
             mx.synchronize()
             assert mx.get_active_memory() - held <= 4096
             phases = {"forward", "head"} if estimator is not None else {"forward", "head", "backward", "update"}
-            assert set(found.phases) == phases and min(found.phases.values()) > 0
-            assert (found.kept_bytes > 0) == (estimator is None)
+            assert set(actual.phases) == phases and min(actual.phases.values()) > 0
+            assert (actual.kept_bytes > 0) == (estimator is None)
     assert all(np.array_equal(value, before[name]) for name, value in lora.parameters().items())
 
 
@@ -300,10 +301,10 @@ def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], 
     process = child("-c", _MEASURE, str(real_shapes[case.shape]), json.dumps(dataclasses.asdict(case)))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    found = json.loads(out.splitlines()[-1])
-    off = found["predicted"] / found["measured"] - 1
-    assert TOO_LOW <= off <= TOO_HIGH, f"predicted {found['predicted']}, measured {found['measured']}: {off:+.1%}"
-    assert not case.budget_mb or found["measured"] <= case.budget_mb * MB
+    actual = json.loads(out.splitlines()[-1])
+    off = actual["predicted"] / actual["measured"] - 1
+    assert TOO_LOW <= off <= TOO_HIGH, f"predicted {actual['predicted']}, measured {actual['measured']}: {off:+.1%}"
+    assert not case.budget_mb or actual["measured"] <= case.budget_mb * MB
 
 
 @pytest.mark.quick

@@ -150,7 +150,7 @@ print(json.dumps(digests))
 def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_threads() -> None:
     """Recomputed blocks and resumed runs see the same values at other addresses."""
     one, two = (answer(PRODUCTS, MKL_NUM_THREADS=n, MKL_DYNAMIC="FALSE") for n in "12")
-    assert [case for case, found in one.items() if len(found) != 1] == []
+    assert [case for case, actual in one.items() if len(actual) != 1] == []
     assert one == two
 
 

@@ -37,18 +37,18 @@ class Executed:
         matmul, addmm, quantized = mx.array.__matmul__, mx.addmm, mx.quantized_matmul
 
         def times(x: mx.array, w: mx.array) -> mx.array:
-            found = matmul(x, w)
-            self.flops += 2.0 * found.size * x.shape[-1]
-            return found
+            actual = matmul(x, w)
+            self.flops += 2.0 * actual.size * x.shape[-1]
+            return actual
 
         def plus(c: mx.array, x: mx.array, w: mx.array) -> mx.array:
             self.flops += 2.0 * x.size * w.shape[-1]
             return addmm(c, x, w)
 
         def packed(x: mx.array, *rest: Any, **how: Any) -> mx.array:
-            found = quantized(x, *rest, **how)
-            self.packed += 2.0 * found.size * x.shape[-1]
-            return found
+            actual = quantized(x, *rest, **how)
+            self.packed += 2.0 * actual.size * x.shape[-1]
+            return actual
 
         patch.setattr(mx.array, "__matmul__", times)
         patch.setattr(mx, "addmm", plus)
@@ -89,11 +89,11 @@ def test_counted_products_are_those_that_a_step_makes(
     written_bytes = engine.store.written_bytes
     engine.close()
     assert (executed.packed > 0) is packed
-    found, made = sum(phase.flops for phase in counted.values()), executed.flops + executed.packed
+    actual, made = sum(phase.flops for phase in counted.values()), executed.flops + executed.packed
     if saved >= SAVE_PRODUCTS and "keys" not in more:
-        assert found == made
+        assert actual == made
     else:
-        assert 0.9 * made <= found <= made
+        assert 0.9 * made <= actual <= made
     assert counted["head"].flops == 4 * 2 * 150 * model.spec.D * model.spec.V
     assert counted["backward"].arena_bytes >= written_bytes > 0.5 * counted["forward"].arena_bytes
 
@@ -101,18 +101,20 @@ def test_counted_products_are_those_that_a_step_makes(
 def test_a_zeroth_order_step_is_its_forward_passes(tmp_path: Path, seed: int) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2)
-    found = {}
+    actual = {}
     for name, passes in (("mezo", 2), ("hizoo", 3), ("fzoo", 9)):
         estimator = make_estimator(name, lora, seed=0, eps=0.1)
         assert len(estimator.probes) == passes
-        found[name] = count(Workload(model, lora, 1, 16, estimator=estimator), Plan())
-        assert set(found[name]) == {"forward", "head"}
-        assert all(work.flops == pytest.approx(passes / 2 * found["mezo"][p].flops) for p, work in found[name].items())
-        assert all(work.arena_bytes == 0 for work in found[name].values())
+        actual[name] = count(Workload(model, lora, 1, 16, estimator=estimator), Plan())
+        assert set(actual[name]) == {"forward", "head"}
+        assert all(
+            work.flops == pytest.approx(passes / 2 * actual["mezo"][p].flops) for p, work in actual[name].items()
+        )
+        assert all(work.arena_bytes == 0 for work in actual[name].values())
     exact = count(Workload(model, lora, 1, 16), Plan(kept_bytes=0))
-    assert 2 * exact["forward"].flops == pytest.approx(found["mezo"]["forward"].flops)
+    assert 2 * exact["forward"].flops == pytest.approx(actual["mezo"]["forward"].flops)
     assert exact["forward"].arena_bytes == exact["backward"].arena_bytes > 0
-    assert exact["head"].flops == pytest.approx(found["mezo"]["head"].flops)  # two products against one twice
+    assert exact["head"].flops == pytest.approx(actual["mezo"]["head"].flops)  # two products against one twice
     assert count(Workload(model, lora, 1, 16), Plan(kept_bytes=None))["forward"].arena_bytes == 0
 
 

@@ -30,8 +30,8 @@ def numbers(array: Any) -> np.ndarray:
     return np.asarray(array.astype(mx.float32))
 
 
-def same(found: mx.array, expected: mx.array) -> bool:
-    return found.dtype == expected.dtype and mx.array_equal(found, expected).item() is True
+def same(actual: mx.array, expected: mx.array) -> bool:
+    return actual.dtype == expected.dtype and mx.array_equal(actual, expected).item() is True
 
 
 @pytest.mark.skipif(not cpu.is_on(), reason="Metal rounds halfway cases otherwise")
@@ -70,16 +70,16 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
     parts = pack(rows, packing := Packing(bits, group_size, "symmetric"))
     scales, truth = numbers(parts["scales"]), numbers(rows)
     assert np.array_equal(numbers(parts["biases"]), -half * scales), f"seed {seed}: the offset is not exact"
-    found = unpacked(parts, packing)
+    actual = unpacked(parts, packing)
     wide = scales.repeat(group_size, axis=1)
     nearest = np.min([np.abs(q * wide - truth) for q in range(-half, half)], axis=0)
     rounding = 2 * half * np.abs(wide) * 2.0**-23  # of the reader, in float32
-    assert not (np.abs(found - truth) > nearest + rounding).any(), f"seed {seed}"
-    assert (found[3, :128] == 0).all()
+    assert not (np.abs(actual - truth) > nearest + rounding).any(), f"seed {seed}"
+    assert (actual[3, :128] == 0).all()
     groups = truth.reshape(len(truth), -1, group_size)
     highest, lowest = groups.max(axis=-1), groups.min(axis=-1)
     kept = np.where(
-        highest > -lowest, found.reshape(groups.shape).max(axis=-1), found.reshape(groups.shape).min(axis=-1)
+        highest > -lowest, actual.reshape(groups.shape).max(axis=-1), actual.reshape(groups.shape).min(axis=-1)
     )
     normal = np.abs(scales) >= float(mx.finfo(dtype).smallest_normal)  # a division by 8 loses nothing then
     assert np.array_equal(kept[normal], np.where(highest > -lowest, highest, lowest)[normal]), f"seed {seed}"
@@ -117,8 +117,8 @@ def test_a_matrix_is_packed_as_its_rows_are(mode: str, seed: int) -> None:
         pack(rows, packing := Packing(bits, group_size, mode)),
         dict(group_size=group_size, bits=bits, mode=mode),
     )
-    for found, expected in zip(parts.values(), mx.quantize(rows, **layout), strict=True):  # type: ignore[arg-type]
-        assert same(found, expected), f"seed {seed}"
+    for actual, expected in zip(parts.values(), mx.quantize(rows, **layout), strict=True):  # type: ignore[arg-type]
+        assert same(actual, expected), f"seed {seed}"
     seen = mx.dequantize(*parts.values(), **layout, dtype=mx.float32)  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(seen), unpacked(parts, packing))
 
@@ -132,6 +132,6 @@ def test_the_largest_and_the_smallest_numbers_of_a_dtype_stay_finite(mode: str, 
     rows[1, 5] = float(mx.finfo(dtype).smallest_normal)
     rows[2, :] = 1e-7
     packing = Packing(BITS[mode][-1], GROUP_SIZES[mode][0], mode)
-    found = unpacked(pack(mx.array(rows).astype(dtype), packing), packing)
-    assert np.isfinite(found).all()
-    assert (found[3] == 0).all()
+    actual = unpacked(pack(mx.array(rows).astype(dtype), packing), packing)
+    assert np.isfinite(actual).all()
+    assert (actual[3] == 0).all()

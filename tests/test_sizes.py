@@ -38,19 +38,19 @@ def test_sizes_are_those_of_what_is_then_made(
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["gemma3_text"]))
     config = TrainConfig(keys=keys, num_layers=num_layers, rank=5, **options)
     optimizer = make_optimizer(config, 9)
-    found = lora_sizes(model.spec, config.keys, num_layers, config.rank, optimizer)
+    actual = lora_sizes(model.spec, config.keys, num_layers, config.rank, optimizer)
     assert not optimizer._initialized
     lora = setup.make_lora(config, model)
     parameters = lora.parameters()
-    assert found.parameters == sum(value.nbytes for value in parameters.values())
+    assert actual.parameters == sum(value.nbytes for value in parameters.values())
     of_blocks = [
         sum(value.nbytes for name, value in parameters.items() if name.startswith(f"{layer.prefix}."))
         for layer in model.spec.layers
     ]
-    assert found.block_gradients == max(of_blocks)
+    assert actual.block_gradients == max(of_blocks)
     updater = Updater(optimizer, lora)
     of_the_run = sum(optimizer.state[name].nbytes for name in ("step", "learning_rate") if name in optimizer.state)
-    assert found.state == state_bytes(updater.optimizer) - of_the_run
+    assert actual.state == state_bytes(updater.optimizer) - of_the_run
 
 
 def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: P
     arrays_before = mx.get_active_memory()  # of other tests in this process
     mx.reset_peak_memory()
     for name in OPTIMIZERS:
-        found = lora_sizes(model.spec, None, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
-        assert found.parameters > 1e13 and found.state >= 0, name
+        actual = lora_sizes(model.spec, None, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
+        assert actual.parameters > 1e13 and actual.state >= 0, name
     assert mx.get_peak_memory() - arrays_before <= MB and footprint_bytes() - before <= 5 * MB
 
 
@@ -107,9 +107,9 @@ def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
     def named_mb(**options: Any) -> int:
         with pytest.raises(BudgetError) as refused:
             setup.make_lora(TrainConfig(rank=30_000, memory_budget=10 * MB, **options), model)
-        found = re.search(r"smallest workable budget is above (\d+)MB", str(refused.value))
-        assert found is not None, refused.value
-        return int(found[1])
+        actual = re.search(r"smallest workable budget is above (\d+)MB", str(refused.value))
+        assert actual is not None, refused.value
+        return int(actual[1])
 
     optimizer = make_optimizer(TrainConfig(), 1)
     sizes = lora_sizes(model.spec, None, -1, 30_000, optimizer)
@@ -137,12 +137,12 @@ def test_no_limit_and_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # stacks of 10 MB
     assert limits.process_limit() is None
     given[limits.resource.RLIMIT_DATA] = 340 * MB
-    found = limits.process_limit()
-    assert found is not None and found.footprint_bytes == 30 * MB + 340 * MB - 100 * MB - 4 * 10 * MB
-    assert "ulimit -d" in str(found) and "340.0 MB" in str(found) and "230.0 MB" in str(found)
+    actual = limits.process_limit()
+    assert actual is not None and actual.footprint_bytes == 30 * MB + 340 * MB - 100 * MB - 4 * 10 * MB
+    assert "ulimit -d" in str(actual) and "340.0 MB" in str(actual) and "230.0 MB" in str(actual)
     given[limits.resource.RLIMIT_AS] = 1000 * MB
-    found = limits.process_limit()
-    assert found is not None and found.name == "ulimit -v" and found.footprint_bytes == 30 * MB
+    actual = limits.process_limit()
+    assert actual is not None and actual.name == "ulimit -v" and actual.footprint_bytes == 30 * MB
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")

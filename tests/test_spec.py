@@ -89,8 +89,8 @@ def test_the_mode_is_the_tensors_own_however_it_is_said(tmp_path: Path, packing:
             mebp_mlx.open_model(folder)
         return
     spec = mebp_mlx.open_model(folder).spec
-    found = spec.layers[0].linears["q"].quantization
-    assert found is not None and vars(found) == packing
+    actual = spec.layers[0].linears["q"].quantization
+    assert actual is not None and vars(actual) == packing
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def _value(number: float) -> mx.array:
 
 
 def _holds(store: Store, layer: int, name: str, number: float) -> bool:
-    found = store.get(layer, name, 0)
-    return found is not None and np.array_equal(found, _value(number))
+    actual = store.get(layer, name, 0)
+    return actual is not None and np.array_equal(actual, _value(number))
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 4 * PAGE_BYTES])

@@ -18,6 +18,7 @@ import pytest
 
 import mebp_mlx.testing.synth as synth
 from mebp_mlx.errors import UserError
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.testing.synth import SHAPES, layers_of, model_config, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
 
@@ -36,7 +37,10 @@ _TINY: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _TINY_GEMMA = _TINY | {
-    "model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8,
+    "model_type": "gemma3_text",
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
     "sliding_window_pattern": 2,
 }
 TINY: dict[str, dict[str, Any]] = {
@@ -119,28 +123,36 @@ def test_the_number_of_parameters_is_the_published_one(name: str, expected: int)
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [
-        (2, "bfloat16"), (3, "float16"), (4, "float32"), (4, "bfloat16"), (4, "float16"),
-        (5, "bfloat16"), (6, "float16"), (8, "float32"), (16, "bfloat16"), (16, "float16"),
+        (2, "bfloat16"),
+        (3, "float16"),
+        (4, "float32"),
+        (4, "bfloat16"),
+        (4, "float16"),
+        (5, "bfloat16"),
+        (6, "float16"),
+        (8, "float32"),
+        (16, "bfloat16"),
+        (16, "float16"),
     ],
 )
 def test_weights_have_the_spread_of_a_real_model(tmp_path: Path, bits: int, dtype: str) -> None:
     weights = MappedWeights(write_model(TINY["qwen2"], tmp_path / "model", bits=bits, group_size=32, dtype=dtype))
     for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
-        w = weights.rows(f"{name}.weight")
+        w = Tensor(weights, f"{name}.weight")[...]
         if bits < 16:
-            scales, biases = weights.rows(f"{name}.scales"), weights.rows(f"{name}.biases")
+            scales, biases = Tensor(weights, f"{name}.scales")[...], Tensor(weights, f"{name}.biases")[...]
             assert scales.dtype == getattr(mx, dtype)
             w = mx.dequantize(w, scales, biases, group_size=32, bits=bits)
         values = np.array(w.astype(mx.float32))
         assert abs(values.mean()) <= 0.002
         assert 0.018 <= values.std() <= 0.022
-    norm = np.array(weights.rows("model.layers.0.input_layernorm.weight").astype(mx.float32))
+    norm = np.array(Tensor(weights, "model.layers.0.input_layernorm.weight")[...].astype(mx.float32))
     assert abs(norm.mean() - 1) <= 0.05
 
 
 def test_gemmas_norm_weights_are_near_zero(tmp_path: Path) -> None:
     weights = MappedWeights(write_model(TINY["gemma3"], tmp_path / "model"))
-    norm = weights.rows("language_model.model.layers.0.pre_feedforward_layernorm.weight")
+    norm = Tensor(weights, "language_model.model.layers.0.pre_feedforward_layernorm.weight")[...]
     assert float(norm.astype(mx.float32).abs().max()) <= 0.5
 
 
@@ -161,7 +173,7 @@ def test_the_values_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path, mon
 
 
 def test_fewer_layers(tmp_path: Path) -> None:
-    folder = write_model(TINY["gemma3"] | {}, tmp_path / "model", layers=1)
+    folder = write_model(model_config(TINY["gemma3"], 1), tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"] == 1
     assert len(load(folder).layers) == 1
     assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is left alone
@@ -220,8 +232,10 @@ def test_a_failure_half_way_leaves_nothing(
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    options = dict(options)
     with pytest.raises(UserError, match=named):
-        write_model(**{"shape": TINY["qwen2"], "folder": tmp_path / "model", **options})
+        config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
+        write_model(config, tmp_path / "model", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,11 +259,11 @@ def test_the_command_writes_a_model_and_says_so_in_json(tmp_path: Path) -> None:
 def test_memory_stays_small_whatever_the_tensor(tmp_path: Path) -> None:
     code = """
 import sys
-from mebp_mlx.testing.synth import write_model
+from mebp_mlx.testing.synth import model_config, write_model
 from mebp_mlx.system.footprint import PeakMeter
 with PeakMeter() as meter:
     before = meter.now_bytes
-    write_model("qwen2.5-0.5b", sys.argv[1], bits=8, layers=1)  # the embedding alone has 145 MB
+    write_model(model_config("qwen2.5-0.5b", 1), sys.argv[1], bits=8)  # the embedding alone has 145 MB
     print(meter.peak_bytes - before)
 """
     done = subprocess.run(

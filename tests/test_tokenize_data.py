@@ -165,12 +165,12 @@ def test_every_assistant_turn_is_labelled_as_mlx_lm_labels_a_last_one(
     write_rows(tmp_path, rows)
     counts = tokenize_rows(tmp_path, models["chat"], train_on="assistant", max_seq_length=4096)["train"]
     assert counts["rows"] == len(rows) and counts["n_prompt_differs"] == counts["n_unsure"] == 0
-    oracle, found = (
+    oracle, actual = (
         ChatDataset(rows, load_tokenizer(models["chat"]), mask_prompt=True),
         TokenRows(tmp_path / "out", "train"),
     )
     for index, row in enumerate(rows):
-        tokens, labels = found.row(index)
+        tokens, labels = actual.row(index)
         expected = np.zeros(len(tokens), np.uint8)
         for n, message in enumerate(row["messages"], 1):
             if message["role"] == "assistant":
@@ -209,13 +209,13 @@ def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Pa
     rows = [{"messages": [{**TURN, "content": parts}, {**REPLY, "content": [{"type": "text", "text": "hi"}]}]}]
     model = with_template(tmp_path / "parts", PARTS)
     for train_on in ("all", "completion", "assistant"):
-        found = []
+        actual = []
         for given in (rows, [{"messages": [TURN, REPLY]}]):
             write_rows(tmp_path, given)
             tokenize_rows(tmp_path, model, train_on=train_on)
-            found.append([part.tolist() for part in TokenRows(tmp_path / "out", "train").row(0)])
+            actual.append([part.tolist() for part in TokenRows(tmp_path / "out", "train").row(0)])
             shutil.rmtree(tmp_path / "out")
-        assert found[0] == found[1], train_on
+        assert actual[0] == actual[1], train_on
     write_rows(tmp_path, rows)
     with pytest.raises(UserError, match=r'train\.jsonl:1: the "content" of message 1 is a list of parts.*not take'):
         tokenize_rows(tmp_path, models["chat"])
@@ -229,13 +229,13 @@ def test_keys_of_rows_have_the_names_that_are_given(models: dict[str, Path], tmp
     plain = [{"prompt": "one", "completion": "two"}, {"messages": [TURN, REPLY]}, {"text": "three"}]
     named = [{"q": "one", "a": "two"}, {"talk": [TURN, REPLY]}, {"body": "three"}]
     for row, other in zip(plain, named, strict=True):
-        found = []
+        actual = []
         for content, options in ((row, {}), (other, names)):
             write_rows(tmp_path, [content])
             tokenize_rows(tmp_path, models["chat"], **options)
-            found.append(TokenRows(tmp_path / "out", "train").row(0)[0].tolist())
+            actual.append(TokenRows(tmp_path / "out", "train").row(0)[0].tolist())
             shutil.rmtree(tmp_path / "out")
-        assert found[0] == found[1]
+        assert actual[0] == actual[1]
     write_rows(tmp_path, [{"text": "three"}])
     with pytest.raises(UserError, match=r'expected "body", "talk", or "q" and "a", found "text"'):
         tokenize_rows(tmp_path, models["chat"], **names)

@@ -31,14 +31,14 @@ def test_a_run_writes_what_it_promises(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert {path.name for path in out.iterdir()} == {*FILES, "0000004_adapters.safetensors"}
-    found = losses(out)
-    assert [iteration for kind, iteration, _ in found if kind == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [iteration for kind, iteration, _ in found if kind == "valid"] == [0, 4, 6]
-    assert [iteration for kind, iteration, _ in found if kind == "test"] == [6]
+    actual = losses(out)
+    assert [iteration for kind, iteration, _ in actual if kind == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [iteration for kind, iteration, _ in actual if kind == "valid"] == [0, 4, 6]
+    assert [iteration for kind, iteration, _ in actual if kind == "test"] == [6]
     assert [event["iter"] for event in events(out, "save")] == [4, 6]
     assert events(out)[0]["event"] == "start" and events(out)[-1]["event"] == "end"
     if engine != "mezo":
-        assert found[-2][2] < found[0][2] - 0.1, found
+        assert actual[-2][2] < actual[0][2] - 0.1, actual
     report = events(out, "train")[-1]
     assert report["peak_bytes"] >= report["footprint_bytes"] > 1e6
     assert report["tokens_per_s"] > 0 and report["step_s"] > 0 and report["learning_rate"] == pytest.approx(0.01)

@@ -26,7 +26,8 @@ KERNELS_WRONG = "Metal kernel linear_cross_entropy \\(bfloat16, groups of 32\\) 
 
 
 def _loss_arguments(seed: int) -> tuple:
-    return trust.KERNELS["linear_cross_entropy"].sample(mx.bfloat16, 32, T=3, V=300)[:5]
+    h, packed, scales, biases, targets, *_ = trust.KERNELS["linear_cross_entropy"].sample(mx.bfloat16, 32, T=3, V=300)
+    return h, (packed, scales, biases), targets
 
 
 def _call(seed: int) -> mx.array:
@@ -64,10 +65,10 @@ def test_a_good_kernel_is_checked_once_and_used(monkeypatch: pytest.MonkeyPatch,
     calls = _Calls(monkeypatch)
     with running(pretend=True), warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = [_call(seed) for _ in range(3)]
-        mx.eval(found)
+        actual = [_call(seed) for _ in range(3)]
+        mx.eval(actual)
     assert calls.n["linear_cross_entropy"] == 4  # the check and three calls
-    np.testing.assert_allclose(np.asarray(found[2]), np.asarray(_reference(seed)), rtol=2e-2)
+    np.testing.assert_allclose(np.asarray(actual[2]), np.asarray(_reference(seed)), rtol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +82,12 @@ def test_a_bad_kernel_is_warned_of_once_and_replaced(
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
     with running(change=change, pretend=True), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = [_call(seed) for _ in range(2)]
-        mx.eval(found)
+        actual = [_call(seed) for _ in range(2)]
+        mx.eval(actual)
     assert len(said) == 1
     with pytest.warns(UserWarning, match=KERNELS_WRONG + f"({reason}).*plain MLX operations take its place"):
         warnings.warn_explicit(said[0].message, UserWarning, "x", 1)  # type: ignore[arg-type]
-    assert all(np.array_equal(np.asarray(f), np.asarray(_reference(seed))) for f in found)
+    assert all(np.array_equal(np.asarray(f), np.asarray(_reference(seed))) for f in actual)
 
 
 def test_off_never_builds_a_kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -101,10 +102,10 @@ def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> Non
     monkeypatch.setenv("MEBP_KERNELS", "on")
     calls = _Calls(monkeypatch)
     with running(change=_no_rescaling, pretend=True):
-        found = _call(seed)
-        mx.eval(found)
+        actual = _call(seed)
+        mx.eval(actual)
     assert calls.n["linear_cross_entropy"] == 1
-    assert not np.allclose(np.asarray(found), np.asarray(_reference(seed)), rtol=2e-2)
+    assert not np.allclose(np.asarray(actual), np.asarray(_reference(seed)), rtol=2e-2)
 
 
 def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +120,8 @@ def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = online_softmax(z, *state, targets, 0, impl="reference")
     with running(change=only_long_rows, pretend=True):
         with pytest.warns(UserWarning, match="online_softmax .float32. is not used"):
-            found = online_softmax(z, *state, targets, 0)
-        assert np.array_equal(np.asarray(found.total), np.asarray(expected.total))
+            actual = online_softmax(z, *state, targets, 0)
+        assert np.array_equal(np.asarray(actual.total), np.asarray(expected.total))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = online_softmax(z, *state, targets, 0)
@@ -162,12 +163,12 @@ def test_the_engine_takes_the_kernels(tmp_path: Path, dtype: str, monkeypatch: p
         assert calls.n["linear_cross_entropy"] > 1 and calls.n["online_softmax"] == 0
         n_before = dict(calls.n)
         # float32 logits on the CPU stay with numpy: the kernel is for what is not
-        found = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
+        actual = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
     used = calls.n["online_softmax"] - n_before["online_softmax"]
     assert (used > 1) == (dtype == "bfloat16")
     tolerance = 1e-5 if dtype == "float32" else 5e-2
     assert abs(loss - plain_loss) <= tolerance * plain_loss, f"seed {seed}"
-    assert largest_error(found[0].item(), found[1], plain[0].item(), plain[1]) <= tolerance, f"seed {seed}"
+    assert largest_error(actual[0].item(), actual[1], plain[0].item(), plain[1]) <= tolerance, f"seed {seed}"
 
 
 def _doctor(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -179,11 +180,11 @@ def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
     code, table = _doctor(capsys)
     assert code == 0 and table.endswith("all that applies here works\n")
     code, text = _doctor(capsys, "--json")
-    found = json.loads(text)
-    assert code == 0 and found["ok"] is True and found["machine"]["mlx"]
-    groups = {row["group"] for row in found["findings"]}
+    actual = json.loads(text)
+    assert code == 0 and actual["ok"] is True and actual["machine"]["mlx"]
+    groups = {row["group"] for row in actual["findings"]}
     assert groups == {"device", "memory", "BLAS", "meter", "files", "kernels"}
-    states = {row["what"]: row["state"] for row in found["findings"]}
+    states = {row["what"]: row["state"] for row in actual["findings"]}
     assert states["a planted spike"] == "ok" and states["online_softmax"] == "-"
 
 

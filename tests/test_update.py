@@ -39,10 +39,10 @@ def _gradients(lora: Any, rng: np.random.Generator) -> dict[str, mx.array]:
 
 
 def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
-    found: dict[str, dict[str, mx.array]] = {}
+    actual: dict[str, dict[str, mx.array]] = {}
     for name, g in gradients.items():
-        found.setdefault(".".join(name.split(".")[:3]), {})[name] = g
-    return list(reversed(found.values()))
+        actual.setdefault(".".join(name.split(".")[:3]), {})[name] = g
+    return list(reversed(actual.values()))
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) ->
     updater = Updater(optim.AdamW(1e-2), lora, is_lazy=True)
     updater.begin_step()
     for block in _blocks(_gradients(lora, rng)):
-        found, state = updater.sink(block), updater.optimizer.state
+        actual, state = updater.sink(block), updater.optimizer.state
         wanted = [lora.parameters()[name] for name in block]
         wanted += [array for name in block for _, array in tree_flatten(state[name])] + [state["step"]]
-        assert len(found) == len(wanted)
-        assert all(np.array_equal(mine, its) for mine, its in zip(found, wanted, strict=True)), seed
+        assert len(actual) == len(wanted)
+        assert all(np.array_equal(mine, its) for mine, its in zip(actual, wanted, strict=True)), seed
     gathering = Updater(optim.AdamW(1e-2), lora, gather=True)
     gathering.begin_step()
     (block, *_), more = _blocks(_gradients(lora, rng)), _blocks(_gradients(lora, rng))[0]
     gathering.sink(block)
-    for name, found in zip(more, gathering.sink(more), strict=True):
-        assert np.array_equal(found, block[name] + more[name]), (name, seed)
+    for name, actual in zip(more, gathering.sink(more), strict=True):
+        assert np.array_equal(actual, block[name] + more[name]), (name, seed)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])

@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mebp_mlx.errors import UserError
+from mebp_mlx.model.base import Model, Tensor
+from mebp_mlx.testing.tiny import packed_config, write_model
 from mebp_mlx.weights.safetensors import INDEX_NAME, MappedWeights
 
 pytestmark = pytest.mark.quick
@@ -69,8 +71,8 @@ def save_sharded(folder: Path, tensors: dict[str, mx.array], n_shards: int, with
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def same(found: mx.array, expected: mx.array) -> bool:
-    return found.dtype == expected.dtype and bool(mx.array_equal(found, expected))  # shapes included
+def same(actual: mx.array, expected: mx.array) -> bool:
+    return actual.dtype == expected.dtype and bool(mx.array_equal(actual, expected))  # shapes included
 
 
 def raw_file(header: Any, data: bytes = b"") -> bytes:
@@ -106,14 +108,14 @@ def test_every_dtype_and_layout_reads_as_mlx_reads_it(tmp_path: Path, layout: st
         assert (info.name, info.dtype, info.shape) == (name, name.partition(".")[0], tuple(expected.shape))
         assert info.n_bytes == expected.nbytes
         assert name in weights
-        assert same(weights.rows(name), expected), name
+        assert same(Tensor(weights, name)[...], expected), name
         if not expected.ndim:
             continue
         n_rows = expected.shape[0]
         start, stop = sorted(rng.integers(0, n_rows + 1, 2).tolist())
-        assert same(weights.rows(name, start, stop), expected[start:stop]), (name, start, stop)
+        assert same(Tensor(weights, name)[start:stop], expected[start:stop]), (name, start, stop)
         ids = rng.integers(0, max(n_rows, 1), (2, 3) if n_rows else (0, 2))
-        assert same(weights.gather(name, ids), mx.take(expected, mx.array(ids.astype(np.int32)), axis=0)), (name, ids)
+        assert same(Tensor(weights, name)[ids], mx.take(expected, mx.array(ids.astype(np.int32)), axis=0)), (name, ids)
     weights.close()
 
 
@@ -126,8 +128,8 @@ def test_tensors_may_begin_anywhere(tmp_path: Path, shift: int) -> None:
     (tmp_path / "b.safetensors").write_bytes(raw_file(raw[8 : 8 + n] + b" " * shift, raw[8 + n :]))
     weights = MappedWeights(tmp_path / "b.safetensors")
     for name, expected in tensors.items():
-        assert same(weights.rows(name, 1, 5), expected[1:5]), name
-        assert same(weights.gather(name, np.array([5, 0, 5])), expected[mx.array([5, 0, 5])]), name
+        assert same(Tensor(weights, name)[1:5], expected[1:5]), name
+        assert same(Tensor(weights, name)[np.array([5, 0, 5])], expected[mx.array([5, 0, 5])]), name
 
 
 def test_a_view_copies_nothing_and_cannot_be_written(tmp_path: Path) -> None:
@@ -152,24 +154,26 @@ def test_names_are_in_file_order(tmp_path: Path) -> None:
     assert MappedWeights(tmp_path).names == ("a", "b")
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 8), (5, 3), (8, None), (8, 8)])
-def test_rows_outside_the_tensor_are_an_error(tmp_path: Path, start: int, stop: int | None) -> None:
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros((7, 2)), "s": mx.array(1.0)})
-    weights = MappedWeights(tmp_path)
-    with pytest.raises(IndexError, match="x"):
-        weights.rows("x", start, stop)
-    with pytest.raises(IndexError):
-        weights.rows("s", 0, 1)
-    for ids in ([-1], [0, 7], [[2**40]]):
-        with pytest.raises(IndexError, match="x"):
-            weights.gather("x", np.array(ids))
+@pytest.mark.parametrize("bits", [4, None])
+def test_what_lies_outside_a_matrix_is_an_error(tmp_path: Path, bits: int | None) -> None:
+    packing = None if bits is None else {"group_size": 32, "bits": bits}
+    model = Model(write_model(tmp_path / "model", packed_config("qwen2"), quantization=packing))
+    linear = model.spec.layers[0].linears["down"]
+    reads = ((model.row_block, linear.out_dims), (model.rows, linear.out_dims), (model.column_block, linear.in_dims))
+    for read, n in reads:
+        for start, stop in ((-1, 32), (0, n + 1), (64, 32)):
+            with pytest.raises(IndexError, match=linear.name):
+                read(linear, start, stop)
+    for ids in ([-1], [0, model.spec.V], [2**40]):
+        with pytest.raises(IndexError, match=str(ids[-1])):
+            model.gather(model.spec.embedding, np.array(ids))
 
 
 def test_an_unknown_name_is_refused_by_name(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(2)})
     weights = MappedWeights(tmp_path)
     assert "y" not in weights
-    for read in (weights.info, weights.view, weights.rows, weights.advise):
+    for read in (weights.info, weights.view, weights.in_place, weights.advise):
         with pytest.raises(UserError, match="y"):
             read("y")
 
@@ -192,7 +196,7 @@ def test_advice_is_harmless_for_any_range_in_any_thread_and_after_close(tmp_path
     thread = threading.Thread(target=advise)
     thread.start()
     thread.join()
-    assert same(weights.rows("x"), expected)
+    assert same(Tensor(weights, "x")[...], expected)
     weights.close()
     advise()
     assert not problems
@@ -206,7 +210,7 @@ def test_a_view_outlives_close(tmp_path: Path) -> None:
     weights.close()
     assert view.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="closed"):
-        weights.rows("x")
+        Tensor(weights, "x")[...]
 
 
 def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path: Path) -> None:
@@ -216,6 +220,7 @@ def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path:
     code = """
 import sys, mebp_mlx, mlx.core as mx
 from mebp_mlx.system.footprint import footprint_bytes
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.weights.safetensors import MappedWeights
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()
@@ -223,7 +228,7 @@ weights = MappedWeights(sys.argv[1])
 opened = footprint_bytes() - start
 weights.view("x").max()
 touched = footprint_bytes() - start
-rows = weights.rows("x", 5000, 10_000)
+rows = Tensor(weights, "x")[5000:10_000]
 mx.eval(rows)
 print(opened, touched, footprint_bytes() - start)
 """
@@ -338,14 +343,14 @@ def test_a_stale_index_beside_complete_weights_does_not_matter(tmp_path: Path) -
         index.write_text(json.dumps({"weight_map": weight_map}))
         weights = MappedWeights(tmp_path)
         assert set(weights.names) == set(tensors)
-        assert all(same(weights.rows(name), value) for name, value in tensors.items())
+        assert all(same(Tensor(weights, name)[...], value) for name, value in tensors.items())
 
 
 def test_an_index_decides_which_of_the_files_count(tmp_path: Path) -> None:
     save_sharded(tmp_path, {name: mx.zeros((2, 2)) for name in "abcd"}, 2, with_index=True)
     mx.save_safetensors(str(tmp_path / "model-stray.safetensors"), {"a": mx.ones((2, 2)), "e": mx.ones(3)})
     weights = MappedWeights(tmp_path)
-    assert set(weights.names) == set("abcd") and not weights.rows("a").any().item()
+    assert set(weights.names) == set("abcd") and not Tensor(weights, "a")[...].any().item()
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
@@ -416,7 +421,7 @@ def test_a_mutated_file_is_refused_or_read_as_the_format_says(tmp_path: Path, se
     for name in weights.names:
         info = weights.info(name)
         assert weights.view(name).tobytes() == broken[info.offset : info.offset + info.n_bytes]
-        array = weights.rows(name)
+        array = Tensor(weights, name)[...]
         mx.eval(array)
         assert (tuple(array.shape), array.nbytes) == (info.shape, info.n_bytes)
         if info.n_bytes:
@@ -441,12 +446,13 @@ def test_columns_copy_only_themselves(tmp_path: Path) -> None:
     code = """
 import sys, mebp_mlx, mlx.core as mx
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.model.base import Tensor
 from mebp_mlx.weights.safetensors import MappedWeights
 weights = MappedWeights(sys.argv[1])
 mx.eval(mx.zeros(3) + 1)
 start = footprint_bytes()
 with PeakMeter() as meter:
-    columns = weights.columns("x", 100, 200)
+    columns = Tensor(weights, "x")[:, 100:200]
     mx.eval(columns)
 print(meter.peak_bytes - start)
 """
@@ -464,7 +470,4 @@ def test_columns_are_the_files_and_stay_inside_it(tmp_path: Path, shift: int) ->
     weights = MappedWeights(tmp_path / "b.safetensors")
     for name, expected in tensors.items():
         for start, stop in ((0, 5), (1, 4), (2, 2), (4, 5)):
-            assert same(weights.columns(name, start, stop), expected[:, start:stop]), (name, start, stop)
-        for start, stop in ((-1, 2), (0, 6), (3, 2)):
-            with pytest.raises(IndexError, match=name):
-                weights.columns(name, start, stop)
+            assert same(Tensor(weights, name)[:, start:stop], expected[:, start:stop]), (name, start, stop)

@@ -39,10 +39,10 @@ def _setup(tmp_path: Path, seed: int, dropout: float = 0.0, keys: list[str] | No
 
 def _estimate(model: Any, lora: Lora, batch: _Batch, estimator: Estimator, seed: int, step: int) -> Any:
     """(loss, {name: estimate}) of one step."""
-    found: dict[str, mx.array] = {}
+    actual: dict[str, mx.array] = {}
     engine = ZerothOrderEngine(model, lora, estimator, seed=seed)
-    loss = engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=found.update)
-    return loss, found
+    loss = engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=actual.update)
+    return loss, actual
 
 
 def _flat(values: dict[str, mx.array]) -> np.ndarray:
@@ -56,11 +56,11 @@ def test_estimate_is_the_slope_along_the_noise(tmp_path: Path, name: str, seed: 
     _, exact = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets)
     estimator = make_estimator(name, lora, seed=seed, eps=2e-3, n_seeds=3)
     for step in range(3):
-        loss, found = _estimate(model, lora, batch, estimator, seed, step)
+        loss, actual = _estimate(model, lora, batch, estimator, seed, step)
         noise = {n: np.asarray(estimator.direction(0, n, p.shape), np.float64) for n, p in before.items()}
         slope = sum(float((np.asarray(exact[n], np.float64) * z).sum()) for n, z in noise.items())
         for n, z in noise.items():
-            np.testing.assert_allclose(np.asarray(found[n]), slope * z, rtol=5e-2, atol=5e-2 * np.abs(z).max())
+            np.testing.assert_allclose(np.asarray(actual[n]), slope * z, rtol=5e-2, atol=5e-2 * np.abs(z).max())
         assert abs(loss - mebp_mlx.loss(model, lora, batch.tokens, batch.targets).item()) <= 1e-2 * loss
 
 
@@ -95,11 +95,11 @@ def test_parameters_never_move(tmp_path: Path, name: str, seed: int) -> None:
 
 def test_hizoo_without_curvature_is_mezo(tmp_path: Path, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
-    found = [
+    actual = [
         _estimate(model, lora, batch, make_estimator(name, lora, seed=seed, eps=1e-2, alpha=0.0), seed, 4)[1]
         for name in ("mezo", "hizoo")
     ]
-    assert all(mx.array_equal(found[0][n], found[1][n]).item() for n in found[0]), f"seed {seed}"
+    assert all(mx.array_equal(actual[0][n], actual[1][n]).item() for n in actual[0]), f"seed {seed}"
 
 
 def test_hizoo_follows_its_equations(tmp_path: Path, seed: int) -> None:
@@ -119,13 +119,13 @@ def test_hizoo_follows_its_equations(tmp_path: Path, seed: int) -> None:
         bend = abs(losses[1] + losses[2] - 2 * losses[0]) / (2 * eps**2)
         slope = (losses[1] - losses[2]) / (2 * eps)
         H = {n: (1 - alpha) * h + alpha * bend * h * z[n] ** 2 for n, h in H.items()}
-        _, found = _estimate(model, lora, batch, estimator, seed, step)
-        for n in found:
+        _, actual = _estimate(model, lora, batch, estimator, seed, step)
+        for n in actual:
             np.testing.assert_allclose(
                 np.exp(np.asarray(estimator.state()[n])), H[n], rtol=2e-2, err_msg=f"seed {seed}"
             )
             expected = slope * z[n] / np.sqrt(H[n])
-            np.testing.assert_allclose(np.asarray(found[n]), expected, rtol=5e-2, atol=1e-3 * np.abs(expected).max())
+            np.testing.assert_allclose(np.asarray(actual[n]), expected, rtol=5e-2, atol=1e-3 * np.abs(expected).max())
 
 
 def test_hizoo_keeps_what_the_published_alpha_adds(tmp_path: Path, seed: int) -> None:
@@ -176,14 +176,14 @@ def test_kzoo_pro_prefers_large_slopes(seed: int) -> None:
 def test_fzoo_does_not_feel_the_scale_of_the_loss(tmp_path: Path, seed: int) -> None:
     _, lora, _ = _setup(tmp_path, seed)
     losses = np.random.default_rng(seed).normal(3, 0.1, 9)
-    found = []
+    actual = []
     for factor in (1.0, 1e-3, 64.0):
         estimator = make_estimator("fzoo", lora, seed=seed, eps=1e-2)
         estimator.begin(0)
         estimator.observe(factor * losses)
-        found.append({n: np.array(estimator.gradient(n, p.shape)) for n, p in lora.parameters().items()})
-    for other in found[1:]:
-        for n, value in found[0].items():
+        actual.append({n: np.array(estimator.gradient(n, p.shape)) for n, p in lora.parameters().items()})
+    for other in actual[1:]:
+        for n, value in actual[0].items():
             np.testing.assert_allclose(other[n], value, rtol=1e-5, atol=1e-6)
     estimator.observe(np.full(9, 2.0))  # a flat loss has no slope
     assert not np.asarray(estimator.gradient(n, value.shape)).any()
@@ -192,7 +192,7 @@ def test_fzoo_does_not_feel_the_scale_of_the_loss(tmp_path: Path, seed: int) -> 
 def test_fzoo_follows_its_equation(tmp_path: Path, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
     eps, start = 1e-2, lora.parameters()
-    _, found = _estimate(model, lora, batch, make_estimator("fzoo", lora, seed=seed, eps=eps, n_samples=3), seed, 2)
+    _, actual = _estimate(model, lora, batch, make_estimator("fzoo", lora, seed=seed, eps=eps, n_samples=3), seed, 2)
     u = [{n: np.asarray(zo.signs((seed, 2, i), n, p.shape)) for n, p in start.items()} for i in range(3)]
     assert all(set(np.unique(x)) == {-1.0, 1.0} for x in u[0].values())
     losses = [mebp_mlx.loss(model, lora, batch.tokens, batch.targets).item()]
@@ -200,9 +200,9 @@ def test_fzoo_follows_its_equation(tmp_path: Path, seed: int) -> None:
         lora.update({n: mx.array(np.asarray(p) + eps * one[n], mx.float32) for n, p in start.items()})
         losses.append(mebp_mlx.loss(model, lora, batch.tokens, batch.targets).item())
     differences = np.array(losses[1:]) - losses[0]
-    for n in found:
+    for n in actual:
         expected = sum(d * one[n] for d, one in zip(differences, u, strict=True)) / (3 * np.std(losses[1:]))
-        np.testing.assert_allclose(np.asarray(found[n]), expected, rtol=2e-2, atol=2e-3, err_msg=f"seed {seed}")
+        np.testing.assert_allclose(np.asarray(actual[n]), expected, rtol=2e-2, atol=2e-3, err_msg=f"seed {seed}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,11 +219,11 @@ def test_micro_batches_make_one_estimate(tmp_path: Path, name: str, seed: int) -
     total = 0.0
     for micro, part in enumerate(parts):
         total += engine.step(part, step=1, micro=micro, n_labels=whole.n_labels, sink=calls.append)
-    found = {n: g for call in calls for n, g in call.items()}
-    assert len(calls) == model.spec.L and found.keys() == expected.keys()
+    actual = {n: g for call in calls for n, g in call.items()}
+    assert len(calls) == model.spec.L and actual.keys() == expected.keys()
     assert abs(total - loss) <= 1e-5 * loss
     largest = max(float(mx.abs(g).max()) for g in expected.values())
-    assert max(float(mx.abs(found[n] - g).max()) for n, g in expected.items()) <= 2e-2 * largest, f"seed {seed}"
+    assert max(float(mx.abs(actual[n] - g).max()) for n, g in expected.items()) <= 2e-2 * largest, f"seed {seed}"
 
 
 def test_noise_is_regenerated_and_differs_by_step_and_name() -> None:

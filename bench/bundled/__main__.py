@@ -7,6 +7,7 @@ the fine-tuning rows, and `pretrain.json`, the record of the run. The last print
 summary as JSON. The run is bounded by time: the learning rate follows the elapsed share of --minutes, or of
 --steps when given, and only with --steps does a second run repeat the first one.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,12 +49,25 @@ CHAT_TEMPLATE = (
 )
 N_TOKENS = 256  # T, the length of a training row
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": N_PIECES,
-    "hidden_size": 256, "num_hidden_layers": 5, "intermediate_size": 640,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "max_position_embeddings": 1_024, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": N_PIECES,
+    "hidden_size": 256,
+    "num_hidden_layers": 5,
+    "intermediate_size": 640,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1_024,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
 }
 GROUP_SIZE, BITS = 64, 4
 HELP_SHARE = 0.3  # of the documents, shown as an answer to help(name), so that the chat tokens are known
@@ -62,25 +76,47 @@ FAKE_QUANT_FROM = 0.8  # share of the run after which the forward pass sees 4-bi
 
 # ------------------------------------------------------------------------------------------ tokenizer
 
+
 def train_tokenizer(texts: list[str], folder: Path) -> sentencepiece.SentencePieceProcessor:
     """Trains the BPE tokenizer and writes tokenizer.model, tokenizer.json and tokenizer_config.json."""
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=N_PIECES,
-            byte_fallback=True, character_coverage=0.9995, required_chars=string.printable.strip(),
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=100_000,
-            unk_piece=UNK, bos_piece=BOS, eos_piece=EOS, user_defined_symbols=list(CHAT_TOKENS),
-            num_threads=2, minloglevel=2,
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=N_PIECES,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            required_chars=string.printable.strip(),
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=100_000,
+            unk_piece=UNK,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            user_defined_symbols=list(CHAT_TOKENS),
+            num_threads=2,
+            minloglevel=2,
         )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     write_json(folder / "tokenizer.json", fast_tokenizer(processor))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONFIG["max_position_embeddings"],
-        "unk_token": UNK, "bos_token": BOS, "eos_token": EOS, "pad_token": UNK,
-        "additional_special_tokens": list(CHAT_TOKENS), "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    })
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "unk_token": UNK,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": UNK,
+            "additional_special_tokens": list(CHAT_TOKENS),
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
     return processor
 
 
@@ -100,22 +136,37 @@ def fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> dict[str,
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     template = [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [{"id": ids[token], "content": token, **flags} for token in special],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": None,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
         "post_processor": {
-            "type": "TemplateProcessing", "single": template,
+            "type": "TemplateProcessing",
+            "single": template,
             "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {BOS: {"id": BOS, "ids": [ids[BOS]], "tokens": [BOS]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-        ]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": UNK, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": ids, "merges": [pair for *_, pair in sorted(merges)],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNK,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [pair for *_, pair in sorted(merges)],
         },
     }
 
@@ -125,12 +176,10 @@ def fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> dict[str,
 Document = tuple[np.ndarray, np.ndarray]  # the tokens of an entry: plain, and as an answer to help(name)
 
 
-def encoded(
-    found: list[corpus.Entry], processor: sentencepiece.SentencePieceProcessor
-) -> list[Document]:
+def encoded(entries: list[corpus.Entry], processor: sentencepiece.SentencePieceProcessor) -> list[Document]:
     """Per entry its tokens in both forms, between <s> and </s>."""
-    plain = processor.encode([entry.text for entry in found])
-    helped = processor.encode([f"<|user|>help({e.name})<|end|><|assistant|>{e.text}" for e in found])
+    plain = processor.encode([entry.text for entry in entries])
+    helped = processor.encode([f"<|user|>help({e.name})<|end|><|assistant|>{e.text}" for e in entries])
     bos, eos = processor.bos_id(), processor.eos_id()
     return [
         (np.array([bos, *p, eos], np.int32), np.array([bos, *h, eos], np.int32))
@@ -145,7 +194,7 @@ def packed(documents: list[Document], rng: np.random.Generator) -> np.ndarray:
     stream = np.concatenate([documents[i][int(as_help[i])] for i in order])
     stream = np.roll(stream, rng.integers(N_TOKENS))  # other cuts in every epoch
     n_rows = (len(stream) - 1) // N_TOKENS
-    rows = np.stack([stream[i * N_TOKENS:i * N_TOKENS + N_TOKENS + 1] for i in range(n_rows)])
+    rows = np.stack([stream[i * N_TOKENS : i * N_TOKENS + N_TOKENS + 1] for i in range(n_rows)])
     return rng.permutation(rows)
 
 
@@ -154,7 +203,7 @@ def endless(documents: list[Document], batch_size: int, seed: int) -> Iterator[n
     while True:
         rows = packed(documents, rng)
         for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield rows[start:start + batch_size]
+            yield rows[start : start + batch_size]
 
 
 def new_model(seed: int) -> llama.Model:
@@ -213,14 +262,17 @@ def evaluate(model: Any, rows: np.ndarray) -> float:
     """Mean loss in nats over all rows [n, T + 1]."""
     total = 0.0
     for start in range(0, len(rows), 4):
-        part = rows[start:start + 4]
+        part = rows[start : start + 4]
         total += number(mean_loss(model, mx.array(part))) * len(part)
     return total / len(rows)
 
 
 def train(
-    model: llama.Model, batches: Iterator[np.ndarray], valid: np.ndarray,
-    options: argparse.Namespace, say: Callable[[str], None],
+    model: llama.Model,
+    batches: Iterator[np.ndarray],
+    valid: np.ndarray,
+    options: argparse.Namespace,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Trains until --minutes (or --steps) are over; returns the record: steps, tokens, curve, losses."""
     peak = options.learning_rate
@@ -260,19 +312,22 @@ def train(
             if progress >= 0.05 * (1 + len(curve)):
                 model.update(params)
                 valid_loss = evaluate(model, valid)
-                curve.append(
-                    {"n_tokens": n_seen, "train": round(train_loss, 4), "valid": round(valid_loss, 4)})
+                curve.append({"n_tokens": n_seen, "train": round(train_loss, 4), "valid": round(valid_loss, 4)})
                 line += f" valid {valid_loss:.3f}"
             say(f"{line} {n_seen / (last_report_s - start_s):,.0f} tokens/s")
     model.update(params)
     return {
-        "steps": step, "n_tokens_seen": step * options.batch_size * N_TOKENS,
-        "train_s": round(time.monotonic() - start_s, 1), "train_loss": round(sum(recent) / len(recent), 4),
-        "valid_loss_float32": round(evaluate(model, valid), 4), "curve": curve,
+        "steps": step,
+        "n_tokens_seen": step * options.batch_size * N_TOKENS,
+        "train_s": round(time.monotonic() - start_s, 1),
+        "train_loss": round(sum(recent) / len(recent), 4),
+        "valid_loss_float32": round(evaluate(model, valid), 4),
+        "curve": curve,
     }
 
 
 # ------------------------------------------------------------------------------------------ saving
+
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -293,8 +348,10 @@ def save_quantized(model: llama.Model, folder: Path) -> None:
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     quantization = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
-    write_json(folder / "config.json", dict(sorted(
-        {**CONFIG, "quantization": quantization, "quantization_config": quantization}.items())))
+    write_json(
+        folder / "config.json",
+        dict(sorted({**CONFIG, "quantization": quantization, "quantization_config": quantization}.items())),
+    )
 
 
 def check_saved(folder: Path, valid: np.ndarray, questions: list[str]) -> dict[str, Any]:
@@ -348,8 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         print(line, flush=True)
 
     say(f"BLAS {BLAS.name}, MLX {importlib.metadata.version('mlx')}, Python {sys.version.split()[0]}")
-    found = corpus.entries()
-    splits = corpus.make_splits(found)
+    entries = corpus.entries()
+    splits = corpus.make_splits(entries)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".staged-", dir=options.out) as staged_name:
         staged = Path(staged_name)
@@ -370,11 +427,17 @@ def main(argv: list[str] | None = None) -> int:
         packages = ("mlx", "mlx-lm", "numpy", "sentencepiece")
         full = {
             "options": {key: value for key, value in vars(options).items() if key not in ("out", "command")},
-            "versions": {"python": sys.version.split()[0], "blas": BLAS.name,
-                         **{name: importlib.metadata.version(name) for name in packages}},
-            "n_documents": len(documents), "n_held_out_documents": len(splits.held_out),
-            "n_chars": sum(len(entry.text) for entry in splits.pretrain), "n_tokens_per_epoch": n_tokens,
-            "n_parameters": n_params, "rows": {split: len(rows) for split, rows in splits.rows.items()},
+            "versions": {
+                "python": sys.version.split()[0],
+                "blas": BLAS.name,
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "n_documents": len(documents),
+            "n_held_out_documents": len(splits.held_out),
+            "n_chars": sum(len(entry.text) for entry in splits.pretrain),
+            "n_tokens_per_epoch": n_tokens,
+            "n_parameters": n_params,
+            "rows": {split: len(rows) for split, rows in splits.rows.items()},
             **record,
         }
         write_json(staged / "pretrain.json", full)

@@ -6,6 +6,7 @@
 pre-training text. Everything is a pure function of the interpreter's version: order follows names, choices
 follow hashes.
 """
+
 from __future__ import annotations
 
 import ast
@@ -19,34 +20,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SKIPPED_FOLDERS = frozenset({
-    "test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "lib-dynload",
-    "_bundled", "__pycache__", "pydoc_data", "encodings", "__phello__",
-})
+SKIPPED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "_bundled",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+        "__phello__",
+    }
+)
 # C modules and the public names under which people know their contents.
 C_MODULES = {
-    "builtins": "", "math": "math", "cmath": "cmath", "itertools": "itertools", "time": "time", "sys": "sys",
-    "gc": "gc", "_functools": "functools", "_collections": "collections", "_operator": "operator",
-    "_heapq": "heapq", "_io": "io", "_datetime": "datetime", "_thread": "threading", "_socket": "socket",
-    "_random": "random", "_struct": "struct", "array": "array", "binascii": "binascii", "zlib": "zlib",
-    "select": "select", "marshal": "marshal", "atexit": "atexit", "signal": "signal", "posix": "os",
-    "unicodedata": "unicodedata", "_weakref": "weakref", "_csv": "csv", "_codecs": "codecs",
-    "_string": "string", "faulthandler": "faulthandler", "mmap": "mmap", "_bisect": "bisect",
+    "builtins": "",
+    "math": "math",
+    "cmath": "cmath",
+    "itertools": "itertools",
+    "time": "time",
+    "sys": "sys",
+    "gc": "gc",
+    "_functools": "functools",
+    "_collections": "collections",
+    "_operator": "operator",
+    "_heapq": "heapq",
+    "_io": "io",
+    "_datetime": "datetime",
+    "_thread": "threading",
+    "_socket": "socket",
+    "_random": "random",
+    "_struct": "struct",
+    "array": "array",
+    "binascii": "binascii",
+    "zlib": "zlib",
+    "select": "select",
+    "marshal": "marshal",
+    "atexit": "atexit",
+    "signal": "signal",
+    "posix": "os",
+    "unicodedata": "unicodedata",
+    "_weakref": "weakref",
+    "_csv": "csv",
+    "_codecs": "codecs",
+    "_string": "string",
+    "faulthandler": "faulthandler",
+    "mmap": "mmap",
+    "_bisect": "bisect",
 }
 MAX_DOC_CHARS = 12_000
 QUESTIONS = {
     "function": (
-        "What does {name} do?", "What does {call} do?", "What is {name} for?",
-        "Explain {name} in one sentence.", "Describe {name}.", "Tell me what {call} does.",
-        "In short, what does {name} do?", "I found {call} in some code. What does it do?",
+        "What does {name} do?",
+        "What does {call} do?",
+        "What is {name} for?",
+        "Explain {name} in one sentence.",
+        "Describe {name}.",
+        "Tell me what {call} does.",
+        "In short, what does {name} do?",
+        "I found {call} in some code. What does it do?",
         "What happens when I call {call}?",
     ),
     "class": (
-        "What is {name}?", "What is the class {name} for?", "Describe the class {name}.", "What is a {name}?",
-        "Explain {name} in one sentence.", "When would I use {name}?",
+        "What is {name}?",
+        "What is the class {name} for?",
+        "Describe the class {name}.",
+        "What is a {name}?",
+        "Explain {name} in one sentence.",
+        "When would I use {name}?",
     ),
     "module": (
-        "What is the module {name} for?", "What does the module {name} provide?",
+        "What is the module {name} for?",
+        "What does the module {name} provide?",
         "Describe the module {name}.",
     ),
 }
@@ -75,15 +125,15 @@ def stdlib_folder() -> Path:
 
 def python_files(root: Path) -> Iterator[tuple[str, Path]]:
     """(dotted module name, file) of every .py file under `root` that is not skipped, ordered by name."""
-    found = []
+    modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         if any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in parts[:-1]):
             continue
         module = parts[:-1] if parts[-1] == "__init__.py" else (*parts[:-1], parts[-1][:-3])
         if module and all(part.isidentifier() for part in module):
-            found.append((".".join(module), path))
-    return iter(sorted(found))
+            modules.append((".".join(module), path))
+    return iter(sorted(modules))
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> str:
@@ -192,12 +242,12 @@ def entries(root: Path | None = None, with_runtime: bool = True) -> list[Entry]:
 
     `root` is the folder of .py files (the standard library); `with_runtime` adds C modules and topics.
     """
-    found = list(source_entries(root or stdlib_folder()))
+    entries = list(source_entries(root or stdlib_folder()))
     if with_runtime:
-        found += [*c_entries(), *topic_entries()]
+        entries += [*c_entries(), *topic_entries()]
     seen: set[str] = set()
     unique = []
-    for entry in found:
+    for entry in entries:
         key = _squeeze(entry.doc)
         if len(key) >= 20 and key not in seen:
             seen.add(key)
@@ -248,13 +298,13 @@ class Splits:
     rows: dict[str, list[dict[str, Any]]]
 
 
-def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_test: int = 60) -> Splits:
+def make_splits(entries: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_test: int = 60) -> Splits:
     """Chooses the objects to ask about. Rows are mlx-lm "messages"; no answer and no object is in two splits.
 
     An entry whose text contains a held-out answer is left out of `pretrain`, whatever its name.
     """
     by_answer: dict[str, Entry] = {}
-    for entry in found:
+    for entry in entries:
         is_public = not any(part.startswith("_") for part in entry.name.split("."))
         answer = first_sentence(entry.doc) if is_public and entry.kind in QUESTIONS else ""
         if answer and len(entry.name) <= 48:
@@ -262,19 +312,30 @@ def make_splits(found: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_t
     one_per_name = {entry.name: answer for answer, entry in reversed(by_answer.items())}
     usable = (answer for answer, entry in by_answer.items() if one_per_name[entry.name] == answer)
     answers = sorted(usable, key=_hash)
-    bounds = {"valid": answers[:n_valid], "test": answers[n_valid:n_valid + n_test],
-              "train": answers[n_valid + n_test:n_valid + n_test + n_train]}
+    bounds = {
+        "valid": answers[:n_valid],
+        "test": answers[n_valid : n_valid + n_test],
+        "train": answers[n_valid + n_test : n_valid + n_test + n_train],
+    }
     rows = {
-        split: [{"messages": [{"role": "user", "content": question(by_answer[answer])},
-                              {"role": "assistant", "content": answer}]} for answer in chosen]
+        split: [
+            {
+                "messages": [
+                    {"role": "user", "content": question(by_answer[answer])},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+            for answer in chosen
+        ]
         for split, chosen in bounds.items()
     }
     hidden = bounds["valid"] + bounds["test"]
     hidden_names = {by_answer[answer].name for answer in hidden}
     stems = [answer.rstrip(".!") for answer in hidden]
-    held_out = [entry for entry in found if entry.name in hidden_names]
+    held_out = [entry for entry in entries if entry.name in hidden_names]
     pretrain = [
-        entry for entry in found
+        entry
+        for entry in entries
         if entry.name not in hidden_names and not any(stem in _squeeze(entry.doc) for stem in stems)
     ]
     return Splits(pretrain, held_out, rows)

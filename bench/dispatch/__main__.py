@@ -40,7 +40,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 
     def of(n_blocks: int, with_peak: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = write_model(options.shape, Path(scratch) / "model", layers=n_blocks, sparse=True)
+            folder = write_model(model_config(options.shape, n_blocks), Path(scratch) / "model", sparse=True)
             case = Case(folder, options.tokens, options.optimizer, options.kept_bytes, options.memory_budget)
             windows = [layer.window for layer in case.model.spec.layers if layer.window]
             if n_blocks < options.depth and windows and min(windows) < options.tokens:

@@ -22,8 +22,8 @@ from mebp_mlx.engine.arena import Arena
 from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.engine.base import Pass
 from mebp_mlx.families.base import Block, value
+from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.training.update import Updater
-from mebp_mlx.weights.safetensors import MappedWeights
 
 _VIEWS = """Reshape Slice Transpose Broadcast BroadcastAxes View Squeeze ExpandDims Split Flatten Unflatten AsStrided
     Copy StopGradient Depends CustomTransforms"""  # Copy shares its input's memory; Contiguous copies
@@ -197,7 +197,7 @@ class Watch:
         def inside(what: str) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
                 def copying(*args: Any, **kwargs: Any) -> Any:
-                    before, self.copying = self.copying, what
+                    before, self.copying = self.copying, what if self.copying == "other" else self.copying
                     try:
                         return plain(*args, **kwargs)
                     finally:
@@ -222,9 +222,8 @@ class Watch:
         for name, module in list(sys.modules.items()):
             if name.startswith("mebp_mlx.") and vars(module).get("mx") is mx:
                 wrap(module, "mx", lambda _: core)
-        wrap(MappedWeights, "rows", inside("weights"))
-        wrap(MappedWeights, "columns", inside("weights"))
-        wrap(MappedWeights, "gather", inside("gathered"))
+        wrap(Tensor, "__getitem__", inside("weights"))
+        wrap(Model, "gather", inside("gathered"))
         wrap(Arena, "put", moving("written"))
         wrap(Arena, "get", lambda plain: inside("file")(moving("read")(plain)))
 

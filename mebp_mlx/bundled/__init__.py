@@ -1,4 +1,5 @@
 """Where the bundled model and data lie. `python -m bench.bundled` makes them; see README.md and NOTICE."""
+
 from __future__ import annotations
 
 from pathlib import Path

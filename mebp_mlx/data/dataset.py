@@ -1,7 +1,7 @@
-"""Training data: rows of token ids with their labels, mapped from files that a child process has written.
+"""Training data: rows of token ids with their labels, memory-mapped from files that a child process wrote.
 
 Nothing here imports the libraries that tokenize: `prepare` runs `mebp_mlx.data.tokenize` in a process of its
-own, unless its result for the same data, tokenizer and options is already in the cache.
+own, unless the cache already holds the result for the same data, tokenizer and options.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Batch:
 class TokenRows:
     """The rows of one split, memory-mapped.
 
-    A row of n tokens gives n - 1 positions; position t has tokens[t + 1] as its target if that one is trained on. name:
-    of the file that the rows came from.
+    A row of n tokens gives n - 1 positions. The target of position t is tokens[t + 1], if that token is trained on.
+    name: the file that the rows come from.
     """
 
     def __init__(self, folder: Path, split: str, name: str | None = None) -> None:
@@ -80,12 +80,12 @@ class TokenRows:
         return Batch(tokens, targets, tuple(self.row_name(index) for index in indices), n_labels)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a row, int32 [n], and uint8 [n] with 1 for each that is a target; the first one never is."""
+        """A row's tokens, int32 [n], and labels, uint8 [n]: 1 where the token is a target, as the first never is."""
         place = slice(self._offsets[index], self._offsets[index + 1])
         return self._tokens[place], self._labels[place]
 
     def row_name(self, index: int) -> str:
-        """`train.jsonl:17`: where a row comes from."""
+        """The file and line of a row, such as `train.jsonl:17`."""
         return f"{self.name}:{self._lines[index]}"
 
 
@@ -93,10 +93,10 @@ class TokenRows:
 class DataSets:
     """The splits of a data folder, and where their files are.
 
-    `counts[split]`: `rows`, `tokens`, `labels` that are kept; `n_read` rows in the file; `n_masked_rows`
-    skipped because no label is within the length limit; `n_overlong` truncated or dropped;
-    `n_prompt_differs` rows in which something else stands before an answer than the template's generation prompt;
-    `n_unsure` those of them whose answer was not found, so that labels may begin some tokens early or late.
+    `counts[split]` holds `rows`, `tokens` and `labels` that are kept; `n_read`, the rows in the file;
+    `n_masked_rows`, skipped because no label is within the length limit; `n_overlong`, truncated or dropped;
+    `n_prompt_differs`, rows in which the text before an answer is not the template's generation prompt;
+    `n_unsure`, those of them whose answer was not located, so that labels may begin a few tokens early or late.
     """
 
     train: TokenRows
@@ -109,7 +109,7 @@ class DataSets:
 def prepare(
     data: str | Sequence[Mapping[str, Any]], model_path: Path, rows: RowOptions, cache_dir: Path | None = None
 ) -> DataSets:
-    """The token rows of data for the tokenizer in `model_path`.
+    """Tokenizes data with the tokenizer in `model_path`, or takes the result from the cache.
 
     data: a folder, a hub id, "bundled", or mlx-lm's `hf_dataset` (a list of sets).
     Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
@@ -140,7 +140,7 @@ def prepare_rows(
     rows: RowOptions,
     cache_dir: Path | None = None,
 ) -> TokenRows:
-    """The rows of one split alone, or of the JSONL file that `data` names. Errors as of `prepare`."""
+    """The rows of one split alone, or of the JSONL file that `data` names. Raises what `prepare` raises."""
     if isinstance(data, str):
         file = Path(data).expanduser()
         if not file.is_file():
@@ -156,7 +156,7 @@ def prepare_rows(
 def _tokenized(
     files: dict[str, Path], model_path: Path, rows: RowOptions, cache_dir: Path | None
 ) -> tuple[dict[str, dict[str, int]], Path]:
-    """Counts of each split as of DataSets, and the folder of their token files, from the cache or made now."""
+    """The counts of each split (see DataSets) and the folder of the token files, which are made if not in the cache."""
     options = {"rows": asdict(rows)}
     try:
         hashes = {split: sha256_of(path) for split, path in files.items()}
@@ -176,7 +176,7 @@ def _tokenized(
             run_child(["mebp_mlx.data.tokenize"], request, offline=True, on_progress=show)
         meta = read_meta(out)
         if meta is None:
-            raise UserError(f"{out}: the token cache was damaged while it was made")
+            raise UserError(f"{out}: the token cache was damaged while it was written")
     return meta["splits"], out
 
 
@@ -189,9 +189,9 @@ def n_batches_per_epoch(rows: TokenRows, batch_size: int) -> int:
 
 
 def batches(rows: TokenRows, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless batches of rows of similar length, from batch number `start` on.
+    """Yields batches of rows of similar length without end, starting with batch number `start`.
 
-    Every epoch has every row once, in an order that depends on (seed, epoch) alone. `seed` and `start` >= 0.
+    Each epoch has every row once, in an order that depends only on (seed, epoch). `seed` and `start` >= 0.
     """
     epoch, done = divmod(start, n_batches_per_epoch(rows, batch_size))
     while True:
@@ -209,7 +209,7 @@ def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[
 
 
 def eval_batches(rows: TokenRows, batch_size: int, limit: int) -> Iterator[Batch]:
-    """The first `limit` batches in the order of the file (-1: all of them), the same ones every time."""
+    """Yields the first `limit` batches in file order (-1: all), the same every time."""
     total = n_batches_per_epoch(rows, batch_size)
     for number in range(total if limit < 0 else min(limit, total)):
         yield rows.batch(np.arange(number * batch_size, min((number + 1) * batch_size, len(rows))))
@@ -255,7 +255,7 @@ def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _progress_line() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Shows the child's progress on one line of stderr, wiped at the end, if stderr is a terminal."""
+    """Shows the child's progress on one line of stderr, erased at the end, if stderr is a terminal."""
     shown = False
 
     def show(state: dict[str, Any]) -> None:

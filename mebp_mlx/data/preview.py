@@ -1,4 +1,4 @@
-"""Rows as text with what is trained on marked: `--preview N`. The tokenizer runs in a child process of its own."""
+"""`--preview N`: rows as text, with the labelled parts marked. The tokenizer runs in a child process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGIN, END = "[[", "]]"
 
 
 def show_rows(rows: TokenRows, model_path: Path, n_rows: int) -> None:
-    """Prints the first rows of a split, each under its file and line, between [[ and ]] what is trained on."""
+    """Prints the first rows of a split under their file and line, with the labelled text between [[ and ]]."""
     shown = []
     for index in range(min(n_rows, len(rows))):
         tokens, labels = rows.row(index)
@@ -30,7 +30,7 @@ def show_rows(rows: TokenRows, model_path: Path, n_rows: int) -> None:
         print(f"--- {row['name']}: {len(row['tokens']):,} tokens, {sum(row['labels']):,} trained on")
         print(text.encode(encoding, "backslashreplace").decode(encoding))
     print(
-        f"--- {len(shown)} of {len(rows):,} rows; between {BEGIN} and {END} is what is trained on; nothing is trained"
+        f"--- {len(shown)} of {len(rows):,} rows; the text between {BEGIN} and {END} is trained on; nothing was trained"
     )
 
 

@@ -1,6 +1,6 @@
-"""One row of a data file as tokens and labels, by the tokenizer of a model. Formats and templates are mlx-lm's.
+"""Encodes one row of a data file as tokens and labels with a model's tokenizer. Formats and templates are mlx-lm's.
 
-What is trained on (`RowOptions.train_on`): all of a row's tokens; the completion, which is the last message, as with
+`RowOptions.train_on` selects the labels: all of a row's tokens; the completion, which is the last message, as with
 mlx-lm's --mask-prompt; or every turn of the assistant.
 """
 
@@ -16,15 +16,16 @@ from mebp_mlx.system.child import one_line
 ALL, COMPLETION, ASSISTANT = "all", "completion", "assistant"
 TRAIN_ON = (ALL, COMPLETION, ASSISTANT)
 OVERLONG = ("truncate", "drop", "error")
-_STAND_INS = ("x", "0")  # contents that share no token, to see where a template puts a content
+_STAND_INS = ("x", "0")  # contents that share no token: they show where a template puts the content
 Message = dict[str, Any]
 Template = Callable[..., list[int]]  # template(messages, add_generation_prompt=...) -> tokens
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are read. *_feature: the keys of a row, as mlx-lm names them; one_kind: a file's rows all have the keys
-    of its first one.
+    """How rows are read.
+
+    *_feature: the keys of a row, under mlx-lm's names; one_kind: all rows of a file have the keys of the first one.
     """
 
     train_on: str = ALL
@@ -48,7 +49,7 @@ class RowOptions:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All keys of rows that anything is read from."""
+        """All keys that are read from a row."""
         return self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature, "tools"
 
     def keys(self, kind: str) -> tuple[str, ...]:
@@ -58,13 +59,15 @@ class RowOptions:
         return (self.chat_feature if kind == "chat" else self.text_feature,)
 
     def kind(self, row: dict[str, Any]) -> str | None:
-        """What mlx-lm would take a row for: "prompt" (with a completion), "chat", "text", or None."""
+        """The kind of a row by mlx-lm's rules: "prompt" (with a completion), "chat", "text", or None."""
         return next((kind for kind in ("prompt", "chat", "text") if all(key in row for key in self.keys(kind))), None)
 
 
 class Row(NamedTuple):
-    """labels: [start, stop) ranges of tokens that are trained on. differs: the template writes something else before
-    an answer than its generation prompt; unsure: so that labels may begin or end some tokens early or late.
+    """An encoded row.
+
+    labels: [start, stop) ranges of tokens that are trained on; differs: the text before an answer is not the
+    template's generation prompt; unsure: the answer was not located, so labels may be a few tokens early or late.
     """
 
     tokens: list[int]
@@ -81,9 +84,9 @@ class Encoder:
         self._takes_parts: bool | None = None
 
     def encode(self, row: dict[str, Any], kind: str, where: str) -> Row:
-        """A row of a kind as Row. UserError, beginning with `where`, if it cannot be read so.
+        """Encodes a row of the given kind. Raises UserError, which begins with `where`, if it does not fit.
 
-        Text ends with the end-of-text token; the rest goes through the chat template.
+        Text gets the end-of-text token at its end; the other kinds go through the chat template.
         """
         if kind == "text":
             return self._text(row, where)
@@ -97,7 +100,7 @@ class Encoder:
             raise UserError(f'{where}: "tools" must be a list, found {kind_of(tools)}')
         if not self.tokenizer.has_chat_template:
             raise UserError(
-                f'{where}: this row needs a chat template, and the tokenizer has none; use {{"text"}} rows, '
+                f'{where}: this row needs a chat template, but the tokenizer has none; use {{"text"}} rows, '
                 "or add chat_template.jinja to the model's folder"
             )
 
@@ -119,7 +122,7 @@ class Encoder:
             raise UserError(f"{where}: the text is empty")
         if self.options.train_on != ALL:
             flag = "--mask-prompt" if self.options.train_on == COMPLETION else "--train-on assistant"
-            raise UserError(f'{where}: {flag} needs rows with a prompt, and this one is {{"text"}}')
+            raise UserError(f'{where}: {flag} needs rows with a prompt, but this row is {{"text"}}')
         if tokenizer.eos_token_id is None:
             raise UserError(f"{where}: the tokenizer has no eos_token to end the text with (tokenizer_config.json)")
         tokens = _guarded(lambda: tokenizer.encode(text), where)
@@ -131,8 +134,8 @@ class Encoder:
 
     def _messages(self, messages: Any, where: str) -> list[Message]:
         if not isinstance(messages, list) or not messages:
-            found = "an empty list" if messages == [] else kind_of(messages)
-            raise UserError(f'{where}: "{self.options.chat_feature}" must be a list of messages, found {found}')
+            what = "an empty list" if messages == [] else kind_of(messages)
+            raise UserError(f'{where}: "{self.options.chat_feature}" must be a list of messages, found {what}')
         for number, message in enumerate(messages, 1):
             if not isinstance(message, dict):
                 raise UserError(f"{where}: message {number} must be an object, found {kind_of(message)}")
@@ -149,7 +152,7 @@ class Encoder:
         return row[key]
 
     def _check_content(self, content: Any, what: str, where: str) -> None:
-        """A string, or parts of text where the model's template takes them: others print a list as Python does."""
+        """Accepts a string, or a list of text parts if the model's template supports it (others print the list)."""
         if isinstance(content, str):
             return
         if not isinstance(content, list) or not content:
@@ -176,24 +179,24 @@ class Encoder:
 
 
 def _last_turn(tokens: list[int], messages: list[Message], template: Template) -> Row:
-    """mlx-lm's --mask-prompt: labels from behind the template's prompt for the last message to the end.
+    """mlx-lm's --mask-prompt: labels run from the end of the template's prompt for the last message to the end.
 
-    Where the row does not begin with that prompt, labels begin where the message does.
+    If the row does not begin with that prompt, labels begin at the message's content.
     """
     number = len(messages) - 1
     prompt = _attempt(template, messages[:-1], add_generation_prompt=messages[-1]["role"] == "assistant")
     if prompt is not None and tokens[: len(prompt)] == prompt:
         return Row(tokens, [(len(prompt), len(tokens))])
-    found = _content_range(tokens, messages, number, template)
-    if found is not None:
-        return Row(tokens, [(found[0], len(tokens))], differs=True)
+    content = _content_range(tokens, messages, number, template)
+    if content is not None:
+        return Row(tokens, [(content[0], len(tokens))], differs=True)
     start = len(prompt or ())
     return Row(tokens, [(start, len(tokens))] if start < len(tokens) else [], differs=True, unsure=True)
 
 
 def _assistant_turns(tokens: list[int], messages: list[Message], template: Template) -> Row:
-    """Of every assistant's message what `_last_turn` labels if the conversation ends there: its content and the
-    tokens that end a turn. A turn whose place in the row cannot be found has no labels.
+    """Labels each of the assistant's messages as `_last_turn` would if the conversation ended there: the content and
+    the tokens that end a turn. A turn that cannot be located in the row gets no labels.
     """
     labels, differs, unsure = [], False, False
     for number, message in enumerate(messages):
@@ -205,12 +208,12 @@ def _assistant_turns(tokens: list[int], messages: list[Message], template: Templ
         stop = len(through) if through is not None and tokens[: len(through)] == through else None
         if start is None or stop is None:
             differs |= number > 0 and start is None
-            found = _content_range(tokens, messages, number, template)
-            if found is None:
+            content = _content_range(tokens, messages, number, template)
+            if content is None:
                 unsure = True
                 continue
-            start = found[0] if start is None else start
-            stop = found[1] if stop is None else stop
+            start = content[0] if start is None else start
+            stop = content[1] if stop is None else stop
         labels.append((start, stop))
     return Row(tokens, labels, differs, unsure)
 
@@ -218,9 +221,9 @@ def _assistant_turns(tokens: list[int], messages: list[Message], template: Templ
 def _content_range(
     tokens: list[int], messages: list[Message], number: int, template: Template
 ) -> tuple[int, int] | None:
-    """Where the content of a message and what ends its turn stand in a row, [start, stop); None if that is not clear.
+    """The range [start, stop) of a message's content and its end-of-turn tokens in a row; None if it is ambiguous.
 
-    The row with two other contents in its place is the same before the content and behind it.
+    The content is replaced by two others: what both rows share is what surrounds the content.
     """
 
     def rendered(through: int) -> list[list[int] | None]:
@@ -250,7 +253,7 @@ def _content_range(
 
 
 def _n_shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists begin with in common."""
+    """The length of the common prefix of two lists."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -258,7 +261,7 @@ def _n_shared(one: list[int], other: list[int]) -> int:
 
 
 def _attempt(work: Callable[..., list[int]], *arguments: Any, **options: Any) -> list[int] | None:
-    """Tokens of something that a template may refuse: a part of a conversation. None if it does."""
+    """Tokens of a part of a conversation, or None if the template refuses it."""
     try:
         return list(work(*arguments, **options))
     except Exception:
@@ -268,7 +271,7 @@ def _attempt(work: Callable[..., list[int]], *arguments: Any, **options: Any) ->
 def _guarded(work: Callable[[], list[int]], where: str) -> list[int]:
     try:
         return work()
-    except Exception as error:  # templates raise what they like, tokenizers refuse lone surrogates
+    except Exception as error:  # a template may raise anything; tokenizers refuse lone surrogates
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: the tokenizer refuses this row: {reason}") from error
 

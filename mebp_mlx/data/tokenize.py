@@ -31,14 +31,14 @@ from mebp_mlx.system.files import flush
 from mebp_mlx.weights.hub import SPLITS
 
 FORMAT_VERSION = 3
-# Of each split: the rows' tokens one after another, whether each of them is a target (1 or 0), where each row starts
-# (one entry more than rows), its line in the JSONL file. Little-endian, bare.
+# The files of a split: the tokens of all rows; 1 for each token that is a target, else 0; where each row starts (one
+# entry more than rows); the line of each row in the JSONL file. Little-endian, without a header.
 FILES = {"tokens": "i4", "labels": "u1", "offsets": "i8", "lines": "i4"}
 _TYPECODES = {"i4": "i", "u1": "B", "i8": "q"}
 _TEMPORARY = ".tmp-"
 _STALE_S = 24 * 3600
-_ROW_S = 20  # for one row
-_MEMORY_BYTES = 4 << 30  # for the child: a template must not take the machine
+_ROW_S = 20  # the longest that one row may take
+_MEMORY_BYTES = 4 << 30  # of the child: a chat template must not exhaust the machine
 
 
 def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = None) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """`meta.json` of a complete folder of token files; None if it is missing, of another format, damaged, or not this
-    user's: what is trained on would be somebody else's choice.
+    """`meta.json` of a complete folder of token files; None if it is missing, damaged, has another format, or belongs
+    to another user, who could otherwise choose the training data.
     """
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -119,7 +119,7 @@ def load_tokenizer(model_path: Path) -> Any:
         raise UserError(f"tokenizing needs mlx-lm: pip install mlx-lm ({one_line(error)})") from error
     try:
         return load(model_path)
-    except Exception as error:  # whatever a broken tokenizer file makes its library raise
+    except Exception as error:  # a broken tokenizer file can make its library raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--model {model_path}: its tokenizer cannot be loaded: {reason}") from error
 
@@ -128,7 +128,7 @@ def load_tokenizer(model_path: Path) -> Any:
 
 
 def _read_rows(path: Path, digest: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(line number, bytes read so far, object) of every line that is not blank; `digest` sees all bytes."""
+    """Yields (line number, bytes read so far, object) for each line that is not blank; `digest` gets all bytes."""
     n_bytes = 0
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
@@ -155,7 +155,7 @@ def _read_rows(path: Path, digest: Any) -> Iterator[tuple[int, int, dict[str, An
 
 
 class _Files:
-    """The token files of one split, being written."""
+    """Writes the token files of one split."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self._paths = {name: folder / f"{split}.{name}" for name in FILES}
@@ -230,7 +230,7 @@ def _tokenize_split(
 
 @contextlib.contextmanager
 def _time_limit(where: str) -> Iterator[None]:
-    """Ends a row that takes too long with a UserError: a chat template is a program out of the model's folder."""
+    """Raises UserError when a row takes too long: a chat template is a program from the model's folder."""
 
     def expire(*_: object) -> None:
         raise UserError(f"{where}: the tokenizer or its chat template took more than {_ROW_S} s")
@@ -248,7 +248,7 @@ def _time_limit(where: str) -> Iterator[None]:
 
 
 def limit_memory() -> None:
-    """Keeps this process below _MEMORY_BYTES where the system counts them (not on macOS)."""
+    """Limits this process to _MEMORY_BYTES, where the system enforces it (macOS does not)."""
     with contextlib.suppress(ValueError, OSError):
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limits = [limit for limit in (soft, hard, _MEMORY_BYTES) if limit != resource.RLIM_INFINITY]
@@ -256,30 +256,30 @@ def limit_memory() -> None:
 
 
 class _Kinds:
-    """The kinds of a file's rows: the first one's, or each row's own (RowOptions.one_kind)."""
+    """The kinds of a file's rows: all have the first one's, or each has its own (RowOptions.one_kind)."""
 
     def __init__(self, options: RowOptions) -> None:
         self._options, self._first, self._first_line = options, "", 0
 
     def of(self, row: dict[str, Any], line: int, where: str) -> str:
-        options, found = self._options, self._options.kind(row)
-        if found is None:
+        options, kind = self._options, self._options.kind(row)
+        if kind is None:
             prompt, completion = options.keys("prompt")
             expected = f'"{options.text_feature}", "{options.chat_feature}", or "{prompt}" and "{completion}"'
             raise UserError(f"{where}: no known keys: expected {expected}, found {_keys(row)}")
         if not self._first:
-            self._first, self._first_line = found, line
+            self._first, self._first_line = kind, line
         if not options.one_kind:
-            return found
+            return kind
         if missing := [key for key in options.keys(self._first) if key not in row]:
             raise UserError(
-                f'{where}: has no "{missing[0]}", as line {self._first_line} and so the whole file must have'
+                f'{where}: has no "{missing[0]}", as line {self._first_line} has: the rows of a file share their keys'
             )
         return self._first
 
 
 def _fitted(row: Row, options: RowOptions, counts: dict[str, int], where: str) -> tuple[list[int], bytearray] | None:
-    """The tokens within the length limit, and a 1 for each that is a target; None for a row that is left out."""
+    """The tokens within the length limit and their labels (1: a target); None for a row that is left out."""
     tokens, limit = row.tokens, options.max_seq_length
     if len(tokens) > limit:
         counts["n_overlong"] += 1
@@ -290,7 +290,7 @@ def _fitted(row: Row, options: RowOptions, counts: dict[str, int], where: str) -
         tokens = tokens[:limit]
     labels = bytearray(len(tokens))
     for start, stop in row.labels:
-        start, stop = max(start, 1), min(stop, len(tokens))  # the first token follows nothing
+        start, stop = max(start, 1), min(stop, len(tokens))  # nothing predicts the first token
         labels[start:stop] = b"\1" * max(stop - start, 0)
     if not any(labels):
         counts["n_masked_rows"] += 1
@@ -312,7 +312,7 @@ def _why_empty(counts: dict[str, int]) -> str:
 
 
 def _vocabulary(model_path: Path) -> int | None:
-    """Rows of the model's embedding as config.json names them, if it does."""
+    """The model's vocabulary size as config.json states it, else None."""
     try:
         config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
         size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
@@ -322,7 +322,7 @@ def _vocabulary(model_path: Path) -> int | None:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Give the finished folder its name, unless another process was faster; a damaged one there goes away."""
+    """Renames the finished folder, unless another process was faster; replaces a damaged one."""
     while True:
         try:
             os.rename(folder, out)
@@ -339,7 +339,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Remove what killed processes left behind more than a day ago."""
+    """Removes folders that killed processes left behind more than a day ago."""
     for folder in cache.glob(f"{_TEMPORARY}*"):
         try:
             if time.time() - folder.stat().st_mtime > _STALE_S:

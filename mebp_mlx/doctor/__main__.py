@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 
-from .. import __version__
 from ..kernels import trust
 from ..system import allocator
 from ..system.command import DONE, FAILED, run_command
 from ..system.machine import load_blas, machine
+from ..version import __version__
 from . import checks
 from .checks import Finding
 

@@ -146,7 +146,7 @@ def check_model(name: str) -> Iterator[Finding]:
         state = NOT_HERE if not device.on_metal() else NOTE if why else OK
         figures = {"tensors": len(infos), "bytes": n_bytes, "why": why, "names": [info.name for info in infos]}
         yield Finding("model", f"copied at every pass: {why}" if why else "adopted in place", state, detail, figures)
-    model.weights.close()
+    model.close()
 
 
 def check_probes() -> Iterator[Finding]:

@@ -71,9 +71,9 @@ class Arena:
     def view(self, layer: int, name: str, tile: int) -> np.ndarray:
         """An entry in the file itself, read-only; of a dtype that numpy has. The file cannot be closed before it."""
         offset, dtype, shape = self._slots[layer, name, tile]
-        found = np.frombuffer(self._map, dtype_name(dtype), math.prod(shape), offset).reshape(shape)
-        found.flags.writeable = False
-        return found
+        view = np.frombuffer(self._map, dtype_name(dtype), math.prod(shape), offset).reshape(shape)
+        view.flags.writeable = False
+        return view
 
     def __contains__(self, key: object) -> bool:
         return key in self._slots

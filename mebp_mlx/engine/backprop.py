@@ -120,10 +120,10 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
         run.blocks.append(run.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
     while dy:
-        found = run.blocks[-1].backward(dy.pop(), need_dx)
-        if found is not None:
-            dx.append(found)
-        del found
+        gradient = run.blocks[-1].backward(dy.pop(), need_dx)
+        if gradient is not None:
+            dx.append(gradient)
+        del gradient
         run.blocks.pop()
         run.shared.clear()
         if dy:  # the first tile is submitted with the block's update
@@ -150,9 +150,9 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
 
     # Trainables go in as arguments: a captured one would get a silent zero gradient.
     with cpu.off():
-        _, found = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values()], dy)
-        run.gradients.update(zip(trainables, found[len(dy) :], strict=True))
-        dx = found[: len(dy)] if need_dx else []
+        _, gradients = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values()], dy)
+        run.gradients.update(zip(trainables, gradients[len(dy) :], strict=True))
+        dx = gradients[: len(dy)] if need_dx else []
         work.barrier.value(*dx, *run.gradients.values())
     dy.clear()
     return dx

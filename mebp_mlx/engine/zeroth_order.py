@@ -206,7 +206,8 @@ class Perturbed(Mapping[str, Pair]):
         pair = self.pairs[name]
         if self.probe.amount == 0:
             return pair
-        return Pair(self._moved(pair.a, f"{name}.lora_a"), self._moved(pair.b, f"{name}.lora_b"))
+        m = None if pair.m is None else self._moved(pair.m, f"{name}.m")
+        return Pair(self._moved(pair.a, f"{name}.lora_a"), self._moved(pair.b, f"{name}.lora_b"), m)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pairs)
@@ -280,7 +281,7 @@ class ZerothOrderEngine:
         self.barrier.finish()
 
 
-def make_estimator(
+def make_estimator(  # noqa: PLR0913 - the options of four estimators, by keyword
     name: str,
     lora: Lora,
     *,
@@ -308,13 +309,13 @@ def rebuild(start: Mapping[str, mx.array], sums: np.ndarray, seed: int, learning
 
     start: by name; sums: SeedPool's, float32 [K]; for plain SGD at a constant rate.
     """
-    found = dict(start)
-    for name in found:
+    parameters = dict(start)
+    for name in parameters:
         for index in np.flatnonzero(sums):
             amount = learning_rate * float(sums[index])
-            found[name] = found[name] - amount * pool_noise(seed, int(index), name, found[name].shape)
-            mx.eval(found[name])
-    return found
+            parameters[name] = parameters[name] - amount * pool_noise(seed, int(index), name, parameters[name].shape)
+            mx.eval(parameters[name])
+    return parameters
 
 
 def gaussian(noise_parts: tuple[int, ...], name: str, shape: tuple[int, ...]) -> mx.array:

@@ -57,16 +57,20 @@ def _run(options: Options) -> None:
     folder = Path(options.adapter_path).expanduser()
     base = model_name(read_about(folder), options.model)
     model = Model(resolve_model(base))
-    model.weights.close()
+    model.close()
     spec = model.spec
+    if not options.from_peft and (lora := load_adapters(folder, spec)).fine_tune_type == "dora":
+        raise UserError(
+            f"{FLAG} {folder}: is DoRA, which is not exported; python -m mebp_mlx.fuse adds it to the weights"
+        )
     if options.gguf:
         path = Path(options.save_path).expanduser()
-        write_gguf(path, load_adapters(folder, spec), spec, folder.resolve().name, "--save-path")
+        write_gguf(path, lora, spec, folder.resolve().name, "--save-path")
         say(f"{folder} -> {path}")
         return
     out = new_folder(options.save_path, "--save-path")
     if options.peft:
-        write_peft(out, load_adapters(folder, spec), spec, base)
+        write_peft(out, lora, spec, base)
     else:
         write_ours(out, read_peft(folder, spec, FLAG), base)
     say(f"{folder} -> {out.path}")

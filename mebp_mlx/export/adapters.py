@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..model.base import Model
+from ..model.base import Model, Tensor
 from ..model.config import Linear, ModelSpec
 from ..model.lora import Lora
 from ..system.files import read_json_object, write_json
@@ -54,8 +54,8 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
     if "peft_type" in about:
         raise UserError(f"{flag} {folder}: is PEFT's; python -m mebp_mlx.export --from-peft converts it")
     kind = about.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora")
+    if kind not in ("lora", "dora"):
+        raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora and dora")
     parameters = about.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise UserError(f"{where}: lora_parameters is missing")
@@ -71,7 +71,7 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
 def adapters_of(folder: Path, model_path: Path) -> Lora:
     """The same for the model in a folder, of which only headers are read."""
     model = Model(model_path)
-    model.weights.close()
+    model.close()
     return load_adapters(folder, model.spec)
 
 
@@ -93,10 +93,11 @@ def as_lora(
 
     Raises UserError for half a pair, and where there is none.
     """
+    is_dora = any(name.endswith(".m") for name in parameters)
     for name in parameters:
-        other = name[:-1] + ("b" if name.endswith("a") else "a")
-        if other not in parameters:
-            raise UserError(f"{file}: {name} has no {other.rpartition('.')[2]} beside it")
+        for part in ("lora_a", "lora_b", *(["m"] if is_dora else [])):
+            if f"{name.rpartition('.')[0]}.{part}" not in parameters:
+                raise UserError(f"{file}: {name} has no {part} beside it")
     if not parameters:
         raise UserError(f"{file}: holds no LoRA pair")
     layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
@@ -134,7 +135,7 @@ def write_adapters(folder: Path, lora: Lora, about: dict[str, Any]) -> None:
 
 def _described(lora: Lora) -> dict[str, Any]:
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": lora.fine_tune_type,
         "num_layers": lora.num_layers,
         "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": list(lora.keys)},
     }
@@ -152,12 +153,13 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
     """One matrix of a pair, in float32."""
     info = weights.info(name)
     module, _, part = name.rpartition(".")
-    if part not in ("lora_a", "lora_b"):
-        raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b)")
+    if part not in ("lora_a", "lora_b", "m"):
+        raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b) or DoRA's m")
     if module not in linears:
         raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
     linear = linears[module]
-    wanted = (linear.in_dims, rank) if part == "lora_a" else (rank, linear.out_dims)
+    shapes = {"lora_a": (linear.in_dims, rank), "lora_b": (rank, linear.out_dims), "m": (linear.out_dims,)}
+    wanted: tuple[int, ...] = shapes[part]
     return checked_matrix(weights, name, wanted, rank)
 
 
@@ -170,7 +172,7 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
         )
     if not mx.issubdtype(info.mlx_dtype, mx.floating):
         raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
-    value = weights.rows(name).astype(mx.float32)
+    value = Tensor(weights, name)[...].astype(mx.float32)
     if not mx.isfinite(value).all().item():
         raise UserError(f"{info.file}: {name} holds values that are not finite")
     return value
@@ -179,8 +181,8 @@ def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], ra
 def _number(parameters: dict[str, Any], key: str, where: Path) -> float:
     value: Any = parameters.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and (key != "rank" or (value >= 1 and value == int(value))):
+    if is_number and abs(value) <= sys.float_info.max and (key != "rank" or (value >= 1 and value == int(value))):
         return value
     wanted = "a positive whole number" if key == "rank" else "a number"
-    found = "is missing" if value is None else f"must be {wanted}, found {value!r}"
-    raise UserError(f"{where}: lora_parameters.{key} {found}")
+    problem = "is missing" if value is None else f"must be {wanted}, found {str(value)[:100]}"
+    raise UserError(f"{where}: lora_parameters.{key} {problem}")

@@ -49,7 +49,7 @@ def write_folder(
                     flush(new)
             write_json(out.partial / "config.json", config)
             write_json(out.partial / INDEX_NAME, _index(repack.report, weight_map))
-            Model(out.partial).weights.close()  # what is published can be opened
+            Model(out.partial).close()  # what is published can be opened
             check(out.partial)
             out.publish()
 

@@ -19,7 +19,7 @@ from ..model.reading import read_config
 from ..system.device import DTYPES
 from ..system.files import NewFolder
 from .folder import new_config, write_folder, write_text
-from .quantize import Recipe
+from .quantize import Recipe, checked_packing
 from .requantize import Repack, Report, Say
 
 
@@ -45,6 +45,20 @@ class Format:
     def is_dense(self) -> bool:
         """Whether no matrix is packed."""
         return self.recipe is not None and self.recipe.packing is None
+
+
+def format_of(bits: int | None, group_size: int | None, mode: str | None, dtype: str | None, dense: bool) -> Format:
+    """The format that --bits, --group-size, --mode, --dtype and --dequantize describe. Raises UserError for options
+    that exclude each other.
+    """
+    packs = [flag for flag, value in (("--bits", bits), ("--group-size", group_size), ("--mode", mode)) if value]
+    if packs and dense:
+        raise UserError(f"{packs[0]}: cannot be combined with --dequantize")
+    if packs:
+        return Format(Recipe(checked_packing(bits, group_size, mode or "affine")), dtype)
+    if dtype and not dense:
+        raise UserError(f"--dtype {dtype}: needs --dequantize or --bits")
+    return Format(Recipe(None) if dense else None, dtype)
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ def fuse(
         config = new_config(read_config(source), how.recipe, repack.report.others, how.dtype)
         write_folder(out, source, repack, config, say, check)
     finally:
-        model.weights.close()
+        model.close()
     return repack.report, kept[0] if kept else None
 
 

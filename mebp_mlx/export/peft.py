@@ -81,13 +81,13 @@ def write_ours(out: NewFolder, lora: Lora, base: str) -> None:
 
 def _matrix(weights: MappedWeights, name: str, spec: ModelSpec, rank: int) -> tuple[str, mx.array]:
     """One matrix under our name, transposed."""
-    found = _NAME.fullmatch(name)
-    if found is None or int(found[1]) >= spec.L or found[2] not in spec.layers[int(found[1])].matrices:
+    match = _NAME.fullmatch(name)
+    if match is None or int(match[1]) >= spec.L or match[2] not in spec.layers[int(match[1])].matrices:
         raise UserError(f"{weights.info(name).file}: {name}: the model has no such module that LoRA goes on")
-    linear = spec.layers[int(found[1])].matrices[found[2]]
-    wanted = (rank, linear.in_dims) if found[3] == "A" else (linear.out_dims, rank)
+    linear = spec.layers[int(match[1])].matrices[match[2]]
+    wanted = (rank, linear.in_dims) if match[3] == "A" else (linear.out_dims, rank)
     value = checked_matrix(weights, name, wanted, rank)
-    return f"{linear.name}.lora_{found[3].lower()}", mx.contiguous(value.T)
+    return f"{linear.name}.lora_{match[3].lower()}", mx.contiguous(value.T)
 
 
 def _transformers_name(module: str) -> str:
@@ -124,7 +124,7 @@ def _peft_config(lora: Lora, spec: ModelSpec, base: str) -> dict[str, Any]:
 
 def model_name(about: dict[str, Any], given: str | None) -> str:
     """The model that adapters belong to: as given, else as their config says. Raises UserError without either."""
-    found = given or about.get("model") or about.get("base_model_name_or_path")
-    if not isinstance(found, str):
-        raise UserError(f"--model: is required, {ADAPTER_CONFIG} names none: {json.dumps(found)}")
-    return found
+    model = given or about.get("model") or about.get("base_model_name_or_path")
+    if not isinstance(model, str):
+        raise UserError(f"--model: is required, {ADAPTER_CONFIG} names none: {json.dumps(model)}")
+    return model

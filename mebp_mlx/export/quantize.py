@@ -74,8 +74,8 @@ class Recipe:
         """
         if self.packing is None or self.high_bits is None:
             return self.packing
-        found = re.search(r"\blayers\.(\d+)\.", name)
-        index, eighth = int(found[1]) if found else 0, n_layers // 8
+        match = re.search(r"\blayers\.(\d+)\.", name)
+        index, eighth = int(match[1]) if match else 0, n_layers // 8
         is_outer = index < eighth or index >= 7 * n_layers // 8
         is_chosen = name.endswith(("v_proj", "down_proj")) and (is_outer or (index - eighth) % 3 == 2)
         if is_chosen or name.endswith("lm_head"):

@@ -147,7 +147,7 @@ class Repack:
                 for item in block:
                     if isinstance(item, _Vector):
                         name, dtype = item.entry.name, DTYPES[item.entry.dtype]
-                        shard.append(name, self._cast(name, self._model.weights.rows(name), dtype))
+                        shard.append(name, self._cast(name, self._model.tensor(name)[...], dtype))
                     elif isinstance(item, _Same):
                         self._copy(shard, item.entry)
                     else:
@@ -207,7 +207,7 @@ class Repack:
 
     def _copy(self, shard: Shard, entry: Entry) -> None:
         for start, stop in _row_blocks(entry.shape):
-            shard.append(entry.name, self._model.weights.rows(entry.name, start, stop))
+            shard.append(entry.name, self._model.tensor(entry.name)[start:stop])
 
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
@@ -228,11 +228,14 @@ class Repack:
         return sums
 
     def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32."""
+        """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
         rows = self._model.rows(linear, start, stop)
         if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
             return rows
-        return rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        rows = rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
+        if pair.m is None:
+            return rows
+        return rows * (pair.m[start:stop] / mx.linalg.norm(rows, axis=1))[:, None]
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)

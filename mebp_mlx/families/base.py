@@ -45,11 +45,11 @@ class BlockKept:
         """Whether values of that name, without their number, may be kept."""
         return self.kept is not None and (self.names is None or name in self.names)
 
-    def put(self, name: str, position: int, found: mx.array) -> bool:
+    def put(self, name: str, position: int, value: mx.array) -> bool:
         """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
         if self.kept is None or self.names is None or name.partition(".")[0] not in self.names:
             return False
-        return self.kept.put(self.layer, name, position, found)
+        return self.kept.put(self.layer, name, position, value)
 
     def get(self, name: str, position: int) -> mx.array | None:
         """A kept value, in a backward pass."""
@@ -77,20 +77,20 @@ class value:
     def __get__(self, block: Any, owner: type | None = None) -> Any:
         if block is None:
             return self
-        found = block.run.kept.get(self.name, block.position)
-        if found is None:
-            found = self.equation(block, *[getattr(block, name) for name in self.inputs])
+        value = block.run.kept.get(self.name, block.position)
+        if value is None:
+            value = self.equation(block, *[getattr(block, name) for name in self.inputs])
             block.was_read(self.inputs)
-            block.run.barrier.value(found)
-            block.run.kept.put(self.name, block.position, found)
-        block.__dict__[self.name] = found  # from now on the attribute itself
-        return found
+            block.run.barrier.value(value)
+            block.run.kept.put(self.name, block.position, value)
+        block.__dict__[self.name] = value  # from now on the attribute itself
+        return value
 
 
 class BlockRun:
     """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
 
-    block: its class;    kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
+    block: its class; kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
     """
 
     def __init__(

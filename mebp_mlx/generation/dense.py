@@ -67,8 +67,8 @@ def make_dense(model: nn.Module, room: float, say: Callable[[str], None]) -> Non
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
-    found: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    return found
+    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    return parameters
 
 
 def _slow_matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:

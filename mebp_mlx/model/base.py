@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from .reading import read_config, read_spec
 
 # What mx.quantized_matmul takes; other packings are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
-# Reads some rows or columns of a tensor from MappedWeights or the like: its name, and how many items it stores for how
-# many columns of the matrix.
-Read = Callable[[Any, str, int, int], Any]
+_NORM_BYTES = 2 << 20  # of rows whose norms are measured at a time
+Index = Callable[["Tensor"], Any]  # which items of a tensor, as numpy writes it
 
 
 def can_stay_packed(packing: Quantization | None) -> bool:
@@ -80,6 +80,43 @@ class QuantizedBlock:
 WeightBlock = DenseBlock | QuantizedBlock
 
 
+class Tensor:
+    """A tensor of the checkpoint, to be indexed as numpy would: `tensor[2:5]`, `tensor[:, :8]`, `tensor[ids]`,
+    `tensor[...]`.
+
+    What is read is an MLX array of the tensor's own dtype: a slice of the mapped pages where MLX has adopted them, a
+    copy of these items alone elsewhere.
+    """
+
+    def __init__(self, weights: MappedWeights, name: str):
+        info = weights.info(name)
+        self.weights, self.name = weights, name
+        self.shape, self.dtype, self.in_place = info.shape, info.mlx_dtype, weights.in_place(name)
+
+    @cached_property
+    def items(self) -> np.ndarray:
+        """All of it as a view of the map; bfloat16 as uint16."""
+        return self.weights.view(self.name)
+
+    def __getitem__(self, index: Any) -> mx.array:
+        if self.in_place is not None and not isinstance(index, np.ndarray):
+            return self.in_place[index]
+        items = self.items[index]
+        if not items.flags.c_contiguous:  # MLX would copy all that lies between its first byte and its last
+            items = items.copy()
+        if not items.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
+            return mx.array(items.reshape(-1).view(np.uint8)).view(self.dtype).reshape(items.shape)
+        array = mx.array(items)
+        return array if array.dtype == self.dtype else array.view(self.dtype)
+
+
+class UnreadTensor(Tensor):
+    """The same by shape and dtype alone: what is read is never evaluated."""
+
+    def __getitem__(self, index: Any) -> mx.array:
+        return stand_in(np.broadcast_to(np.uint8(0), self.shape)[index].shape, self.dtype)
+
+
 class Model:
     """An opened checkpoint: its architecture, its mapped files, and how to compute with it.
 
@@ -94,31 +131,63 @@ class Model:
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
         self.dtype, self.packed = dtype, packed
+        self._tensors: dict[str, Tensor] = {}
+        self._kind: type[Tensor] = Tensor
+        self._squared_norms: dict[Linear, mx.array] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the checkpoint by name; the same object until close()."""
+        if name not in self._tensors:
+            self._tensors[name] = self._kind(self.weights, name)
+        return self._tensors[name]
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
-        """Rows [start, stop) of the matrix, ready for products."""
-        start, stop = start + linear.first_row, stop + linear.first_row
-        return self._block(linear, lambda weights, name, *_: weights.rows(name, start, stop))
+        """Rows [start, stop) of the matrix, ready for products. IndexError beyond its rows."""
+        rows = _rows(linear, start, stop)
+        return self._block(linear, lambda _: rows)
 
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Columns [start, stop) of the matrix, between groups of a packed one, ready for products."""
-
         if stop - start == linear.in_dims:
             return self.row_block(linear, 0, linear.out_dims)
+        if not 0 <= start <= stop <= linear.in_dims:
+            raise IndexError(f"{linear.name}: columns {start}..{stop} of {linear.in_dims}")
 
-        def read(weights: Any, name: str, n_items: int, n_columns: int) -> Any:
-            return weights.columns(name, start * n_items // n_columns, stop * n_items // n_columns)
+        def columns(tensor: Tensor) -> Any:
+            # A packed tensor, or one with a number for each group, has fewer columns than the matrix.
+            first, last = (at * tensor.shape[1] // linear.in_dims for at in (start, stop))
+            return _rows(linear, 0, linear.out_dims), slice(first, last)
 
-        return self._block(linear, read)
+        return self._block(linear, columns)
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
-        start, stop = start + linear.first_row, stop + linear.first_row
-        return self._dense(linear, lambda weights, name, *_: weights.rows(name, start, stop))
+        rows = _rows(linear, start, stop)
+        return self._dense(linear, lambda _: rows)
+
+    def squared_norms(self, linear: Linear) -> mx.array:
+        """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
+        if linear not in self._squared_norms:
+            if self._kind is UnreadTensor:
+                return stand_in((linear.out_dims,), mx.float32)
+            step = max(1, _NORM_BYTES // (4 * linear.in_dims))
+            parts = []
+            for start in range(0, linear.out_dims, step):
+                rows = self.rows(linear, start, min(start + step, linear.out_dims)).astype(mx.float32)
+                parts.append(mx.square(rows).sum(axis=1))
+                mx.eval(parts[-1])
+            self._squared_norms[linear] = mx.concatenate(parts)
+            mx.eval(self._squared_norms[linear])
+        return self._squared_norms[linear]
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
-        """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype."""
-        return self._dense(linear, lambda weights, name, *_: weights.gather(name, ids))
+        """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype.
+
+        IndexError if an id is negative or beyond the rows.
+        """
+        if ids.size and not (ids.min() >= 0 and ids.max() < linear.out_dims):
+            raise IndexError(f"{linear.name}: row ids {ids.min()}..{ids.max()} of {linear.out_dims}")
+        return self._dense(linear, lambda _: ids)
 
     def stays_packed(self, linear: Linear) -> bool:
         """Whether products with this matrix are made without dequantizing it."""
@@ -128,55 +197,57 @@ class Model:
         """Memory that n_items of the matrix take where products are made with them; 0: the mapped pages themselves."""
         packing = linear.quantization
         if not self.stays_packed(linear):
-            stored = None if packing is not None else self.weights.in_place(f"{linear.name}.weight")
+            stored = None if packing is not None else self.tensor(f"{linear.name}.weight").in_place
             return 0 if stored is not None and stored.dtype == self.dtype else n_items * self.dtype.size
         assert packing is not None
-        if all(self.weights.in_place(name) is not None for name in linear.tensors):
+        if all(self.tensor(name).in_place is not None for name in linear.tensors):
             return 0
         return n_items * (packing.bits / 8 + 2 * self.dtype.size / packing.group_size)
 
     def unread(self) -> Model:
         """The same model without weights: for graphs that are built and never evaluated."""
         model = copy.copy(self)
-        model.weights = UnreadWeights(self.weights)  # type: ignore[assignment]
+        model._tensors, model._kind = {}, UnreadTensor
         return model
 
-    def _block(self, linear: Linear, read: Read) -> WeightBlock:
+    def close(self) -> None:
+        """Gives the maps back, once no array of their pages is in use any more."""
+        self._tensors.clear()
+        self.weights.close()
+
+    def _block(self, linear: Linear, index: Index) -> WeightBlock:
         packing = linear.quantization
         if packing is None or not self.stays_packed(linear):
-            return DenseBlock(self._dense(linear, read))
-        weight, *of_groups = linear.tensors
-        parts = [read(self.weights, name, 1, packing.group_size) for name in of_groups]
+            return DenseBlock(self._dense(linear, index))
+        weight, *parts = (tensor[index(tensor)] for tensor in map(self.tensor, linear.tensors))
         if packing.mode == "affine":  # else a float32 scale would make the product float32
             parts = [part.astype(self.dtype) for part in parts]
-        return QuantizedBlock((read(self.weights, weight, packing.bits, 32), *parts), packing)
+        return QuantizedBlock((weight, *parts), packing)
 
-    def _dense(self, linear: Linear, read: Read) -> mx.array:
-        weight, *of_groups = linear.tensors
+    def _dense(self, linear: Linear, index: Index) -> mx.array:
+        weight, *of_groups = map(self.tensor, linear.tensors)
         packing, dtype = linear.quantization, self.dtype
         if packing is None:
-            return read(self.weights, weight, 1, 1).astype(dtype)
-        parts = [read(self.weights, name, 1, packing.group_size) for name in of_groups]
+            return weight[index(weight)].astype(dtype)
+        parts = [tensor[index(tensor)] for tensor in of_groups]
         if packing.mode == "affine":
             # Scales are widened first: dequantize computes in their dtype, and 16 bits would lose weight bits.
             parts = [part.astype(dtype) for part in parts]
             if packing.bits in cpu.BITS and cpu.serves(*parts):
-                codes = read(Views(self.weights), weight, packing.bits, 32)
-                return cpu.dequantize(codes, *parts, packing.bits, packing.group_size)
+                return cpu.dequantize(weight.items[index(weight)], *parts, packing.bits, packing.group_size)
         biases = parts[1] if len(parts) > 1 else None
         how: dict[str, Any] = dict(group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=dtype)
-        return mx.dequantize(read(self.weights, weight, packing.bits, 32), parts[0], biases, **how).astype(dtype)
+        return mx.dequantize(weight[index(weight)], parts[0], biases, **how).astype(dtype)
 
     def bias(self, linear: Linear, start: int, stop: int) -> mx.array | None:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
         if not linear.bias:
             return None
-        start, stop = start + linear.first_row, stop + linear.first_row
-        return self.weights.rows(f"{linear.name}.bias", start, stop).astype(self.dtype)
+        return self.tensor(f"{linear.name}.bias")[_rows(linear, start, stop)].astype(self.dtype)
 
     def norm(self, name: str) -> mx.array:
         """A norm's weight vector as rms_norm takes it, in the compute dtype."""
-        weight = self.weights.rows(name).astype(self.dtype)
+        weight = self.tensor(name)[...].astype(self.dtype)
         return self.spec.norm_offset + weight if self.spec.norm_offset else weight
 
     def norms(self, layer: Layer) -> dict[str, mx.array]:
@@ -186,7 +257,7 @@ class Model:
     def arrays(self, layer: Layer) -> dict[str, mx.array]:
         """A block's tensors that are no matrices and no norms, in float32 (float64 where that is computed in)."""
         dtype = self.dtype if self.dtype.size > 4 else mx.float32
-        return {name: self.weights.rows(tensor).astype(dtype) for name, tensor in layer.arrays.items()}
+        return {name: self.tensor(tensor)[...].astype(dtype) for name, tensor in layer.arrays.items()}
 
     def embed(self, tokens: np.ndarray) -> mx.array:
         """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled where the family does."""
@@ -195,46 +266,16 @@ class Model:
         return x if scale is None else x * scale
 
 
+def _rows(linear: Linear, start: int, stop: int) -> slice:
+    """Rows [start, stop) of a matrix in its tensors."""
+    if not 0 <= start <= stop <= linear.out_dims:
+        raise IndexError(f"{linear.name}: rows {start}..{stop} of {linear.out_dims}")
+    return slice(linear.first_row + start, linear.first_row + stop)
+
+
 _numbers = itertools.count()
 
 
 def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """A distinct array that is never evaluated: exporting a graph merges equal parts."""
     return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)
-
-
-class Views:
-    """Tensors of a checkpoint as numpy's views of the mapped files: nothing is copied but gathered rows."""
-
-    def __init__(self, weights: MappedWeights):
-        self.weights = weights
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.weights.view(name)[start:stop]
-
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.weights.view(name)[:, start:stop]
-
-    def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        return self.weights.view(name)[ids]
-
-
-class UnreadWeights:
-    """Tensors of a checkpoint by shape and dtype alone, as arrays that are never evaluated."""
-
-    def __init__(self, weights: MappedWeights):
-        self.weights = weights
-
-    def in_place(self, name: str) -> mx.array | None:
-        return self.weights.in_place(name)
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        shape = self.weights.info(name).shape
-        stop = shape[0] if stop is None else stop
-        return stand_in((stop - start, *shape[1:]), self.weights.info(name).mlx_dtype)
-
-    def columns(self, name: str, start: int, stop: int) -> mx.array:
-        return stand_in((self.weights.info(name).shape[0], stop - start), self.weights.info(name).mlx_dtype)
-
-    def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        return stand_in((*ids.shape, *self.weights.info(name).shape[1:]), self.weights.info(name).mlx_dtype)

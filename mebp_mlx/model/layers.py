@@ -49,8 +49,11 @@ class LayerRules:
         nested, is_by_type = self._rope_parameters("full_attention" if window is None else "sliding_attention")
         key = family.window_theta if local else "rope_theta"
         old = None if local else get("rope_scaling")
-        bases = [float(v) for v in (self.settings.config.get(key), nested.get("rope_theta")) if v is not None]
+        given = (self.settings.config.get(key), nested.get("rope_theta"))
+        bases = [float(self.settings.positive(key, value)) for value in given if value is not None]
         base = bases[0] if bases else float(self.settings.number(key))
+        if old is not None and not isinstance(old, dict):
+            raise UserError(f"{self.where}: rope_scaling must be an object, found {str(old)[:100]!r}")
         new = nested if not local or is_by_type or family.window_theta != "rope_theta" else None
         ropes = [self._made(base, scaling) for scaling in (old, new) if scaling]
         differ = any(rope != ropes[0] or rope.freqs is not ropes[0].freqs for rope in ropes)  # made once for a setting

@@ -4,6 +4,9 @@
 
 The gradients of that projection (written once, in ops/lora_linear.py) are
     dB = s (x A)^T g,   dA = s x^T (g B^T),   dx = g W + s (g B^T) A^T.
+
+DoRA (Liu et al. 2024, arXiv 2402.09353; mlx-lm's form) trains the length m of each row of the adapted matrix, too:
+    y = (m / n) (x W^T + s (dropout(x) A) B) + b,   n = |W + s (A B)^T| by rows, a constant for the gradients.
 """
 
 from __future__ import annotations
@@ -11,23 +14,27 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import UserError
-from .config import ModelSpec
+from .config import Linear, ModelSpec
 
 DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 
 
+_SIDES = {"lora_a": "a", "lora_b": "b", "m": "m"}  # the last parts of parameters' names, as mlx-lm has them
+
+
 class Pair(NamedTuple):
-    """The two LoRA matrices of one projection: a [in, r], b [r, out]."""
+    """The two LoRA matrices of one projection: a [in, r], b [r, out]; m [out], the lengths of rows: DoRA's alone."""
 
     a: mx.array
     b: mx.array
+    m: mx.array | None = None
 
 
 @dataclass
@@ -61,15 +68,22 @@ class Lora(Adapter):
         self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
-        """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out]."""
+        """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out], and
+        DoRA's `.m` [out].
+        """
         return flat(self._pairs)
+
+    @property
+    def fine_tune_type(self) -> str:
+        """mlx-lm's name of the kind: lora or dora."""
+        return "dora" if any(pair.m is not None for pair in self._pairs.values()) else "lora"
 
     def update(self, parameters: dict[str, mx.array]) -> None:
         """Replace parameters by name. ValueError for an unknown name or another shape; values become float32."""
         for name, value in parameters.items():
-            linear, _, side = name.rpartition(".lora_")
-            pair = self._pairs.get(linear)
-            if pair is None or side not in pair._fields:
+            linear, _, part = name.rpartition(".")
+            pair, side = self._pairs.get(linear), _SIDES.get(part, "")
+            if pair is None or getattr(pair, side, None) is None:
                 raise ValueError(f"{name} is not a parameter of this LoRA")
             shape = getattr(pair, side).shape
             if tuple(value.shape) != tuple(shape):
@@ -80,15 +94,23 @@ class Lora(Adapter):
 def pairs_of(parameters: Mapping[str, mx.array]) -> dict[str, Pair]:
     """Pairs by the name of their projection, of parameters by their own."""
     names = [name.removesuffix(".lora_a") for name in parameters if name.endswith(".lora_a")]
-    return {name: Pair(parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"]) for name in names}
+    return {
+        name: Pair(parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"], parameters.get(f"{name}.m"))
+        for name in names
+    }
 
 
 def flat(pairs: Mapping[str, Pair]) -> dict[str, mx.array]:
-    """The matrices of pairs by parameter name: `{projection}.lora_a` [in, r], `.lora_b` [r, out]."""
-    return {f"{name}.lora_{side}": value for name, pair in pairs.items() for side, value in pair._asdict().items()}
+    """The arrays of pairs by parameter name: `{projection}.lora_a` [in, r], `.lora_b` [r, out], `.m` [out]."""
+    return {
+        f"{name}.{part}": value
+        for name, pair in pairs.items()
+        for part, side in _SIDES.items()
+        if (value := getattr(pair, side)) is not None
+    }
 
 
-def init_lora(
+def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     spec: ModelSpec,
     *,
     rank: int,
@@ -97,11 +119,13 @@ def init_lora(
     keys: Iterable[str] | None = None,
     num_layers: int = -1,
     seed: int = 0,
+    lengths: Callable[[Linear], mx.array] | None = None,
 ) -> Lora:
     """Fresh LoRA pairs: A uniform in +-1/sqrt(in), B zero, as mlx-lm starts them.
 
     keys: projection names inside a block (default: all of the family); num_layers: the last N
-    blocks, -1 for all. Each A depends on (seed, its name) only. Raises UserError.
+    blocks, -1 for all. Each A depends on (seed, its name) only. lengths: of the rows of a frozen
+    matrix, float32 [out], which DoRA's m starts as; None: plain LoRA. Raises UserError.
     """
     chosen = spec.lora_keys if keys is None else tuple(dict.fromkeys(keys))
     unknown = [key for key in chosen if key not in spec.lora_keys]
@@ -123,6 +147,8 @@ def init_lora(
             a = mx.random.uniform(-bound, bound, (linear.in_dims, rank), key=random_key("lora", seed, linear.name))
             parameters[f"{linear.name}.lora_a"] = a
             parameters[f"{linear.name}.lora_b"] = mx.zeros((rank, linear.out_dims))
+            if lengths is not None:
+                parameters[f"{linear.name}.m"] = lengths(linear)
     mx.eval(parameters)
     return Lora(parameters, rank=rank, scale=scale, dropout=dropout, keys=chosen, num_layers=num_layers)
 

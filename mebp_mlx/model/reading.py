@@ -29,13 +29,34 @@ _TEXT_TYPES = {
 }
 
 
+# Far above any model's. Libraries that read config.json make lists of these lengths.
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "vocab_size": 10**8,
+}
+
+
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder as a dict; UserError when it is missing or not a JSON object."""
+    """config.json of a model folder as a dict; UserError when it is missing, not a JSON object, or gives a size beyond
+    SIZE_LIMITS.
+    """
     path = folder / "config.json"
     try:
-        return read_json_object(path)
+        config = read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; --model needs a folder with config.json and *.safetensors") from None
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key, limit in SIZE_LIMITS.items():
+            value = section.get(key)
+            if isinstance(value, (int, float)) and not 0 < value <= limit:
+                raise UserError(f"{path}: {key} must be a positive integer up to {limit:,}, found {str(value)[:40]}")
+    return config
 
 
 def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") -> ModelSpec:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from .settings import is_positive
 
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -58,14 +59,28 @@ def make_rope(
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
     settings = _settings(kind, scaling, dict(lengths or {}), dims, where)
-    plain = Rope(dims, base, traditional, growth=_growth(scaling))
+    try:
+        rope = _made(kind, Rope(dims, base, traditional, growth=_growth(scaling)), settings)
+        usable = math.isfinite(rope.magnitude) and (rope.freqs is None or _are_positive(rope.freqs))
+    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: rope scaling {kind!r} has numbers that give no frequencies")
+    return rope
+
+
+def _are_positive(freqs: mx.array) -> bool:
+    return bool((mx.isfinite(freqs) & (freqs > 0)).all())
+
+
+def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
     if kind == "default":
         return plain
     if kind == "linear":
         return replace(plain, scale=1 / settings["factor"])
     if kind == "dynamic" and "alpha" not in settings:
         return replace(plain, limit=int(settings["max_position_embeddings"]))
-    freqs, magnitude = _frequencies(kind, dims, base, tuple(sorted(settings.items())))
+    freqs, magnitude = _frequencies(kind, plain.dims, plain.base, tuple(sorted(settings.items())))
     return replace(plain, freqs=freqs, magnitude=magnitude)
 
 
@@ -73,8 +88,8 @@ def _settings(kind: str, scaling: dict, lengths: dict, dims: int, where: str) ->
     """The checked numbers of a kind of scaling: rope_scaling's, and what is beside it."""
     if kind not in ("default", "longrope") and "alpha" not in scaling:
         factor = scaling.get("factor")
-        if not isinstance(factor, (int, float)) or not factor > 0:
-            raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {factor!r}")
+        if not is_positive(factor):
+            raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
     numbers: dict[str, Any] = {
         k: v for k, v in scaling.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
     }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import UserError
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether it is a positive number that a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 class Settings:
@@ -20,11 +26,14 @@ class Settings:
         return self.defaults.get(key, default) if value is None else value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number. Raises UserError."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            found = "is missing" if value is None else f"must be a positive number, found {value!r}"
-            raise UserError(f"{self.where}: {key} {found}")
+        """A positive number that a float holds. Raises UserError."""
+        return self.positive(key, self.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        """The same for a value that stands under `key` somewhere else."""
+        if not is_positive(value):
+            problem = "is missing" if value is None else f"must be a positive number, found {str(value)[:100]!r}"
+            raise UserError(f"{self.where}: {key} {problem}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:

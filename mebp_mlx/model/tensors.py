@@ -99,11 +99,11 @@ class Tensors:
             known = ", ".join(("affine", *FLOAT_MODES))
             raise UserError(f"{self.where}: quantization mode {said!r} of {name} is not supported: {known}")
         if self.weights.info(f"{name}.scales").dtype != "U8":
-            found = "affine"
+            mode = "affine"
         else:
-            found = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), "unknown")
-        if found == "unknown" or said not in (None, found):
-            what = f"{bits} bits in groups of {group_size}" + (" with byte scales" if found != "affine" else "")
+            mode = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), "unknown")
+        if mode == "unknown" or said not in (None, mode):
+            what = f"{bits} bits in groups of {group_size}" + (" with byte scales" if mode != "affine" else "")
             named = f"is said to be {said}, but " if said is not None else ""
-            raise UserError(f"{self.where}: {name} {named}has {what}, {found if named else 'which no mode has'}")
-        return found
+            raise UserError(f"{self.where}: {name} {named}has {what}, {mode if named else 'which no mode has'}")
+        return mode

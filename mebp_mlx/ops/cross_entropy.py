@@ -102,7 +102,7 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
         block = model.row_block(spec.head, first, min(first + chunk, spec.V))
         if fused:
             assert isinstance(block, QuantizedBlock)
-            state = linear_softmax(state, h, *block.parts, labels, first, block.packing.group_size)
+            state = linear_softmax(state, h, block.parts, labels, first, block.packing.group_size)
         else:
             z = capped(block.matmul(h), spec.logit_cap)
             slope = _slope(z, spec.logit_cap) if need_dx and spec.logit_cap is not None else None

@@ -3,6 +3,11 @@
     y = x W^T + b + s (dropout(x) A) B
     dB = s (xA)^T g,  dA = s x^T (g B^T),  dx = g W + s (g B^T) A^T      (x after dropout in the LoRA terms)
 
+DoRA's pairs have row lengths m:  y = c (x W^T + s (dropout(x) A) B) + b,  c = m / n,  n = |W + s (A B)^T| by rows:
+    dm = sum over positions of g (y - b) / m, taken as g (x W^T + s (xA) B) / n;  all else as above, with c g for g
+    n^2 = |W|^2 + 2 s (W A) B + s^2 B^T (A^T A) B,  the diagonal of each by rows: n needs no matrix [out, in]
+(mlx-lm's DoRALinear; n is a constant for the gradients.) dm takes the product x W^T once more in the backward pass.
+
 xA is seldom kept: it is r columns, and recomputing it is cheaper than its place unless launches count. W may come in
 blocks of rows, which are columns of y, or of columns, which are columns of x (`Input`). Sums over blocks and over tiles
 are float32. A slice of everything and a concatenation of one piece cost nothing.
@@ -14,6 +19,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..model.base import WeightBlock
 from ..model.config import Linear
 from ..model.lora import Dropout, Pair
 from .plan import Context
@@ -24,7 +30,7 @@ class Memory(Protocol):
 
     def keeps(self, name: str) -> bool: ...
 
-    def put(self, name: str, position: int, found: mx.array) -> bool: ...
+    def put(self, name: str, position: int, value: mx.array) -> bool: ...
 
     def take(self, name: str, position: int) -> mx.array | None: ...
 
@@ -77,7 +83,9 @@ class LoraLinear:
 
     def _own(self, whole: Pair) -> Pair:
         """What of a matrix's pair belongs to this projection's rows."""
-        return whole if whole.b.shape[1] == self.linear.out_dims else Pair(whole.a, whole.b[:, self._rows])
+        if whole.b.shape[1] == self.linear.out_dims:
+            return whole
+        return Pair(whole.a, whole.b[:, self._rows], None if whole.m is None else whole.m[self._rows])
 
     def __call__(self, x: mx.array, position: int) -> mx.array:
         """x [B, tile, in] from a position on -> y [B, tile, out] in the compute dtype."""
@@ -111,22 +119,63 @@ class LoraLinear:
 
     def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
         """Columns [start, stop) of y."""
-        y = self.model.row_block(self.linear, start, stop).matmul(x)
+        block = self.model.row_block(self.linear, start, stop)
+        y, c = block.matmul(x), self.factor(start, stop, block)
         bias = self.model.bias(self.linear, start, stop)
-        if bias is not None:
+        if bias is not None and c is None:
             y = y + bias
-        if low is not None and self.pair is not None:
-            b = self.pair.b[:, start:stop]
-            y = mx.addmm(y, low, b) if y.dtype == low.dtype else y + (low @ b).astype(y.dtype)
+        if low is not None:
+            y = self.with_low(y, low, start, stop)
+        if c is not None:
+            y = y * c.astype(y.dtype)
+            y = y if bias is None else y + bias
         return y
 
-    def add(self, side: str, gradient: mx.array) -> None:
-        """Sum up a gradient of the pair; side: "a" or "b"."""
-        name = f"{self.linear.name}.lora_{side}"
+    def with_low(self, y: mx.array, low: mx.array, start: int, stop: int) -> mx.array:
+        """y + low B, columns [start, stop)."""
+        assert self.pair is not None
+        b = self.pair.b[:, start:stop]
+        return mx.addmm(y, low, b) if y.dtype == low.dtype else y + (low @ b).astype(y.dtype)
+
+    def factor(self, start: int, stop: int, block: WeightBlock | None = None) -> mx.array | None:
+        """DoRA's c for rows [start, stop) of the matrix, float32; None for a plain pair. block: those rows."""
+        if self.pair is None or self.pair.m is None:
+            return None
+        return self.pair.m[start:stop] / self.row_lengths(start, stop, block)
+
+    def row_lengths(self, start: int, stop: int, block: WeightBlock | None = None) -> mx.array:
+        """n of rows [start, stop), float32; found once a pass. block: those rows, None: they are brought in here."""
+        first = self.linear.first_row
+        known, key = self.shared.context.row_lengths, (self.linear.name, first + start, first + stop)
+        if key in known:
+            return known[key]
+        assert self.pair is not None
+        block = block or self.model.row_block(self.linear, start, stop)
+        a, b = mx.stop_gradient(self.pair.a), mx.stop_gradient(self.pair.b)[:, start:stop]
+        cross = (block.matmul(a.T).astype(mx.float32) * b).sum(axis=0)
+        own = (b * ((a.T @ a) @ b)).sum(axis=0)
+        base = self.model.squared_norms(self.linear)[start:stop]
+        n = mx.sqrt(mx.maximum(base + 2 * self.scale * cross + self.scale**2 * own, 0))
+        self.barrier.piece(n)
+        if self.barrier.grain is not None:  # a traced pass must not see another's
+            known[key] = n
+        return n
+
+    def all_lengths(self) -> mx.array | None:
+        """n of all rows, for columns that come in ranges; None for a plain pair."""
+        if self.pair is None or self.pair.m is None:
+            return None
+        return mx.concatenate([self.row_lengths(start, stop) for start, stop in self.row_blocks])
+
+    def add(self, part: str, gradient: mx.array) -> None:
+        """Sum up a gradient of the pair; part: "lora_a", "lora_b" or "m"."""
+        name = f"{self.linear.name}.{part}"
         gradients = self.shared.gradients
-        if side == "b" and self.whole is not None and self.pair is not self.whole:
-            whole = gradients.get(name, mx.zeros(self.whole.b.shape))
-            gradients[name] = whole.at[:, self._rows].add(gradient)
+        if part != "lora_a" and self.whole is not None and self.pair is not self.whole:
+            whole = gradients.get(name)
+            if whole is None:
+                whole = mx.zeros((*gradient.shape[:-1], self.whole.b.shape[1]))
+            gradients[name] = whole.at[..., self._rows].add(gradient)
             self.barrier.piece(gradients[name])
             return
         gradients[name] = gradients[name] + gradient if name in gradients else gradient
@@ -153,12 +202,17 @@ class Backward:
         self.dx: mx.array | None = None
         self.g_b: mx.array | None = None  # g B^T [B, tile, r]
         self.db: list[mx.array] = []
+        self.dm: list[mx.array] = []
 
     def take(self, start: int, stop: int, g: mx.array) -> None:
         """g = dL/dy [B, tile, stop - start] of those columns."""
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
-        if self.need_dx:
-            part = linear.model.row_block(linear.linear, start, stop).matmul_t(g)
+        is_dora = pair is not None and pair.m is not None
+        block = linear.model.row_block(linear.linear, start, stop) if self.need_dx or is_dora else None
+        if is_dora and block is not None:
+            g = self._through_lengths(start, stop, g, block)
+        if self.need_dx and block is not None:
+            part = block.matmul_t(g)
             self.dx = part if stop - start == linear.linear.out_dims else _added(self.dx, part)
             barrier.piece(self.dx)
         if pair is not None and self.low is not None:
@@ -167,14 +221,27 @@ class Backward:
             self.db.append(_flat(self.low).T @ _flat(g))
             barrier.piece(self.g_b, self.db[-1])
 
+    def _through_lengths(self, start: int, stop: int, g: mx.array, block: WeightBlock) -> mx.array:
+        """c g, and dm of those columns."""
+        linear = self.linear
+        assert self.x is not None and self.low is not None
+        y = linear.with_low(block.matmul(self.x), self.low, start, stop)
+        self.dm.append(_sum_of_products(g, y) / linear.row_lengths(start, stop, block))
+        linear.barrier.piece(self.dm[-1])
+        c = linear.factor(start, stop, block)
+        assert c is not None
+        return g * c.astype(g.dtype)
+
     def finish(self) -> mx.array | None:
         """dx, not rounded to the compute dtype (several of them may be added up), after the last column."""
         linear, pair = self.linear, self.linear.pair
         if pair is None or self.g_b is None or self.x is None:
             return self.dx
         g_b = linear.scale * self.g_b
-        linear.add("a", _flat(linear.dropped(linear.shared.wide(self.x), self.x, self.position)).T @ _flat(g_b))
-        linear.add("b", mx.concatenate(self.db, axis=-1))
+        linear.add("lora_a", _flat(linear.dropped(linear.shared.wide(self.x), self.x, self.position)).T @ _flat(g_b))
+        linear.add("lora_b", mx.concatenate(self.db, axis=-1))
+        if self.dm:
+            linear.add("m", mx.concatenate(self.dm))
         if self.dx is None:
             return None
         if linear.shared.dropout is None:
@@ -193,6 +260,11 @@ class Input:
 
     def __init__(self, linear: LoraLinear, position: int, g: mx.array | None = None):
         self.linear, self.position, self.g = linear, position, g
+        self.lengths = None if g is None else linear.all_lengths()
+        if self.lengths is not None and g is not None and linear.pair is not None:
+            assert linear.pair.m is not None
+            self.dy = g  # for dm
+            g = self.g = g * (linear.pair.m / self.lengths).astype(g.dtype)
         self.y: mx.array | None = None
         self.x_a: mx.array | None = None  # dropout(x) A [B, tile, r]
         self.da: list[mx.array] = []
@@ -216,11 +288,14 @@ class Input:
         """y [B, tile, out], after the last columns."""
         linear = self.linear
         assert self.y is not None
-        bias = linear.model.bias(linear.linear, 0, linear.linear.out_dims)
-        y = self.y if bias is None else self.y + bias
+        bias, lengths = linear.model.bias(linear.linear, 0, linear.linear.out_dims), linear.all_lengths()
+        y = self.y if bias is None or lengths is not None else self.y + bias
         if linear.pair is not None and self.x_a is not None:
             linear.memory.put(linear.low_name, self.position, self.x_a)
             y = y + ((linear.scale * self.x_a) @ linear.pair.b).astype(y.dtype)
+        if lengths is not None and linear.pair is not None and linear.pair.m is not None:
+            y = y * (linear.pair.m / lengths).astype(y.dtype)
+            y = y if bias is None else y + bias
         return y.astype(linear.model.dtype)
 
     def cotangent(self, start: int, stop: int) -> mx.array:
@@ -241,14 +316,21 @@ class Input:
         dropped = self._add_x_a(start, stop, x.astype(mx.float32))
         self.da.append(_flat(dropped).T @ _flat(self.g_b))
         self.linear.barrier.piece(self.da[-1])
+        if self.lengths is not None:
+            linear = self.linear.linear
+            self.y = _added(self.y, self.linear.model.column_block(linear, start, stop).matmul(x))
+            self.linear.barrier.piece(self.y)
 
     def finish(self) -> None:
         """Sum up the pair's gradients, after the last columns."""
         if self.g is None or self.x_a is None or not self.da:
             return
         x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)
-        self.linear.add("a", mx.concatenate(self.da))
-        self.linear.add("b", x_a.T @ _flat(self.g).astype(mx.float32))
+        self.linear.add("lora_a", mx.concatenate(self.da))
+        self.linear.add("lora_b", x_a.T @ _flat(self.g).astype(mx.float32))
+        if self.lengths is not None and self.y is not None and self.linear.pair is not None:
+            y = _flat(self.y) + x_a @ self.linear.pair.b
+            self.linear.add("m", _sum_of_products(self.dy, y.reshape(self.dy.shape)) / self.lengths)
 
     def _add_x_a(self, start: int, stop: int, x: mx.array) -> mx.array:
         linear, pair = self.linear, self.linear.pair
@@ -267,6 +349,11 @@ def _added(total: mx.array | None, part: mx.array) -> mx.array:
     """A sum over blocks, in float32: in 16 bits every block would round it once more."""
     part = part.astype(mx.float32)
     return part if total is None else total + part
+
+
+def _sum_of_products(g: mx.array, y: mx.array) -> mx.array:
+    """The sum of g y over rows and positions, float32 [width]."""
+    return (_flat(g).astype(mx.float32) * _flat(y).astype(mx.float32)).sum(axis=0)
 
 
 def _flat(x: mx.array) -> mx.array:

@@ -189,3 +189,5 @@ class Context:
         self.model, self.plan, self.adapter = model, plan, adapter
         self.barrier = barrier or Barrier(plan.grain)
         self.dropout_parts = dropout_parts
+        # Of adapted matrices by name and range of rows, where DoRA asks (lora_linear.py).
+        self.row_lengths: dict[tuple[str, int, int], mx.array] = {}

@@ -31,10 +31,10 @@ def impose(phone: Phone, budget_bytes: int | None) -> str:
 def host_rates() -> Rates | None:
     """This machine's, measured now in a process of its own; None if that fails."""
     try:
-        found = run_child(["mebp_mlx.system.rates"], {}, offline=True, timeout_s=60)
+        rates = run_child(["mebp_mlx.system.rates"], {}, offline=True, timeout_s=60)
     except (ChildFailure, TimeoutError):
         return None
-    return Rates(found["flops"], found["memory_bytes"])
+    return Rates(rates["flops"], rates["memory_bytes"])
 
 
 def project(

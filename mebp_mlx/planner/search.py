@@ -110,8 +110,8 @@ def choose(
             peak = predict(workload, *taken).peak_bytes
             if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
                 break
-        found = probe(workload, plan, arena_dir)
-        needed = _spared(predict(workload, plan, found).peak_bytes)
+        measured = probe(workload, plan, arena_dir)
+        needed = _spared(predict(workload, plan, measured).peak_bytes)
         if budget_bytes is not None and needed > budget_bytes:
             if taken is not None:
                 break
@@ -119,17 +119,17 @@ def choose(
                 f"--memory-budget: {budget_bytes / 1e6:.1f} MB is too little for this model, batch size and longest "
                 f"row; the smallest workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
             )
-        taken = plan, found
+        taken = plan, measured
     assert taken is not None
     if not smallest:
         taken = _in_memory(workload, *taken, budget_bytes)
     return Planned(workload, taken[0], predict(workload, *taken), budget_bytes)
 
 
-def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
+def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
     """What a run under `plan` will take, from what a probe of it took: what more blocks keep is added."""
     n_blocks = workload.model.spec.L - workload.first_trained
-    kept = n_blocks * found.kept_bytes
+    kept = n_blocks * measured.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
     more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
@@ -137,19 +137,19 @@ def predict(workload: Workload, plan: Plan, found: Probe) -> Prediction:
         more, in_memory = {}, 0
     state = 0 if plan.offload_state else workload.state_bytes
     order = ("forward", "head", "backward", "update")
-    phases = {n: found.phases[n] + state + more.get(n, 0) for n in order if n in found.phases}
+    phases = {n: measured.phases[n] + state + more.get(n, 0) for n in order if n in measured.phases}
     in_file = kept - in_memory
     return Prediction(phases, kept, in_file + (workload.state_bytes if plan.offload_state else 0), in_file)
 
 
-def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int | None) -> tuple[Plan, Probe]:
+def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None) -> tuple[Plan, Probe]:
     """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
     room = math.inf
     if budget_bytes is not None:
         # One byte less: the product with 1 + MARGIN rounds.
-        room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, found).peak_bytes
+        room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, measured).peak_bytes
     if not workload.is_exact:
-        return plan, found
+        return plan, measured
     offload_state = workload.state_bytes > room
     room -= 0 if offload_state else workload.state_bytes
     n_blocks = workload.model.spec.L - workload.first_trained
@@ -157,9 +157,9 @@ def _in_memory(workload: Workload, plan: Plan, found: Probe, budget_bytes: int |
         everything = dataclasses.replace(plan, saved=SAVE_EVERYTHING)
         kept_bytes = _kept(workload, everything)
         if n_blocks * kept_bytes <= room:
-            plan, found = everything, dataclasses.replace(found, kept_bytes=kept_bytes)
-    in_memory = None if n_blocks * found.kept_bytes <= room else max(0, int(room))
-    return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), found
+            plan, measured = everything, dataclasses.replace(measured, kept_bytes=kept_bytes)
+    in_memory = None if n_blocks * measured.kept_bytes <= room else max(0, int(room))
+    return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), measured
 
 
 def _kept(workload: Workload, plan: Plan) -> int:

@@ -27,7 +27,12 @@ class LoraSizes:
 
 
 def lora_sizes(
-    spec: ModelSpec, keys: Iterable[str] | None, num_layers: int, rank: int, optimizer: optim.Optimizer | None = None
+    spec: ModelSpec,
+    keys: Iterable[str] | None,
+    num_layers: int,
+    rank: int,
+    optimizer: optim.Optimizer | None = None,
+    is_dora: bool = False,
 ) -> LoraSizes:
     """What LoRA pairs of `rank` on `keys` (None: all matrices) of the last `num_layers` blocks (-1: all) will take.
 
@@ -36,21 +41,23 @@ def lora_sizes(
     """
     blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]
     chosen = frozenset(spec.lora_keys if keys is None else keys)
-    per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank))) for layer in blocks]
-    shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank)]
+    per_block = [ITEM_BYTES * sum(map(prod, _shapes(layer, chosen, rank, is_dora))) for layer in blocks]
+    shapes = [shape for layer in blocks for shape in _shapes(layer, chosen, rank, is_dora)]
     state = {shape: 0 if optimizer is None else _state_bytes(optimizer, shape) for shape in set(shapes)}
     return LoraSizes(sum(per_block), max(per_block), sum(state[shape] for shape in shapes))
 
 
-def _shapes(layer: Layer, keys: frozenset[str], rank: int) -> Iterator[tuple[int, int]]:
-    """The shapes of a block's A [in, r] and B [r, out]."""
+def _shapes(layer: Layer, keys: frozenset[str], rank: int, is_dora: bool) -> Iterator[tuple[int, ...]]:
+    """The shapes of a block's A [in, r] and B [r, out], and of DoRA's m [out]."""
     for key, linear in layer.matrices.items():
         if key in keys:
             yield linear.in_dims, rank
             yield rank, linear.out_dims
+            if is_dora:
+                yield (linear.out_dims,)
 
 
-def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, int]) -> int:
+def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, ...]) -> int:
     """Of one parameter's state, as the optimizer itself starts it: MLX arrays take no memory until evaluated."""
     entry: dict[str, mx.array] = {}
     optimizer.init_single(mx.zeros(shape), entry)

@@ -83,16 +83,16 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
 
     MLX merges what is computed twice from the same inputs: scores of recomputed attention are there once.
     """
-    found: list[Node] = []
+    nodes: list[Node] = []
 
     def visit(event: dict[str, Any]) -> None:
         if event["type"] == "primitive":
             shapes = [tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs")]
-            found.append(Node(event["name"], *shapes))
+            nodes.append(Node(event["name"], *shapes))
 
     with cpu.off():
         mx.export_function(visit, run, *inputs)
-    return found
+    return nodes
 
 
 def bound_s(phases: dict[str, Work], rates: Rates) -> float:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from ..errors import UserError, memory_errors_told
 
@@ -30,7 +30,7 @@ def one_line(error: object, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
+def child_environment(*, offline: bool, quiet: bool) -> dict[str, str]:
     environment = dict(os.environ)
     environment |= {
         "TOKENIZERS_PARALLELISM": "false",
@@ -42,10 +42,7 @@ def _environment(*, offline: bool, quiet: bool) -> dict[str, str]:
     if quiet:
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     root = Path(__file__).resolve().parents[2]
-    if root.name not in (
-        "site-packages",
-        "dist-packages",
-    ):  # a checkout: the child must find the same package
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout: the child must find the same package
         old = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{old}{os.pathsep}{root}" if old else str(root)
     return environment
@@ -65,16 +62,15 @@ def run_child(
     A line {"progress": ...} goes to `on_progress`. Raises UserError with the child's own message if the child
     raised one, KeyboardInterrupt if it was interrupted, TimeoutError, and ChildFailure for everything else.
     """
-    reply: dict[str, Any] = {}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if pass_stderr else errors,
-            env=_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
+            env=child_environment(offline=offline, quiet=not (pass_stderr and sys.stderr.isatty())),
         )
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout is not None
         expired = threading.Event()
 
         def expire() -> None:
@@ -86,19 +82,7 @@ def run_child(
         if timeout_s is not None:
             timer.start()
         try:
-            try:
-                process.stdin.write(json.dumps(request or {}).encode())
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died before it read: its exit status tells
-            for line in process.stdout:
-                if not line.startswith(b"{"):
-                    continue  # what a start-up hook prints before `answer` takes stdout for itself
-                message = json.loads(line)
-                if "progress" not in message:
-                    reply = message
-                elif on_progress is not None:
-                    on_progress(message["progress"])
+            reply = _exchange(process, request or {}, on_progress)
             status = process.wait()
         except BaseException:
             _stop(process)
@@ -114,13 +98,39 @@ def run_child(
             raise TimeoutError(f"python -m {arguments[0]} took more than {timeout_s:g} s")
         if status == 130:
             raise KeyboardInterrupt
-        errors.seek(0, os.SEEK_END)
-        errors.seek(max(errors.tell() - 2000, 0))
-        tail = errors.read().decode(errors="replace").strip()
-        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        if -status == signal.SIGKILL:
-            cause += ", as the system does where memory is short"
-        raise ChildFailure(f"python -m {arguments[0]} failed ({cause})" + (f": {tail}" if tail else ""))
+        raise _failure(arguments[0], status, errors)
+
+
+def _exchange(
+    process: subprocess.Popen[bytes], request: dict[str, Any], on_progress: Callable[[Any], None] | None
+) -> dict[str, Any]:
+    """Sends the request and reads until the child closes its stdout; {} when it sent no answer."""
+    assert process.stdin is not None and process.stdout is not None
+    reply: dict[str, Any] = {}
+    try:
+        process.stdin.write(json.dumps(request).encode())
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it died before it read the request: its exit status says why
+    for line in process.stdout:
+        if not line.startswith(b"{"):
+            continue  # printed by a start-up hook before `answer` took stdout for itself
+        message = json.loads(line)
+        if "progress" not in message:
+            reply = message
+        elif on_progress is not None:
+            on_progress(message["progress"])
+    return reply
+
+
+def _failure(module: str, status: int, errors: BinaryIO) -> ChildFailure:
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(errors.tell() - 2000, 0))
+    tail = errors.read().decode(errors="replace").strip()
+    cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    if -status == signal.SIGKILL:
+        cause += ", as the system does where memory is short"
+    return ChildFailure(f"python -m {module} failed ({cause})" + (f": {tail}" if tail else ""))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
 from ..errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
-from .child import ChildFailure
+from .child import ChildFailure, one_line
 from .interrupt import Interrupt, Stopped
 from .terminal import forgiving_output
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 
@@ -23,8 +25,14 @@ def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> in
             with memory_errors_told(), Interrupt() as interrupt:
                 return work(interrupt) or DONE
         except (UserError, NonFiniteLoss, ChildFailure) as error:
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            print("error:", one_line(error, 2000), file=sys.stderr)
             return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
+        except OSError as error:
+            if error.filename is None and error.errno not in DISK_FULL:
+                raise  # nothing that a user could act on
+            where = "" if error.filename is None else f"{error.filename}: "
+            print("error:", one_line(f"{where}{error.strerror}; what was saved before is whole"), file=sys.stderr)
+            return WRONG_INPUT
         except KeyboardInterrupt as signal:
             stopped = signal if isinstance(signal, Stopped) else Stopped()
             print(stopped.message or interrupted, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Signals: the first asks a run to stop where it can be resumed, the second stops it at once."""
+"""Signals: the first asks a run to stop where it can be resumed, the second stops it immediately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_MESSAGE = b"\nstopping after this step; once more stops at once, without saving\n"
+_MESSAGE = b"\nstopping after this step; a second signal stops immediately, without saving\n"
 
 
 class Stopped(KeyboardInterrupt):

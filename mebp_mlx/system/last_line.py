@@ -21,7 +21,7 @@ cat > /dev/null
 why="a fault outside of Python"
 case $fault in
 *"Bus error"*) why="a mapped file was cut short, or the disk is full or gone" ;;
-*"Segmentation fault"* | *Aborted*) why="most likely memory that could not be had (--memory-budget takes less)" ;;
+*"Segmentation fault"* | *Aborted*) why="most likely out of memory (a lower --memory-budget uses less)" ;;
 esac
 save=$1
 shift

@@ -66,19 +66,19 @@ def process_limit() -> Limit | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    found = []
+    limits = []
     for name, kind, field, per_thread in _LIMITS:
         limit_bytes = resource.getrlimit(getattr(resource, kind))[0]
         if limit_bytes != resource.RLIM_INFINITY:
             to_come = (usable_cores() + _MORE_THREADS) * (_stack_bytes() + per_thread)
             room = max(0, limit_bytes - _reserved_bytes(field) - to_come)
-            found.append(Limit(name, limit_bytes, footprint_bytes() + room))
-    return min(found, key=lambda limit: limit.footprint_bytes, default=None)
+            limits.append(Limit(name, limit_bytes, footprint_bytes() + room))
+    return min(limits, key=lambda limit: limit.footprint_bytes, default=None)
 
 
 def _stack_bytes() -> int:
-    found = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    return _STACK_BYTES if found == resource.RLIM_INFINITY else found
+    stack_bytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return _STACK_BYTES if stack_bytes == resource.RLIM_INFINITY else stack_bytes
 
 
 def _reserved_bytes(field: str) -> int:

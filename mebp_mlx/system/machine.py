@@ -117,8 +117,8 @@ def _chip() -> str | None:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = re.search(r"^(?:model name|Model|Hardware|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else None
+    match = re.search(r"^(?:model name|Model|Hardware|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else None
 
 
 def _load() -> Blas:
@@ -160,8 +160,8 @@ def _load() -> Blas:
 
 
 def _mlx_folders() -> list[Path]:
-    found = importlib.util.find_spec("mlx")  # imports nothing
-    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    mlx_spec = importlib.util.find_spec("mlx")  # imports nothing
+    return [Path(folder) for folder in (mlx_spec and mlx_spec.submodule_search_locations) or ()]
 
 
 def _has_library() -> bool:
@@ -201,17 +201,17 @@ def _global_cblas() -> bool:
 
 def _mkl_files() -> list[str]:
     """Every libmkl_rt of PyPI's `mkl`, newest first."""
-    found = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
-    if not found:  # a --user or --target install: importlib.metadata is not cheap, so only now
+    paths = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
+    if not paths:  # a --user or --target install: importlib.metadata is not cheap, so only now
         from importlib import metadata
 
         try:
             files = metadata.distribution("mkl").files or []
         except metadata.PackageNotFoundError:
             files = []
-        found = [str(Path(str(f.locate())).resolve()) for f in files if f.name.startswith("libmkl_rt.so")]
-        found = [path for path in found if os.path.exists(path)]
-    return sorted(found, key=_version, reverse=True)
+        paths = [str(Path(str(f.locate())).resolve()) for f in files if f.name.startswith("libmkl_rt.so")]
+        paths = [path for path in paths if os.path.exists(path)]
+    return sorted(paths, key=_version, reverse=True)
 
 
 def _openblas_files() -> list[str]:

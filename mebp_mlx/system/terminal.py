@@ -10,7 +10,7 @@ from typing import Any
 
 
 def say(text: str) -> None:
-    """One line on standard output, at once."""
+    """Prints one line to standard output and flushes it."""
     print(text, flush=True)
 
 

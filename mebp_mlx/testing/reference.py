@@ -27,7 +27,12 @@ def mlx_lm_model(folder: Path, lora: Any, *, dequantized: bool = True) -> Any:
         dequantize_layers(model)
     model.freeze()
     config = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0, "keys": list(lora.keys)}
-    linear_to_lora_layers(model, len(model.layers) if lora.num_layers == -1 else lora.num_layers, config)
+    linear_to_lora_layers(
+        model,
+        len(model.layers) if lora.num_layers == -1 else lora.num_layers,
+        config,
+        use_dora=lora.fine_tune_type == "dora",
+    )
     assert set(dict(tree_flatten(model.trainable_parameters()))) == set(lora.parameters())
     model.load_weights(list(lora.parameters().items()), strict=False)
     return model

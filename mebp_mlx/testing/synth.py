@@ -143,7 +143,6 @@ def write_model(
     bits: int = 4,
     group_size: int = 64,
     dtype: str = "bfloat16",
-    layers: int | None = None,
     seed: int = 0,
     sparse: bool = False,
 ) -> Path:
@@ -154,7 +153,7 @@ def write_model(
     appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be written, if the
     disk is too full, and for an unknown shape, bits, group size or dtype.
     """
-    config = model_config(shape, layers)
+    config = model_config(shape)
     _check_format(bits, group_size, dtype)
     if bits < 16:
         config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..model.lora import Lora
 from ..options import describe
 from ..system.child import one_line
+from ..weights.safetensors import MappedWeights
 from ..weights.writer import Array, write_arrays
 from .folder import CHECKPOINT, recorded_options
 
@@ -28,7 +29,8 @@ _LORA, _OPTIMIZER, _ENGINE = "lora/", "optimizer/", "engine/"
 class Checkpoint:
     """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
 
-    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps.
+    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps;
+    best: as of Best.state().
     The optimizer's arrays, in dicts of dicts, may be numpy's views of a file.
     """
 
@@ -38,6 +40,7 @@ class Checkpoint:
     options: dict[str, Any]
     origin: dict[str, str]
     engine: dict[str, mx.array] = dataclasses.field(default_factory=dict)
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, Array]:
         """All arrays under the names that they have in the file."""
@@ -54,7 +57,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
-    about = {"step": state.step, "options": state.options, "origin": state.origin}
+    about = {"step": state.step, "options": state.options, "origin": state.origin, "best": state.best}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
     write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", "--adapter-path", metadata)
 
@@ -90,19 +93,28 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not path.exists():
         raise UserError(f"--resume: nothing is saved in {folder} yet; start without --resume")
     try:
+        MappedWeights(path).close()  # checks the header, of which MLX believes everything
         arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
         if about is not None:
-            step, options, origin = int(about["step"]), dict(about["options"]), dict(about["origin"])
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+            step, options, origin = _step(about["step"]), dict(about["options"]), dict(about["origin"])
+            best = dict(about.get("best", {}))
+        lora, optimizer, engine = (
+            {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+            for prefix in (_LORA, _OPTIMIZER, _ENGINE)
+        )
+        state = _nested(optimizer)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"--resume: {path} is damaged: {one_line(error)}") from None
     if about is None:
         raise UserError(f"--resume: {path} is not a checkpoint of this version ({metadata.get('format')!r})")
-    lora, optimizer, engine = (
-        {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-        for prefix in (_LORA, _OPTIMIZER, _ENGINE)
-    )
-    return Checkpoint(lora, _nested(optimizer), step, options, origin, engine)
+    return Checkpoint(lora, state, step, options, origin, engine, best)
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("its step is not a number of updates")
+    return value
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
@@ -137,12 +149,12 @@ def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
 
     fresh: the state of a new run with the same options.
     """
-    wanted, found = fresh.arrays(), checkpoint.arrays()
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found or name not in wanted:
+    wanted, saved = fresh.arrays(), checkpoint.arrays()
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved or name not in wanted:
             raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
-        if found[name].shape != wanted[name].shape:
-            shapes = f"shape {found[name].shape}, not {wanted[name].shape}"
+        if saved[name].shape != wanted[name].shape:
+            shapes = f"shape {saved[name].shape}, not {wanted[name].shape}"
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
 
 

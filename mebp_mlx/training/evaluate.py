@@ -49,12 +49,12 @@ def evaluate(
     loss_sum, n_labels, n_correct, n_rows = 0.0, 0, 0, 0
     for batch in eval_batches(rows, batch_size, n_batches):
         model.weights.check_sizes()
-        found = work.loss(batch)
-        if not math.isfinite(found.loss_sum):
+        result = work.loss(batch)
+        if not math.isfinite(result.loss_sum):
             raise NonFiniteLoss(f"the loss is not finite (rows {', '.join(batch.rows)})")
-        loss_sum += found.loss_sum
-        n_labels += found.n_labels
-        n_correct += found.n_correct
+        loss_sum += result.loss_sum
+        n_labels += result.n_labels
+        n_correct += result.n_correct
         n_rows += len(batch.rows)
     return Quality(loss_sum / n_labels, n_correct / n_labels, n_labels, n_rows)
 
@@ -105,12 +105,23 @@ class Evaluator:
         try:
             return evaluate(model, lora or NO_LORA, self.rows, self._plan(model, lora), self.batch_size, self.n_batches)
         finally:
-            model.weights.close()
+            model.close()
 
     def _plan(self, model: Model, lora: Lora | None) -> Plan:
         longest = int(self.rows.lengths.max()) - 1
         workload = Workload(model, lora or NO_LORA, min(self.batch_size, len(self.rows)), longest, forward_only=True)
         return choose(workload, self.budget_bytes, smallest=self.smallest).plan
+
+
+def is_test_alone(config: TrainConfig) -> bool:
+    """Whether --test is all that is asked for: --iters 0, or a folder of data without training rows."""
+    if not config.test or config.dry_run or config.preview:
+        return False
+    if not config.iters and config.epochs is None:
+        return True
+    folder = Path(config.data).expanduser()
+    is_given = config.hf_dataset is None and config.data != "bundled" and (folder / "test.jsonl").is_file()
+    return is_given and not (folder / "train.jsonl").exists()
 
 
 def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, dict[str, Quality]]:
@@ -121,16 +132,16 @@ def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, di
     quality = Evaluator(
         rows, config.batch_size, config.test_batches, config.budget_bytes, config.smallest, config.dtype
     )
-    found = {"model": quality(model_path, None)}
+    qualities = {"model": quality(model_path, None)}
     folder = Path(config.adapter_path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
-        found["adapters"] = quality(model_path, adapters_of(folder, model_path))
-    return rows, found
+        qualities["adapters"] = quality(model_path, adapters_of(folder, model_path))
+    return rows, qualities
 
 
-def table(rows: TokenRows, found: Mapping[str, Quality]) -> list[str]:
+def table(rows: TokenRows, qualities: Mapping[str, Quality]) -> list[str]:
     """Lines for a person."""
-    first = next(iter(found.values()))
+    first = next(iter(qualities.values()))
     lines = [f"{rows.name}: {first.n_rows:,} rows, {first.n_labels:,} labelled tokens"]
     lines += [f"{'':<10}{'loss':>10}{'perplexity':>14}{'accuracy':>10}"]
-    return lines + [f"{n:<10}{q.loss:>10.4f}{q.perplexity:>14,.2f}{q.accuracy:>10.1%}" for n, q in found.items()]
+    return lines + [f"{n:<10}{q.loss:>10.4f}{q.perplexity:>14,.2f}{q.accuracy:>10.1%}" for n, q in qualities.items()]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 def model_fingerprint(path: Path) -> str:
     """Hash of a model folder: config.json, and size and first megabyte of every safetensors file."""
-    return _fingerprint([path / "config.json", *sorted(path.glob("*.safetensors"))], 1 << 20)
+    weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    return _fingerprint([path / "config.json", *weights], 1 << 20)
 
 
 def data_fingerprint(tokens: Path) -> str:

@@ -28,7 +28,7 @@ def check_unused(folder: Path) -> None:
         remedy = "--resume continues it, " if CHECKPOINT in names else "remove the folder, or "
         raise UserError(
             f"--adapter-path {folder}: already holds a run ({names[0]}); {remedy}"
-            "another --adapter-path starts a new one"
+            "another --adapter-path starts a new one; --test --iters 0 measures it"
         )
 
 
@@ -45,7 +45,7 @@ def make_folder(folder: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what killed saves left behind. The caller holds the folder's log, so nobody else is saving there."""
-    for path in folder.glob(".*.partial"):
+    for path in [*folder.glob(".*.partial"), *folder.glob("best/.*.partial")]:
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 

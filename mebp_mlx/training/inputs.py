@@ -9,10 +9,13 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..data.dataset import DataSets, TokenRows, n_batches_per_epoch, prepare
 from ..errors import UserError
+from ..export.start import start_file
+from ..model.reading import read_config
 from . import folder as run_folder
 from .checkpoint import Checkpoint, check_same_run, load_checkpoint
 from .fingerprint import data_fingerprint, model_fingerprint
 from .report import print_data
+from .services import check_installed
 from .setup import Sizes
 
 
@@ -44,10 +47,16 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
     saved = load_checkpoint(folder) if config.resume else None
     if saved is None and not (config.dry_run or config.preview):
         run_folder.check_unused(folder)
+    if saved is None and config.resume_adapter_file is not None:
+        start_file(config.resume_adapter_file)
+    read_config(model_path)  # its sizes are checked before a library makes anything of them
+    check_installed(config.report_to or ())
     data = prepare(config.data_source, model_path, config.row_options)
     print_data(data, config)
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
+    if config.patience is not None and (data.valid is None or not config.val_batches):
+        raise UserError("--patience: there are no validations (valid.jsonl, --val-batches)")
     fingerprints = {"model": model_fingerprint(model_path), "data": data_fingerprint(data.cache_dir)}
     if saved is not None:
         check_same_run(config, saved, fingerprints)

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +49,7 @@ class RunLog:
     """The log of one run in `folder`, which must exist; use as a context manager.
 
     n_iters: the run's last iteration; iteration: where it starts, for the progress bar; continues: keeps the events
-    that are there; stream: where a person reads (standard output); send: called with the number fields and the
+    that are there; stream: where a person reads (standard output); senders: called with the number fields and the
     iteration of every train, valid and test event. Raises UserError when another process is writing the same log, and
     when the disk refuses an event.
     """
@@ -62,9 +62,8 @@ class RunLog:
         iteration: int = 0,
         continues: bool = False,
         stream: TextIO | None = None,
-        send: Send | None = None,
     ) -> None:
-        self._send = send
+        self.senders: Sequence[Send] = ()
         self.n_iters = n_iters
         self._stream: Any = ForgivingStream(sys.stdout if stream is None else stream)
         self._path = folder / LOG
@@ -90,9 +89,10 @@ class RunLog:
         """Appends one object to log.jsonl and flushes it."""
         entry = {"event": event, "time": round(time.time(), 3), **fields}
         self._append(json.dumps(_jsonable(entry), allow_nan=False).encode() + b"\n")
-        if self._send is not None and event in ("train", "valid", "test"):
-            numbers = {name: value for name, value in fields.items() if isinstance(value, (int, float))}
-            self._send({f"{event}/{name}": value for name, value in numbers.items()}, fields["iter"])
+        if event in ("train", "valid", "test"):
+            numbers = {f"{event}/{name}": n for name, n in fields.items() if isinstance(n, (int, float))}
+            for send in self.senders:
+                send(numbers, fields["iter"])
 
     def _append(self, line: bytes) -> None:
         whole_bytes = self._file.seek(0, os.SEEK_END)
@@ -147,18 +147,6 @@ class RunLog:
             f"perplexity {math.exp(min(loss, 700)):,.4g}  accuracy {accuracy:.1%}  "
             f"({n_tokens:,} tokens, {seconds:.1f} s)"
         )
-
-
-def reporter(service: str | None, project: str, options: dict[str, Any]) -> Send | None:
-    """What sends reports to `service` ("wandb"), or None for None. Raises UserError when its library is missing."""
-    if service is None:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f'--report-to {service}: is not installed; pip install "mebp_mlx[logging]"') from None
-    run = wandb.init(project=project, config=options)
-    return lambda numbers, iteration: run.log(numbers, step=iteration)
 
 
 def events(folder: Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -29,10 +29,10 @@ class ParkedState:
 
     def put(self, name: str, state: dict[str, Any]) -> None:
         """Move a parameter's entry of `state` into the file."""
-        found = _arrays(state[name])
-        mx.eval(found)
+        parts = _arrays(state[name])
+        mx.eval(parts)
         for part in self._names[name]:
-            self._file.put(0, f"{name}/{part}", 0, found[part])
+            self._file.put(0, f"{name}/{part}", 0, parts[part])
         state[name] = {}
 
     def take(self, name: str) -> Any:
@@ -46,8 +46,8 @@ class ParkedState:
         }
 
     def _entry(self, name: str, read: Callable[[int, str, int], Any]) -> Any:
-        found = [(part, read(0, f"{name}/{part}", 0)) for part in self._names[name]]
-        return tree_unflatten(found) if found else {}
+        arrays = [(part, read(0, f"{name}/{part}", 0)) for part in self._names[name]]
+        return tree_unflatten(arrays) if arrays else {}
 
 
 def parked_bytes(state: dict[str, Any]) -> int:

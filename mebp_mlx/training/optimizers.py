@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,10 +38,38 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
     if unknown := sorted(arguments.keys() - known):
         raise UserError(f"optimizer_config.{name}.{unknown[0]}: unknown argument{suggest(unknown[0], known)}")
     kind = PlainSGD if name == "sgd" and not arguments.get("momentum") else CLASSES[name]
+    if config.lora_plus_ratio != 1:
+        kind = with_ratio(kind)
+    rate = learning_rate(config, n_updates)
     try:
-        return kind(learning_rate=learning_rate(config, n_updates), **arguments)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
+        if arguments:  # the classes check little: one update of a throwaway says whether these can be used
+            tried = kind(learning_rate=1e-3, **arguments)  # type: ignore[call-arg]
+            mx.eval(tried.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))}))
+        optimizer = kind(learning_rate=rate, **arguments)  # type: ignore[call-arg]
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UserError(f"optimizer_config.{name}: {error}") from None
+    if config.lora_plus_ratio != 1 and not uses_learning_rate(optimizer):
+        raise UserError(
+            f"--lora-plus-ratio: {name} sets its own step sizes, relative_step: false makes it use the rate"
+        )
+    return optimizer
+
+
+def with_ratio(kind: type[optim.Optimizer]) -> type[optim.Optimizer]:
+    """The same optimizer, whose learning rate is `ratio` times what it is set to: LoRA+ (Hayou et al. 2024)."""
+
+    class WithRatio(kind):  # type: ignore[misc, valid-type]
+        ratio = 1.0
+
+        @property
+        def learning_rate(self) -> mx.array:
+            return self.state["learning_rate"] * self.ratio
+
+        @learning_rate.setter
+        def learning_rate(self, rate: float | mx.array) -> None:
+            self.state["learning_rate"] = mx.array(rate)
+
+    return WithRatio
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -57,7 +86,7 @@ def uses_learning_rate(optimizer: Any) -> bool:
 def learning_rate(config: TrainConfig, n_updates: int) -> float | Schedule:
     """The rate as a number, or as a function of the number of updates done (0 before the first)."""
     if config.lr_schedule is not None:
-        return _from_mlx_lm(config.lr_schedule)
+        return _from_mlx_lm(config.lr_schedule, n_updates)
     peak, warmup = config.learning_rate, config.warmup
     n_decay = max(1, n_updates - warmup)
     if config.lr_decay == "cosine":
@@ -73,14 +102,19 @@ def learning_rate(config: TrainConfig, n_updates: int) -> float | Schedule:
     return optim.join_schedules([rise, decay if callable(decay) else lambda _: mx.array(peak)], [warmup])
 
 
-def _from_mlx_lm(schedule: Mapping[str, Any]) -> Schedule:
-    """mlx-lm's `lr_schedule`: after `warmup` updates from `warmup_init` to the first argument, the schedule."""
+def _from_mlx_lm(schedule: Mapping[str, Any], n_updates: int) -> Schedule:
+    """mlx-lm's `lr_schedule`: after `warmup` updates from `warmup_init` to the first argument, the schedule.
+
+    UserError where the rate at the beginning, or after `n_updates`, is no number or below 0.
+    """
     numbers = [int(n) if float(n).is_integer() and n >= 1 else n for n in schedule["arguments"]]
     try:
         main = getattr(optim.schedulers, schedule["name"])(*numbers)
-        main(mx.array(0))
-    except (TypeError, ValueError) as error:
+        rates = [main(mx.array(step)).item() for step in (0, 1, min(n_updates, 2**31 - 1))]
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"lr_schedule.arguments: {error}") from None
+    if not all(-1e-6 <= rate < math.inf for rate in rates):  # a line down to 0 may end beside it
+        raise UserError(f"lr_schedule.arguments: give rates of {rates[0]:g} at first, {rates[-1]:g} at the end")
     if not (warmup := schedule["warmup"]):
         return main
     rise = optim.linear_schedule(schedule["warmup_init"], numbers[0], warmup)

@@ -25,28 +25,28 @@ WORTH_ALIGNING_BYTES = 16 << 20
 
 def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -> list[str]:
     """What a person may not expect of this run."""
-    found = []
+    remarks = []
     if config.epochs is None and n_iters != config.iters:
-        found.append(f"{n_iters} iterations, not {config.iters}: an update takes {config.grad_accumulation_steps}")
+        remarks.append(f"{n_iters} iterations, not {config.iters}: an update takes {config.grad_accumulation_steps}")
     if not uses_learning_rate(optimizer):
-        found.append(
+        remarks.append(
             "adafactor sets its own step sizes; optimizer_config: {adafactor: {relative_step: false}} "
             "makes it use --learning-rate"
         )
     if config.resume and config.lr_decay != "constant":
-        found.append(f"--lr-decay {config.lr_decay} reaches its end at iteration {n_iters}")
+        remarks.append(f"--lr-decay {config.lr_decay} reaches its end at iteration {n_iters}")
     if data.valid is None and config.val_batches:
-        found.append("no valid.jsonl: there are no validations")
+        remarks.append("no valid.jsonl: there are no validations")
     counts = data.counts["train"]
     n_unsure = counts.get("n_unsure", 0)
     if n_rows := counts.get("n_prompt_differs", 0) - n_unsure:
-        found.append(
+        remarks.append(
             f"{n_rows:,} training rows: the chat template rewrites the prompt before an answer; labels begin with the "
             "answer (mlx-lm's begin where the prompt would end)"
         )
     if n_unsure:
-        found.append(f"{n_unsure:,} training rows: the chat template rewrites them, labels may begin early or late")
-    return found
+        remarks.append(f"{n_unsure:,} training rows: the chat template rewrites them, labels may begin early or late")
+    return remarks
 
 
 def alignment_notices(model: Model, model_name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..system.machine import machine
 from ..system.units import megabytes
 from ..weights.hub import resolve_model
 from . import folder as run_folder
+from .best import Best
 from .checkpoint import restore
 from .inputs import Inputs, read_inputs
 from .log import last_event
@@ -58,6 +60,7 @@ def prepare_run(config: TrainConfig) -> Run | None:
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, inputs.n_updates)
     estimator = estimator_of(config, lora)
+    best = Best.of(config, None if inputs.saved is None else inputs.saved.best)
     if inputs.saved is not None:
         restore(inputs.saved, lora, optimizer, estimator)
         inputs.saved = None  # its arrays belong to lora and optimizer now
@@ -66,17 +69,22 @@ def prepare_run(config: TrainConfig) -> Run | None:
     if config.dry_run:
         return None
     updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
-    return Run(config, inputs, model, lora, estimator, planned, updater, before_model_bytes, here)
+    return Run(config, inputs, model, lora, estimator, planned, updater, best, before_model_bytes, here)
 
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
     """Whether a resumed run has nothing left to do, which it says."""
     step, accumulate = inputs.first_step, config.grad_accumulation_steps
     folder = Path(config.adapter_path)
-    if inputs.saved is None or step < inputs.n_updates or not is_whole(folder, config, step):
+    if inputs.saved is None or not is_whole(folder, config, step, best := Best.of(config, inputs.saved.best)):
+        return False
+    if step < inputs.n_updates and not best.is_exhausted:
         return False
     if config.test and (last_event(folder, "test") or {}).get("iter") != step * accumulate:
         return False
+    if step < inputs.n_updates:
+        print(f"nothing to do: the run in {folder} has stopped early: {best}; a larger --patience continues it")
+        return True
     print(
         f"nothing to do: the run in {folder} has done {step * accumulate} iterations of "
         f"{inputs.n_updates * accumulate}; a larger --iters continues it"
@@ -87,7 +95,7 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
 @dataclass
 class Run:
     """Everything that a run works with, before its first step. planned: None for an engine without a plan;
-    machine: what it runs on.
+    machine: what it runs on; callbacks: as of callbacks.sender.
     """
 
     config: TrainConfig
@@ -97,8 +105,10 @@ class Run:
     estimator: Estimator | None
     planned: Planned | None
     updater: Updater
+    best: Best
     before_model_bytes: int
     machine: dict[str, Any]
+    callbacks: Sequence[Any] = ()
 
     @property
     def folder(self) -> Path:

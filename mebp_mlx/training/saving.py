@@ -1,4 +1,4 @@
-"""A save: the checkpoint first, then the adapters, then the log's event. What a stop cut off is completed later."""
+"""A save: the checkpoint, the adapters, best/, then the log's event. What a stop cut off is completed later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..config import TrainConfig
 from ..engine.zeroth_order import Estimator
 from ..export.adapters import ADAPTER_CONFIG, ADAPTERS, numbered, save_adapters
 from ..model.lora import Lora
+from .best import FOLDER as BEST
+from .best import Best
 from .checkpoint import Checkpoint, save_checkpoint
+from .folder import make_folder
 from .log import RunLog, last_event
 from .update import Updater
 
@@ -22,10 +25,12 @@ def is_due(every: int, before: int, now: int) -> bool:
 
 
 class Saver:
-    """Writes a run's state into its folder. fingerprints: as of Checkpoint."""
+    """Writes a run's state into its folder. fingerprints: as of Checkpoint; best: saved with a state, and where it is
+    that state's own validation, the adapters are saved in best/, too.
+    """
 
-    def __init__(self, folder: Path, config: TrainConfig, fingerprints: dict[str, str], lora: Lora) -> None:
-        self.folder, self.config, self.fingerprints, self.lora = folder, config, fingerprints, lora
+    def __init__(self, folder: Path, config: TrainConfig, fingerprints: dict[str, str], lora: Lora, best: Best) -> None:
+        self.folder, self.config, self.fingerprints, self.lora, self.best = folder, config, fingerprints, lora, best
 
     def save(self, step: int, updater: Updater, estimator: Estimator | None, log: RunLog) -> None:
         """The state after `step` updates. Refuses one that is not finite (NonFiniteLoss)."""
@@ -37,6 +42,7 @@ class Saver:
             self.config.to_dict(),
             self.fingerprints,
             {} if estimator is None else estimator.state(),
+            self.best.state() if self.config.tracks_best else {},
         )
         save_checkpoint(self.folder, state)
         self._adapters(step)
@@ -44,7 +50,7 @@ class Saver:
 
     def complete(self, step: int, log: RunLog) -> None:
         """Writes what is missing of the save after `step` updates, from the checkpoint's parameters in `lora`."""
-        if not is_whole(self.folder, self.config, step):
+        if not is_whole(self.folder, self.config, step, self.best):
             self._adapters(step)
         iteration = self._iteration(step)
         if (last_event(self.folder, "save") or {}).get("iter") != iteration:
@@ -57,13 +63,25 @@ class Saver:
         about = {"model": self.config.model, "data": self.config.data_source, "seed": self.config.seed}
         copy = _has_copy(self.config, step)
         save_adapters(self.folder, self.lora, self._iteration(step), about, copy)
+        if _is_best(self.config, step, self.best):
+            make_folder(self.folder / BEST)
+            save_adapters(self.folder / BEST, self.lora, self._iteration(step), about)
 
 
-def is_whole(folder: Path, config: TrainConfig, step: int) -> bool:
+def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:
     """Whether the adapters of the save after `step` updates are all there; adapter_config.json is written last."""
     iteration = step * config.grad_accumulation_steps
     names = [ADAPTERS, *([numbered(iteration)] if _has_copy(config, step) else [])]
+    if _is_best(config, step, best):
+        names.append(f"{BEST}/{ADAPTERS}")
+        if _saved_iteration(folder / BEST) != iteration:
+            return False
     return _saved_iteration(folder) == iteration and all((folder / name).exists() for name in names)
+
+
+def _is_best(config: TrainConfig, step: int, best: Best) -> bool:
+    """Whether the state after `step` updates is the one to be found in best/."""
+    return config.tracks_best and step > 0 and best.iteration == step * config.grad_accumulation_steps
 
 
 def _has_copy(config: TrainConfig, step: int) -> bool:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from ..engine.zeroth_order import Estimator, make_estimator
 from ..errors import BudgetError, UserError
+from ..export.start import start_file, start_from
 from ..model.base import Model
 from ..model.lora import Lora, init_lora
 from ..model.opening import open_model
@@ -36,17 +39,26 @@ class Sizes:
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
-    """Fresh trainable parameters as the options say. BudgetError, before they are made, when there is no room."""
+    """What training starts from, as the options say. BudgetError, before it is made, when there is no room."""
     check_lora(config, model)
-    return init_lora(
+    lora = init_lora(
         model.spec,
         rank=config.rank,
-        scale=config.scale,
+        scale=config.lora_scale,
         dropout=config.dropout,
         keys=config.keys,
         num_layers=config.num_layers,
         seed=config.seed,
+        lengths=(lambda linear: mx.sqrt(model.squared_norms(linear))) if is_dora(config) else None,
     )
+    if config.resume_adapter_file is not None and not config.resume:
+        start_from(start_file(config.resume_adapter_file), lora, model.spec)
+    return lora
+
+
+def is_dora(config: TrainConfig) -> bool:
+    """Whether pairs have row lengths, too."""
+    return config.fine_tune_type == "dora"
 
 
 def check_lora(config: TrainConfig, model: Model) -> None:
@@ -55,7 +67,7 @@ def check_lora(config: TrainConfig, model: Model) -> None:
     Sizes only, nothing is allocated. Raises BudgetError.
     """
     optimizer = make_optimizer(config, 1)
-    sizes = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, optimizer)
+    sizes = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, optimizer, is_dora(config))
     gathers = config.grad_accumulation_steps > 1 or config.max_grad_norm is not None or config.engine == "whole-graph"
     gradients = sizes.parameters if gathers else sizes.block_gradients
     state = sizes.state + (sizes.parameters if config.engine == "hizoo" else 0)
@@ -101,6 +113,7 @@ def make_updater(config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: 
         gather=accumulate > 1,
         park=plan is not None and plan.offload_state and config.engine == "mebp",
         is_lazy=plan is not None and plan.is_lazy,
+        b_ratio=config.lora_plus_ratio,
         arena_dir=config.arena_dir,
     )
 
@@ -118,7 +131,8 @@ def make_plan(
             flags = "--memory-budget, --device, --dry-run"
             raise UserError(f"{flags}: not available with --engine whole-graph, which has no plan")
         return None
-    lora_and_state = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, make_optimizer(config, 1))
+    optimizer = make_optimizer(config, 1)
+    lora_and_state = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, optimizer, is_dora(config))
     workload = Workload(
         model,
         lora,

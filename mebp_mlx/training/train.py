@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from .. import __version__
 from ..engine import Engine, make_engine
 from ..errors import BudgetError
 from ..planner.projection import host_rates, project
@@ -14,10 +13,14 @@ from ..system.footprint import PeakMeter, footprint_bytes
 from ..system.interrupt import Interrupt, Stopped
 from ..system.last_line import LastLine
 from ..system.units import megabytes
+from ..version import __version__
 from . import folder
-from .log import RunLog, reporter
+from .best import FOLDER as BEST
+from .callbacks import sender
+from .log import RunLog
 from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
 from .run import Run
+from .services import Services
 from .trainer import Trainer
 
 
@@ -44,7 +47,11 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
                 raise Stopped(interrupt.requested, saved)
             interrupt.deferred = False
             _check_budget(run, step, watch)
-            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.n_iters, run.planned)
+            if step < run.inputs.n_updates:
+                log.notice(f"stopped early: {run.best}", iter=run.iteration(step))
+            if run.config.tracks_best and run.best.iteration:
+                log.say(f"best       iteration {run.best.iteration}, loss {run.best.loss:.3f}, in {run.folder / BEST}")
+            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.iteration(step), run.planned)
             if run.config.phone is not None and run.planned is not None:
                 plan, workload = run.planned.plan, run.planned.workload
                 for text in project(run.config.phone, workload, plan, trainer.step_s, host_rates()):
@@ -79,10 +86,13 @@ def _print_model(run: Run) -> None:
 def _open_log(run: Run) -> Iterator[RunLog]:
     """The run's log, after run.json and the first events."""
     config, first = run.config, run.iteration(run.inputs.first_step)
-    send = reporter(config.report_to, config.project_name or run.folder.resolve().name, config.to_dict())
+    project = config.project_name or run.folder.resolve().name
+    services = Services(config.report_to or (), project, run.folder, config.to_dict(), print)
     last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
-    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume, send=send)
-    with last_line, log:
+    log = RunLog(run.folder, n_iters=run.n_iters, iteration=first, continues=config.resume)
+    log.senders = [services.send, sender(run.callbacks)]
+    services.say = log.notice
+    with last_line, log, services:
         folder.remove_partial_files(run.folder)
         about = {"n_iters": run.n_iters, "n_lora_parameters": run.n_parameters, "data": run.inputs.data.counts}
         record = {

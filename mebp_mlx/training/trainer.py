@@ -32,7 +32,7 @@ class Trainer:
     def __init__(self, run: Run, engine: Engine, log: RunLog, watch: BudgetWatch, interrupt: Interrupt) -> None:
         self.run, self.engine, self.log, self.watch, self.interrupt = run, engine, log, watch, interrupt
         self.config, self.data = run.config, run.inputs.data
-        self.saver = Saver(run.folder, run.config, run.inputs.fingerprints, run.lora)
+        self.saver = Saver(run.folder, run.config, run.inputs.fingerprints, run.lora, run.best)
         self.seconds = 0.0
         self.step_s: float | None = None
         self._throttling_reported = False
@@ -51,6 +51,8 @@ class Trainer:
             self.validate(0)
         else:
             self.saver.complete(step, self.log)
+            if self._validation_was_cut_off(step) and self.validate(step * accumulate):
+                self.save(step)
         while step < n_updates and not self._has_to_end(step):
             started_s = time.perf_counter()
             micro_batches = [next(stream) for _ in range(accumulate)]
@@ -60,25 +62,40 @@ class Trainer:
             window.add(loss, sum(batch.n_labels for batch in micro_batches), time.perf_counter() - started_s)
             before, step = step * accumulate, step + 1
             iteration, last = step * accumulate, step == n_updates
+            is_best = False
             self.log.advance(iteration)
             if last or is_due(self.config.steps_per_report, before, iteration):
                 self.report(iteration, window)
                 window = _Window()
             if last or is_due(self.config.steps_per_eval, before, iteration):
-                self.validate(iteration)  # before the save: a state with a loss that is not finite is not kept
-            if last or is_due(self.config.save_every, before, iteration):
+                is_best = self.validate(iteration)  # before the save, which keeps no state whose loss is not finite
+            if last or is_best or is_due(self.config.save_every, before, iteration):
                 self.save(step)
                 saved_step = step
         if window.n_updates:  # interrupted between two reports
             self.report(step * accumulate, window)
         if saved_step != step:
             self.save(step)
-        if step == n_updates:
+        if step == n_updates or self.stopped_early:
             self.test(step * accumulate)
         self.seconds = time.perf_counter() - began_s
         return step
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether --patience ends the run."""
+        return self.run.best.is_exhausted and self.interrupt.requested is None
+
+    def _validation_was_cut_off(self, step: int) -> bool:
+        """Whether the run that is resumed was interrupted within a validation that best/ has to know of."""
+        iteration, accumulate = step * self.config.grad_accumulation_steps, self.config.grad_accumulation_steps
+        done = (last_event(self.run.folder, "valid") or {}).get("iter", 0)
+        is_wanted = self.config.tracks_best and is_due(self.config.steps_per_eval, iteration - accumulate, iteration)
+        return is_wanted and done < iteration
+
     def _has_to_end(self, step: int) -> bool:
+        if self.run.best.is_exhausted:
+            return True
         return self.interrupt.requested is not None or self.watch.look(step * self.config.grad_accumulation_steps)
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
@@ -147,10 +164,14 @@ class Trainer:
         self.check_files()  # or what a pass read as zeros would be kept
         self.saver.save(step, self.run.updater, self.run.estimator, self.log)
 
-    def validate(self, iteration: int) -> None:
-        """The loss on the first `val_batches` batches of the validation rows, if there are any."""
-        if self.data.valid is not None and self.config.val_batches:
-            self.evaluate("valid", iteration, self.data.valid, self.config.val_batches)
+    def validate(self, iteration: int) -> bool:
+        """The loss on the first `val_batches` batches of the validation rows, if there are any; whether its adapters
+        are to be kept as the best.
+        """
+        if self.data.valid is None or not self.config.val_batches:
+            return False
+        loss = self.evaluate("valid", iteration, self.data.valid, self.config.val_batches)
+        return loss is not None and self.run.best.observe(loss, iteration) and self.config.tracks_best and iteration > 0
 
     def test(self, iteration: int) -> None:
         """The loss on the test rows after the last iteration (--test), unless the log has it already."""
@@ -158,15 +179,16 @@ class Trainer:
         if self.config.test and self.data.test is not None and not done:
             self.evaluate("test", iteration, self.data.test, self.config.test_batches)
 
-    def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> None:
-        """Token-weighted means over the first `limit` batches; nothing is reported when it is interrupted.
+    def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> float | None:
+        """Token-weighted means over the first `limit` batches; returns the loss. Nothing is reported, and None
+        returned, when it is interrupted.
 
         Raises NonFiniteLoss, too.
         """
         started_s, loss_sum, n_labels, n_correct = time.perf_counter(), 0.0, 0, 0
         for batch in eval_batches(rows, self.config.batch_size, limit):
             if self.interrupt.requested is not None:
-                return
+                return None
             self.check_files()
             evaluation = self.engine.evaluate(batch)
             if not math.isfinite(evaluation.loss_sum):
@@ -177,6 +199,7 @@ class Trainer:
         self.log.evaluation(
             kind, iteration, loss=loss_sum / n_labels, accuracy=accuracy, n_tokens=n_labels, seconds=seconds
         )
+        return loss_sum / n_labels
 
 
 @dataclass

@@ -23,10 +23,11 @@ class Updater:
 
     max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
     micro-batch a step; park: keep the state in a mapped file in arena_dir (training/offload.py);
-    is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other.
+    is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other;
+    b_ratio: LoRA+'s, for an optimizer of optimizers.with_ratio.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options of the update, by keyword
         self,
         optimizer: Any,
         lora: Lora,
@@ -36,8 +37,9 @@ class Updater:
         park: bool = False,
         is_lazy: bool = False,
         arena_dir: str | Path | None = None,
+        b_ratio: float = 1.0,
     ):
-        self.optimizer, self.lora = optimizer, lora
+        self.optimizer, self.lora, self.b_ratio = optimizer, lora, b_ratio
         self.max_grad_norm, self.is_lazy = max_grad_norm, is_lazy and not park
         self.gather = gather or max_grad_norm is not None
         self._gathered: dict[str, mx.array] = {}
@@ -90,23 +92,38 @@ class Updater:
         return norm
 
     def _apply(self, gradients: dict[str, mx.array]) -> list[mx.array]:
-        parameters, state = self.lora.parameters(), self.optimizer.state
+        state = self.optimizer.state
         if self.is_lazy:
-            state["step"] = self._step
-            updated = self.optimizer.apply_gradients(gradients, {name: parameters[name] for name in gradients})
+            updated: dict[str, mx.array] = {}
+            of_b = {name for name in gradients if self.b_ratio != 1 and name.endswith(".lora_b")}
+            for names in (gradients.keys() - of_b, of_b):
+                if names:
+                    updated.update(self._updated({name: gradients[name] for name in gradients if name in names}))
             self.lora.update(updated)
             states: list[Any] = [entry[1] for name in gradients for entry in tree_flatten(state[name])]
             return [*updated.values(), *states, state["step"]]
         # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
         for name, gradient in gradients.items():
-            # Every call would count as a step (bias correction, schedules); all of a step are one.
             state = self.optimizer.state
-            state["step"] = self._step
             if self._parked is not None:
                 state[name] = self._parked.take(name)
-            updated = self.optimizer.apply_gradients({name: gradient}, {name: parameters[name]})
+            updated = self._updated({name: gradient})
             self.lora.update(updated)
             mx.eval(updated, state[name], state["step"])
             if self._parked is not None:
                 self._parked.put(name, state)
         return []
+
+    def _updated(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """New values of some parameters, which all take the same rate."""
+        parameters, optimizer = self.lora.parameters(), self.optimizer
+        # Every call would count as a step (bias correction, schedules); all of a step are one.
+        optimizer.state["step"] = self._step
+        if self.b_ratio != 1:
+            optimizer.ratio = self.b_ratio if next(iter(gradients)).endswith(".lora_b") else 1.0
+        updated: dict[str, mx.array] = optimizer.apply_gradients(
+            gradients, {name: parameters[name] for name in gradients}
+        )
+        if self.b_ratio != 1:
+            optimizer.ratio = 1.0
+        return updated

@@ -118,7 +118,7 @@ def _checked_model(folder: Path, name: str) -> Path:
         config = {}  # said with more detail where the config is read
     if isinstance(config, dict) and "model_file" in config:
         raise UserError(f"{folder / 'config.json'}: model_file: no code of a model's folder is ever run")
-    if not any(folder.glob("model*.safetensors")):
+    if not any(file.is_file() for file in folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: the folder {folder} holds no weights (model*.safetensors)")
     return folder
 
@@ -205,7 +205,7 @@ def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
             rows = _load_dataset(where, where, each["path"], split=slice_, **(each.get("config") or {}))
             chosen.setdefault(split, []).append((rows, _kind_of_columns(rows.column_names, columns, where)))
     state = [sets, {split: [_fingerprint(rows) for rows, _ in parts] for split, parts in chosen.items()}]
-    parts = {split: itertools.chain.from_iterable(_renamed(*part) for part in found) for split, found in chosen.items()}
+    parts = {split: itertools.chain.from_iterable(_renamed(*part) for part in each) for split, each in chosen.items()}
     return _write_folder(parts, "--".join(each["path"].replace("/", "--") for each in sets)[:80], state, cache)
 
 
@@ -240,11 +240,11 @@ def _convert_dataset(
             chosen.setdefault(SPLIT_NAMES[split], rows)
     if "train" not in chosen:
         raise UserError(f"{where}: has no split named train (its splits: {', '.join(splits)})")
-    found = chosen["train"].column_names
+    stored = chosen["train"].column_names
     prompt, completion, text, chat, *_ = columns
-    if not {text, chat} & set(found) and not {prompt, completion} <= set(found):
+    if not {text, chat} & set(stored) and not {prompt, completion} <= set(stored):
         known = f"{text}, {chat}, or {prompt} and {completion}"
-        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(found)})")
+        raise UserError(f"{where}: no column named {known} (its columns: {', '.join(stored)})")
     state = {split: _fingerprint(rows) for split, rows in chosen.items()}
     kept = {key: key for key in columns}
     parts = {split: _renamed(rows, kept) for split, rows in chosen.items()}

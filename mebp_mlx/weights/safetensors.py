@@ -1,7 +1,7 @@
 """Safetensors as named views over memory-mapped files.
 
-Opening reads the headers alone. Bytes enter anonymous memory only through `rows`, `columns` and `gather`, which copy
-the rows into MLX; the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
+Opening reads the headers alone. Bytes enter anonymous memory only where MLX copies from a view (model/base.py: Tensor);
+the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
 and read-only: macOS would make private, writable ones the process's own memory as their pages are read.
 """
 
@@ -76,8 +76,8 @@ class MappedWeights:
     """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
 
     `names` is in file order: shard by shard, by offset. Every inconsistency of headers raises
-    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: rows and
-    columns come as views of the mapped pages where MLX can take them (weights/zero_copy.py), as copies elsewhere.
+    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: whether
+    in_place() gives the mapped pages to MLX where it can take them (weights/zero_copy.py).
     """
 
     names: tuple[str, ...]
@@ -143,40 +143,6 @@ class MappedWeights:
             raise ValueError("these weights are closed")
         return self._maps[info.file]
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        """Rows start..stop of axis 0 (all of them by default) as an MLX array of the tensor's own dtype.
-
-        Only these rows are read. A 0-d tensor has no rows and comes whole. IndexError if the range is not
-        within the tensor.
-        """
-        info = self.info(name)
-        if info.shape:
-            stop = info.shape[0] if stop is None else stop
-            if not 0 <= start <= stop <= info.shape[0]:
-                raise IndexError(f"{name}: rows {start}..{stop} of {info.shape[0]}")
-        elif start != 0 or stop is not None:
-            raise IndexError(f"{name}: a 0-d tensor has no rows")
-        whole = self.in_place(name)
-        if whole is not None:
-            # an array object of its own: MLX's += changes what an object refers to
-            return whole[start:stop] if info.shape else whole.reshape(())
-        view = self.view(name)
-        return _to_mlx(view[start:stop] if info.shape else view, info)
-
-    def columns(self, name: str, start: int, stop: int) -> mx.array:
-        """Columns start..stop of axis 1 of a matrix as an MLX array, strided where its pages are adopted.
-
-        Nothing else is copied. IndexError if the range is not within the matrix.
-        """
-        info = self.info(name)
-        if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
-            raise IndexError(f"{name}: columns {start}..{stop} of {list(info.shape)}")
-        whole = self.in_place(name)
-        if whole is not None:
-            return whole[:, start:stop]
-        # contiguous first: MLX copies all that lies between a strided view's first byte and its last
-        return _to_mlx(np.ascontiguousarray(self.view(name)[:, start:stop]), info)
-
     def in_place(self, name: str) -> mx.array | None:
         """The whole tensor over its mapped pages, nothing copied; None where it can only be copied.
 
@@ -187,36 +153,20 @@ class MappedWeights:
         if not self.adopt or info.not_adoptable:
             return None
         if name not in self._adopted:
-            found = adopt(self._map(info), info.offset, info.n_bytes)
-            self._adopted[name] = None if found is None else found.view(info.mlx_dtype).reshape(info.shape)
+            array = adopt(self._map(info), info.offset, info.n_bytes)
+            self._adopted[name] = None if array is None else array.view(info.mlx_dtype).reshape(info.shape)
         return self._adopted[name]
 
     def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
         """These tensors grouped by the reason for copying them; None: adopted, or would be where MLX adopts pages."""
-        found: dict[str | None, list[TensorInfo]] = {}
+        tensors: dict[str | None, list[TensorInfo]] = {}
         for name in names:
             info = self.info(name)
             why = info.not_adoptable
             if self.adopt and why is None and self.in_place(name) is None:
                 why = "refused by MLX"
-            found.setdefault(why, []).append(info)
-        return found
-
-    def gather(self, name: str, ids: np.ndarray) -> mx.array:
-        """The rows `ids` (integers of any shape) as an MLX array of shape ids.shape + shape[1:].
-
-        IndexError if an id is negative or beyond axis 0.
-        """
-        info = self.info(name)
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iu" and ids.size:
-            raise TypeError(f"{name}: row ids must be integers, not {ids.dtype}")
-        n_rows = info.shape[0] if info.shape else 0
-        if ids.size:
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= n_rows:
-                raise IndexError(f"{name}: row ids {low}..{high} of {n_rows}")
-        return _to_mlx(self.view(name)[ids.astype(np.intp, copy=False)], info)
+            tensors.setdefault(why, []).append(info)
+        return tensors
 
     def advise(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Asks the kernel to read these rows soon (madvise WILLNEED). Uses no MLX: safe in any thread."""
@@ -259,14 +209,6 @@ class MappedWeights:
                 mapped.close()
 
 
-def _to_mlx(values: np.ndarray, info: TensorInfo) -> mx.array:
-    dtype = info.mlx_dtype
-    if not values.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
-        return mx.array(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).view(dtype).reshape(values.shape)
-    array = mx.array(values)
-    return array.view(dtype) if array.dtype != dtype else array
-
-
 def _shards(path: Path) -> list[Path]:
     """The files to open, in order: those that an index names, unless none of them is there and others are.
 
@@ -277,17 +219,17 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    index, found = path / INDEX_NAME, sorted(path.glob("model*.safetensors"))
+    index, files = path / INDEX_NAME, sorted(path.glob("model*.safetensors"))
     if index.is_file():
         named = [path / file for file in sorted(set(_read_index(index).values()))]
         missing = [file for file in named if not file.is_file()]
         if not missing:
             return named
-        if len(missing) < len(named) or not found:
+        if len(missing) < len(named) or not files:
             raise UserError(f"{index}: names {missing[0].name}, which is missing")
-    if not found:
+    if not files:
         raise UserError(f"{path}: no model*.safetensors in this folder")
-    return found
+    return files
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -298,13 +240,16 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is not an object with entries")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or file != os.path.basename(file) or "\0" in file:
+        plain = isinstance(file, str) and file not in ("", ".", "..") and file == os.path.basename(file)
+        if not plain or "\0" in file or len(file.encode(errors="surrogatepass")) > 255:
             raise UserError(f"{index}: tensor {_one_line(name)} has no plain file name")
     return weight_map
 
 
 def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
     """Maps one file and checks its header wholly."""
+    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{file}: is not a file")
     try:
         with open(file, "rb") as handle:
             file_bytes = os.fstat(handle.fileno()).st_size

@@ -55,7 +55,7 @@ def lint(source: str, template: Mapping[str, object] | None = None) -> list[str]
     errors = _pointers_without_space(text)
     text = re.sub(r"\[\[\s*kernel\b[^\]]*\]\]", "kernel", text)
     text = re.sub(r"#include\s*[<\"][^>\"]*[>\"]|\[\[(?:[^\]]|\](?!\]))*\]\]", "", text)
-    text = KERNEL_TEMPLATE.sub(lambda found: _fixed_parameters(found[1], template or {}), text)
+    text = KERNEL_TEMPLATE.sub(lambda actual: _fixed_parameters(actual[1], template or {}), text)
     text = VECTOR_LITERAL.sub(r"make_\1(", text)  # OpenCL has no float4(x)
     checked = subprocess.run(
         [name, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-w", f"-I{CPP}", "-"],
@@ -81,8 +81,8 @@ def _fixed_parameters(parameters: str, values: Mapping[str, object]) -> str:
 def _pointers_without_space(text: str) -> list[str]:
     types = "|".join([SCALARS, *re.findall(r"\b(?:typename|class)\s+(\w+)", text)])
     errors = []
-    for found in re.finditer(POINTER.replace("SCALARS", types), text):
-        if not SPACE.search(found["before"]):
-            line = text.count("\n", 0, found.start("type")) + 1
-            errors.append(f"kernel:{line}: error: pointer or reference without an address space: {found[0].strip()}")
+    for actual in re.finditer(POINTER.replace("SCALARS", types), text):
+        if not SPACE.search(actual["before"]):
+            line = text.count("\n", 0, actual.start("type")) + 1
+            errors.append(f"kernel:{line}: error: pointer or reference without an address space: {actual[0].strip()}")
     return errors

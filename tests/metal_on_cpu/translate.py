@@ -78,7 +78,7 @@ def expand(text: str, folders: Sequence[Path], name: str = "kernel", seen: set[P
 
 def strip_comments(text: str) -> str:
     text = re.sub(r"//[^\n]*", "", text)
-    return re.sub(r"/\*.*?\*/", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
+    return re.sub(r"/\*.*?\*/", lambda actual: "\n" * actual[0].count("\n"), text, flags=re.S)
 
 
 def translate(
@@ -104,8 +104,8 @@ def rewrite(text: str, constants: Mapping[int | str, object]) -> str:
     text = FLOAT_LITERAL.sub(r"\1f", text)  # MSL has no double: 1.0 is a float
     text = _keep_one_overload(text)
     text = _function_constants(text, constants)
-    text = TWICE_CONST.sub(lambda found: (found[1] or "") + " const", text)  # `constant` becomes const, said once
-    text = INSTANTIATION.sub(lambda found: "\n" * found[0].count("\n"), text)  # they only cost time here
+    text = TWICE_CONST.sub(lambda actual: (actual[1] or "") + " const", text)  # `constant` becomes const, said once
+    text = INSTANTIATION.sub(lambda actual: "\n" * actual[0].count("\n"), text)  # they only cost time here
     return _place_threadgroup_variables(text)
 
 
@@ -165,10 +165,10 @@ def _declaration_start(text: str, index: int) -> int:
 def _keep_one_overload(text: str) -> str:
     for pattern in (MEMBER_OF_A_SPACE, SPECIALISED_ON_A_SPACE, OPERATOR_ON_A_SPACE):
         position = 0
-        while found := pattern.search(text, position):
-            inside = found.start() + (pattern is not SPECIALISED_ON_A_SPACE)
+        while actual := pattern.search(text, position):
+            inside = actual.start() + (pattern is not SPECIALISED_ON_A_SPACE)
             start = _declaration_start(text, inside)
-            end = _past_bracket(text, text.index("{", found.end()), "{}")
+            end = _past_bracket(text, text.index("{", actual.end()), "{}")
             end += len(re.match(r"\s*;?", text[end:])[0])  # type: ignore[index]
             text = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
             position = start
@@ -176,9 +176,9 @@ def _keep_one_overload(text: str) -> str:
 
 
 def _function_constants(text: str, values: Mapping[int | str, object]) -> str:
-    def define(found: re.Match[str]) -> str:
-        value = values.get(int(found["id"]), values.get(found["name"], 0))
-        return f"static const {found['type']} {found['name']} = {str(value).lower()}"
+    def define(actual: re.Match[str]) -> str:
+        value = values.get(int(actual["id"]), values.get(actual["name"], 0))
+        return f"static const {actual['type']} {actual['name']} = {str(value).lower()}"
 
     return FUNCTION_CONSTANT.sub(define, text)
 
@@ -187,14 +187,14 @@ def _place_threadgroup_variables(text: str) -> str:
     """`threadgroup T a[n], b[m];` -> one MSL_TG(id, T, name, [n]) each, a reference into the threadgroup's memory."""
     numbers = itertools.count()
 
-    def place(found: re.Match[str]) -> str:
+    def place(actual: re.Match[str]) -> str:
         parts = []
-        for declarator in re.split(r",(?![^\[]*\])", found["declarators"]):
+        for declarator in re.split(r",(?![^\[]*\])", actual["declarators"]):
             name, extent = re.match(r"\s*(\w+)\s*(.*)", declarator, re.S).groups()  # type: ignore[union-attr]
-            parts.append(f"MSL_TG({next(numbers)}, {found['type']}, {name}, {extent});")
-            if found["zero"]:
+            parts.append(f"MSL_TG({next(numbers)}, {actual['type']}, {name}, {extent});")
+            if actual["zero"]:
                 parts.append(f"MSL_TG_ZERO({name});")
-        return found["indent"] + " ".join(parts)
+        return actual["indent"] + " ".join(parts)
 
     text = THREADGROUP_VARIABLE.sub(place, text)
     if left := UNPLACED_THREADGROUP_VARIABLE.search(text):  # it would become one variable per thread

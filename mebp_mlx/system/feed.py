@@ -1,0 +1,99 @@
+"""A child process that is fed JSON lines while this one works, and is waited for only at its start and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .child import child_environment, one_line
+
+Take = Callable[[dict[str, Any]], None]
+
+
+class Feed:
+    """`python -m ARGUMENTS`, which calls `serve`. It is in a session of its own: Ctrl-C does not reach it.
+
+    problem: what went wrong in a line, None so far.
+    """
+
+    def __init__(self, arguments: Sequence[str], request: dict[str, Any]) -> None:
+        self.problem: str | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=child_environment(offline=False, quiet=True),
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin.fileno(), self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        os.set_blocking(self._input, False)
+
+    def started(self, timeout_s: float) -> bool:
+        """Waits until the child has answered its request; whether it can be fed."""
+        deadline_s = time.monotonic() + timeout_s
+        answer: dict[str, Any] = {"error": f"did not start within {timeout_s:g} s"}
+        while select.select([self._output], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+            line = self._output.readline()
+            if not line.startswith(b"{") and line:
+                continue
+            answer = json.loads(line) if line else {"error": "ended before it started"}
+            break
+        self.problem = answer.get("error")
+        return self.problem is None
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Hands over a message; False, with `problem`, where the child is gone or does not read."""
+        line = json.dumps(message).encode() + b"\n"  # short: a pipe takes it whole or not at all
+        try:
+            os.write(self._input, line)
+        except BlockingIOError:
+            self.problem = "does not take what it is sent"
+        except OSError:
+            self.problem = "has ended"
+        else:
+            return True
+        return False
+
+    def close(self, timeout_s: float) -> None:
+        """Lets the child finish what it was sent, and ends it after that time. May be called twice."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.problem = f"did not end within {timeout_s:g} s"
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
+
+
+def serve(open_: Callable[[dict[str, Any]], tuple[Take, Callable[[], None]]]) -> NoReturn:
+    """The child's side: open_(request) gives what takes a message, and what ends it all after the last one."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print
+    try:
+        take, finish = open_(json.loads(sys.stdin.readline()))
+    except Exception as error:
+        answers.write(json.dumps({"error": one_line(error)}) + "\n")
+        answers.flush()
+        sys.exit(1)
+    answers.write("{}\n")
+    answers.flush()
+    for line in sys.stdin:
+        with contextlib.suppress(ValueError):  # half a line of a parent that was killed
+            take(json.loads(line))
+    finish()
+    sys.exit(0)
