@@ -150,9 +150,7 @@ def check_saves(folder: Path | None = None) -> Iterator[Finding]:
         missing.append(str(error))
     except OSError as error:
         missing.append(f"locks: {error.strerror}" if seconds else f"not writable: {error.strerror}")
-    detail = (
-        f"{folder} ({kind or 'disk'}), {free_bytes / 1e9:.1f} GB free: a save takes {seconds * 1e3:.1f} ms"
-    )
+    detail = f"{folder} ({kind or 'disk'}), {free_bytes / 1e9:.1f} GB free: a save takes {seconds * 1e3:.1f} ms"
     if limit != resource.RLIM_INFINITY:
         detail += f", files of at most {limit / 1e6:,.0f} MB (ulimit -f)"
     if (memory := process_limit()) is not None:

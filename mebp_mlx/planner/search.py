@@ -175,6 +175,7 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
     # twice as many as a query has keys.
     cost = {"q": spec.D, "k": spec.D, "v": spec.D, "g": spec.D, "u": spec.D}
+    cost |= dict.fromkeys(("bcx", "qg", "qkv", "z"), spec.D)
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
     order, n_blocks = sorted(cost, key=lambda name: cost[name]), spec.L - workload.first_trained
     while True:
