@@ -40,6 +40,7 @@ MEASUREMENTS = {
     "head": ("micro", "the head over its two matrix products"),
     "head_backward": ("projection", "why the head's gradient has no kernel of its own: bytes and operations"),
     "blas": ("micro", "matrix products with the BLAS that is loaded and with MLX's own"),
+    "torture": ("torture.__main__", "stopped runs, full disks and damaged files: what is lost, and what is said"),
     "open_cost": ("micro", "time and footprint of opening a checkpoint"),
 }
 TOOLS = {

@@ -31,7 +31,8 @@ from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
 
 PROG = "python -m mebp_mlx.train"
-SHORT_KEYS = {key.rpartition(".")[2]: key for key in LORA_KEYS}
+_SHORT = [key.rpartition(".")[2] for key in LORA_KEYS]
+SHORT_KEYS = {short: key for short, key in zip(_SHORT, LORA_KEYS, strict=True) if _SHORT.count(short) == 1}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries

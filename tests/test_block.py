@@ -18,6 +18,7 @@ from mebp_mlx.engine.backprop import BackpropEngine, block_backward, kept_names
 from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
 from mebp_mlx.families.base import value
+from mebp_mlx.families.prenorm import PreNormBlock
 from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
@@ -60,7 +61,7 @@ class Watched:
         self.values: Counter[str] = Counter()
         self.products: Counter[str] = Counter()
         self.visited: list[str] = []  # projections whose backward ran
-        for family in (LlamaBlock, Gemma3Block):
+        for family in (PreNormBlock, LlamaBlock, Gemma3Block):
             for name, cell in vars(family).items():
                 if isinstance(cell, value):
                     patch.setattr(cell, "equation", self._counted(self.values, name, cell.equation))
@@ -120,7 +121,7 @@ def _there_and_back(
 ) -> tuple[Kept, dict[str, mx.array], list[mx.array]]:
     """Block 1 forward and backward: its store, gradients and dx. What is watched is the backward pass."""
     work, kept, layer = Pass(model, plan, lora), Kept(), model.spec.layers[1]
-    names = kept_names(plan, work)
+    names = kept_names(plan, model.spec.layers[0])
     x = [mx.random.normal((B, stop - start, model.spec.D), key=mx.random.key(1)) for start, stop in plan.tiles(T)]
     dy = [tile + 1 for tile in work.forward(layer, x, kept, names)]
     assert x == [] and set(kept.put_names) <= names
@@ -141,14 +142,14 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
     gc.collect()
     gc.disable()
     try:
-        for saved in _policies(seed, block_class(model.spec).names):
+        for saved in _policies(seed, block_class(model.spec.layers[0]).names):
             plan = _plan(saved, grain)
             work, kept = Pass(model, plan, lora), Kept()
             x = [mx.zeros((B, stop - start, model.spec.D)) for start, stop in plan.tiles(T)]
             mx.eval(x)
             mx.synchronize()
             before = mx.get_active_memory() - n_bytes  # x is given up, unless it is kept
-            y = work.forward(layer, x, kept, kept_names(plan, work))
+            y = work.forward(layer, x, kept, kept_names(plan, model.spec.layers[0]))
             mx.eval(y)
             work.barrier.finish()
             mx.synchronize()
@@ -168,11 +169,11 @@ def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_rea
     watched = Watched(monkeypatch)
     work = Pass(model, _plan(SAVE_INPUTS), lora)
     run = work.run(model.spec.layers[0])
-    block = work.block(run, 0, (B, 64), mx.zeros((B, 64, model.spec.D)))
+    block = run.block(run, 0, (B, 64), mx.zeros((B, 64, model.spec.D)))
     mx.eval(block.y)
-    equations = work.block.names - {"g", "u", "low", "x"}
+    equations = run.block.names - {"g", "u", "low", "x"}
     assert watched.values == dict.fromkeys(equations, 1)
-    assert {key for key in vars(block) if key in work.block.names} == {"y"}
+    assert {key for key in vars(block) if key in run.block.names} == {"y"}
 
 
 @pytest.mark.parametrize("need_dx", [False, True])
@@ -184,10 +185,10 @@ def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
     with a matrix of the MLP, nothing is kept that nobody asks for, and gradients are the same to the bit."""
     model, lora = _model(tmp_path, name)
     watched, reference = Watched(monkeypatch), None
-    for saved in _policies(seed, block_class(model.spec).names):
+    for saved in _policies(seed, block_class(model.spec.layers[0]).names):
         plan = _plan(saved)
         kept, gradients, dx = _there_and_back(model, lora, plan, watched, need_dx)
-        names = kept_names(plan, Pass(model, plan, lora))
+        names = kept_names(plan, model.spec.layers[0])
         assert not names & set(watched.values), (sorted(saved), watched.values, seed)
         asked = set(kept.found_names)
         if need_dx and saved <= SAVE_PROJECTIONS:
@@ -278,13 +279,13 @@ def test_no_product_is_made_below_the_lowest_trained_projection(
 def test_policies_are_narrowed_to_what_is_read(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).mkdir()
-        model, lora = _model(tmp_path / name, name)
-        plan = Plan(saved=block_class(model.spec).names)
-        names = kept_names(plan, Pass(model, plan, lora))
+        model, _ = _model(tmp_path / name, name)
+        plan = Plan(saved=block_class(model.spec.layers[0]).names)
+        names = kept_names(plan, model.spec.layers[0])
         assert "y" not in names and ("d" in names) is (name == "gemma3_text") and "x" in names
-        assert kept_names(Plan(saved=frozenset()), Pass(model, plan, lora)) == {"x"}
+        assert kept_names(Plan(saved=frozenset()), model.spec.layers[0]) == {"x"}
         checkpoint = Plan(saved=plan.saved, checkpoint=True)
-        assert kept_names(checkpoint, Pass(model, plan, lora)) == {"x"}
+        assert kept_names(checkpoint, model.spec.layers[0]) == {"x"}
 
 
 @pytest.mark.parametrize("how", [{}, {"checkpoint": True}, {"kept_bytes": 0}], ids=["", "checkpoint", "file"])

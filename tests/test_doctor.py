@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mebp_mlx.doctor import __main__ as doctor
-from mebp_mlx.doctor import probes
+from mebp_mlx.doctor import checks, probes
 from mebp_mlx.model.base import Tensor
 from mebp_mlx.system import device
 from mebp_mlx.testing.tiny import packed_config, write_model
@@ -145,3 +145,16 @@ def test_a_full_disk_ends_the_measurements_in_one_line(
     monkeypatch.setattr(probes, "reserve", reserve)
     assert doctor.main(["--probe"]) == 2
     assert capsys.readouterr().err == "error: --probe: No space left on device\n"
+
+
+def test_what_saves_rely_on_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (works,) = checks.check_saves(tmp_path)
+    assert works.state == "ok" and works.figures["save_s"] > 0 and works.figures["free_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("mebp_mlx.system.files.os.fsync", refuse)
+    (fails,) = checks.check_saves(tmp_path)
+    assert fails.state == "note" and "cannot be written: Invalid argument" in fails.detail

@@ -135,7 +135,7 @@ def test_a_float32_lora_promotes_nothing(
     """bfloat16 at every boundary: values, kept values, block outputs, cotangents; float32 gradients."""
     model = mebp_mlx.open_model(_folder(tmp_path, name, seed, FOUR_BIT), "bfloat16", weights)
     lora, batch = _lora(model, seed, dropout=dropout), _Batch(*random_batch(seed, 2, 70, model.spec.V))
-    family, seen = block_class(model.spec), []
+    family, seen = block_class(model.spec.layers[0]), []
 
     def watch(what: str, owner: Any, method: str, arrays: Any) -> None:
         original = getattr(owner, method)
@@ -166,7 +166,7 @@ def test_a_float32_lora_promotes_nothing(
     assert kinds == {"value", "kept", "y", "dy", "projection", "mlp", "attention", "keys", "dx"}
     assert {label for what, label, _ in seen if what == "value"} == family.names - {"g", "u", "low"}
     assert {label.partition(".")[0] for what, label, _ in seen if what == "kept"} == kept_names(
-        SMALL_PIECES, Pass(model, SMALL_PIECES, lora)
+        SMALL_PIECES, model.spec.layers[0]
     )
     assert {(what, label) for what, label, dtype in seen if dtype != mx.bfloat16} == set()
     assert all(g.dtype == mx.float32 for g in grads.values())

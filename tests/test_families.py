@@ -127,3 +127,31 @@ def test_layers_without_rope_must_be_listed_whole(tmp_path: Path) -> None:
         mebp_mlx.open_model(folder)
     spec = mebp_mlx.open_model(_change(folder, no_rope_layers=[1, 0, 0])).spec
     assert [layer.rope is None for layer in spec.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_a_kernel_in_torchs_layout_is_the_same_model(tmp_path: Path, name: str) -> None:
+    """Qwen 3.5's norms are stored as weight - 1 there, but for that of the gated delta net."""
+    ours, theirs = (write_model(tmp_path / folder, CONFIGS[name]) for folder in ("ours", "theirs"))
+    path = theirs / "model.safetensors"
+    tensors: Any = mx.load(str(path))
+    for key, tensor in tensors.items():
+        if tensor.ndim == 3:
+            tensors[key] = tensor.transpose(0, 2, 1)
+        elif name == "qwen3_5" and "norm" in key and ".linear_attn." not in key:
+            tensors[key] = tensor - 1
+    mx.save_safetensors(str(path), tensors)
+    assert _loss(theirs) == pytest.approx(_loss(ours), rel=1e-5)
+    mebp_mlx.open_model(theirs)
+
+
+def test_what_lfm2_and_qwen3_5_do_not_have_here_is_refused(tmp_path: Path) -> None:
+    folder = _change(write_model(tmp_path / "m", CONFIGS["lfm2"]), conv_bias=True)
+    with pytest.raises(UserError, match="conv_bias is not supported"):
+        mebp_mlx.open_model(folder)
+    folder = write_model(tmp_path / "q", CONFIGS["qwen3_5"])
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    with pytest.raises(UserError, match="linear_num_value_heads=3 is not a multiple of linear_num_key_heads=2"):
+        mebp_mlx.open_model(_change(folder, text_config=text | {"linear_num_value_heads": 3}))
+    with pytest.raises(UserError, match="'qwen3_5_moe_text' of text_config is not supported in qwen3_5"):
+        mebp_mlx.open_model(_change(folder, text_config=text | {"model_type": "qwen3_5_moe_text"}))

@@ -89,7 +89,19 @@ def test_gradients_equal_mlx_lms_model(tmp_path: Path, name: str, plan: Plan | N
     assert abs(forward - loss.item()) <= TOLERANCE * forward
 
 
-TILED = ["qwen2", "llama-sliding", "gemma3_text", "olmo3", "glm4", "phi3-partial", "gemma2", "ministral3", "minicpm"]
+TILED = [
+    "qwen2",
+    "llama-sliding",
+    "gemma3_text",
+    "olmo3",
+    "glm4",
+    "phi3-partial",
+    "gemma2",
+    "ministral3",
+    "minicpm",
+    "lfm2",
+]
+TILED += ["qwen3_5", "qwen3_5-tied"]
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
@@ -233,6 +245,13 @@ def test_gradients_for_every_placement(
         ("granite", ["self_attn.o_proj"], 2),
         ("hunyuan_v1_dense", ["self_attn.k_proj"], -1),
         ("gemma2", ["self_attn.q_proj", "mlp.down_proj"], 3),
+        ("lfm2", ["conv.in_proj"], -1),
+        ("lfm2", ["conv.out_proj", "self_attn.v_proj"], 3),
+        ("lfm2", ["feed_forward.w1"], 2),
+        ("qwen3_5", ["linear_attn.in_proj_a"], -1),
+        ("qwen3_5", ["linear_attn.in_proj_qkv", "linear_attn.out_proj"], 3),
+        ("qwen3_5", ["self_attn.q_proj", "linear_attn.in_proj_z"], -1),
+        ("qwen3_5-tied", ["mlp.down_proj", "linear_attn.in_proj_b"], 2),
     ],
 )
 def test_gradients_for_placements_in_other_blocks(
@@ -246,7 +265,20 @@ def test_gradients_for_placements_in_other_blocks(
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral3", "granite", "minicpm", "olmo3", "exaone4", "hunyuan_v1_dense", "glm4", "phi3", "gemma2"]
+    "name",
+    [
+        "mistral3",
+        "granite",
+        "minicpm",
+        "olmo3",
+        "exaone4",
+        "hunyuan_v1_dense",
+        "glm4",
+        "phi3",
+        "gemma2",
+        "lfm2",
+        "qwen3_5",
+    ],
 )
 def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, packed_config(name), seed=seed, quantization={"group_size": 32, "bits": 4})
@@ -256,13 +288,13 @@ def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: s
     _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5"])
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, 2, 90, model.spec.V)
-    names = sorted(block_class(model.spec).names)
+    names = sorted(set().union(*(block_class(layer).names for layer in model.spec.layers)))
     rng = np.random.default_rng(seed)
     policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
@@ -315,6 +347,8 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         ),
         ("phi3", None),
         ("phi3", ["self_attn.qkv_proj"]),
+        ("lfm2", None),
+        ("qwen3_5", None),
     ],
 )
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mebp_mlx.engine.whole_graph import log_sum_exp
 from mebp_mlx.kernels import online_softmax
 from mebp_mlx.kernels.online_softmax import SoftmaxState
 from mebp_mlx.testing.tiny import relative_error
@@ -73,3 +74,14 @@ def test_loss_only_keeps_no_weighted_sum(seed: int) -> None:
     state = SoftmaxState.start(4, 6, need_dh=False)
     state = state.update(online_softmax(h @ w.T, *state.softmax, mx.arange(4), 0), None)
     assert state.weighted is None and state.losses().shape == (4,)
+
+
+@pytest.mark.parametrize("V", [5, 1000, 49157])
+def test_the_oracles_log_sum_exp_is_accurate_for_any_vocabulary(V: int, seed: int) -> None:
+    x = (np.random.default_rng(seed).standard_normal((4, V)) * 3).astype(np.float32)
+    truth = np.log(np.exp(x.astype(np.float64)).sum(axis=-1))
+    error = np.abs(np.asarray(log_sum_exp(mx.array(x)), np.float64) - truth).max()
+    assert error <= 2e-6, f"seed {seed}"
+    share = np.exp(x - truth[:, None])
+    gradient = np.asarray(mx.grad(lambda x: log_sum_exp(x).sum())(mx.array(x)), np.float64)
+    assert np.abs(gradient / share - 1).max() <= 1e-5, f"seed {seed}"

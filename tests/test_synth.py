@@ -114,6 +114,7 @@ def test_rank_8_on_seven_projections_has_the_papers_number_of_parameters(name: s
         ("smollm3-3b", 3_075_098_624),
         ("phi4-mini", 3_836_021_760),
         ("olmo2-1b", 1_484_916_736),
+        ("lfm2.5-1.2b", 1_170_340_608),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(name: str, expected: int) -> None:

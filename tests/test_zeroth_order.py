@@ -269,3 +269,16 @@ def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: 
         engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=sink)
         updater.end_step()
     assert max(active) - mx.get_active_memory() <= 0.5 * lora_bytes, f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reported_loss_is_at_the_weights_or_says_where(tmp_path: Path, name: str, seed: int) -> None:
+    model, lora, batch = _setup(tmp_path, seed)
+    estimator = make_estimator(name, lora, seed=seed, eps=0.1)
+    engine = ZerothOrderEngine(model, lora, estimator)
+    at_weights = engine.evaluate(batch).loss_sum / batch.n_labels
+    loss = engine.step(batch, step=0, micro=0, n_labels=batch.n_labels, sink=lambda _: None)
+    if estimator.loss_at is None:
+        assert abs(loss - at_weights) <= 1e-6 * at_weights
+    else:
+        assert estimator.loss_at == "mean of both sides" and abs(loss - at_weights) > 1e-6 * at_weights

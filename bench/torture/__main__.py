@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.torture import mutants, runs
+from bench.torture import flat, mutants, runs
 from mebp_mlx import bundled
 
-TORTURES = ("kill", "save-points", "full-disk", "small-disk", "signals", "two-runs", "mutants")
+TORTURES = ("kill", "save-points", "full-disk", "small-disk", "signals", "two-runs", "flat", "mutants")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,10 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=TORTURES, default=TORTURES, help="some of them")
     parser.add_argument("--trials", type=report.positive, default=100, help="random kills")
     parser.add_argument("--mutants", type=report.positive, default=1000, help="mutants of each kind of file")
+    parser.add_argument("--steps", type=report.positive, default=5000, help="of the runs whose memory must not grow")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.quick:
         options.trials, options.mutants = min(options.trials, 4), min(options.mutants, 50)
+        options.steps = min(options.steps, 500)
     every = 9 if options.quick else 1
     with tempfile.TemporaryDirectory(prefix="mebp-torture-") as folder:
         rows = list(_tortured(Path(folder), options, every))
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tortured(folder: Path, options: Any, every: int) -> Iterable[dict[str, Any]]:
     arena = runs.Arena(folder, bundled.MODEL_DIR, bundled.DATA_DIR)
     first = next(iter(runs.VARIANTS))
-    if set(options.only) != {"mutants"}:
+    if set(options.only) - {"flat", "mutants"}:
         for variant in runs.VARIANTS if "kill" in options.only or "save-points" in options.only else (first,):
             arena.prepare(variant)
     trials: dict[str, Callable[[], Iterable[str | None]]] = {
@@ -61,6 +63,9 @@ def _tortured(folder: Path, options: Any, every: int) -> Iterable[dict[str, Any]
     for name, torture in trials.items():
         if name in options.only:
             yield _row(name, torture())
+    if "flat" in options.only:
+        mutants.in_child(flat.write_tiny, folder / "flat" / "model")
+        yield _row("flat", flat.trials(folder / "flat", options.steps))
     if "mutants" in options.only:
         for kind in mutants.KINDS:
             yield _row(f"mutants: {kind}", mutants.trials(kind, folder / "mutants", options.mutants, options.seed))

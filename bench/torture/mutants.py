@@ -29,10 +29,10 @@ _STRANGE: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Files that are mutated, and how they are read: write(folder) makes them whole, read(folder) may refuse them."""
+    """Files that are mutated, and how they are read: written(folder) makes them whole, read(folder) may refuse them."""
 
     files: tuple[str, ...]
-    write: Callable[[Path], None]
+    written: Callable[[Path], None]
     read: Callable[[Path], object]
 
 
@@ -107,7 +107,7 @@ def trials(name: str, folder: Path, n_mutants: int, seed: int) -> Iterator[str |
     kind = KINDS[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    kind.write(folder)
+    in_child(kind.written, folder)
     whole = {file: (folder / file).read_bytes() for file in kind.files}
     done = 0
     while done < n_mutants:
@@ -184,22 +184,20 @@ def _write_model(folder: Path) -> None:
     write_model(folder, config, quantization={"group_size": 32, "bits": 4})
 
 
-def _in_child(write: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Written by another process: one that is to be forked must not have used MLX."""
-
-    def written(folder: Path) -> None:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                write(folder)
-                code = 0
-            finally:
-                os._exit(code)
-        if os.waitpid(child, 0)[1]:
-            raise RuntimeError(f"the files in {folder} cannot be made")
-
-    return written
+def in_child(write: Callable[[Path], None], folder: Path) -> None:
+    """Writes in another process: one that is to be forked must not have used MLX."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            write(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"the files in {folder} cannot be made")
 
 
 def _index(folder: Path) -> None:
@@ -337,13 +335,13 @@ def _text(name: str, text: str) -> Callable[[Path], None]:
 
 
 KINDS: dict[str, Kind] = {
-    "safetensors": Kind(("model.safetensors",), _in_child(_write_model), _read_model),
-    "index": Kind(("model.safetensors.index.json",), _in_child(_index), _read_model),
-    "config": Kind(("config.json",), _in_child(_write_model), _read_model),
+    "safetensors": Kind(("model.safetensors",), _write_model, _read_model),
+    "index": Kind(("model.safetensors.index.json",), _index, _read_model),
+    "config": Kind(("config.json",), _write_model, _read_model),
     "tokenizer": Kind(("tokenizer.json", "tokenizer_config.json"), _tokenizer, _read_tokenizer),
     "rows": Kind(("train.jsonl",), _rows, _read_rows),
     "yaml": Kind(("run.yaml",), _text("run.yaml", _YAML), _read_yaml),
-    "adapters": Kind(("adapters.safetensors", "adapter_config.json"), _in_child(_adapters), _read_adapters),
-    "checkpoint": Kind(("checkpoint.safetensors",), _in_child(_checkpoint), _read_checkpoint),
+    "adapters": Kind(("adapters.safetensors", "adapter_config.json"), _adapters, _read_adapters),
+    "checkpoint": Kind(("checkpoint.safetensors",), _checkpoint, _read_checkpoint),
     "log": Kind(("log.jsonl",), _text("log.jsonl", _LOG), _read_log),
 }

@@ -175,7 +175,9 @@ def signals(arena: Arena, variant: str, seed: int) -> Iterator[str | None]:
             continue
         out = arena.fresh()
         process = arena.start(variant, out)
-        time.sleep(rng.uniform(0.5, 0.9) * arena.seconds[variant])
+        while process.poll() is None and not (out / "run.json").exists():
+            time.sleep(0.01)  # while Python still imports, it answers Ctrl-C by itself
+        time.sleep(rng.uniform(0, 0.5) * arena.seconds[variant])
         process.send_signal(number)
         ended = arena.end(process)
         codes = {0, -number, _STOPS.get(signal.Signals(number), 0)}

@@ -46,6 +46,7 @@ def _chosen(options: argparse.Namespace) -> list[Iterator[Finding]]:
         checks.check_blas,
         checks.check_meter,
         checks.check_files,
+        checks.check_saves,
         checks.check_kernels,
     )
     return [check() for check in general]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -20,7 +22,9 @@ from ..engine.arena import choose_folder, filesystem_of
 from ..errors import UserError
 from ..kernels import KERNELS, trust
 from ..system import device
+from ..system.files import write_atomically
 from ..system.footprint import PeakMeter, footprint_bytes
+from ..system.limits import process_limit
 from ..system.machine import load_blas, machine
 from ..system.pages import PAGE_BYTES
 from ..weights import zero_copy as adopt
@@ -126,6 +130,33 @@ def check_files() -> Iterator[Finding]:
         yield Finding("files", "mapped weights", OK if taken else NOT_HERE, detail, {"adopted": taken})
     else:
         yield Finding("files", "mapped weights", NOTE, "MLX would not adopt them: they are copied", {"adopted": False})
+
+
+def check_saves(folder: Path | None = None) -> Iterator[Finding]:
+    """What saves rely on, tried in `folder` (by default the current one, in which runs make theirs), and limits."""
+    folder = folder or Path.cwd()
+    kind, limit = filesystem_of(folder), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    missing: list[str] = []
+    free_bytes, seconds = 0, 0.0
+    try:
+        free_bytes = shutil.disk_usage(folder).free
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            began_s = time.perf_counter()
+            write_atomically(Path(scratch) / "save", lambda file: file.write(bytes(PAGE_BYTES)), "doctor")
+            seconds = time.perf_counter() - began_s
+            with open(Path(scratch) / "save") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except UserError as error:
+        missing.append(str(error))
+    except OSError as error:
+        missing.append(f"locks: {error.strerror}" if seconds else f"not writable: {error.strerror}")
+    detail = f"{folder} ({kind or 'disk'}), {free_bytes / 1e9:.1f} GB free: a save takes {seconds * 1e3:.1f} ms"
+    if limit != resource.RLIM_INFINITY:
+        detail += f", files of at most {limit / 1e6:,.0f} MB (ulimit -f)"
+    if (memory := process_limit()) is not None:
+        detail += f"; {memory}"
+    figures = {"folder": str(folder), "filesystem": kind, "free_bytes": free_bytes, "save_s": seconds}
+    yield Finding("files", "saves", NOTE if missing else OK, "; ".join([detail, *missing]), figures)
 
 
 def check_model(name: str) -> Iterator[Finding]:

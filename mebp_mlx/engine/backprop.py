@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import NonFiniteLoss
+from ..families import block_class
 from ..families.base import BlockRun
 from ..kernels import cpu
 from ..model.base import Model, stand_in
@@ -70,11 +71,10 @@ class BackpropEngine:
         loss_scale = 1.0 if self.model.dtype != mx.float16 else float(max(n_labels, 1))
         dropout_parts = (self.seed, step, micro) if self.dropout else None
         work = Pass(self.model, self.plan, self.lora, self.barrier, dropout_parts, self.ahead)
-        names = kept_names(self.plan, work)
         x = work.embed(batch.tokens)
         for layer in self.model.spec.layers:
             keeps = layer.index >= self.first_trained
-            x = work.forward(layer, x, *((self.store, names) if keeps else ()))
+            x = work.forward(layer, x, *((self.store, kept_names(self.plan, layer)) if keeps else ()))
             self.store.write_behind()
         result = cross_entropy(work, x, batch.targets, need_dx=True, weight=weight * loss_scale)
         self.store.write_behind()
@@ -117,7 +117,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
     position = 0
     dx: list[mx.array] = []
     for tile in dy:
-        run.blocks.append(work.block(run, position, tile.shape[:2]))
+        run.blocks.append(run.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
     while dy:
         gradient = run.blocks[-1].backward(dy.pop(), need_dx)
@@ -127,7 +127,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
         run.blocks.pop()
         run.shared.clear()
         if dy:  # the first tile is submitted with the block's update
-            work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums())
+            work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums(), *run.carried.values())
     return dx[::-1]
 
 
@@ -166,16 +166,17 @@ def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
     return len(layers)
 
 
-def kept_names(plan: Plan, work: Pass) -> frozenset[str]:
-    """The values that a plan keeps: those that the backward of this family reads, a block's input among them.
+def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
+    """The values that a plan keeps of a layer: those that its backward reads, the block's input among them.
 
     Queries and keys are kept as they are after their rotation, unless the backward of a norm needs them before it.
     """
-    names = (SAVE_INPUTS if plan.checkpoint else plan.saved) - work.block.not_read
-    names -= {name for name, other in work.block.serves.items() if other in names}
-    if not work.model.spec.qk_norm:
+    block = block_class(layer)
+    names = ((SAVE_INPUTS if plan.checkpoint else plan.saved) & block.names) - block.not_read
+    names -= {name for name, other in block.serves.items() if other in names}
+    if "q_norm" not in layer.norms:
         names = frozenset({"q": "Q", "k": "K"}.get(name, name) for name in names)
-    return names | {"x"}
+    return names | block.always
 
 
 def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> int:
@@ -184,7 +185,8 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     Blocks whose weights are packed or placed differently cut the MLP's width differently, and every piece fills pages
     of its own: this is the most that a block from `index` on keeps.
     """
-    kinds = {model.copied_bytes(layer.linears["down"], 1): layer for layer in model.spec.layers[index:]}
+    layers = model.spec.layers[index:]
+    kinds = {(layer.block, model.copied_bytes(layer.linears["down"], 1)): layer for layer in layers}
     work = Pass(model.unread(), plan, adapter, Barrier(None))
     return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
 
@@ -194,7 +196,7 @@ def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
     shapes = Shapes()
     with cpu.off():
         x = [mx.zeros((B, stop - start, work.model.spec.D), work.model.dtype) for start, stop in work.plan.tiles(T)]
-        work.forward(layer, x, shapes, kept_names(work.plan, work))
+        work.forward(layer, x, shapes, kept_names(work.plan, layer))
     return shapes
 
 

@@ -69,7 +69,7 @@ class Pass(Context):
         ahead: Prefetch | None = None,
     ):
         super().__init__(model, plan, adapter, barrier, dropout_parts)
-        self.ahead, self.block = ahead, block_class(model.spec)
+        self.ahead = ahead
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
         """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
@@ -79,7 +79,7 @@ class Pass(Context):
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
         """One block at work; kept, names: where and which values are kept, as of BlockRun."""
-        return BlockRun(self, layer, self.block.gate, kept, names)
+        return BlockRun(self, layer, block_class(layer), kept, names)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()
@@ -89,12 +89,12 @@ class Pass(Context):
             self.ahead.block(layer.index + 1)
         run, y, position = self.run(layer, kept, names), [], 0
         for _ in range(len(x)):
-            block = self.block(run, position, x[0].shape[:2], x.pop(0))
+            block = run.block(run, position, x[0].shape[:2], x.pop(0))
             position += block.shape[1]
             y.append(block.y)
             del block  # from here on, only the graph refers to values that are not kept
             run.shared.clear()
-            self.barrier.tile(y[-1])
+            self.barrier.tile(y[-1], *run.carried.values())
         self.barrier.block()
         return y
 

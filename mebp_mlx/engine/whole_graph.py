@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import NonFiniteLoss
@@ -21,6 +20,8 @@ from ..model.lora import Adapter, Lora, pairs_of
 from ..ops.cross_entropy import capped, final_norm
 from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
+
+_RUN = 128  # terms that are added up one after the other
 
 
 class WholeGraphEngine:
@@ -98,5 +99,17 @@ class WholeGraphEngine:
 
 def _masked_loss_sum(logits: mx.array, targets: np.ndarray) -> mx.array:
     mask = targets != NO_LABEL
-    losses = nn.losses.cross_entropy(logits, mx.array(np.where(mask, targets, 0)))
-    return mx.where(mx.array(mask), losses, 0).sum()
+    labels = mx.array(np.where(mask, targets, 0))
+    picked = mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return mx.where(mx.array(mask), log_sum_exp(logits) - picked, 0).sum()
+
+
+def log_sum_exp(x: mx.array) -> mx.array:
+    """log sum exp over the last axis, summed in runs of 128 and then over the runs.
+
+    MLX's own adds up one after the other on the CPU: its error grows with the vocabulary.
+    """
+    highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
+    terms = mx.exp(x - highest)
+    terms = mx.pad(terms, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _RUN)])
+    return highest[..., 0] + mx.log(terms.reshape(*x.shape[:-1], -1, _RUN).sum(axis=-1).sum(axis=-1))

@@ -43,6 +43,8 @@ class Estimator:
     losses of the whole step, one a probe, and gradient() then gives the estimate, parameter by parameter.
     """
 
+    loss_at: str | None = "mean of both sides"  # where loss() is, None: at theta itself
+
     def __init__(self, seed: int, eps: float):
         self.seed, self.eps, self.step = seed, eps, 0
         self.slope = 0.0
@@ -128,6 +130,8 @@ class Curvature(Estimator):
     a = 1e-8, would be lost when added to H in float32. alpha = 0 is MeZO plus a forward pass.
     """
 
+    loss_at = None
+
     def __init__(self, seed: int, eps: float, alpha: float, parameters: Mapping[str, mx.array]):
         super().__init__(seed, eps)
         self.alpha, self.bend = alpha, 0.0
@@ -167,6 +171,8 @@ class Normalized(Estimator):
 
     eps is absorbed in the learning rate, and the estimate does not change with the scale of the loss.
     """
+
+    loss_at = None
 
     def __init__(self, seed: int, eps: float, n_samples: int):
         super().__init__(seed, eps)

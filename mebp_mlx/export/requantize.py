@@ -103,7 +103,7 @@ class Repack:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
         blocks: list[list[Linear | str]] = [[spec.embedding]]
-        blocks += [[*layer.norms.values(), *layer.matrices.values()] for layer in spec.layers]
+        blocks += [[*layer.norms.values(), *layer.arrays.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
         linears = [item for block in blocks for item in block if isinstance(item, Linear)]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from ..model.config import ModelSpec
+from ..model.config import Layer
 from .base import Block
+from .gated_delta import GatedDeltaBlock
 from .gemma3 import Gemma3Block
 from .glm4 import Glm4Block
+from .lfm2 import Lfm2Block
 from .llama import LlamaBlock
 from .olmo2 import Olmo2Block
+from .qwen3_5 import Qwen35Block
 
 _BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "gemma3": Gemma3Block,
     "glm4": Glm4Block,
     "olmo2": Olmo2Block,
+    "lfm2": Lfm2Block,
+    "qwen3_5": Qwen35Block,
+    "gated_delta": GatedDeltaBlock,
 }
 
 
-def block_class(spec: ModelSpec) -> type[Block]:
-    """The block of a model's family."""
-    return _BLOCKS[spec.block]
+def block_class(layer: Layer) -> type[Block]:
+    """The block of a layer of its family."""
+    return _BLOCKS[layer.block]

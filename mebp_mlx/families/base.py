@@ -90,26 +90,27 @@ class value:
 class BlockRun:
     """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
 
-    kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
+    block: its class; kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
     """
 
     def __init__(
         self,
         context: Context,
         layer: Layer,
-        gate: Gate,
+        block: type[Block],
         kept: Kept | None = None,
         names: frozenset[str] | None = frozenset(),
     ):
         model, spec = context.model, context.model.spec
         self.barrier, self.kept = context.barrier, BlockKept(kept, layer.index, names)
         self.norm_eps, self.residual_scale, self.dtype = spec.norm_eps, spec.residual_scale, model.dtype
-        self.norms = model.norms(layer)
+        self.block, self.delta = block, spec.delta
+        self.norms, self.arrays = model.norms(layer), model.arrays(layer)
         self.shared = Shared(context, self.kept)
         self.gradients = self.shared.gradients  # of the pairs by parameter name, float32
         self.linear = {short: LoraLinear(self.shared, short, linear) for short, linear in layer.linears.items()}
         self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
-        self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], gate)
+        self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], block.gate)
         qk_norms = {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")}
         heads = Heads(
             spec.head_dim,
@@ -123,6 +124,8 @@ class BlockRun:
         )
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.blocks: list[Block] = []  # of a backward pass, a tile each
+        self.states: dict[str, mx.array] = {}  # of a backward pass, between tiles
+        self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
 
     def look_back(self) -> None:
         """Bring the keys and values of all tiles back, for a backward pass; once."""
@@ -141,6 +144,7 @@ class Block:
 
     gate: ClassVar[Gate]
     not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # by the backward: of no use when kept
+    always: ClassVar[frozenset[str]] = frozenset({"x"})  # kept whatever the plan says
     serves: ClassVar[dict[str, str]] = {}  # values that the backward reads only to make another one
     names: ClassVar[frozenset[str]]  # of its values, those inside the MLP and xA of the pairs among them
     readers: ClassVar[Counter[str]]

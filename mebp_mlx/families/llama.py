@@ -1,22 +1,19 @@
 """The decoder block of llama and of most families: they differ in biases, q/k norms, rope and windows alone.
 
-x1 = x + c Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + c mlp(norm(x1));   c = 1 but in granite and minicpm
+x1 = x + c Wo attention(Wq h, Wk h, Wv h),  h = norm(x);   y = x1 + c mlp(norm(x1))      (families/prenorm.py)
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ..ops.gated_mlp import SILU
-from .base import Block, value
+from .base import value
+from .prenorm import PreNormBlock
 
 
-class LlamaBlock(Block):
-    gate = SILU
-    not_read = frozenset({"d", "y"})
-    serves = {"o": "x1"}  # noqa: RUF012
+class LlamaBlock(PreNormBlock):
+    mixer = ("q", "k", "v", "o")
 
-    h = value(lambda b, x: b.norm("input_layernorm", x))
     q = value(lambda b, h: b.linear("q", h))
     k = value(lambda b, h: b.linear("k", h))
     v = value(lambda b, h: b.linear("v", h))
@@ -24,24 +21,9 @@ class LlamaBlock(Block):
     K = value(lambda b, k: b.rotate("k", k))
     a = value(lambda b, Q: b.attend(Q))
     o = value(lambda b, a: b.linear("o", a))
-    x1 = value(lambda b, x, o: x + b.branch(o))
-    h2 = value(lambda b, x1: b.norm("post_attention_layernorm", x1))
-    d = value(lambda b, h2: b.mlp(h2))
-    y = value(lambda b, x1, d: x1 + b.branch(d))
 
-    def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
-        below_mlp = need_dx or self.trains("q", "k", "v", "o")
-        dh2 = self.mlp_backward("h2", self.branch(dy), below_mlp)
-        if dh2 is None:
-            return None
-        dx1 = self.evaluated(dy + self.norm_backward("post_attention_layernorm", self.x1, dh2))
-        self.drop("x", "x1", "o")
-        del dh2, dy
-        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": self.branch(dx1)})
+    def mixer_backward(self, do: mx.array, need_dx: bool) -> mx.array | None:
+        da = self.linear_backward("a", need_dx or self.trains("q", "k", "v"), {"o": do})
         if da is None:
             return None
-        dh = self.linear_backward("h", need_dx, self.attend_backward(da))
-        del da
-        if dh is None:
-            return None
-        return self.evaluated(dx1 + self.norm_backward("input_layernorm", self.x, dh))
+        return self.linear_backward("h", need_dx, self.attend_backward(da))

@@ -254,6 +254,11 @@ class Model:
         """All norm weights of a block, by the last part of their module's name ("input_layernorm")."""
         return {norm: self.norm(name) for norm, name in layer.norms.items()}
 
+    def arrays(self, layer: Layer) -> dict[str, mx.array]:
+        """A block's tensors that are no matrices and no norms, in float32 (float64 where that is computed in)."""
+        dtype = self.dtype if self.dtype.size > 4 else mx.float32
+        return {name: self.tensor(tensor)[...].astype(dtype) for name, tensor in layer.arrays.items()}
+
     def embed(self, tokens: np.ndarray) -> mx.array:
         """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled where the family does."""
         x = self.gather(self.spec.embedding, tokens.reshape(-1)).reshape(*tokens.shape, self.spec.D)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .families import CLASSIC
+from .hybrid import DeltaHeads
 from .rope import Rope
 
 PROJECTIONS = {shorts[0]: key for key, shorts in CLASSIC.items()}  # of most families, by the names that blocks use
@@ -55,11 +56,13 @@ class Layer:
 
     index: int
     prefix: str
+    block: str  # whose equations these are (families/)
     rope: Rope | None  # None: queries and keys are not rotated
     window: int | None  # sliding window in tokens, None = all earlier tokens
     linears: dict[str, Linear]  # as the block names them: "q", "k", "v", "o", "gate", "up", "down"
     matrices: dict[str, Linear]  # as they are stored and adapted ("self_attn.q_proj"); one may hold several projections
     norms: dict[str, str]  # tensors of norms' weights by the norm's name in the block ("input_layernorm")
+    arrays: dict[str, str]  # other tensors by their name in the block, which stay as they are ("conv")
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,9 @@ class ModelSpec:
     head_divisor: float  # divides the rows that the head gets
     attention_cap: float | None  # scores and logits are cap * tanh(x / cap)
     logit_cap: float | None
-    qk_norm: bool
     norm_after_rope: bool
     norm_offset: float  # is added to every norm's weight
-    block: str  # whose equations these are (families/)
+    delta: DeltaHeads | None  # of layers with a gated delta net
     layers: tuple[Layer, ...]
     embedding: Linear
     head: Linear

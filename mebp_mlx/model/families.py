@@ -5,9 +5,12 @@ The equations are those of mlx-lm's class of the same name; a string in a row is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from .hybrid import Hybrid, conv_widths, delta_widths, has_every_nth, has_listed_attention, lfm2_width
+from .settings import Settings
 
 # Matrices of a block as they are stored, and the projections that each holds.
 Matrices = dict[str, tuple[str, ...]]
@@ -19,8 +22,11 @@ _FUSED_GATE_UP: Matrices = {"mlp.gate_up_proj": ("gate", "up")}
 _DOWN: Matrices = {"mlp.down_proj": ("down",)}
 CLASSIC: Matrices = _QKV | _O | _GATE_UP | _DOWN
 
+_LFM2_MLP: Matrices = {"feed_forward.w1": ("gate",), "feed_forward.w3": ("up",), "feed_forward.w2": ("down",)}
+
 # Norms of a block: their names in its equations, and their modules.
 _PRE = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+_LFM2_NORMS = {"input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm"}
 _POST = {name: name for name in ("post_attention_layernorm", "post_feedforward_layernorm")}
 
 
@@ -44,6 +50,11 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
+    gated_query: bool = False  # q_proj has a gate of the output beside each head's query
+    hybrid: Hybrid | None = None  # layers without attention
+    norm_eps: str = "rms_norm_eps"
+    final_norm: str = "model.norm"
+    width: Callable[[Settings], int] | None = None  # of the MLP, instead of intermediate_size
     head: str = "config"  # what says whether there is one beside the embedding; or "stored", "always", "never"
 
     layer_types: bool = False  # whether the config's layer_types are read
@@ -181,8 +192,63 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
         traditional=True,
     ),
+    "lfm2": Family(
+        matrices=_QKV | {"self_attn.out_proj": ("o",)} | _LFM2_MLP,
+        norms=_LFM2_NORMS,
+        qk_norm=True,
+        qk_norms=("q_layernorm", "k_layernorm"),
+        own_head_dim=False,
+        hybrid=Hybrid(
+            block="lfm2",
+            matrices={"conv.in_proj": ("in",), "conv.out_proj": ("out",), **_LFM2_MLP},
+            norms=_LFM2_NORMS,
+            arrays={"conv": "conv.conv.weight"},
+            widths=conv_widths,
+            has_attention=has_listed_attention,
+        ),
+        norm_eps="norm_eps",
+        final_norm="model.embedding_norm",
+        width=lfm2_width,
+        head="never",
+        defaults={"rope_theta": 1_000_000.0},
+    ),
+    "qwen3_5": Family(
+        block="qwen3_5",
+        qk_norm=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        gated_query=True,
+        hybrid=Hybrid(
+            block="gated_delta",
+            matrices={
+                **{f"linear_attn.in_proj_{name}": (name,) for name in ("qkv", "z", "b", "a")},
+                "linear_attn.out_proj": ("out",),
+                **_GATE_UP,
+                **_DOWN,
+            },
+            norms=_PRE,
+            arrays={
+                "conv": "linear_attn.conv1d.weight",
+                "A_log": "linear_attn.A_log",
+                "dt_bias": "linear_attn.dt_bias",
+                "norm": "linear_attn.norm.weight",
+            },
+            widths=delta_widths,
+            has_attention=has_every_nth,
+            offset_in_torch_layout=1.0,
+        ),
+        partial_rope=True,
+        defaults={"partial_rotary_factor": 0.25, "rope_theta": 100_000.0, "full_attention_interval": 4},
+    ),
     "phi3": Family(
         matrices=_FUSED_QKV | _O | _FUSED_GATE_UP | _DOWN, own_head_dim=False, partial_rope=True, defaults=_THETA
     ),
 }
-LORA_KEYS = tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.matrices))
+LORA_KEYS = tuple(
+    dict.fromkeys(
+        key
+        for family in FAMILIES.values()
+        for matrices in (family.matrices, family.hybrid.matrices if family.hybrid is not None else {})
+        for key in matrices
+    )
+)

@@ -15,9 +15,14 @@ class LayerRules:
 
     def __init__(self, settings: Settings, family: Family, head_dim: int, L: int):
         self.settings, self.family, self.L, self.where = settings, family, L, settings.where
-        rotated = float(settings.number("partial_rotary_factor", 1.0)) if family.partial_rope else 1.0
-        self.dims = int(head_dim * rotated)
+        self.dims = int(head_dim * self._rotated()) if family.partial_rope else head_dim
         self.pattern = settings.get("sliding_window_pattern") if family.window_pattern else None
+
+    def _rotated(self) -> float:
+        """What part of a head is rotated."""
+        nested = self.settings.get("rope_parameters")
+        part = nested.get("partial_rotary_factor") if isinstance(nested, dict) else None
+        return float(self.settings.number("partial_rotary_factor", 1.0)) if part is None else float(part)
 
     def window(self, index: int) -> int | None:
         """A layer's sliding window in tokens: by layer_types where they are read, by the family's pattern otherwise."""

@@ -55,7 +55,7 @@ def make_rope(
     """
     scaling = scaling or {}
     kind = scaling.get("type") or scaling.get("rope_type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind)
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)  # mrope is plain where all positions are text's
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
     settings = _settings(kind, scaling, dict(lengths or {}), dims, where)

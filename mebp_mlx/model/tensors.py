@@ -45,6 +45,12 @@ class Tensors:
         """Whether the checkpoint holds a matrix of that name."""
         return f"{name}.weight" in self.weights
 
+    def taps(self, name: str, channels: int, n_taps: int) -> bool:
+        """Checks a depthwise kernel [channels, taps, 1], or [channels, 1, taps]; whether it is the latter, torch's."""
+        is_torchs = n_taps > 1 and self._shape(name) == (channels, 1, n_taps)
+        self._expect(name, (channels, 1, n_taps) if is_torchs else (channels, n_taps, 1))
+        return is_torchs
+
     def refuse_unread(self, prefix: str, tied_head: str | None, ignored: Sequence[str] = ()) -> None:
         """UserError for a tensor of the decoder that nothing reads: the loss would be another model's.
 

@@ -18,7 +18,7 @@ from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
 # Every projection's output: the backward pass repeats only norms, rope, attention and activations.
-SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
+SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z"})
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.

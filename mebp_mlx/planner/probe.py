@@ -65,7 +65,7 @@ def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
         trained = frozenset(short for short, linear in layer.linears.items() if linear.name in workload.lora.pairs)
-        kinds.setdefault((layer.window, trained), []).append(layer)
+        kinds.setdefault((layer.block, layer.window, trained), []).append(layer)
     return [layers[: 3 if is_lazy else 2] for layers in kinds.values()]
 
 
@@ -77,12 +77,11 @@ def _exact(
     engine.store.reserve(len(layers), per_block)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
-    names = kept_names(plan, work)
     tokens = np.zeros((B, T), np.int32)
     with meter.phase("forward"):
         x = work.embed(tokens)
         for layer in layers:
-            x = work.forward(layer, x, engine.store, names)
+            x = work.forward(layer, x, engine.store, kept_names(plan, layer))
             engine.store.write_behind()
     with meter.phase("head"):
         dx = cross_entropy(work, x, tokens, need_dx=True, max_chunks=_CHUNKS).dx

@@ -21,7 +21,7 @@ ARENA_BUDGET_BYTES = 2_000_000_000
 MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
 _SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
-_KIB, _MIB = 1 << 10, 1 << 20
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,13 @@ class Planned:
 def ladder(workload: Workload) -> list[Plan]:
     """Candidates from the smallest to the fastest. All keep values and optimizer state in files."""
     steps: list[dict[str, Any]] = [
-        dict(grain="op", token_block=64, query_block=16, logits_block_bytes=512 * _KIB, weight_block_bytes=512 * _KIB),
         dict(grain="op", token_block=128, query_block=64, logits_block_bytes=1 * _MIB, weight_block_bytes=1 * _MIB),
         dict(grain="op", token_block=256, query_block=128, logits_block_bytes=4 * _MIB, weight_block_bytes=2 * _MIB),
         dict(grain="op", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, weight_block_bytes=4 * _MIB),
     ]
     if on_gpu():
         whole: dict[str, Any] = dict(weight_block_bytes=None, head_block_bytes=None)
-        steps[2:] = [
+        steps[1:] = [
             dict(grain="tile", token_block=128, query_block=128, logits_block_bytes=2 * _MIB, **whole),
             dict(grain="tile", token_block=256, query_block=256, logits_block_bytes=8 * _MIB, **whole),
             dict(grain="block", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, **whole),
@@ -176,6 +175,7 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
     # twice as many as a query has keys.
     cost = {"q": spec.D, "k": spec.D, "v": spec.D, "g": spec.D, "u": spec.D}
+    cost |= dict.fromkeys(("bcx", "qg", "qkv", "z"), spec.D)
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
     order, n_blocks = sorted(cost, key=lambda name: cost[name]), spec.L - workload.first_trained
     while True:

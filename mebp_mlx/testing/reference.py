@@ -48,6 +48,8 @@ def mlx_lm_loss_and_grads(
     """
     model = mlx_lm_model(folder, lora)
     model.set_dtype(dtype)
+    if dtype == mx.float64:
+        _replace_convolutions(model)
     mask = mx.array(targets != -100)
 
     def loss_fn(model: nn.Module) -> mx.array:
@@ -58,6 +60,25 @@ def mlx_lm_loss_and_grads(
 
     loss, grads = nn.value_and_grad(model, loss_fn)(model)
     return loss.item(), dict(tree_flatten(grads))
+
+
+class _Taps(nn.Module):
+    """A depthwise nn.Conv1d as a sum over its taps: MLX convolves in no float64."""
+
+    def __init__(self, weight: mx.array):
+        super().__init__()
+        self.weight = weight  # [channels, taps, 1]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        n_taps = self.weight.shape[1]
+        T = x.shape[1] - n_taps + 1
+        return mx.stack([self.weight[:, j, 0] * x[:, j : j + T] for j in range(n_taps)]).sum(0)
+
+
+def _replace_convolutions(model: nn.Module) -> None:
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
+    model.update_modules(tree_unflatten([(name, _Taps(module.weight)) for name, module in convolutions]))
+    model.freeze(keys=["weight"])
 
 
 def dequantize_layers(model: nn.Module) -> None:

@@ -61,6 +61,27 @@ def _ministral3(D: int, layers: int, F: int, tied: bool) -> dict[str, Any]:
     }
 
 
+def _lfm2() -> dict[str, Any]:
+    shape = _shape("lfm2", 2048, 16, (32, 8), 12_288, 65_536, True, architectures=["Lfm2ForCausalLM"], norm_eps=1e-5)
+    shape |= {"max_position_embeddings": 128_000, "conv_bias": False, "conv_L_cache": 3, "block_dim": 2048}
+    shape |= {"block_ff_dim": 12_288, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0}
+    return shape | {"block_auto_adjust_ff_dim": True, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+
+
+def _qwen35(D: int, layers: int, heads: tuple[int, int], F: int, n_values: int, tied: bool) -> dict[str, Any]:
+    """n_values: heads of values of the gated delta net; of keys there are 16."""
+    rope = {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25}
+    linear = {"linear_num_key_heads": 16, "linear_num_value_heads": n_values, "linear_key_head_dim": 128}
+    linear |= {"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4}
+    text = _shape("qwen3_5_text", D, layers, heads, F, 248_320, tied, head_dim=256, rope_parameters=rope, **linear)
+    del text["rope_theta"]
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text | {"max_position_embeddings": 262_144},
+    }
+
+
 def _gemma(name: str, D: int, layers: int, heads: tuple[int, int], F: int, V: int, **more: Any) -> dict[str, Any]:
     shape = _shape(name, D, layers, heads, F, V, True, head_dim=256, query_pre_attn_scalar=256)
     del shape["hidden_act"]
@@ -117,6 +138,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "olmo2", 2048, 16, (16, 16), 8192, 100_352, False, architectures=["Olmo2ForCausalLM"], rope_theta=500_000.0,
         max_position_embeddings=4096,
     ),
+    "lfm2.5-1.2b": _lfm2(),
+    "qwen3.5-0.8b": _qwen35(1024, 24, (8, 2), 3584, 16, tied=True),
+    "qwen3.5-2b": _qwen35(2048, 24, (8, 2), 6144, 16, tied=True),
+    "qwen3.5-4b": _qwen35(2560, 32, (16, 4), 9216, 32, tied=True),
+    "qwen3.5-9b": _qwen35(4096, 32, (16, 4), 12_288, 32, tied=False),
     "gemma2-2b": _gemma(
         "gemma2", 2304, 26, (8, 4), 9216, 256_000, architectures=["Gemma2ForCausalLM"], rope_theta=10_000.0,
         max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,

@@ -95,8 +95,12 @@ class _Listing:
             self.layers.append(Layer(name, (out_dims,), "bias"))
         return Linear(name, out_dims, in_dims, bias)
 
+    def taps(self, name: str, channels: int, n_taps: int) -> bool:
+        self.layers.append(Layer(name, (channels, n_taps, 1), "other"))
+        return False
+
     def vector(self, name: str, size: int) -> str:
-        self.layers.append(Layer(name.removesuffix(".weight"), (size,), "norm"))
+        self.layers.append(Layer(name, (size,), "norm" if name.endswith(".weight") else "other"))
         return name
 
 
@@ -115,7 +119,9 @@ def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> 
     layers, spec = _described(config)
     for layer in layers:
         if layer.kind == "norm":
-            yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 1.0 - spec.norm_offset, 0.05)
+            yield Tensor(layer.name, dtype, layer.shape, 1.0 - spec.norm_offset, 0.05)
+        elif layer.kind == "other":
+            yield Tensor(layer.name, dtype, layer.shape, 0.0, 0.5)
         elif layer.kind == "bias":
             yield Tensor(f"{layer.name}.bias", dtype, layer.shape, 0.0, _WEIGHT_STD)
         elif bits == 16 or layer.shape[1] % group_size:  # mlx-lm does not quantize what it cannot group either

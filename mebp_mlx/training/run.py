@@ -80,8 +80,9 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
         return False
     if step < inputs.n_updates and not best.is_exhausted:
         return False
-    if config.test and (last_event(folder, "test") or {}).get("iter") != step * accumulate:
-        return False
+    events = ["save", *(["test"] if config.test else []), *(["end"] if step >= inputs.n_updates else [])]
+    if any((last_event(folder, event) or {}).get("iter") != step * accumulate for event in events):
+        return False  # the disk was full, or the process was killed, after the last save
     if step < inputs.n_updates:
         print(f"nothing to do: the run in {folder} has stopped early: {best}; a larger --patience continues it")
         return True

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+from mlx.utils import tree_flatten
 
 from ..config import TrainConfig
 from ..engine.zeroth_order import Estimator
 from ..export.adapters import ADAPTER_CONFIG, ADAPTERS, numbered, save_adapters
 from ..model.lora import Lora
+from ..system.units import megabytes
 from .best import FOLDER as BEST
 from .best import Best
 from .checkpoint import Checkpoint, save_checkpoint
 from .folder import make_folder
 from .log import RunLog, last_event
 from .update import Updater
+
+_EVENT_BYTES = 300  # of a line in the log
 
 
 def is_due(every: int, before: int, now: int) -> bool:
@@ -66,6 +72,27 @@ class Saver:
         if _is_best(self.config, step, self.best):
             make_folder(self.folder / BEST)
             save_adapters(self.folder / BEST, self.lora, self._iteration(step), about)
+
+
+def space_notice(folder: Path, config: TrainConfig, lora: Lora, state: Any, iterations: range) -> str | None:
+    """What these iterations of a run will write, where the folder's disk has less room; None where it has enough.
+
+    state: the optimizer's. A file is written beside the one that it replaces. The arena's room is reserved already.
+    """
+    lora_bytes = sum(value.nbytes for value in lora.parameters().values())
+    flat: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
+    checkpoint_bytes = lora_bytes + sum(value.nbytes for _, value in flat)
+    n_copies = iterations.stop // config.save_every - iterations.start // config.save_every
+    log_bytes = _EVENT_BYTES * (len(iterations) // config.steps_per_report + len(iterations) // config.steps_per_eval)
+    needed_bytes = (n_copies + 2 + config.tracks_best) * lora_bytes + 2 * checkpoint_bytes + log_bytes
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes <= free_bytes:
+        return None
+    return (
+        f"--adapter-path {folder}: the run needs {megabytes(needed_bytes)} of disk space ({n_copies} copies of the "
+        f"adapters, {megabytes(lora_bytes)} each; checkpoint {megabytes(checkpoint_bytes)}), "
+        f"{megabytes(free_bytes)} is free; a larger --save-every makes fewer copies"
+    )
 
 
 def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:

@@ -20,6 +20,7 @@ from .callbacks import sender
 from .log import RunLog
 from .report import BudgetWatch, alignment_notices, notices, plan_record, show_sample, summarize
 from .run import Run
+from .saving import space_notice
 from .services import Services
 from .trainer import Trainer
 
@@ -112,6 +113,9 @@ def _open_log(run: Run) -> Iterator[RunLog]:
             log.notice(text)
         for text in alignment_notices(run.model, config.model):
             log.notice(text)
+        iterations = range(first, run.n_iters)
+        if space := space_notice(run.folder, config, run.lora, run.updater.state(), iterations):
+            log.notice(space)
         yield log
 
 

@@ -156,6 +156,7 @@ class Trainer:
                 footprint_bytes=footprint_bytes(),
                 peak_bytes=self.watch.meter.peak_bytes,
                 thermal=thermal,
+                loss_at=None if self.run.estimator is None else self.run.estimator.loss_at,
             ),
         )
 

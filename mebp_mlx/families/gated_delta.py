@@ -1,0 +1,146 @@
+"""Qwen 3.5's block without attention: a gated delta net (families/prenorm.py; the rule: ops/gated_delta.py).
+
+c = conv(Wqkv h);   q, k, v = silu(c), q and k of unit length, q / sqrt(Dk);   g = -exp(A_log) softplus(Wa h + dt_bias)
+r = rule(q, k, v, g, sigmoid(Wb h));   o = Wout m,   m = norm(r) * silu(Wz h), head by head
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..ops import gated_delta, short_conv
+from ..ops.gated_delta import Tokens
+from .base import value
+from .prenorm import PreNormBlock
+
+_UNIT_EPS = 1e-6  # beside the sum of squares
+
+
+class GatedDeltaBlock(PreNormBlock):
+    mixer = ("qkv", "z", "a", "b", "out")
+    always = frozenset({"x", "before"})
+
+    qkv = value(lambda b, h: b.linear("qkv", h))
+    z = value(lambda b, h: b.linear("z", h))
+    alpha = value(lambda b, h: b.linear("a", h))
+    beta = value(lambda b, h: b.linear("b", h))
+    before = value(lambda b: b.rows("qkv"))  # the last rows of the tile before
+    c = value(lambda b, qkv, before: b.convolved(qkv, before))
+    r = value(lambda b, c, alpha, beta: b.rule(c, alpha, beta))
+    m = value(lambda b, r, z: b.gated(r, z))
+    o = value(lambda b, m: b.linear("out", m))
+
+    states: list[mx.array] | None = None  # before each chunk of the tile and after the last, in a backward pass
+
+    @property
+    def w(self) -> mx.array:
+        """The convolution's kernel [K, channels]."""
+        return short_conv.kernel(self.run.arrays["conv"])
+
+    def rows(self, name: str) -> mx.array:
+        """K - 1 rows of the neighbouring tile, zeros where there is none."""
+        K, channels = self.w.shape
+        rows = self.run.carried.get(name)
+        return mx.zeros((self.shape[0], K - 1, channels), self.run.dtype) if rows is None else rows
+
+    def convolved(self, qkv: mx.array, before: mx.array) -> mx.array:
+        """c; the next tile needs the last rows."""
+        if self.unread is not None:
+            self.run.carried["qkv"] = short_conv.last(before, qkv)
+        return short_conv.forward(self.w, qkv, before)
+
+    def heads(self, c: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k [B, T, Hk, Dk] and v [B, T, Hv, Dv] as the rule takes them."""
+        delta = self.run.delta
+        assert delta is not None
+        width = delta.n_keys * delta.key_dim
+        q, k, v = mx.split(nn.silu(_wide(c)), [width, 2 * width], axis=-1)
+        q, k = (x.reshape(*x.shape[:2], delta.n_keys, delta.key_dim) for x in (q, k))
+        return _unit(q) * delta.key_dim**-0.5, _unit(k), v.reshape(*v.shape[:2], delta.n_values, delta.value_dim)
+
+    def gates(self, alpha: mx.array, beta: mx.array) -> tuple[mx.array, mx.array]:
+        """g and b [B, T, Hv]."""
+        arrays = self.run.arrays
+        g = -mx.exp(arrays["A_log"]) * nn.softplus(_wide(alpha) + arrays["dt_bias"])
+        return g, mx.sigmoid(_wide(beta))
+
+    def rule(self, c: mx.array, alpha: mx.array, beta: mx.array) -> mx.array:
+        """r [B, T, Hv * Dv]; the state goes on to the next tile."""
+        tokens = Tokens(*self.heads(c), *self.gates(alpha, beta))
+        S = self.run.carried.get("S") if self.unread is not None else self.first_state()
+        S = gated_delta.first_state(tokens) if S is None else S
+        r, states = gated_delta.forward(tokens, S, self.run.barrier)
+        if self.unread is not None:
+            self.run.carried["S"] = states[-1]
+        else:
+            self.states = states
+        return r.reshape(*r.shape[:2], -1).astype(self.run.dtype)
+
+    def first_state(self) -> mx.array | None:
+        """The state before this tile, in a backward pass: the tiles before it are gone through once, from the left."""
+        tiles: list[GatedDeltaBlock] = self.run.blocks  # type: ignore[assignment]
+        index = tiles.index(self)
+        if index == 0:
+            return None
+        name = f"S.{self.position}"
+        if name not in self.run.states:
+            S: mx.array | None = None
+            for tile, following in pairwise(tiles):
+                tokens = Tokens(*tile.heads(tile.c), *tile.gates(tile.alpha, tile.beta))
+                S = gated_delta.first_state(tokens) if S is None else S
+                S = gated_delta.forward(tokens, S, self.run.barrier)[1][-1]
+                self.run.barrier.value(S)
+                self.run.states[f"S.{following.position}"] = S
+                tile.drop(*tile.names)
+        return self.run.states.pop(name)
+
+    def gated(self, r: mx.array, z: mx.array) -> mx.array:
+        """m [B, T, Hv * Dv]."""
+        delta = self.run.delta
+        assert delta is not None
+        wide = _wide(r).reshape(*r.shape[:2], delta.n_values, delta.value_dim)
+        normed = mx.fast.rms_norm(wide, self.run.arrays["norm"], self.run.norm_eps)
+        return (normed.reshape(r.shape) * nn.silu(_wide(z))).astype(self.run.dtype)
+
+    def mixer_backward(self, do: mx.array, need_dx: bool) -> mx.array | None:
+        dm = self.linear_backward("m", need_dx or self.trains("qkv", "z", "a", "b"), {"out": do})
+        if dm is None:
+            return None
+        dr, dz = mx.vjp(self.gated, [self.r, self.z], [dm])[1]
+        self.run.barrier.value(dr, dz)
+        self.drop("r", "z")
+        dc, dalpha, dbeta = self.rule_backward(dr)
+        after = self.rows("dc")
+        dqkv = self.evaluated(short_conv.backward(self.w, dc, after))
+        self.run.carried["dc"] = short_conv.first(dc, after)
+        return self.linear_backward("h", need_dx, {"qkv": dqkv, "z": dz, "a": dalpha, "b": dbeta})
+
+    def rule_backward(self, dr: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """dL/dc, dL/dalpha and dL/dbeta."""
+        delta, inputs = self.run.delta, [self.c, self.alpha, self.beta]
+        assert delta is not None
+        if self.states is None:  # r was kept
+            self.rule(*inputs)
+        assert self.states is not None
+        tokens = Tokens(*self.heads(inputs[0]), *self.gates(*inputs[1:]))
+        dS = self.run.carried.get("dS")
+        dS = mx.zeros_like(self.states[-1]) if dS is None else dS
+        wide = _wide(dr).reshape(*dr.shape[:2], delta.n_values, delta.value_dim)
+        found, self.run.carried["dS"] = gated_delta.backward(tokens, self.states, wide, dS, self.run.barrier)
+        self.states = None
+        (dc,) = mx.vjp(self.heads, inputs[:1], list(found[:3]))[1]
+        dalpha, dbeta = mx.vjp(self.gates, inputs[1:], list(found[3:]))[1]
+        self.run.barrier.value(dc, dalpha, dbeta)
+        self.drop("c", "alpha", "beta", "qkv", "before")
+        return dc, dalpha, dbeta
+
+
+def _wide(x: mx.array) -> mx.array:
+    return x if x.dtype.size >= 4 else x.astype(mx.float32)
+
+
+def _unit(x: mx.array) -> mx.array:
+    return x * mx.rsqrt((x * x).sum(-1, keepdims=True) + _UNIT_EPS)

@@ -1,0 +1,98 @@
+"""The kinds of layers that a model has, with attention and perhaps without, and the tensors of a layer of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from .config import Layer, Linear
+from .families import Family
+from .hybrid import Widths
+from .rope import Rope
+from .settings import Settings
+
+
+class Reader(Protocol):
+    """What asks for a model's tensors: a checkpoint's (tensors.py), or a list to be written (testing/synth.py)."""
+
+    read: list[str]
+
+    def has(self, name: str) -> bool: ...
+
+    def linear(self, name: str, out_dims: int, in_dims: int, bias: bool = False) -> Linear: ...
+
+    def vector(self, name: str, size: int) -> str: ...
+
+    def taps(self, name: str, channels: int, n_taps: int) -> bool:
+        """Ask for a depthwise kernel; whether it is stored as [channels, 1, taps], as torch does."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """matrices: short names of what each holds; norms: module and size; biases: by the matrix's first short name."""
+
+    block: str
+    D: int
+    matrices: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, tuple[str, int]]
+    arrays: Mapping[str, str]
+    widths: Widths
+    biases: Mapping[str, bool]
+    offset_in_torch_layout: float = 0.0
+
+    def layer(self, tensors: Reader, index: int, prefix: str, rope: Rope | None, window: int | None) -> Layer:
+        """A layer of this kind, whose tensors are asked for. Raises UserError."""
+        rows, inputs = self.widths.rows, self.widths.inputs
+        matrices = {
+            key: tensors.linear(
+                f"{prefix}.{key}",
+                sum(rows[short] for short in shorts),
+                inputs.get(shorts[0], self.D),
+                bias=self.biases.get(shorts[0], False),
+            )
+            for key, shorts in self.matrices.items()
+        }
+        linears = {}
+        for key, shorts in self.matrices.items():
+            first = 0
+            for short in shorts:
+                linears[short] = replace(matrices[key], out_dims=rows[short], first_row=first)
+                first += rows[short]
+        norms = {name: tensors.vector(f"{prefix}.{part}.weight", size) for name, (part, size) in self.norms.items()}
+        arrays = {name: f"{prefix}.{module}" for name, module in self.arrays.items()}
+        for name, shape in self.widths.arrays.items():
+            if len(shape) == 1:
+                tensors.vector(arrays[name], *shape)
+        return Layer(index, prefix, self.block, rope, window, linears, matrices, norms, arrays)
+
+    def is_in_torch_layout(self, tensors: Reader, prefix: str) -> bool:
+        """Asks for the layer's depthwise kernel, if it has one; whether torch's order of axes is its."""
+        kernels = [(self.arrays[name], shape) for name, shape in self.widths.arrays.items() if len(shape) == 2]
+        return any([tensors.taps(f"{prefix}.{module}", *shape) for module, shape in kernels])
+
+
+def kinds_of(
+    family: Family, settings: Settings, D: int, F: int, heads: tuple[int, int, int]
+) -> tuple[Kind, Kind | None]:
+    """Layers with attention, and those without; heads: of queries, of keys and values, and their width."""
+    H, K, head_dim = heads
+    mlp, mlp_inputs = {"gate": F, "up": F, "down": D}, {"down": F}
+    flags = dict.fromkeys("qkv", family.qkv_bias) | {"o": family.o_bias}
+    flags |= dict.fromkeys(("gate", "up", "down"), family.mlp_bias)
+    biases = {short: settings.flag(flag) for short, flag in flags.items()}
+    norms = {name: (module, D) for name, module in family.norms.items()}
+    qk_norms = {}
+    if settings.flag(family.qk_norm):
+        for name, module, n_heads in zip(("q_norm", "k_norm"), family.qk_norms, (H, K), strict=True):
+            qk_norms[name] = (f"self_attn.{module}", head_dim * n_heads if family.qk_norm_of_rows else head_dim)
+    rows = {"q": H * head_dim * (2 if family.gated_query else 1), "k": K * head_dim, "v": K * head_dim, "o": D}
+    widths = Widths(rows | mlp, {"o": H * head_dim} | mlp_inputs, {})
+    attention = Kind(family.block, D, family.matrices, norms | qk_norms, {}, widths, biases)
+    if (hybrid := family.hybrid) is None:
+        return attention, None
+    own = hybrid.widths(settings, D)
+    widths = replace(own, rows={**own.rows, **mlp}, inputs={**own.inputs, **mlp_inputs})
+    other_norms = {name: (module, D) for name, module in hybrid.norms.items()}
+    kind = Kind(hybrid.block, D, hybrid.matrices, other_norms, hybrid.arrays, widths, {}, hybrid.offset_in_torch_layout)
+    return attention, kind
