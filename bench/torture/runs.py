@@ -97,7 +97,7 @@ class Arena:
             process.kill()
             process.communicate()
             return Ended(1, ["hangs"], _TIMEOUT_S)
-        return Ended(process.returncode, err.splitlines(), time.perf_counter() - began_s)
+        return Ended(process.returncode, [line for line in err.splitlines() if line], time.perf_counter() - began_s)
 
     def fresh(self) -> Path:
         """A folder that is not there."""
