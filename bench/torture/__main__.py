@@ -55,7 +55,8 @@ def _tortured(folder: Path, options: Any, every: int) -> Iterable[dict[str, Any]
         "save-points": lambda: (
             wrong for variant in list(runs.VARIANTS)[:2] for wrong in runs.save_points(arena, variant, every)
         ),
-        "full-disk": lambda: runs.full_disks(arena, first, every),
+        # A hundred of the writes: most of a thousand are pieces of one array.
+        "full-disk": lambda: runs.full_disks(arena, first, every * max(1, arena.points[first][1] // 100)),
         "small-disk": lambda: runs.small_disk(arena, first, (300, 800, 1500, 3000)),
         "signals": lambda: runs.signals(arena, first, options.seed),
         "two-runs": lambda: runs.two_runs(arena, first, 2 if options.quick else 10),

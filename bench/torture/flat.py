@@ -79,7 +79,8 @@ def _grown(samples: list[dict[str, Any]], what: str) -> str | None:
     middle = len(settled) // 2
     early, late = (_mean(part) for part in (settled[:middle], settled[middle:]))
     growth = (late["footprint_bytes"] - early["footprint_bytes"]) / (late["iter"] - early["iter"])
-    counts = {name: (settled[0][name], settled[-1][name]) for name in ("files", "threads")}
+    halves = (settled[:middle], settled[middle:])  # the smallest of a half: a save has a file open for a moment
+    counts = {name: tuple(min(sample[name] for sample in half) for half in halves) for name in ("files", "threads")}
     text = f"{what}: {growth:+.0f} bytes a step; " + ", ".join(f"{n} {a} -> {b}" for n, (a, b) in counts.items())
     print(f"flat: {text}", file=sys.stderr, flush=True)
     return text if growth > MAX_GROWTH_BYTES or any(b > a for a, b in counts.values()) else None
