@@ -3,7 +3,7 @@
 Ships as `mebp_mlx.kernels`.
 
 A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel where Metal is available and the kernel has
-proved itself (trust.py), the reference elsewhere.
+passed its check (trust.py), the reference elsewhere.
 """
 
 from . import linear_cross_entropy as _linear_cross_entropy

@@ -20,14 +20,14 @@ from .online_softmax import SoftmaxStep
 
 Forward = Callable[[np.ndarray, np.ndarray], None]
 Backward = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-BITS = (4, 8)  # of quantized weights: what a byte holds evenly and models use
+BITS = (4, 8)  # of quantized weights that numpy unpacks: they divide a byte
 _PIECE_ITEMS = 32 << 10
 _WEIGHT_PIECE_ITEMS = 64 << 10
 _is_off = False
 
 
 def is_on() -> bool:
-    """Whether numpy may work on arrays' memory: MLX computes on the CPU, and no graph is being traced."""
+    """Whether numpy may write into arrays: MLX computes on the CPU, and no graph is being traced."""
     return not _is_off and mx.default_device().type == mx.cpu
 
 
@@ -43,14 +43,14 @@ def off() -> Iterator[None]:
 
 
 def serves(*arrays: mx.array) -> bool:
-    """Whether these arrays are worked on here."""
+    """Whether numpy handles these arrays."""
     return is_on() and all(array.dtype == mx.float32 for array in arrays)
 
 
 def online_softmax(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
 ) -> SoftmaxStep:
-    """As the kernel of that name, p in z's own memory; z must belong to the caller alone."""
+    """As the kernel of that name, with p in z's memory, which the caller must own."""
     mx.eval(z, maximum)
     values, before, column = buffer_of(z), buffer_of(maximum), np.asarray(targets) - first
     (highest, highest_out), (sums, sums_out), (picked, picked_out) = (empty(len(values)) for _ in range(3))
@@ -65,14 +65,14 @@ def online_softmax(
         np.exp(piece, out=piece)
         piece.sum(axis=-1, out=sums_out[rows])
 
-    with np.errstate(all="ignore"):  # a logit that is no number shows in the loss
+    with np.errstate(all="ignore"):  # a NaN logit shows in the loss
         in_pieces(len(values), values.shape[1], _PIECE_ITEMS, run)
     shrink = mx.exp(maximum - highest)
     return SoftmaxStep(z, highest, total * shrink + sums, picked, shrink)
 
 
 def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.array:
-    """act(g) * u, in g's own memory if that is the caller's alone."""
+    """act(g) * u, in g's memory if the caller owns it."""
     mx.eval(g, u)
     if not in_place:
         (m, out), source = empty(*g.shape), buffer_of(g)
@@ -85,7 +85,7 @@ def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.a
 
 
 def gate_backward(run: Backward, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """(act(g) * u, dg, du) in the memory of (dm, g, u), which must be the caller's alone."""
+    """(act(g) * u, dg, du) in the memory of (dm, g, u), which the caller must own."""
     mx.eval(g, u, dm)
     flat = [buffer_of(array).reshape(-1) for array in (g, u, dm)]
     with np.errstate(all="ignore"):
@@ -243,7 +243,7 @@ def in_pieces(n_rows: int, width: int, piece_items: int, run: Callable[[slice], 
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """Each byte as two, its low half first."""
+    """Splits each byte into two, the low half first."""
     spread = codes.astype("<u2")
     spread |= spread << 4
     spread &= 0x0F0F

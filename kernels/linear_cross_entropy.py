@@ -71,7 +71,7 @@ def reference(
     """The same in MLX's own operations, a chunk of the vocabulary at a time."""
     state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
     for first, rows in _chunks(packed, scales, biases):
-        held_back = mx.depends([h], [state.total])[0]  # else the logits of all chunks could be made at once
+        held_back = mx.depends([h], [state.total])[0]  # or the logits of all chunks could be computed at the same time
         z = _product(held_back, rows, group_size, transpose=True)
         state = state.update(step.reference(z, *state.softmax, targets, first), None)
     return mx.where(targets >= 0, state.losses(), 0)

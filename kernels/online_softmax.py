@@ -28,8 +28,8 @@ THREADS = 256
 
 
 class SoftmaxStep(NamedTuple):
-    """What a chunk's logits z [N, C] give: p = exp(z - maximum) in z's dtype; the state after it, and the factor
-    e^(m-m') of what was summed up before: float32 [N].
+    """The result of a chunk's logits z [N, C]: p = exp(z - maximum) in z's dtype; the state after it, and the factor
+    e^(m-m') for the sums before it: float32 [N].
     """
 
     p: mx.array
@@ -49,7 +49,7 @@ class SoftmaxState(NamedTuple):
 
     @property
     def softmax(self) -> tuple[mx.array, mx.array, mx.array]:
-        """What the step between the products takes."""
+        """The arguments of the step between the products."""
         return self.maximum, self.total, self.target_logit
 
     @classmethod

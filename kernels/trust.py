@@ -26,13 +26,13 @@ from . import metal as backend
 
 MODES = ("", "off", "on", "check")
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# What a kernel's error may exceed its reference's by, relative to the largest number: some roundings of the dtype.
+# By how much a kernel's error may exceed its reference's, relative to the largest number: a few roundings.
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
 @dataclass
 class Kernel:
-    """A kernel, its reference, and what is known of it: verdicts by (dtype, group size), "" for a good one."""
+    """A kernel, its reference, and the check results by (dtype, group size), "" for a pass."""
 
     name: str
     metal: Callable[..., Any]
@@ -52,7 +52,7 @@ def register(
     sample: Callable[..., tuple],
     group_sizes: tuple[int, ...],
 ) -> None:
-    """Make a kernel known. sample(dtype, group size, **sizes) gives arguments of both functions."""
+    """Registers a kernel. sample(dtype, group size, **sizes) returns arguments for both functions."""
     KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes)
 
 
@@ -102,7 +102,7 @@ def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
         mx.eval(result)
     except Exception as error:  # a compile error has no type of its own
         lines = str(error).splitlines() or [type(error).__name__]
-        reported = next((line for line in lines if "error:" in line), lines[0])  # compilers print the place first
+        reported = next((line for line in lines if "error:" in line), lines[0])  # compilers print the location first
         return " ".join(reported.split())[:300]
     with mx.stream(mx.cpu):
         truth = kernel.reference(*(_widened(argument) for argument in arguments))
@@ -145,7 +145,7 @@ def _widened(argument: Any) -> Any:
 
 
 def _difference(result: Any, expected: Any, truth: Any, dtype: mx.Dtype) -> str:
-    """Where the error of `found` passes that of `expected` by more than the dtype's tolerance; "" where nowhere."""
+    """Where the error of `result` exceeds that of `expected` by more than the dtype's tolerance; "" if nowhere."""
     for number, (f, e, t) in enumerate(zip(_tuple(result), _tuple(expected), _tuple(truth), strict=True)):
         f, e, t = (array.astype(mx.float32) for array in (f, e, t))
         error, of_reference, size = (float(np.asarray(mx.abs(x).max())) for x in (f - t, e - t, t))

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,17 @@ from mebp_mlx.training.report import BudgetWatch, plan_record
 from mebp_mlx.training.setup import Sizes as LongestRows
 from mebp_mlx.training.setup import make_plan
 from mebp_mlx.training.update import Updater
-from tests.runs import arguments, child, tokenize_here, write_home
+from tests.runs import arguments, tokenize_here, write_home
 
 MB = 1_000_000
-# Of the measured peak, on a machine that may be busy; rather over than under. bench.plan_check has the figures.
-TOO_LOW, TOO_HIGH = -0.10, 0.14
 
 
 @pytest.fixture(scope="module")
-def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of real shapes with two blocks."""
-    home = tmp_path_factory.mktemp("shapes")
+def real_blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two blocks of real shapes over a small vocabulary, for what does not depend on the head's cost."""
+    home = tmp_path_factory.mktemp("blocks")
     for shape in ("qwen2.5-0.5b", "gemma3-1b"):
-        write_shape(model_config(shape, 2), home / shape)
+        write_shape(model_config(shape, 2) | {"vocab_size": 16_384}, home / shape)
     return {shape: home / shape for shape in ("qwen2.5-0.5b", "gemma3-1b")}
 
 
@@ -79,11 +76,11 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize(("shape", "B", "T"), [("qwen2.5-0.5b", 1, 256), ("gemma3-1b", 4, 130)])
+@pytest.mark.parametrize(("shape", "B", "T"), [("qwen2.5-0.5b", 1, 256), ("gemma3-1b", 2, 130)])
 def test_budgets_are_kept_and_smaller_ones_never_cost_more(
-    real_shapes: dict[str, Path], shape: str, B: int, T: int
+    real_blocks: dict[str, Path], shape: str, B: int, T: int
 ) -> None:
-    workload = _workload(real_shapes[shape], B, T, state_bytes=20 * MB)
+    workload = _workload(real_blocks[shape], B, T, state_bytes=20 * MB)
     peak = choose(workload).predicted.peak_bytes
     with pytest.raises(BudgetError) as refused:
         choose(workload, 10 * MB)
@@ -107,8 +104,8 @@ def test_budgets_are_kept_and_smaller_ones_never_cost_more(
 
 
 @pytest.mark.usefixtures("steady")
-def test_a_budget_takes_the_largest_pieces_that_fit(real_shapes: dict[str, Path]) -> None:
-    workload = _workload(real_shapes["qwen2.5-0.5b"])
+def test_a_budget_takes_the_largest_pieces_that_fit(real_blocks: dict[str, Path]) -> None:
+    workload = _workload(real_blocks["qwen2.5-0.5b"])
     plans = ladder(workload)
     sizes = [(plan.token_block, plan.query_block, plan.logits_block_bytes) for plan in plans]
     assert sizes == sorted(sizes) and len(set(sizes)) > 2
@@ -120,10 +117,10 @@ def test_a_budget_takes_the_largest_pieces_that_fit(real_shapes: dict[str, Path]
     assert choose(workload, smallest=True).plan == plans[0]
 
 
-def test_a_known_plan_is_taken_if_it_fits(real_shapes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_plan_is_taken_if_it_fits(real_blocks: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Over made-up peaks: what this process holds by now could hide the difference between two plans."""
     monkeypatch.setattr(search, "probe", lambda _, plan, __: Probe({"backward": plan.token_block * MB}, 0, 1000))
-    workload = _workload(real_shapes["qwen2.5-0.5b"], T=256)
+    workload = _workload(real_blocks["qwen2.5-0.5b"], T=256)
     known = dataclasses.replace(ladder(workload)[1], saved=SAVE_INPUTS, kept_bytes=12345)
     for budget in (None, 1000 * MB):
         assert choose(workload, budget, known=known).plan == known
@@ -133,8 +130,8 @@ def test_a_known_plan_is_taken_if_it_fits(real_shapes: dict[str, Path], monkeypa
 
 
 @pytest.mark.usefixtures("steady")
-def test_arena_budget_trades_saved_values_for_recomputation(real_shapes: dict[str, Path]) -> None:
-    workload = _workload(real_shapes["qwen2.5-0.5b"], T=256, state_bytes=MB)
+def test_arena_budget_trades_saved_values_for_recomputation(real_blocks: dict[str, Path]) -> None:
+    workload = _workload(real_blocks["qwen2.5-0.5b"], T=256, state_bytes=MB)
     with pytest.raises(BudgetError, match="--arena-budget") as refused:
         choose(workload, smallest=True, arena_budget_bytes=1)
     inputs = _named_budget(refused.value)
@@ -150,18 +147,18 @@ def test_arena_budget_trades_saved_values_for_recomputation(real_shapes: dict[st
         choose(workload, smallest=True, arena_budget_bytes=known - 1)
 
 
-def test_long_sequences_and_more_state_take_more_but_little(real_shapes: dict[str, Path]) -> None:
+def test_long_sequences_and_more_state_take_more_but_little(real_blocks: dict[str, Path]) -> None:
     """Measured, so to the noise of a busy machine."""
 
     def peak(T: int, **more: Any) -> int:
-        workload = _workload(real_shapes["qwen2.5-0.5b"], T=T, **more)
+        workload = _workload(real_blocks["qwen2.5-0.5b"], T=T, **more)
         return choose(workload, smallest=True).predicted.peak_bytes
 
-    model = mebp_mlx.open_model(real_shapes["qwen2.5-0.5b"])
+    model = mebp_mlx.open_model(real_blocks["qwen2.5-0.5b"])
     estimator = make_estimator("mezo", mebp_mlx.init_lora(model), seed=0, eps=1e-2)
     start_bytes = footprint_bytes()
     # From small to large: a process never gives back all that it once had.
-    peaks = [peak(256, estimator=estimator), peak(256), peak(256, T_eval=1024), peak(2048)]
+    peaks = [peak(128, estimator=estimator), peak(128), peak(128, T_eval=512), peak(1024)]
     noise = 15 * MB
     assert all(later >= earlier - noise for earlier, later in pairwise(peaks)), peaks
     assert peaks[-1] < start_bytes + 250 * MB, peaks
@@ -221,90 +218,6 @@ def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
             assert set(actual.phases) == phases and min(actual.phases.values()) > 0
             assert (actual.kept_bytes > 0) == (estimator is None)
     assert all(np.array_equal(value, before[name]) for name, value in lora.parameters().items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is trained in a process of its own, and which plan: one of the ladder, or a budget's."""
-
-    shape: str
-    T: int
-    B: int = 1
-    optimizer: str = "sgd"
-    budget_mb: int = 0
-    saved: str = "products"
-    step: int = -1
-
-
-_MEASURE = """
-import json, sys, dataclasses
-import mebp_mlx
-import mlx.core as mx, mlx.optimizers as optim, numpy as np
-from mebp_mlx.data.dataset import Batch
-from mebp_mlx.engine import make_engine
-from mebp_mlx.training.update import Updater
-from mebp_mlx.ops.plan import SAVE_INPUTS
-from mebp_mlx.training.optimizers import PlainSGD
-from mebp_mlx.planner.probe import probe
-from mebp_mlx.planner.search import choose, ladder, predict
-from mebp_mlx.planner.workload import Workload
-from mebp_mlx.system.footprint import PeakMeter
-
-folder, case = sys.argv[1], json.loads(sys.argv[2])
-optimizers = {"sgd": PlainSGD, "adamw": optim.AdamW}
-with PeakMeter() as meter:
-    model = mebp_mlx.open_model(folder)
-    lora = mebp_mlx.init_lora(model)
-
-    def make_updater(part, plan):
-        return Updater(optimizers[case["optimizer"]](learning_rate=1e-4), part, park=plan.offload_state)
-
-    lora_bytes = sum(value.nbytes for value in lora.parameters().values())
-    state_bytes = 2 * lora_bytes if case["optimizer"] == "adamw" else 0
-    workload = Workload(model, lora, case["B"], case["T"], make_updater=make_updater, state_bytes=state_bytes)
-    if case["budget_mb"]:
-        planned = choose(workload, case["budget_mb"] * 1_000_000)
-        plan, predicted = planned.plan, planned.predicted
-    else:
-        plan = ladder(workload)[case["step"]]
-        plan = dataclasses.replace(plan, saved=SAVE_INPUTS) if case["saved"] == "inputs" else plan
-        predicted = predict(workload, plan, probe(workload, plan))
-    updater = make_updater(lora, plan)
-    engine = make_engine("mebp", model, lora, plan=plan)
-    tokens, targets = np.random.default_rng(0).integers(0, model.spec.V, (2, case["B"], case["T"])).astype(np.int32)
-    batch = Batch(tokens, targets, rows=("random",) * case["B"], n_labels=tokens.size)
-    engine.reserve(case["B"], case["T"])
-    meter.mark()
-    with meter.phase("steps"):
-        for step in range(2):
-            updater.begin_step()
-            engine.step(batch, step=step, micro=0, n_labels=tokens.size, sink=updater.sink)
-            updater.end_step()
-        mx.synchronize()
-    engine.close()
-print(json.dumps({"predicted": predicted.peak_bytes, "measured": meter.phases["steps"]}))
-"""
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("qwen2.5-0.5b", 256),
-        Case("qwen2.5-0.5b", 256, 2, "adamw", budget_mb=150),
-        Case("gemma3-1b", 128, saved="inputs", step=0),
-    ],
-    ids=str,
-)
-@pytest.mark.alone
-@pytest.mark.skipif(sys.platform != "linux", reason="the heap's gaps were measured with glibc")
-def test_prediction_against_the_peak_of_a_process(real_shapes: dict[str, Path], case: Case) -> None:
-    process = child("-c", _MEASURE, str(real_shapes[case.shape]), json.dumps(dataclasses.asdict(case)))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    actual = json.loads(out.splitlines()[-1])
-    off = actual["predicted"] / actual["measured"] - 1
-    assert TOO_LOW <= off <= TOO_HIGH, f"predicted {actual['predicted']}, measured {actual['measured']}: {off:+.1%}"
-    assert not case.budget_mb or actual["measured"] <= case.budget_mb * MB
 
 
 @pytest.mark.quick
@@ -419,9 +332,9 @@ def plan_of(config: TrainConfig, model: Any, T: int) -> Planned | None:
 
 
 def test_a_dry_run_needs_no_tokenizer(
-    real_shapes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real_blocks: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--model", str(real_shapes["gemma3-1b"]), "--adapter-path", str(tmp_path / "out"), "--dry-run"]
+    command = ["--model", str(real_blocks["gemma3-1b"]), "--adapter-path", str(tmp_path / "out"), "--dry-run"]
     command += ["--max-seq-length", "256", "--batch-size", "1", "--optimizer", "adamw"]
     assert train.main([*command, "--memory-budget", "1GB"]) == 0
     shown = capsys.readouterr().out

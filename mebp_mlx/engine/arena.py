@@ -40,12 +40,12 @@ class Arena:
         self._used = 0
 
     def clear(self) -> None:
-        """Forget all entries; their space is used again."""
+        """Drops all entries; their space is reused."""
         self._slots.clear()
         self._used = 0
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> None:
-        """Copy an evaluated array in; one of the same key, dtype and shape takes the place of the one before."""
+        """Copies an evaluated array in; it replaces an entry of the same key, dtype and shape."""
         key, kind = (layer, name, tile), (value.dtype, tuple(value.shape))
         known = self._slots.get(key)
         if known is not None and known[1:] == kind:
@@ -69,7 +69,7 @@ class Arena:
         return mx.array(raw).view(dtype).reshape(shape)
 
     def view(self, layer: int, name: str, tile: int) -> np.ndarray:
-        """An entry in the file itself, read-only; of a dtype that numpy has. The file cannot be closed before it."""
+        """A read-only view of an entry in the file, for dtypes that numpy has; it must be dropped before `close`."""
         offset, dtype, shape = self._slots[layer, name, tile]
         view = np.frombuffer(self._map, dtype_name(dtype), math.prod(shape), offset).reshape(shape)
         view.flags.writeable = False
@@ -79,13 +79,13 @@ class Arena:
         return key in self._slots
 
     def close(self) -> None:
-        """Give the file back; the arena is of no use afterwards."""
+        """Frees the file; the arena cannot be used afterwards."""
         self._slots.clear()
         self._map.close()
 
 
 def choose_folder(folder: str | Path | None) -> Path:
-    """The arena's folder. An explicit one in memory (tmpfs) is refused: its pages would be memory after all."""
+    """The arena's folder. An explicit folder in memory (tmpfs) is refused: its pages would count as memory."""
     if folder is not None:
         path = Path(folder)
         if not path.is_dir():
@@ -102,7 +102,7 @@ def choose_folder(folder: str | Path | None) -> Path:
 
 
 def filesystem_of(path: Path) -> str:
-    """The type of the file system that holds `path` ("ext4", "tmpfs"); "" where the system does not say."""
+    """The type of the file system that holds `path` ("ext4", "tmpfs"); "" if the system does not say."""
     try:
         mounts = Path("/proc/self/mounts").read_text()
     except OSError:

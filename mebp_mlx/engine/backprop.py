@@ -44,11 +44,11 @@ class BackpropEngine:
         self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
         self.ahead = Prefetch(model)
         self._reserved = (0, 0)  # rows and positions of a batch that fits the file
-        # Blocks below the lowest trained one get no gradient: nothing of theirs is kept or visited.
+        # Blocks below the lowest trained one need no gradient: none of their values are kept, and they are not visited.
         self.first_trained = first_trained(lora, model.spec.layers)
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
-        """Make room for what batches of [batch_size, n_tokens] keep; UserError when the disk has none."""
+        """Reserves space for the kept values of batches [batch_size, n_tokens]. Raises UserError on a full disk."""
         rows, tokens = self._reserved
         if self.plan.kept_bytes is None or (batch_size <= rows and n_tokens <= tokens):
             return
@@ -57,11 +57,11 @@ class BackpropEngine:
         self.store.reserve(self.model.spec.L - self.first_trained, n_bytes)
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
-        """The batch's share of the step's loss, its gradients handed to `sink` block by block, last block first.
+        """Returns the batch's share of the step's loss; passes its gradients to `sink`, last block first.
 
         n_labels: labelled tokens of the whole optimizer step, over all its micro-batches, so
         that shares and gradients add up to the token-weighted mean. Raises NonFiniteLoss
-        before anything is handed over.
+        before any gradient is passed on.
         """
         self.store.clear()
         self.reserve(*batch.tokens.shape)
@@ -105,7 +105,7 @@ class BackpropEngine:
         return Pass(self.model, self.plan, self.lora, self.barrier, ahead=self.ahead).loss(batch)
 
     def close(self) -> None:
-        """Give the file back, and the thread."""
+        """Frees the file and stops the thread."""
         self.ahead.close()
         self.store.close()
 
@@ -159,7 +159,7 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
 
 
 def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
-    """The lowest block with a pair; the number of blocks where none has one."""
+    """The lowest block with a pair; the number of blocks if none has one."""
     for layer in layers:
         if any(linear.name in adapter.pairs for linear in layer.linears.values()):
             return layer.index

@@ -1,4 +1,4 @@
-"""What engines share: what they read of a batch and give back, the forward pass, and the values that are kept of it."""
+"""What engines share: batches and results, the forward pass, and the store of kept values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..ops.plan import Barrier, Context, Plan
 from ..system.pages import PAGE_BYTES
 from .arena import Arena
 
-# Takes a block's gradients, float32 by parameter name; gives back what has to be evaluated with the block.
+# Takes a block's gradients, float32 by parameter name; returns the arrays to evaluate with the block.
 Sink = Callable[[dict[str, mx.array]], "list[mx.array] | None"]
 
 Key = tuple[int, str, int]  # layer, name, tile
 
 
 class Evaluation(NamedTuple):
-    """Sum of the labelled tokens' losses, their number, and how many of them are the likeliest token."""
+    """The sum of the labelled tokens' losses, their number, and for how many the label is the likeliest token."""
 
     loss_sum: float
     n_labels: int
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
 
 class Pass(Context):
-    """A model on its way over one batch: blocks forward and the head. ahead: reads the next block's pages meanwhile."""
+    """The forward pass of a model over one batch: blocks and head. ahead: reads the next block's pages meanwhile."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Pass(Context):
             block = self.block(run, position, x[0].shape[:2], x.pop(0))
             position += block.shape[1]
             y.append(block.y)
-            del block  # what is not kept is only the graph's from here on
+            del block  # from here on, only the graph refers to values that are not kept
             run.shared.clear()
             self.barrier.tile(y[-1])
         self.barrier.block()
@@ -109,12 +109,12 @@ class Pass(Context):
 
 
 class Store:
-    """Values kept between forward and backward (families/base.py: Kept): in memory while there is room, then in a file.
+    """Values kept between forward and backward (families/base.py: Kept): in memory while there is room, else in a file.
 
     A value that goes to the file is written when it has been computed: at once where values are evaluated at once,
     otherwise one block behind the GPU, whose next block computes meanwhile.
 
-    memory_bytes: room in memory, None: all there is; folder: of the file.
+    memory_bytes: room in memory, None: no limit; folder: of the file.
     """
 
     def __init__(self, barrier: Barrier, memory_bytes: int | None, folder: str | Path | None = None):
@@ -127,13 +127,13 @@ class Store:
         self._new: list[Key] = []
 
     def reserve(self, n_blocks: int, block_bytes: int) -> None:
-        """Make room for blocks that keep block_bytes each, in whole pages; UserError when the disk has none for those
-        beyond memory.
+        """Reserves space for blocks that keep block_bytes each, in whole pages. UserError if the disk has no room
+        for those that do not fit in memory.
         """
         n_bytes = n_blocks * block_bytes
         if self.memory_bytes is None or n_bytes <= self.memory_bytes:
             return
-        # The value that does not fit into what is left of memory leaves less than a block of it unused.
+        # The first value that does not fit in memory leaves less than a block's size of it unused.
         needed = min(n_bytes, n_bytes - self.memory_bytes + block_bytes)
         if self.arena is None or self.arena.capacity_bytes < needed:
             if self.arena is not None:
@@ -141,7 +141,7 @@ class Store:
             self.arena = Arena(needed, self.folder)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drops all values."""
         self._arrays.clear()
         self._behind, self._new = [], []
         self.held_bytes = self.written_bytes = self.read_bytes = 0
@@ -149,7 +149,7 @@ class Store:
             self.arena.clear()
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
-        """Keep a value; whether its array stays in use."""
+        """Keeps a value; returns whether its array stays in memory."""
         key, n_bytes = (layer, name, tile), -(-value.nbytes // PAGE_BYTES) * PAGE_BYTES  # in whole pages
         if self.memory_bytes is None or self.held_bytes + n_bytes <= self.memory_bytes:
             self.held_bytes += n_bytes
@@ -163,7 +163,7 @@ class Store:
         return False
 
     def write_behind(self) -> None:
-        """Write what the block before has computed; called when it has been waited for."""
+        """Writes the values of the previous block; called once they are computed."""
         for key in self._behind:
             self._write(key, self._arrays.pop(key))
         self._behind, self._new = self._new, []
@@ -178,18 +178,18 @@ class Store:
         return value
 
     def take(self, layer: int, name: str, tile: int) -> mx.array | None:
-        """The same, given away: nobody else has the array."""
+        """Removes and returns a kept value; the caller holds the only reference."""
         value = self.get(layer, name, tile)
         self._arrays.pop((layer, name, tile), None)
         return value
 
     def forget(self, layer: int) -> None:
-        """Give up what a block kept in memory: its backward is done."""
+        """Drops a block's values in memory: its backward is done."""
         for key in [key for key in self._arrays if key[0] == layer]:
             del self._arrays[key]
 
     def close(self) -> None:
-        """Give the file back."""
+        """Frees the file."""
         self.clear()
         if self.arena is not None:
             self.arena.close()

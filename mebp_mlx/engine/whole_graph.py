@@ -25,7 +25,7 @@ _RUN = 128  # terms that are added up one after the other
 
 
 class WholeGraphEngine:
-    """The engine `whole-graph`. Packed weights stay in memory; whether a product decompresses them is the model's.
+    """The engine `whole-graph`. Packed weights stay in memory; the model decides whether a product decompresses them.
 
     last_block_first: evaluate gradients from the last block to the first (the order that
     lets checkpointing free memory early); False evaluates them all at once.
@@ -38,10 +38,10 @@ class WholeGraphEngine:
         self.checkpoint, self.last_block_first = checkpoint, last_block_first
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
-        """Nothing to make room for: the graph lives in memory."""
+        """Nothing to reserve: the graph is in memory."""
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
-        """As BackpropEngine.step: the batch's share of the loss, gradients handed over block by block."""
+        """As BackpropEngine.step: returns the batch's share of the loss, passes gradients on block by block."""
         parameters = self.lora.parameters()
 
         def loss_fn(parameters: dict[str, mx.array]) -> mx.array:
@@ -72,7 +72,7 @@ class WholeGraphEngine:
         return Evaluation(float(np.asarray(loss_sum)), int(mask.sum()), int(np.asarray(n_correct)))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
     def _logits(
         self, parameters: dict[str, mx.array], batch: TokenBatch, dropout_parts: tuple[int, ...] | None

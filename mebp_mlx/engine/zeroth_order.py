@@ -1,4 +1,4 @@
-"""Zeroth-order estimates: a few forward passes along random directions, whose noise is never stored.
+"""Zeroth-order gradient estimates: a few forward passes along random directions, whose noise is never stored.
 
     MeZO    z ~ N(0, I);  c = (L(theta + eps z) - L(theta - eps z)) / (2 eps);  estimate = c z
     K-ZOO   the same, the seed of z drawn from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
@@ -30,7 +30,7 @@ HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
 
 
 class Probe(NamedTuple):
-    """A point at which the loss is taken: theta + amount * direction(number)."""
+    """A point at which the loss is evaluated: theta + amount * direction(number)."""
 
     amount: float
     number: int = 0
@@ -54,7 +54,7 @@ class Estimator:
         return Probe(self.eps), Probe(-self.eps)
 
     def begin(self, step: int) -> None:
-        """Choose the directions of a step: a pure function of seed, step and state."""
+        """Chooses the directions of a step: a pure function of seed, step and state."""
         self.step = step
 
     def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
@@ -66,19 +66,19 @@ class Estimator:
         self.slope = float(losses[0] - losses[1]) / (2 * self.eps)
 
     def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
-        """The estimate for one parameter, float32; asked for once a step."""
+        """The estimate for one parameter, float32; called once per step."""
         return self.slope * self.direction(0, name, shape)
 
     def loss(self, losses: np.ndarray) -> float:
-        """What is reported as the step's loss: the mean of both sides, or the loss at theta itself."""
+        """The step's loss for the log: the mean of both sides, or the loss at theta itself."""
         return float(losses.mean())
 
     def state(self) -> dict[str, mx.array]:
-        """What a resumed run needs besides seed and step: new names for the arrays of the moment."""
+        """The state that a resumed run needs besides seed and step, as references to the current arrays."""
         return {}
 
     def load(self, state: Mapping[str, mx.array]) -> None:
-        """Take a state of another run's estimator with the same options."""
+        """Takes over the state of another run's estimator with the same options."""
 
 
 class SeedPool(Estimator):
@@ -109,7 +109,7 @@ class SeedPool(Estimator):
 
     def observe(self, losses: np.ndarray) -> None:
         super().observe(losses)
-        self.slope = float(np.float32(self.slope))  # what is summed up is what is applied
+        self.slope = float(np.float32(self.slope))  # the sum must equal the applied updates
         self.sums[self.chosen] += np.float32(self.slope)
         self.magnitudes[self.chosen] += np.float32(min(abs(self.slope), HISTORY_CLIP))
         self.counts[self.chosen] += 1
@@ -126,8 +126,8 @@ class Curvature(Estimator):
 
         H_new = (1 - a) H + a |l+ + l- - 2 l0| / (2 eps^2) H z z;  estimate = (l+ - l-) / (2 eps) z / sqrt(H_new)
 
-    One more array for each parameter. A step multiplies H, so log H is kept: what it adds, about the published
-    a = 1e-8, would be lost beside H in float32. alpha = 0 is MeZO, and a forward pass.
+    One more array for each parameter. A step multiplies H, so log H is stored: the increment, about the published
+    a = 1e-8, would be lost when added to H in float32. alpha = 0 is MeZO plus a forward pass.
     """
 
     loss_at = None
@@ -188,7 +188,7 @@ class Normalized(Estimator):
     def observe(self, losses: np.ndarray) -> None:
         deviation = losses[1:].std()
         differences = losses[1:] - losses[0]
-        # Without any deviation there is no slope to be seen.
+        # Zero deviation: there is no slope to estimate.
         self.weights = differences / (len(differences) * deviation) if deviation > 0 else np.zeros(len(differences))
 
     def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
@@ -237,15 +237,15 @@ class ZerothOrderEngine:
         self.model, self.lora, self.estimator, self.seed = model, lora, estimator, seed
         self.plan = plan or Plan()
         self.barrier = Barrier(self.plan.grain)
-        self._losses = np.zeros(0)  # the step's so far, one a probe
+        self._losses = np.zeros(0)  # of the step so far, one for each probe
         self._n_seen, self._done = 0, False
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
-        """Nothing to make room for: no activation is kept."""
+        """Nothing to reserve: no activation is kept."""
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
-        """The batch's share of the step's loss. With a step's last micro-batch its estimate goes to `sink`, a block
-        at a time: all micro-batches use the same directions, and an estimate need not be a sum over them.
+        """The batch's share of the step's loss. With a step's last micro-batch the estimate goes to `sink`, block by
+        block: all micro-batches use the same directions, and an estimate need not be a sum over them.
         """
         if micro == 0:
             self.estimator.begin(step)
@@ -271,11 +271,11 @@ class ZerothOrderEngine:
         return Pass(self.model, self.plan, self.lora, self.barrier).loss(batch)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
     def _hand_over(self, sink: Sink) -> None:
         self.estimator.observe(self._losses)
-        # Shapes alone: the arrays' names would keep every old value until the last new one is there.
+        # Keep only shapes: references to the old arrays would delay their release.
         shapes = {name: value.shape for name, value in self.lora.parameters().items()}
         for layer in reversed(self.model.spec.layers):
             names = [name for name in shapes if name.startswith(f"{layer.prefix}.")]

@@ -24,7 +24,7 @@ from .plan import Barrier
 
 @dataclass(frozen=True)
 class Heads:
-    """What a layer's attention is: see the equations. window: a query sees that many keys, None: all before it."""
+    """The settings of a layer's attention. window: the number of keys that a query sees, None: all before it."""
 
     head_dim: int
     scale: float
@@ -50,7 +50,7 @@ class Heads:
         return g if x is None or self.norm_after_rope else self._normed_backward(short, x, g)
 
     def _turned(self, short: str, x: mx.array, position: int, back: bool = False) -> mx.array:
-        """The rotary embedding of [B, heads, T, head_dim] from a position on, or its transpose, which turns back."""
+        """The rotary embedding of [B, heads, T, head_dim] from `position` on, or its transpose, its inverse."""
         rope, n_positions = self.rope, position + x.shape[2]
         if rope is None:
             return x
@@ -91,7 +91,7 @@ class Heads:
 
 
 class Attention:
-    """Keys and values of the tiles so far, and what the loss's gradient has given them."""
+    """Keys and values of the tiles so far, and their gradients."""
 
     def __init__(self, heads: Heads, query_block: int, barrier: Barrier):
         self.heads, self.query_block, self.barrier = heads, query_block, barrier
@@ -148,7 +148,7 @@ class Attention:
         self.d_values[:, :, low:high] += dv
 
     def sums(self) -> list[mx.array]:
-        """What later tiles' graphs add to."""
+        """The arrays that later tiles' graphs add to."""
         return [] if self.d_keys is None or self.d_values is None else [self.d_keys, self.d_values]
 
     def _seen(self, low: int, high: int) -> tuple[mx.array, mx.array]:

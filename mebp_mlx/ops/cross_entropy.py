@@ -22,8 +22,8 @@ from .plan import Context
 
 
 class HeadResult(NamedTuple):
-    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those that no other token is more
-    likely than; dx: tiles of the loss's gradient, or None.
+    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those whose label is the likeliest
+    token; dx: tiles of the loss's gradient, or None.
     """
 
     loss_sum: float
@@ -114,12 +114,12 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
             state = state.update(step, block.matmul_t(dz) if need_dx else None)
             del step, dz, slope
         barrier.chunk(*(part for part in state if part is not None))
-        del block  # before the next one is brought in
+        del block  # before the next one is read
     return state
 
 
 def final_norm(model: Model) -> Callable[[mx.array], mx.array]:
-    """What the head's rows are of the last block's output: x / rms(x) * weight / divisor."""
+    """The head's input: x / rms(x) * weight / divisor, from the last block's output x."""
     spec, weight = model.spec, model.norm(model.spec.final_norm)
 
     def normed(x: mx.array) -> mx.array:
@@ -130,7 +130,7 @@ def final_norm(model: Model) -> Callable[[mx.array], mx.array]:
 
 
 def capped(z: mx.array, cap: float | None) -> mx.array:
-    """Logits as the loss sees them: cap tanh(z / cap) in the families that have a cap."""
+    """The logits for the loss: cap tanh(z / cap) in families with a cap."""
     return z if cap is None else cap * mx.tanh(z / cap)
 
 
@@ -140,7 +140,7 @@ def _slope(z: mx.array, cap: float) -> mx.array:
 
 
 def _is_fused(model: Model) -> bool:
-    """Whether the loss alone is taken by one kernel, without logits."""
+    """Whether one kernel computes the loss without logits."""
     packing = model.spec.head.quantization
     if (
         model.spec.logit_cap is not None

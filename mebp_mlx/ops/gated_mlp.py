@@ -1,7 +1,7 @@
 """The gated MLP: d = (act(x Wg^T) * (x Wu^T)) Wd^T, each W with its LoRA pair.
 
-Where W comes in blocks, so does the inner width F: no [tile, F] array exists then, in either direction. What a block
-gives to the output, to dx and to the gradients is summed up.
+Where W comes in blocks, so does the inner width F: no [tile, F] array exists then, in either direction. The blocks'
+contributions to the output, to dx and to the gradients are summed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Gate:
     on_cpu_backward: cpu.Backward
 
     def __call__(self, g: mx.array, u: mx.array, in_place: bool = False) -> mx.array:
-        """m in the shape of g, u; in_place: g's memory belongs to the caller alone and may be used for it."""
+        """m in the shape of g, u; in_place: the caller owns g's memory, which may hold m."""
         if not cpu.serves(g, u):
             return self.plain(g, u)
         return cpu.gate_forward(self.on_cpu, g, u, in_place)

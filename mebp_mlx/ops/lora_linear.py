@@ -1,4 +1,4 @@
-"""A frozen matrix with its LoRA pair: the one projection of the house.
+"""A frozen matrix with its LoRA pair: the projection that all families use.
 
     y = x W^T + b + s (dropout(x) A) B
     dB = s (xA)^T g,  dA = s x^T (g B^T),  dx = g W + s (g B^T) A^T      (x after dropout in the LoRA terms)
@@ -51,7 +51,7 @@ class Shared:
         self._wide: mx.array | None = None
 
     def wide(self, x: mx.array) -> mx.array:
-        """A value in float32, converted once for the pairs of all projections of it."""
+        """A value in float32, converted once for all projections that read it."""
         if x.dtype.size >= 4:
             return x
         if x is not self._value:
@@ -60,7 +60,7 @@ class Shared:
         return self._wide
 
     def clear(self) -> None:
-        """The values are not needed any more."""
+        """Drops the values."""
         self._value = self._wide = None
 
 
@@ -75,14 +75,14 @@ class LoraLinear:
         self.whole = context.adapter.pairs.get(linear.name)  # of the matrix that this projection is, or is rows of
         self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
-        self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are brought in at a time
+        self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are read at a time
 
     @property
     def _rows(self) -> slice:
         return slice(self.linear.first_row, self.linear.first_row + self.linear.out_dims)
 
     def _own(self, whole: Pair) -> Pair:
-        """What of a matrix's pair belongs to this projection's rows."""
+        """The part of a matrix's pair that belongs to this projection's rows."""
         if whole.b.shape[1] == self.linear.out_dims:
             return whole
         return Pair(whole.a, whole.b[:, self._rows], None if whole.m is None else whole.m[self._rows])
@@ -168,7 +168,7 @@ class LoraLinear:
         return mx.concatenate([self.row_lengths(start, stop) for start, stop in self.row_blocks])
 
     def add(self, part: str, gradient: mx.array) -> None:
-        """Sum up a gradient of the pair; part: "lora_a", "lora_b" or "m"."""
+        """Adds to a gradient of the pair; part: "lora_a", "lora_b" or "m"."""
         name = f"{self.linear.name}.{part}"
         gradients = self.shared.gradients
         if part != "lora_a" and self.whole is not None and self.pair is not self.whole:
@@ -277,7 +277,7 @@ class Input:
             linear.barrier.piece(self.g_b)
 
     def add(self, start: int, stop: int, x: mx.array) -> None:
-        """The part of y that these columns of x give."""
+        """Adds the part of y from these columns of x."""
         linear = self.linear.linear
         part = self.linear.model.column_block(linear, start, stop).matmul(x)
         self.y = part if stop - start == linear.in_dims else _added(self.y, part)
@@ -310,7 +310,7 @@ class Input:
         return dx
 
     def take(self, start: int, stop: int, x: mx.array) -> None:
-        """What these columns of x give to the pair's gradients."""
+        """Adds the part of the pair's gradients from these columns of x."""
         if self.g_b is None:
             return
         dropped = self._add_x_a(start, stop, x.astype(mx.float32))
@@ -322,7 +322,7 @@ class Input:
             self.linear.barrier.piece(self.y)
 
     def finish(self) -> None:
-        """Sum up the pair's gradients, after the last columns."""
+        """Sums the pair's gradients, after the last columns."""
         if self.g is None or self.x_a is None or not self.da:
             return
         x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)

@@ -17,7 +17,7 @@ from ..model.base import Model
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
-# Every projection's output: the backward repeats no product with a weight, only norms, rope, attention and activation.
+# Every projection's output: the backward pass repeats only norms, rope, attention and activations.
 SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d"})
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
@@ -65,12 +65,12 @@ class Plan:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
-        """The plan of a record that to_dict() made, whatever else stands in it. KeyError if something is missing."""
+        """The plan in a record of to_dict(), whose other keys are ignored. Raises KeyError if a field is missing."""
         values = {field.name: record[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**values, "saved": frozenset(values["saved"])})
 
     def row_blocks(self, n_rows: int, row_bytes: float) -> list[tuple[int, int]]:
-        """Ranges [start, stop) of a matrix's rows that are brought in at a time, at least 32 rows each."""
+        """Ranges [start, stop) of a matrix's rows to read at a time, at least 32 rows each."""
         return _ranges(n_rows, self.weight_block_bytes, row_bytes, _LEAST_ROWS)
 
     def column_blocks(self, n_columns: int, column_bytes: float) -> list[tuple[int, int]]:
@@ -85,7 +85,7 @@ class Plan:
         return max(_LEAST_ROWS, chunk // _LEAST_ROWS * _LEAST_ROWS)
 
     def tiles(self, T: int) -> list[tuple[int, int]]:
-        """The ranges of positions [start, stop) that are worked on at a time."""
+        """The ranges of positions [start, stop) that are processed at a time."""
         step = max(DROPOUT_RUN, self.token_block // DROPOUT_RUN * DROPOUT_RUN)
         return [(start, min(start + step, T)) for start in range(0, T, step)]
 
@@ -98,11 +98,11 @@ def _ranges(n: int, limit_bytes: int | None, item_bytes: float, least: int) -> l
 
 
 class Barrier:
-    """Where a graph is submitted, and where it is waited for: the one place.
+    """The one place where graphs are submitted and waited for.
 
     grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
-    tile before is waited for; "stage": every named value is evaluated at once; "op": so is every piece of it, which
-    holds the least memory. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
+    tile before is waited for; "stage": every named value is evaluated when computed; "op": every piece of it too,
+    which holds the least memory. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
     traces the graph.
     """
 
@@ -112,7 +112,7 @@ class Barrier:
         self.grain = grain
         self.n_waits, self.n_submissions = 0, 0
         self._submitted: list[mx.array] = []  # since the last wait
-        self._before: list[mx.array] = []  # submitted before that, and perhaps still under way
+        self._before: list[mx.array] = []  # submitted before that, and perhaps still running
 
     @property
     def is_lazy(self) -> bool:
@@ -147,7 +147,7 @@ class Barrier:
             self._wait_for_the_one_before()
 
     def wait(self, *arrays: mx.array) -> None:
-        """Evaluate now."""
+        """Evaluates now."""
         self.n_waits += 1
         mx.eval(*arrays)
 
@@ -167,12 +167,12 @@ class Barrier:
         self._before, self._submitted = self._submitted, []
 
     def finish(self) -> None:
-        """Forget what was submitted; whoever needs it waits for it."""
+        """Drops references to submitted graphs; readers of their results wait for them."""
         self._before, self._submitted = [], []
 
 
 class Context:
-    """What the operations of a pass work with.
+    """The context of a pass's operations.
 
     adapter: the trainable pairs; dropout_parts: what dropout's random keys are made of besides projection and position,
     so that recomputation draws the same mask (None: no dropout).

@@ -1,6 +1,6 @@
-"""Measures what a plan takes: some blocks of a model forward and backward, and the head's first chunks.
+"""Measures the memory of a plan: some blocks of a model forward and backward, and the head's first chunks.
 
-The blocks run as training runs them, on the batch's real shape; nothing about them is described here.
+The blocks run exactly as in training, on the batch's real shape; this file has no model of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..ops.plan import Plan
 from ..system.footprint import PeakMeter
 from .workload import Workload
 
-_CHUNKS = 3  # of the head: from the second on the state before is held beside the new one
+_CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. phases: the process's peak footprint in bytes by phase, kept values aside; arrays_bytes:
+    """What was measured. phases: the process's peak footprint in bytes by phase, without kept values; arrays_bytes:
     MLX's own peak; kept_bytes: what one block keeps.
     """
 
@@ -99,7 +99,7 @@ def _exact(
 
 
 class _Update:
-    """The update of one block's parameters, whose results nobody keeps."""
+    """The update of one block's parameters; its results are dropped."""
 
     def __init__(self, workload: Workload, plan: Plan, meter: PeakMeter, prefix: str):
         self.meter, self.updater = meter, None

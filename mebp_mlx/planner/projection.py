@@ -1,4 +1,4 @@
-"""`--device`: this machine as proxy for a phone. Its app's memory is imposed; its speed is projected, not measured."""
+"""`--device`: this machine as a proxy for a phone. The phone app's memory limit is applied; the speed is projected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .workload import Workload
 
 
 def impose(phone: Phone, budget_bytes: int | None) -> str:
-    """Limits MLX's cache to the phone's; the line that says what holds. The wired limit stays as it is: none.
+    """Limits MLX's cache to the phone's and returns a line that says so. The wired limit is not changed.
 
     budget_bytes: None where the options name no size.
     """
@@ -29,7 +29,7 @@ def impose(phone: Phone, budget_bytes: int | None) -> str:
 
 
 def host_rates() -> Rates | None:
-    """This machine's, measured now in a process of its own; None if that fails."""
+    """This machine's rates, measured now in a process of their own; None if that fails."""
     try:
         rates = run_child(["mebp_mlx.system.rates"], {}, offline=True, timeout_s=60)
     except (ChildFailure, TimeoutError):

@@ -1,4 +1,4 @@
-"""Finds a plan by measuring: from the smallest candidate up, while the budget allows the next one."""
+"""Finds a plan by measuring candidates, from the smallest up while the budget allows the next one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .probe import Probe, probe
 from .workload import Workload
 
 ARENA_BUDGET_BYTES = 2_000_000_000
-MARGIN = 0.08  # of a prediction, kept to spare: how much a run's peak was above its probe's (bench.plan_check)
-_SCORES_BYTES = 16 << 20  # of attention at a time: more is not faster
+MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
+_SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
-_KIB, _MIB = 1 << 10, 1 << 20
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,15 @@ class Planned:
 
 
 def ladder(workload: Workload) -> list[Plan]:
-    """Candidates from the smallest to the fastest. Kept values and optimizer state are in files throughout."""
+    """Candidates from the smallest to the fastest. All keep values and optimizer state in files."""
     steps: list[dict[str, Any]] = [
-        dict(grain="op", token_block=64, query_block=16, logits_block_bytes=512 * _KIB, weight_block_bytes=512 * _KIB),
         dict(grain="op", token_block=128, query_block=64, logits_block_bytes=1 * _MIB, weight_block_bytes=1 * _MIB),
         dict(grain="op", token_block=256, query_block=128, logits_block_bytes=4 * _MIB, weight_block_bytes=2 * _MIB),
         dict(grain="op", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, weight_block_bytes=4 * _MIB),
     ]
     if on_gpu():
         whole: dict[str, Any] = dict(weight_block_bytes=None, head_block_bytes=None)
-        steps[2:] = [
+        steps[1:] = [
             dict(grain="tile", token_block=128, query_block=128, logits_block_bytes=2 * _MIB, **whole),
             dict(grain="tile", token_block=256, query_block=256, logits_block_bytes=8 * _MIB, **whole),
             dict(grain="block", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, **whole),
@@ -90,7 +89,7 @@ def choose(
 ) -> Planned:
     """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
 
-    smallest: the one with the least footprint; known: taken if it fits, whatever else would; arena_dir: for the
+    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the
     files. Raises BudgetError, naming the smallest workable budget, when none fits.
     """
     if known is not None:
@@ -127,7 +126,7 @@ def choose(
 
 
 def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
-    """What a run under `plan` will take, from what a probe of it took: what more blocks keep is added."""
+    """Predicts a run's memory from a probe of its plan: adds the values that further blocks keep."""
     n_blocks = workload.model.spec.L - workload.first_trained
     kept = n_blocks * measured.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
@@ -143,7 +142,7 @@ def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
 
 
 def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None) -> tuple[Plan, Probe]:
-    """The same plan with as much of the optimizer's state and of kept values in memory as the budget has room for."""
+    """The same plan with as many kept values and as much optimizer state in memory as the budget allows."""
     room = math.inf
     if budget_bytes is not None:
         # One byte less: the product with 1 + MARGIN rounds.
@@ -163,12 +162,12 @@ def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: in
 
 
 def _kept(workload: Workload, plan: Plan) -> int:
-    """Bytes that a block keeps."""
+    """The bytes that a block keeps."""
     return backprop.kept_bytes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
-    """Every product's output, less those that are cheapest to compute again per byte until the file fits."""
+    """Every product's output, except the cheapest to recompute per byte, until the file fits."""
     saved = SAVE_PRODUCTS
     if not workload.is_exact or arena_budget_bytes is None:
         return saved

@@ -1,4 +1,4 @@
-"""Bytes of what is trained, from shapes alone: nothing here is allocated, however large it would be."""
+"""Bytes of trained parameters and optimizer state, from shapes alone: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lora_sizes(
 ) -> LoraSizes:
     """What LoRA pairs of `rank` on `keys` (None: all matrices) of the last `num_layers` blocks (-1: all) will take.
 
-    optimizer: with or without a state of its own, which is not looked at; None: there is no state. With one, rank must
+    optimizer: with or without state, which is not used; None: there is no state. With one, rank must
     be below 2^31, MLX's longest axis.
     """
     blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]

@@ -1,4 +1,4 @@
-"""What a step computes and moves, counted on its own graphs: they are built and never evaluated.
+"""Counts the operations and bytes of a step on its own graphs, which are built and never evaluated.
 
 A matrix product [n, k] x [k, m] is 2 n k m operations; products and decompressions read their inputs and write their
 outputs through memory. Norms, gates, softmax and optimizer are left out: they move what the products around them
@@ -47,13 +47,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's operations and bytes a second."""
+    """A machine's operations and bytes per second."""
 
     flops: float
     memory_bytes: float
 
     def bound_s(self, work: Work) -> float:
-        """The roofline: the least time that the work can take, computing and moving at once."""
+        """The roofline: the least time for the work if computing and moving data overlap."""
         return max(work.flops / self.flops, work.memory_bytes / self.memory_bytes)
 
 
@@ -96,7 +96,7 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
 
 
 def bound_s(phases: dict[str, Work], rates: Rates) -> float:
-    """A step's: phases come one after the other."""
+    """Of a step whose phases follow one another."""
     return sum(rates.bound_s(work) for work in phases.values())
 
 
@@ -152,7 +152,7 @@ class _Counter:
         return _sum(nodes_of(run, mx.zeros((n_rows, spec.D), self.model.dtype)))
 
     def file_bytes(self, n_blocks: int) -> int:
-        """Written by the forward pass, and read by the backward pass."""
+        """Bytes that the forward pass writes and the backward pass reads."""
         w = self.workload
         kept = n_blocks * kept_bytes(w.model, self.plan, w.lora, w.first_trained, w.B, w.T)
         return 0 if self.plan.kept_bytes is None else max(0, kept - self.plan.kept_bytes)

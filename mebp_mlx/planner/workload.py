@@ -1,4 +1,4 @@
-"""What a plan is made for."""
+"""The workload that a plan is made for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ops.plan import Plan
 
 
 class Updater(Protocol):
-    """What a probe asks of a run's updater (training/update.py)."""
+    """The part of a run's updater that a probe uses (training/update.py)."""
 
     def begin_step(self) -> None: ...
 
@@ -25,7 +25,7 @@ class Updater(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and what is trained of it on which batches.
+    """A model, its trained parameters and the shape of its batches.
 
     B, T: rows of a batch and positions of its longest row; T_eval: of the longest row that is only evaluated;
     make_updater(lora, plan): as training makes it, for a Lora of its own (None: gradients are collected);

@@ -1,4 +1,4 @@
-"""Child processes: where libraries run that are too large for the training process.
+"""Child processes, for libraries that are too large for the training process.
 
 `run_child` starts a module of this package in a process of its own; `answer` is the other end.
 """
@@ -144,7 +144,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process soon after its parent was killed: nobody would read its answer."""
+    """Ends this process soon after its parent died: nobody would read the answer."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

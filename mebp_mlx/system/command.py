@@ -16,9 +16,9 @@ DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 
 def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> int:
-    """Runs a command's work and returns the exit code: the work's own (None: 0), or that of what ended it.
+    """Runs a command and returns its exit code: that of `work` (None: 0), or that of the error or signal that ended it.
 
-    interrupted: the line after a signal, unless Stopped brings its own.
+    interrupted: the line to print after a signal, unless Stopped has its own.
     """
     with forgiving_output():
         try:

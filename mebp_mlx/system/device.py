@@ -1,7 +1,7 @@
 """What MLX computes on, and the defaults that follow from it.
 
 On a GPU (Metal or CUDA): the checkpoint's own dtype and products with packed weights; Metal alone adopts mapped pages
-and runs the kernels. On the CPU backend, where 16-bit and packed products run at a fiftieth of the BLAS's speed:
+and runs the kernels. On the CPU backend, where 16-bit and packed products run at 1/50 of the BLAS's speed:
 float32, and weights decompressed block by block.
 """
 

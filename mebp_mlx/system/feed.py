@@ -1,4 +1,4 @@
-"""A child process that is fed JSON lines while this one works, and is waited for only at its start and its end."""
+"""A child process that receives JSON lines while this process works; only its start and end are waited for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Take = Callable[[dict[str, Any]], None]
 class Feed:
     """`python -m ARGUMENTS`, which calls `serve`. It is in a session of its own: Ctrl-C does not reach it.
 
-    problem: what went wrong in a line, None so far.
+    problem: one line on what went wrong, or None.
     """
 
     def __init__(self, arguments: Sequence[str], request: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Feed:
         os.set_blocking(self._input, False)
 
     def started(self, timeout_s: float) -> bool:
-        """Waits until the child has answered its request; whether it can be fed."""
+        """Waits for the child's answer to its request; returns whether it is ready."""
         deadline_s = time.monotonic() + timeout_s
         answer: dict[str, Any] = {"error": f"did not start within {timeout_s:g} s"}
         while select.select([self._output], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
@@ -54,8 +54,8 @@ class Feed:
         return self.problem is None
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Hands over a message; False, with `problem`, where the child is gone or does not read."""
-        line = json.dumps(message).encode() + b"\n"  # short: a pipe takes it whole or not at all
+        """Sends a message. Returns False and sets `problem` if the child is gone or does not read."""
+        line = json.dumps(message).encode() + b"\n"  # short enough for an atomic write to a pipe
         try:
             os.write(self._input, line)
         except BlockingIOError:
@@ -67,7 +67,7 @@ class Feed:
         return False
 
     def close(self, timeout_s: float) -> None:
-        """Lets the child finish what it was sent, and ends it after that time. May be called twice."""
+        """Lets the child finish its messages, and ends it after the timeout. May be called twice."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()

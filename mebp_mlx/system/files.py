@@ -26,9 +26,9 @@ _NOT_OFFERED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 
 def reserve(descriptor: int, n_bytes: int) -> None:
-    """Makes an empty file n_bytes long and reserves its space: a map reports a full disk by a signal.
+    """Extends an empty file to n_bytes and reserves the space: a map reports a full disk by a signal.
 
-    OSError with ENOSPC, EFBIG or EDQUOT where there is none.
+    Raises OSError with ENOSPC, EFBIG or EDQUOT if there is none.
     """
     if sys.platform != "darwin":
         os.posix_fallocate(descriptor, 0, n_bytes)
@@ -41,7 +41,7 @@ def reserve(descriptor: int, n_bytes: int) -> None:
 
 
 def _preallocate(descriptor: int, n_bytes: int) -> bool:
-    """In one piece, else in pieces; False on a file system that cannot."""
+    """Reserves in one piece, else in several; False on a file system that cannot reserve."""
     for flags in (_F_ALLOCATECONTIG | _F_ALLOCATEALL, _F_ALLOCATEALL):
         try:
             fcntl.fcntl(descriptor, _F_PREALLOCATE, _FSTORE.pack(flags, _F_PEOFPOSMODE, 0, n_bytes, 0))
@@ -67,7 +67,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) -> None:
-    """Replaces `path` by what `write` puts into a binary file, or leaves it as it was.
+    """Replaces `path` with what `write` puts into a binary file, or leaves it unchanged.
 
     The file is written beside its final name, flushed to the disk and then renamed, so a reader finds the old state or
     the new one. Raises UserError naming `flag` when the disk refuses.
@@ -87,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) ->
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises FileNotFoundError, and UserError naming the file for everything else."""
+    """Reads a JSON object. Raises FileNotFoundError, and UserError naming the file for every other problem."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -106,11 +106,11 @@ def write_json(path: Path, content: Mapping[str, Any], flag: str) -> None:
 
 
 class NewFolder:
-    """A folder that does not exist, or is empty, and gets its name only when it is complete.
+    """A new or empty folder that gets its name only when it is complete.
 
     As a context manager it makes `partial`, a hidden folder beside it, which `publish` renames; without that it is
-    removed at the end. What a killed process left behind is removed by the next one that writes the same folder:
-    `removed` says what. A live process holds a lock on its own. Raises UserError naming `flag`.
+    removed at the end. The next process that writes the same folder removes what a killed one left behind:
+    `removed` lists it. A live process holds a lock on its own folder. Raises UserError naming `flag`.
     """
 
     def __init__(self, path: str | Path, flag: str) -> None:

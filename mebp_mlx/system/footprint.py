@@ -1,4 +1,4 @@
-"""The process footprint and its peaks: the one number that is printed as memory.
+"""The process footprint and its peaks: the number that is printed as memory.
 
 macOS: phys_footprint. Linux: RssAnon + VmSwap, anonymous memory whether resident or swapped out. Clean pages of mapped
 files are in neither. Linux keeps no high-water mark of it, so a thread samples.
@@ -17,9 +17,9 @@ from functools import lru_cache
 from types import TracebackType
 
 _INTERVAL_S = 0.002
-_MAX_INTERVAL_S = 0.006  # however slow a sample is, 20 ms hold three of them
+_MAX_INTERVAL_S = 0.006  # three samples in 20 ms, however slow a sample is
 _MAX_LOAD = 0.01  # of one core, for the sampling thread
-_N_SAMPLES = 100  # between two looks at what sampling costs
+_N_SAMPLES = 100  # between two measurements of the sampling cost
 
 _STATUS_BYTES = 8192
 _FOOTPRINT_FIELD, _LIFETIME_MAX_FIELD = 7, 28  # of rusage_info_v4, counted in u64 after its 16-byte uuid
@@ -29,7 +29,7 @@ _RUSAGE_INFO_V4, _RUSAGE_BYTES = 4, 296
 def footprint_bytes() -> int:
     """The footprint of this process now, in bytes, interpreter and libraries included.
 
-    Raises OSError where the system does not tell (neither Linux nor macOS).
+    Raises OSError on systems other than Linux and macOS.
     """
     return _darwin_rusage()[_FOOTPRINT_FIELD] if sys.platform == "darwin" else _linux_footprint()
 
@@ -65,7 +65,7 @@ def _darwin_rusage() -> tuple[int, ...]:
 
 
 def _lifetime_peak_bytes() -> int:
-    """The highest footprint that the system itself recorded; 0 where it records none (Linux)."""
+    """The highest footprint that the system recorded; 0 if it records none (Linux)."""
     return _darwin_rusage()[_LIFETIME_MAX_FIELD] if sys.platform == "darwin" else 0
 
 
@@ -173,7 +173,7 @@ class PeakMeter:
         while True:
             began_s = time.thread_time()
             for _ in range(_N_SAMPLES):
-                time.sleep(interval_s)  # half the price of waiting for an Event
+                time.sleep(interval_s)  # half the cost of waiting for an Event
                 if not self._running:
                     return
                 self._sample()

@@ -1,8 +1,8 @@
-"""One line about a fault that kills the process before Python can say anything: a signal inside MLX.
+"""One line on stderr about a fault that kills the process before Python can report it: a signal inside MLX.
 
 SIGBUS: a page of a mapped file is not there, because the file was cut short or its disk is gone or full. SIGSEGV: MLX's
-CPU backend writes to what malloc did not give. faulthandler names the signal from within its handler, into a pipe; the
-shell that waits at the other end says the rest when this process is gone.
+CPU backend writes to what malloc did not give. faulthandler names the signal from within its handler, into a pipe; a
+shell waits at the other end and prints the line when this process is gone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LastLine:
         try:
             with contextlib.suppress(OSError):
                 command = ["/bin/sh", "-c", _SCRIPT, "sh", *self._arguments]
-                # A session of its own: Ctrl-C is not for the shell.
+                # A session of its own, so that Ctrl-C does not reach the shell.
                 self._shell = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, start_new_session=True)
                 faulthandler.enable(self._pipe, all_threads=False)
         finally:

@@ -1,7 +1,7 @@
-"""The limits that the system puts on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), as a footprint.
+"""The system's limits on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), as a footprint.
 
-Where memory cannot be had, MLX's CPU backend does not raise: malloc gives NULL and the process dies with SIGSEGV. So a
-limit counts as a memory budget, before anything is allocated.
+When an allocation fails, MLX's CPU backend does not raise: malloc returns NULL and the process dies with SIGSEGV. So a
+limit is treated as a memory budget before anything is allocated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import BudgetError
 from .footprint import footprint_bytes
 from .machine import default_budget_bytes, usable_cores
 
-# Threads that are still to come (the BLAS's, MLX's) reserve their stacks, and a heap of glibc's each in address space.
+# Threads that start later (the BLAS's, MLX's) each reserve a stack and, in address space, a heap of glibc's.
 _MORE_THREADS = 2
 _STACK_BYTES, _HEAP_BYTES = 8 << 20, 128 << 20
 _LIMITS = (("ulimit -d", "RLIMIT_DATA", "VmData", 0), ("ulimit -v", "RLIMIT_AS", "VmSize", _HEAP_BYTES))
@@ -34,7 +34,7 @@ def named_budget(budget: int | str | None) -> tuple[int | None, bool]:
 
 
 def check_peak(budget_bytes: int | None, peak_bytes: int) -> None:
-    """Raises BudgetError when the measured peak has passed the budget."""
+    """Raises BudgetError if the measured peak exceeds the budget."""
     if budget_bytes is not None and not peak_bytes <= budget_bytes:
         raise BudgetError(
             f"--memory-budget: the budget of {budget_bytes / 1e6:.1f} MB is exceeded: the footprint reached "
@@ -58,7 +58,7 @@ class Limit:
 
 
 def process_limit() -> Limit | None:
-    """The tightest limit on this process's memory, seen from what it has reserved now; None without one.
+    """The tightest limit on this process's memory, given what it has reserved now; None without a limit.
 
     Linux only. Reserved memory is more than the footprint; the rest of it is taken to stay as it is now, but for the
     threads that are still to be started. Of address space (`ulimit -v`) mapped files take a part too: those that are

@@ -28,7 +28,7 @@ _blas: Blas | None = None
 
 @dataclass(frozen=True)
 class Blas:
-    """The matrix library under MLX's CPU backend: name, the file it came from, and a remark for the reader."""
+    """The matrix library under MLX's CPU backend: its name, its file, and a remark for the user."""
 
     name: str  # "Accelerate", "MKL", "OpenBLAS", "custom", "preloaded" or "reference"
     path: str | None
@@ -62,7 +62,7 @@ def default_budget_bytes() -> int:
 
 
 def backend_missing() -> bool:
-    """Whether MLX cannot be imported for want of a backend: on Linux its own wheel holds none."""
+    """Whether MLX lacks a backend and cannot be imported: on Linux its own wheel has none."""
     if not sys.platform.startswith("linux") or _has_library():
         return False
     try:  # somebody's own build may be one library
@@ -73,7 +73,7 @@ def backend_missing() -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement must name: machine, processor, cores, memory, system, versions, BLAS."""
+    """The machine, as a measurement must name it: processor, cores, memory, system, versions, BLAS."""
     from importlib import metadata
 
     def version(name: str) -> str | None:
@@ -98,7 +98,7 @@ def machine() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

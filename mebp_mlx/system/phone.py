@@ -43,7 +43,7 @@ THROTTLED = THERMAL_STATES[2:]
 
 
 def thermal_state(platform: str = sys.platform, load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
-    """NSProcessInfo.thermalState through the Objective-C runtime (macOS 10.10.3 and later); None where there is none.
+    """NSProcessInfo.thermalState through the Objective-C runtime (macOS 10.10.3 and later); None elsewhere.
 
     Its documented values are 0 to 3. The system throttles from `serious` on.
     """

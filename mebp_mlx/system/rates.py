@@ -1,7 +1,7 @@
 """`python -m mebp_mlx.system.rates`: this machine's rate of matrix products and of memory, as JSON.
 
-A process of its own: its arrays are no part of a training run's footprint. Best of a few repeats, since a roofline
-wants the peak.
+A process of its own: its arrays are no part of a training run's footprint. Best of a few repeats, because a roofline
+needs the peak.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def forgiving_output() -> Iterator[None]:
-    """Within it, what cannot be written to sys.stdout or sys.stderr is dropped, there and from then on."""
+    """Inside the context, once a write to sys.stdout or sys.stderr fails, all further output there is dropped."""
     before = sys.stdout, sys.stderr
     # None where the descriptor was closed at the start.
     sys.stdout, sys.stderr = (ForgivingStream(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
@@ -29,7 +29,7 @@ def forgiving_output() -> Iterator[None]:
 
 
 class ForgivingStream:
-    """A text stream whose writes do not fail: after the first that does, it leads nowhere."""
+    """A text stream whose writes never fail: after the first error it drops everything."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -74,7 +74,7 @@ def resolve_model(name: str) -> Path:
 def resolve_data(name: str, columns: Sequence[str] = COLUMNS, split: str = "train") -> Path:
     """The folder that holds a split's file: `name` is "bundled", a local folder, or the hub id of a dataset.
 
-    columns: what of a dataset of another format is kept.
+    columns: those to keep of a dataset in another format.
 
     A dataset without JSONL files is converted through the optional `datasets` library, and so is one part of
     a dataset ("Salesforce/wikitext:wikitext-2-raw-v1").
@@ -115,7 +115,7 @@ def _checked_model(folder: Path, name: str) -> Path:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        config = {}  # said with more detail where the config is read
+        config = {}  # the config's reader reports it in more detail
     if isinstance(config, dict) and "model_file" in config:
         raise UserError(f"{folder / 'config.json'}: model_file: no code of a model's folder is ever run")
     if not any(file.is_file() for file in folder.glob("model*.safetensors")):
@@ -180,7 +180,7 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
 
 
 def _load_dataset(where: str, problem: str, *names: str, **how: Any) -> Any:
-    """What the `datasets` library makes of a name. Raises UserError, beginning with `problem` if it is not there."""
+    """Loads a dataset with the `datasets` library. Raises UserError; it begins with `problem` if it does not exist."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -193,7 +193,7 @@ def _load_dataset(where: str, problem: str, *names: str, **how: Any) -> Any:
 
 
 def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
-    """Write mlx-lm's `hf_dataset` as JSONL with one name for each kind of column, set after set."""
+    """Writes mlx-lm's `hf_dataset`, set after set, as JSONL with one name for each kind of column."""
     chosen: dict[str, list[tuple[Any, dict[str, str]]]] = {}
     for each in sets:
         where = f"hf_dataset {each['path']}"
@@ -252,7 +252,7 @@ def _convert_dataset(
 
 
 def _write_folder(parts: Mapping[str, Iterable[dict[str, Any]]], stem: str, state: Any, cache: Path) -> Path:
-    """Rows of each split as JSONL, streamed, in a folder that gets its name when done; not if it is there already.
+    """Streams the rows of each split as JSONL into a folder that gets its name when complete, unless it exists.
 
     state: what the rows depend on. Rows of blank text are left out.
     """
@@ -270,13 +270,13 @@ def _write_folder(parts: Mapping[str, Iterable[dict[str, Any]]], stem: str, stat
         try:
             os.rename(made, folder)
         except OSError:
-            if not (folder / "train.jsonl").is_file():  # not another process that was faster
+            if not (folder / "train.jsonl").is_file():  # another process was not faster
                 raise
     return folder
 
 
 def _is_blank(row: dict[str, Any]) -> bool:
-    """Whether a row is nothing but blank text, as WikiText's empty lines are."""
+    """Whether a row is only blank text, like WikiText's empty lines."""
     values = list(row.values())
     return len(values) == 1 and isinstance(values[0], str) and not values[0].strip()
 

@@ -47,7 +47,7 @@ DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` counts bytes from the start of `file`."""
+    """The place of a tensor: `offset` counts bytes from the start of `file`."""
 
     name: str
     dtype: str  # a safetensors name: "F32", "F16", "BF16", "U32", "U8", "I8", "I32" ...
@@ -63,7 +63,7 @@ class TensorInfo:
 
     @property
     def not_adoptable(self) -> str | None:
-        """Why MLX cannot take the mapped bytes themselves where it adopts pages (Metal); None if it can."""
+        """Why MLX cannot adopt the mapped bytes (Metal); None if it can."""
         item_bytes = self.mlx_dtype.size
         if not self.n_bytes:
             return "empty"
@@ -109,7 +109,7 @@ class MappedWeights:
         return len(self._infos)
 
     def rename(self, prefixes: Mapping[str, str]) -> None:
-        """Call tensors by other names from here on: those that begin as a key do, by its value in that place."""
+        """Renames tensors: a name that begins with a key begins with the key's value instead."""
         for old, new in prefixes.items():
             for name in [name for name in self._infos if name.startswith(old)]:
                 renamed = new + name.removeprefix(old)
@@ -144,7 +144,7 @@ class MappedWeights:
         return self._maps[info.file]
 
     def in_place(self, name: str) -> mx.array | None:
-        """The whole tensor over its mapped pages, nothing copied; None where it can only be copied.
+        """The whole tensor over its mapped pages, without a copy; None if it must be copied.
 
         Adopted at the first call and kept until `close`. MLX gives an array's memory to a result (astype, 1 + w)
         when nothing else refers to it; with this reference there is always something else, also for a slice.
@@ -192,13 +192,13 @@ class MappedWeights:
         return {file: len(mapped) for file, mapped in self._maps.items()}
 
     def check_sizes(self) -> None:
-        """UserError for a file shorter than it was. A page beyond its end is SIGBUS, one across it has zeros."""
+        """Raises UserError if a file has shrunk: reading beyond its end is SIGBUS, and its last page has zeros."""
         for file, mapped in self._maps.items():
             if (n_bytes := mapped.size()) < len(mapped):
                 raise UserError(f"{file}: was {len(mapped)} bytes, is {n_bytes} bytes: cut short while it was in use")
 
     def close(self) -> None:
-        """Gives the maps back. Views and adopted arrays that are still held keep their own map alive.
+        """Releases the maps. Views and adopted arrays that are still referenced keep their own map alive.
 
         From then on nothing protects such an adopted array from being overwritten: drop them first.
         """
@@ -212,8 +212,8 @@ class MappedWeights:
 def _shards(path: Path) -> list[Path]:
     """The files to open, in order: those that an index names, unless none of them is there and others are.
 
-    Some conversions keep the index of what they converted. It tells nothing of a file that is there, then, and what it
-    says of tensors is not believed anyway: the files' own headers have them all.
+    Some conversions keep the index of their source, which names none of the files that exist. What an index says of
+    tensors is not used: the files' own headers list them all.
     """
     if path.is_file():
         return [path]
@@ -247,7 +247,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
-    """Maps one file and checks its header wholly."""
+    """Maps one file and checks its whole header."""
     if file.exists() and not file.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{file}: is not a file")
     try:

@@ -90,7 +90,7 @@ class Shard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Flushes the file to the disk, when nothing went wrong: every tensor must be complete then."""
+        """On success, checks that every tensor is complete and flushes the file to the disk."""
         if kind is None:
             for name, entry in self._entries.items():
                 assert self._ends[name] == self._begins[name] + entry.n_bytes, name
@@ -98,7 +98,7 @@ class Shard:
 
 
 def _member(name: str, value: dict[str, Any]) -> str:
-    """Of a JSON object; a whole header's worth at once would take ten times its size."""
+    """Encodes a JSON object in parts: all of a header at once would take ten times its size."""
     return f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}"
 
 

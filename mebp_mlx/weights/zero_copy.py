@@ -1,7 +1,7 @@
 """Mapped file pages as MLX arrays, nothing copied: Metal takes host memory that begins and ends on a page.
 
 Written from MLX's interface, `mx.from_dlpack(x, copy=False)`: it adopts a buffer on Metal and raises ValueError
-elsewhere, on the CPU backend always. Whoever asks here copies then.
+elsewhere, on the CPU backend always. The caller then copies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def adopt(mapped: mmap.mmap, offset: int, n_bytes: int) -> mx.array | None:
     """
     start = offset // PAGE_BYTES * PAGE_BYTES
     stop = _whole(offset + n_bytes, PAGE_BYTES)
-    if stop > _whole(len(mapped), mmap.PAGESIZE):  # the system maps a file's last page whole, and nothing behind it
+    if stop > _whole(
+        len(mapped), mmap.PAGESIZE
+    ):  # the system maps the whole last page of a file, and nothing beyond it
         return None
     inside = np.frombuffer(mapped, np.uint8)[start:]
     pages: Any = np.lib.stride_tricks.as_strided(inside, (stop - start,))  # Python's map ends with the file
