@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
 # A wrong $MEBP_BLAS is reported by the commands, which load the BLAS again and can print one line.
 with contextlib.suppress(UserError):
     load_blas()
+# python -m mebp_mlx.train, or a console script: nothing that goes wrong from here on is a traceback.
+_is_command = sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]).startswith(("mebp_mlx.", "mebp-mlx"))
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until system/interrupt.py takes over
 if backend_missing():
-    # python -m mebp_mlx.train, or a console script: one line instead of a traceback.
-    if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]).startswith(("mebp_mlx.", "mebp-mlx")):
+    if _is_command:
         print(f"error: {NO_BACKEND}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(NO_BACKEND)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +47,16 @@ def test_the_package_runs_and_shows_its_interface() -> None:
     assert (done.returncode, done.stdout) == (0, f"mebp_mlx {mebp_mlx.__version__}\n")
     assert dir(mebp_mlx) == sorted(mebp_mlx.__all__)
     assert all(getattr(mebp_mlx, name) for name in mebp_mlx.__all__)
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mebp_mlx.train"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -96,7 +96,7 @@ def run_child(
             return reply
         if expired.is_set():
             raise TimeoutError(f"python -m {arguments[0]} took more than {timeout_s:g} s")
-        if status == 130:
+        if status in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         raise _failure(arguments[0], status, errors)
 
@@ -155,6 +155,8 @@ def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any
 
     The request is the first argument if there is one, otherwise stdin. What libraries print goes to stderr.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package leaves it (__init__.py)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
