@@ -77,8 +77,8 @@ def _read_by_source(lora: Any) -> list[str]:
 
     source = "".join(inspect.getsource(f) for f in (lora.train_model, lora.evaluate_model, lora.run))
     source += inspect.getsource(datasets)
-    found = re.findall(r"\bargs\.(\w+)|getattr\((?:args|config), \"(\w+)\"", source)
-    return sorted({first or second for first, second in found})
+    names = re.findall(r"\bargs\.(\w+)|getattr\((?:args|config), \"(\w+)\"", source)
+    return sorted({first or second for first, second in names})
 
 
 def _row(name: str, action: argparse.Action | None, theirs: Any) -> Row:
@@ -150,15 +150,15 @@ def _our_default(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     report.Parser("flags", __doc__).parse_args(argv)
-    found = rows()
+    options = rows()
     print("| option | mlx-lm's default | ours | given here |\n|---|---|---|---|")
-    for row in found:
+    for row in options:
         name = f"`{row.flag}`" if row.flag else f"`{row.name}:`"
         theirs, ours = (f"`{json.dumps(value)}`" for value in (row.theirs, row.ours))
         shown = "" if not row.verdict.startswith("same") else ours if row.differs else "same"
         print(f"| {name} | {theirs} | {shown} | {row.verdict} |")
-    counts = {kind: sum(row.verdict.startswith(kind) for row in found) for kind in ("same", "no effect", "refused")}
-    print(json.dumps({"bench": "flags", "options": len(found), **counts}))
+    counts = {kind: sum(row.verdict.startswith(kind) for row in options) for kind in ("same", "no effect", "refused")}
+    print(json.dumps({"bench": "flags", "options": len(options), **counts}))
 
 
 if __name__ == "__main__":
