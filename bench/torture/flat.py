@@ -65,7 +65,8 @@ def _trained(folder: Path, out: Path, n_steps: int, more: list[str]) -> list[dic
                 }
             except OSError:  # it has just ended, or the system has no /proc
                 break
-            samples.append({"iter": report["iter"], "footprint_bytes": report["footprint_bytes"], **counts})
+            if counts["files"]:  # none: it has ended, and waits for poll()
+                samples.append({"iter": report["iter"], "footprint_bytes": report["footprint_bytes"], **counts})
     if process.wait():
         raise RuntimeError(f"the run ended with exit code {process.returncode}")
     return samples
