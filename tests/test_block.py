@@ -16,9 +16,9 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine, block_backward, kept_names
 from mebp_mlx.engine.base import Pass, Store
-from mebp_mlx.families import Gemma3Block, LlamaBlock, block_class
+from mebp_mlx.families import BLOCKS, Gemma3Block, LlamaBlock
 from mebp_mlx.families.base import value
-from mebp_mlx.families.prenorm import PreNormBlock
+from mebp_mlx.families.llama import PreNormBlock
 from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
@@ -142,7 +142,7 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
     gc.collect()
     gc.disable()
     try:
-        for saved in _policies(seed, block_class(model.spec.layers[0]).names):
+        for saved in _policies(seed, BLOCKS[model.spec.layers[0].block].names):
             plan = _plan(saved, grain)
             work, kept = Pass(model, plan, lora), Kept()
             x = [mx.zeros((B, stop - start, model.spec.D)) for start, stop in plan.tiles(T)]
@@ -185,7 +185,7 @@ def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
     with a matrix of the MLP, nothing is kept that nobody asks for, and gradients are the same to the bit."""
     model, lora = _model(tmp_path, name)
     watched, reference = Watched(monkeypatch), None
-    for saved in _policies(seed, block_class(model.spec.layers[0]).names):
+    for saved in _policies(seed, BLOCKS[model.spec.layers[0].block].names):
         plan = _plan(saved)
         kept, gradients, dx = _there_and_back(model, lora, plan, watched, need_dx)
         names = kept_names(plan, model.spec.layers[0])
@@ -280,7 +280,7 @@ def test_policies_are_narrowed_to_what_is_read(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).mkdir()
         model, _ = _model(tmp_path / name, name)
-        plan = Plan(saved=block_class(model.spec.layers[0]).names)
+        plan = Plan(saved=BLOCKS[model.spec.layers[0].block].names)
         names = kept_names(plan, model.spec.layers[0])
         assert "y" not in names and ("d" in names) is (name == "gemma3_text") and "x" in names
         assert kept_names(Plan(saved=frozenset()), model.spec.layers[0]) == {"x"}

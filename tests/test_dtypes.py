@@ -15,7 +15,7 @@ from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine, kept_names
 from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.errors import UserError
-from mebp_mlx.families import block_class
+from mebp_mlx.families import BLOCKS
 from mebp_mlx.families.base import value
 from mebp_mlx.model.base import Model
 from mebp_mlx.ops.attention import Attention
@@ -135,7 +135,7 @@ def test_a_float32_lora_promotes_nothing(
     """bfloat16 at every boundary: values, kept values, block outputs, cotangents; float32 gradients."""
     model = mebp_mlx.open_model(_folder(tmp_path, name, seed, FOUR_BIT), "bfloat16", weights)
     lora, batch = _lora(model, seed, dropout=dropout), _Batch(*random_batch(seed, 2, 70, model.spec.V))
-    family, seen = block_class(model.spec.layers[0]), []
+    family, seen = BLOCKS[model.spec.layers[0].block], []
 
     def watch(what: str, owner: Any, method: str, arrays: Any) -> None:
         original = getattr(owner, method)

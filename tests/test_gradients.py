@@ -13,7 +13,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.families import block_class
+from mebp_mlx.families import BLOCKS
 from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.plan import GRAINS, SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
@@ -294,7 +294,7 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
     lora = mebp_mlx.init_lora(model, rank=3)
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, 2, 90, model.spec.V)
-    names = sorted(set().union(*(block_class(layer).names for layer in model.spec.layers)))
+    names = sorted(set().union(*(BLOCKS[layer.block].names for layer in model.spec.layers)))
     rng = np.random.default_rng(seed)
     policies = [SAVE_INPUTS, SAVE_PROJECTIONS, frozenset(names)]
     policies += [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import NonFiniteLoss
-from ..families import block_class
+from ..families import BLOCKS
 from ..families.base import BlockRun
 from ..kernels import cpu
 from ..model.base import Model, stand_in
@@ -171,7 +171,7 @@ def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
 
     Queries and keys are kept as they are after their rotation, unless the backward of a norm needs them before it.
     """
-    block = block_class(layer)
+    block = BLOCKS[layer.block]
     names = ((SAVE_INPUTS if plan.checkpoint else plan.saved) & block.names) - block.not_read
     names -= {name for name, other in block.serves.items() if other in names}
     if "q_norm" not in layer.norms:

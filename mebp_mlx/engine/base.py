@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..families import block_class
+from ..families import BLOCKS
 from ..families.base import BlockRun, Kept
 from ..model.base import Model
 from ..model.config import Layer
@@ -79,7 +79,7 @@ class Pass(Context):
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
         """One block at work; kept, names: where and which values are kept, as of BlockRun."""
-        return BlockRun(self, layer, block_class(layer), kept, names)
+        return BlockRun(self, layer, BLOCKS[layer.block], kept, names)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..model.config import Layer
 from .base import Block
 from .gated_delta import GatedDeltaBlock
 from .gemma3 import Gemma3Block
@@ -12,7 +11,8 @@ from .llama import LlamaBlock
 from .olmo2 import Olmo2Block
 from .qwen3_5 import Qwen35Block
 
-_BLOCKS: dict[str, type[Block]] = {
+# By the name that a layer has in model/families.py.
+BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "gemma3": Gemma3Block,
     "glm4": Glm4Block,
@@ -21,8 +21,3 @@ _BLOCKS: dict[str, type[Block]] = {
     "qwen3_5": Qwen35Block,
     "gated_delta": GatedDeltaBlock,
 }
-
-
-def block_class(layer: Layer) -> type[Block]:
-    """The block of a layer of its family."""
-    return _BLOCKS[layer.block]

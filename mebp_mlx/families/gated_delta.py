@@ -1,4 +1,4 @@
-"""Qwen 3.5's block without attention: a gated delta net (families/prenorm.py; the rule: ops/gated_delta.py).
+"""Qwen 3.5's block without attention: a gated delta net (families/llama.py; the rule: ops/gated_delta.py).
 
 c = conv(Wqkv h);   q, k, v = silu(c), q and k of unit length, q / sqrt(Dk);   g = -exp(A_log) softplus(Wa h + dt_bias)
 r = rule(q, k, v, g, sigmoid(Wb h));   o = Wout m,   m = norm(r) * silu(Wz h), head by head
@@ -14,7 +14,7 @@ import mlx.nn as nn
 from ..ops import gated_delta, short_conv
 from ..ops.gated_delta import Tokens
 from .base import value
-from .prenorm import PreNormBlock
+from .llama import PreNormBlock
 
 _UNIT_EPS = 1e-6  # beside the sum of squares
 

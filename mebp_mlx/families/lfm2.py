@@ -1,4 +1,4 @@
-"""LFM2's short convolution block; its layers with attention are llama's blocks (families/prenorm.py).
+"""LFM2's short convolution block; its layers with attention are llama's blocks (families/llama.py).
 
 [b | c | z] = Win h;   o = Wout m,   m = c * conv(b * z)                                   conv: ops/short_conv.py
 """
@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..ops import short_conv
 from .base import value
-from .prenorm import PreNormBlock
+from .llama import PreNormBlock
 
 
 class Lfm2Block(PreNormBlock):
