@@ -54,16 +54,14 @@ __all__ = [
     "train",
 ]
 
-_API = ("Plan", "TrainConfig", "init_lora", "load_adapters", "loss", "loss_and_grads", "open_model", "save_adapters")
-
 
 def __getattr__(name: str) -> Any:
-    if name in _API:
+    if name == "train":  # the command's module, which can be called (train.py)
+        return importlib.import_module(".train", __name__)
+    if name in __all__:
         from . import api
 
         return getattr(api, name)
-    if name == "train":  # the command's module, which can be called (train.py)
-        return importlib.import_module(".train", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -26,7 +26,6 @@ from .planner.search import choose
 from .planner.sizes import lora_sizes
 from .planner.workload import Workload
 from .system.machine import default_budget_bytes, memory_bytes
-from .train import train
 from .weights.hub import resolve_model
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "loss_and_grads",
     "open_model",
     "save_adapters",
-    "train",
 ]
 
 
@@ -107,7 +105,7 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
         keys=keys,
         num_layers=num_layers,
         seed=seed,
-        lengths=(lambda linear: mx.sqrt(model.squared_norms(linear))) if fine_tune_type == "dora" else None,
+        lengths=model.row_lengths if fine_tune_type == "dora" else None,
     )
 
 

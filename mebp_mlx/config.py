@@ -197,6 +197,10 @@ class TrainConfig:
         """Whether the best validation is kept in best/."""
         return self.save_best or self.patience is not None
 
+    def iteration(self, step: int) -> int:
+        """The iteration after `step` updates: iterations are micro-batches."""
+        return step * self.grad_accumulation_steps
+
     @property
     def lora_scale(self) -> float:
         """The factor of the LoRA product: scale, or rsLoRA's alpha / sqrt(rank) (Kalajdzievski 2023)."""

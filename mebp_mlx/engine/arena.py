@@ -7,7 +7,6 @@ behind however the process ends.
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..system.device import dtype_name
-from ..system.files import reserve
+from ..system.files import DISK_FULL, reserve
 from ..system.pages import page_ceil
 
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -127,7 +126,7 @@ def _create(folder: Path, n_bytes: int) -> mmap.mmap:
         reserve(fd, n_bytes)
         return mmap.mmap(fd, n_bytes)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
             f"--arena-dir: {folder} has no room for {n_bytes / 1e6:.0f} MB of saved activations ({error.strerror})"

@@ -143,7 +143,7 @@ class Model:
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products. IndexError beyond its rows."""
-        rows = _rows(linear, start, stop)
+        rows = rows_of(linear, start, stop)
         return self._block(linear, lambda _: rows)
 
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
@@ -156,13 +156,13 @@ class Model:
         def columns(tensor: Tensor) -> Any:
             # A packed tensor, or one with a number for each group, has fewer columns than the matrix.
             first, last = (at * tensor.shape[1] // linear.in_dims for at in (start, stop))
-            return _rows(linear, 0, linear.out_dims), slice(first, last)
+            return rows_of(linear, 0, linear.out_dims), slice(first, last)
 
         return self._block(linear, columns)
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
-        rows = _rows(linear, start, stop)
+        rows = rows_of(linear, start, stop)
         return self._dense(linear, lambda _: rows)
 
     def squared_norms(self, linear: Linear) -> mx.array:
@@ -179,6 +179,10 @@ class Model:
             self._squared_norms[linear] = mx.concatenate(parts)
             mx.eval(self._squared_norms[linear])
         return self._squared_norms[linear]
+
+    def row_lengths(self, linear: Linear) -> mx.array:
+        """The length of each row of the matrix, float32 [out_dims]: what DoRA's m starts as."""
+        return mx.sqrt(self.squared_norms(linear))
 
     def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype.
@@ -243,7 +247,7 @@ class Model:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
         if not linear.bias:
             return None
-        return self.tensor(f"{linear.name}.bias")[_rows(linear, start, stop)].astype(self.dtype)
+        return self.tensor(f"{linear.name}.bias")[rows_of(linear, start, stop)].astype(self.dtype)
 
     def norm(self, name: str) -> mx.array:
         """A norm's weight vector as rms_norm takes it, in the compute dtype."""
@@ -266,7 +270,7 @@ class Model:
         return x if scale is None else x * scale
 
 
-def _rows(linear: Linear, start: int, stop: int) -> slice:
+def rows_of(linear: Linear, start: int, stop: int) -> slice:
     """Rows [start, stop) of a matrix in its tensors."""
     if not 0 <= start <= stop <= linear.out_dims:
         raise IndexError(f"{linear.name}: rows {start}..{stop} of {linear.out_dims}")

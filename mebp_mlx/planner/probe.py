@@ -64,8 +64,7 @@ def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
     """Trained layers of each kind: two, or as many as are under way together and one more."""
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
-        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in workload.lora.pairs)
-        kinds.setdefault((layer.block, layer.window, trained), []).append(layer)
+        kinds.setdefault(workload.kind(layer), []).append(layer)
     return [layers[: 3 if is_lazy else 2] for layers in kinds.values()]
 
 

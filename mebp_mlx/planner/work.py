@@ -163,8 +163,7 @@ class _Counter:
         return self.known[key]
 
     def _kind(self, layer: Layer) -> object:
-        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in self.workload.lora.pairs)
-        return layer.block, layer.window, trained, tuple(linear.quantization for linear in layer.linears.values())
+        return self.workload.kind(layer), tuple(linear.quantization for linear in layer.linears.values())
 
     def _tiles(self) -> list[mx.array]:
         B, D = self.workload.B, self.model.spec.D

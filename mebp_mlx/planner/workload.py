@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..engine.backprop import first_trained
 from ..engine.zeroth_order import Estimator, perturbed
 from ..model.base import Model
+from ..model.config import Layer
 from ..model.lora import Adapter, Lora
 from ..ops.plan import Plan
 
@@ -60,6 +61,11 @@ class Workload:
     def forward_passes(self) -> int:
         """Of one micro-batch."""
         return 1 if self.estimator is None else len(self.estimator.probes)
+
+    def kind(self, layer: Layer) -> object:
+        """Layers of one kind differ in no graph and no size, but for how their matrices are packed."""
+        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in self.lora.pairs)
+        return layer.block, layer.window, trained
 
     @property
     def lora_bytes(self) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable
 
 from ..errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
 from .child import ChildFailure, one_line
+from .files import DISK_FULL
 from .interrupt import Interrupt, Stopped
 from .terminal import forgiving_output
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 

@@ -22,6 +22,7 @@ from ..errors import UserError
 _F_PREALLOCATE, _F_PEOFPOSMODE = 42, 3
 _F_ALLOCATECONTIG, _F_ALLOCATEALL = 2, 4
 _FSTORE = struct.Struct("=Iiqqq")  # fstore_t: flags, position mode, offset, length, and what was allocated
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_OFFERED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 

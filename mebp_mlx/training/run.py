@@ -74,21 +74,21 @@ def prepare_run(config: TrainConfig) -> Run | None:
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
     """Whether a resumed run has nothing left to do, which it says."""
-    step, accumulate = inputs.first_step, config.grad_accumulation_steps
+    step, iteration = inputs.first_step, config.iteration(inputs.first_step)
     folder = Path(config.adapter_path)
     if inputs.saved is None or not is_whole(folder, config, step, best := Best.of(config, inputs.saved.best)):
         return False
     if step < inputs.n_updates and not best.is_exhausted:
         return False
     events = ["save", *(["test"] if config.test else []), *(["end"] if step >= inputs.n_updates else [])]
-    if any((last_event(folder, event) or {}).get("iter") != step * accumulate for event in events):
+    if any((last_event(folder, event) or {}).get("iter") != iteration for event in events):
         return False  # the disk was full, or the process was killed, after the last save
     if step < inputs.n_updates:
         print(f"nothing to do: the run in {folder} has stopped early: {best}; a larger --patience continues it")
         return True
     print(
-        f"nothing to do: the run in {folder} has done {step * accumulate} iterations of "
-        f"{inputs.n_updates * accumulate}; a larger --iters continues it"
+        f"nothing to do: the run in {folder} has done {iteration} iterations of "
+        f"{config.iteration(inputs.n_updates)}; a larger --iters continues it"
     )
     return True
 
@@ -124,13 +124,9 @@ class Run:
     @property
     def n_iters(self) -> int:
         """The run's last iteration."""
-        return self.iteration(self.inputs.n_updates)
+        return self.config.iteration(self.inputs.n_updates)
 
     @property
     def n_parameters(self) -> int:
         """Trainable numbers."""
         return sum(value.size for value in self.lora.parameters().values())
-
-    def iteration(self, step: int) -> int:
-        """The iteration after `step` updates."""
-        return step * self.config.grad_accumulation_steps

@@ -52,26 +52,23 @@ class Saver:
         )
         save_checkpoint(self.folder, state)
         self._adapters(step)
-        log.event("save", iter=self._iteration(step), step=step, seconds=time.perf_counter() - started_s)
+        log.event("save", iter=self.config.iteration(step), step=step, seconds=time.perf_counter() - started_s)
 
     def complete(self, step: int, log: RunLog) -> None:
         """Writes what is missing of the save after `step` updates, from the checkpoint's parameters in `lora`."""
         if not is_whole(self.folder, self.config, step, self.best):
             self._adapters(step)
-        iteration = self._iteration(step)
+        iteration = self.config.iteration(step)
         if (last_event(self.folder, "save") or {}).get("iter") != iteration:
             log.event("save", iter=iteration, step=step, seconds=0.0)
-
-    def _iteration(self, step: int) -> int:
-        return step * self.config.grad_accumulation_steps
 
     def _adapters(self, step: int) -> None:
         about = {"model": self.config.model, "data": self.config.data_source, "seed": self.config.seed}
         copy = _has_copy(self.config, step)
-        save_adapters(self.folder, self.lora, self._iteration(step), about, copy)
+        save_adapters(self.folder, self.lora, self.config.iteration(step), about, copy)
         if _is_best(self.config, step, self.best):
             make_folder(self.folder / BEST)
-            save_adapters(self.folder / BEST, self.lora, self._iteration(step), about)
+            save_adapters(self.folder / BEST, self.lora, self.config.iteration(step), about)
 
 
 def space_notice(folder: Path, config: TrainConfig, lora: Lora, state: Any, iterations: range) -> str | None:
@@ -97,7 +94,7 @@ def space_notice(folder: Path, config: TrainConfig, lora: Lora, state: Any, iter
 
 def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:
     """Whether the adapters of the save after `step` updates are all there; adapter_config.json is written last."""
-    iteration = step * config.grad_accumulation_steps
+    iteration = config.iteration(step)
     names = [ADAPTERS, *([numbered(iteration)] if _has_copy(config, step) else [])]
     if _is_best(config, step, best):
         names.append(f"{BEST}/{ADAPTERS}")
@@ -108,13 +105,12 @@ def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:
 
 def _is_best(config: TrainConfig, step: int, best: Best) -> bool:
     """Whether the state after `step` updates is the one to be found in best/."""
-    return config.tracks_best and step > 0 and best.iteration == step * config.grad_accumulation_steps
+    return config.tracks_best and step > 0 and best.iteration == config.iteration(step)
 
 
 def _has_copy(config: TrainConfig, step: int) -> bool:
     """Whether the iteration's own copy of the adapters is due."""
-    iteration = step * config.grad_accumulation_steps
-    return is_due(config.save_every, iteration - config.grad_accumulation_steps, iteration)
+    return is_due(config.save_every, config.iteration(step - 1), config.iteration(step))
 
 
 def _saved_iteration(folder: Path) -> Any:

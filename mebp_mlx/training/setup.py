@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..config import UNLIMITED, ZEROTH_ORDER, TrainConfig
 from ..engine.zeroth_order import Estimator, make_estimator
 from ..errors import BudgetError, UserError
@@ -49,7 +47,7 @@ def make_lora(config: TrainConfig, model: Model) -> Lora:
         keys=config.keys,
         num_layers=config.num_layers,
         seed=config.seed,
-        lengths=(lambda linear: mx.sqrt(model.squared_norms(linear))) if is_dora(config) else None,
+        lengths=model.row_lengths if is_dora(config) else None,
     )
     if config.resume_adapter_file is not None and not config.resume:
         start_from(start_file(config.resume_adapter_file), lora, model.spec)

@@ -42,17 +42,17 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
             interrupt.deferred = True
             step = trainer.train()
             if interrupt.requested is not None:
-                iteration = run.iteration(step)
+                iteration = run.config.iteration(step)
                 log.event("interrupted", iter=iteration, step=step)
                 saved = f"interrupted: iteration {iteration} is saved in {run.folder}; --resume continues"
                 raise Stopped(interrupt.requested, saved)
             interrupt.deferred = False
             _check_budget(run, step, watch)
             if step < run.inputs.n_updates:
-                log.notice(f"stopped early: {run.best}", iter=run.iteration(step))
+                log.notice(f"stopped early: {run.best}", iter=run.config.iteration(step))
             if run.config.tracks_best and run.best.iteration:
                 log.say(f"best       iteration {run.best.iteration}, loss {run.best.loss:.3f}, in {run.folder / BEST}")
-            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.iteration(step), run.planned)
+            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.config.iteration(step), run.planned)
             if run.config.phone is not None and run.planned is not None:
                 plan, workload = run.planned.plan, run.planned.workload
                 for text in project(run.config.phone, workload, plan, trainer.step_s, host_rates()):
@@ -86,7 +86,7 @@ def _print_model(run: Run) -> None:
 @contextmanager
 def _open_log(run: Run) -> Iterator[RunLog]:
     """The run's log, after run.json and the first events."""
-    config, first = run.config, run.iteration(run.inputs.first_step)
+    config, first = run.config, run.config.iteration(run.inputs.first_step)
     project = config.project_name or run.folder.resolve().name
     services = Services(config.report_to or (), project, run.folder, config.to_dict(), print)
     last_line = LastLine(run.folder / folder.CHECKPOINT, run.model.weights.file_bytes)
@@ -121,7 +121,7 @@ def _open_log(run: Run) -> Iterator[RunLog]:
 
 def _check_budget(run: Run, step: int, watch: BudgetWatch) -> None:
     """Raises BudgetError when the run had to end because the footprint passed the budget."""
-    iteration = run.iteration(step)
+    iteration = run.config.iteration(step)
     if watch.look(iteration):
         how = "with a larger budget or --over-budget warn"
         rest = f"--resume {how} continues" if step < run.inputs.n_updates else f"a run {how} would not end so"

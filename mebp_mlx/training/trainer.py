@@ -42,26 +42,26 @@ class Trainer:
 
         Ends early, with everything saved, when an interrupt is requested or the budget is passed.
         """
-        accumulate, n_updates = self.config.grad_accumulation_steps, self.run.inputs.n_updates
-        began_s, window = time.perf_counter(), _Window()
+        n_updates, began_s, window = self.run.inputs.n_updates, time.perf_counter(), _Window()
         step = saved_step = self.run.inputs.first_step
-        stream = batches(self.data.train, self.config.batch_size, self.config.seed, start=step * accumulate)
+        stream = batches(self.data.train, self.config.batch_size, self.config.seed, start=self.config.iteration(step))
         if step == 0:
             saved_step = -1
             self.validate(0)
         else:
             self.saver.complete(step, self.log)
-            if self._validation_was_cut_off(step) and self.validate(step * accumulate):
+            if self._validation_was_cut_off(step) and self.validate(self.config.iteration(step)):
                 self.save(step)
         while step < n_updates and not self._has_to_end(step):
             started_s = time.perf_counter()
-            micro_batches = [next(stream) for _ in range(accumulate)]
+            micro_batches = [next(stream) for _ in range(self.config.grad_accumulation_steps)]
             loss = self.update(step, micro_batches)
             if loss is None:
                 break
             window.add(loss, sum(batch.n_labels for batch in micro_batches), time.perf_counter() - started_s)
-            before, step = step * accumulate, step + 1
-            iteration, last = step * accumulate, step == n_updates
+            before, iteration = self.config.iteration(step), self.config.iteration(step + 1)
+            step += 1
+            last = step == n_updates
             is_best = False
             self.log.advance(iteration)
             if last or is_due(self.config.steps_per_report, before, iteration):
@@ -73,11 +73,11 @@ class Trainer:
                 self.save(step)
                 saved_step = step
         if window.n_updates:  # interrupted between two reports
-            self.report(step * accumulate, window)
+            self.report(self.config.iteration(step), window)
         if saved_step != step:
             self.save(step)
         if step == n_updates or self.stopped_early:
-            self.test(step * accumulate)
+            self.test(self.config.iteration(step))
         self.seconds = time.perf_counter() - began_s
         return step
 
@@ -88,15 +88,15 @@ class Trainer:
 
     def _validation_was_cut_off(self, step: int) -> bool:
         """Whether the run that is resumed was interrupted within a validation that best/ has to know of."""
-        iteration, accumulate = step * self.config.grad_accumulation_steps, self.config.grad_accumulation_steps
+        before, iteration = self.config.iteration(step - 1), self.config.iteration(step)
         done = (last_event(self.run.folder, "valid") or {}).get("iter", 0)
-        is_wanted = self.config.tracks_best and is_due(self.config.steps_per_eval, iteration - accumulate, iteration)
+        is_wanted = self.config.tracks_best and is_due(self.config.steps_per_eval, before, iteration)
         return is_wanted and done < iteration
 
     def _has_to_end(self, step: int) -> bool:
         if self.run.best.is_exhausted:
             return True
-        return self.interrupt.requested is not None or self.watch.look(step * self.config.grad_accumulation_steps)
+        return self.interrupt.requested is not None or self.watch.look(self.config.iteration(step))
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
         """One optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
