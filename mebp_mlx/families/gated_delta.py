@@ -1,4 +1,4 @@
-"""Qwen 3.5's block without attention: a gated delta net (families/llama.py; the rule: ops/gated_delta.py).
+"""Qwen 3.5's block without attention: a gated delta net (convolution: families/lfm2.py; the rule: ops/gated_delta.py).
 
 c = conv(Wqkv h);   q, k, v = silu(c), q and k of unit length, q / sqrt(Dk);   g = -exp(A_log) softplus(Wa h + dt_bias)
 r = rule(q, k, v, g, sigmoid(Wb h));   o = Wout m,   m = norm(r) * silu(Wz h), head by head
@@ -11,46 +11,27 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops import gated_delta, short_conv
+from ..ops import gated_delta
 from ..ops.gated_delta import Tokens
 from .base import value
-from .llama import PreNormBlock
+from .lfm2 import ShortConvBlock
 
 _UNIT_EPS = 1e-6  # beside the sum of squares
 
 
-class GatedDeltaBlock(PreNormBlock):
+class GatedDeltaBlock(ShortConvBlock):
     mixer = ("qkv", "z", "a", "b", "out")
-    always = frozenset({"x", "before"})
 
     qkv = value(lambda b, h: b.linear("qkv", h))
     z = value(lambda b, h: b.linear("z", h))
     alpha = value(lambda b, h: b.linear("a", h))
     beta = value(lambda b, h: b.linear("b", h))
-    before = value(lambda b: b.rows("qkv"))  # the last rows of the tile before
     c = value(lambda b, qkv, before: b.convolved(qkv, before))
     r = value(lambda b, c, alpha, beta: b.rule(c, alpha, beta))
     m = value(lambda b, r, z: b.gated(r, z))
     o = value(lambda b, m: b.linear("out", m))
 
     states: list[mx.array] | None = None  # before each chunk of the tile and after the last, in a backward pass
-
-    @property
-    def w(self) -> mx.array:
-        """The convolution's kernel [K, channels]."""
-        return short_conv.kernel(self.run.arrays["conv"])
-
-    def rows(self, name: str) -> mx.array:
-        """K - 1 rows of the neighbouring tile, zeros where there is none."""
-        K, channels = self.w.shape
-        rows = self.run.carried.get(name)
-        return mx.zeros((self.shape[0], K - 1, channels), self.run.dtype) if rows is None else rows
-
-    def convolved(self, qkv: mx.array, before: mx.array) -> mx.array:
-        """c; the next tile needs the last rows."""
-        if self.unread is not None:
-            self.run.carried["qkv"] = short_conv.last(before, qkv)
-        return short_conv.forward(self.w, qkv, before)
 
     def heads(self, c: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """q, k [B, T, Hk, Dk] and v [B, T, Hv, Dv] as the rule takes them."""
@@ -113,9 +94,7 @@ class GatedDeltaBlock(PreNormBlock):
         self.run.barrier.value(dr, dz)
         self.drop("r", "z")
         dc, dalpha, dbeta = self.rule_backward(dr)
-        after = self.rows("dc")
-        dqkv = self.evaluated(short_conv.backward(self.w, dc, after))
-        self.run.carried["dc"] = short_conv.first(dc, after)
+        dqkv = self.evaluated(self.convolved_backward(dc))
         return self.linear_backward("h", need_dx, {"qkv": dqkv, "z": dz, "a": dalpha, "b": dbeta})
 
     def rule_backward(self, dr: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..model.base import WeightBlock
+from ..model.base import WeightBlock, rows_of
 from ..model.config import Linear
 from ..model.lora import Dropout, Pair
 from .plan import Context
@@ -79,7 +79,7 @@ class LoraLinear:
 
     @property
     def _rows(self) -> slice:
-        return slice(self.linear.first_row, self.linear.first_row + self.linear.out_dims)
+        return rows_of(self.linear, 0, self.linear.out_dims)
 
     def _own(self, whole: Pair) -> Pair:
         """The part of a matrix's pair that belongs to this projection's rows."""
@@ -126,10 +126,7 @@ class LoraLinear:
             y = y + bias
         if low is not None:
             y = self.with_low(y, low, start, stop)
-        if c is not None:
-            y = y * c.astype(y.dtype)
-            y = y if bias is None else y + bias
-        return y
+        return y if c is None else _stretched(y, c, bias)
 
     def with_low(self, y: mx.array, low: mx.array, start: int, stop: int) -> mx.array:
         """y + low B, columns [start, stop)."""
@@ -161,10 +158,14 @@ class LoraLinear:
             known[key] = n
         return n
 
-    def all_lengths(self) -> mx.array | None:
-        """n of all rows, for columns that come in ranges; None for a plain pair."""
+    def all_factors(self) -> mx.array | None:
+        """c of all rows, for columns that come in ranges; None for a plain pair."""
         if self.pair is None or self.pair.m is None:
             return None
+        return self.pair.m / self.all_lengths()
+
+    def all_lengths(self) -> mx.array:
+        """n of all rows."""
         return mx.concatenate([self.row_lengths(start, stop) for start, stop in self.row_blocks])
 
     def add(self, part: str, gradient: mx.array) -> None:
@@ -260,11 +261,11 @@ class Input:
 
     def __init__(self, linear: LoraLinear, position: int, g: mx.array | None = None):
         self.linear, self.position, self.g = linear, position, g
-        self.lengths = None if g is None else linear.all_lengths()
-        if self.lengths is not None and g is not None and linear.pair is not None:
-            assert linear.pair.m is not None
-            self.dy = g  # for dm
-            g = self.g = g * (linear.pair.m / self.lengths).astype(g.dtype)
+        self.dy: mx.array | None = None  # g, where DoRA's dm needs it
+        c = None if g is None else linear.all_factors()
+        if g is not None and c is not None:
+            self.dy = g
+            g = self.g = g * c.astype(g.dtype)
         self.y: mx.array | None = None
         self.x_a: mx.array | None = None  # dropout(x) A [B, tile, r]
         self.da: list[mx.array] = []
@@ -288,15 +289,12 @@ class Input:
         """y [B, tile, out], after the last columns."""
         linear = self.linear
         assert self.y is not None
-        bias, lengths = linear.model.bias(linear.linear, 0, linear.linear.out_dims), linear.all_lengths()
-        y = self.y if bias is None or lengths is not None else self.y + bias
+        bias, c = linear.model.bias(linear.linear, 0, linear.linear.out_dims), linear.all_factors()
+        y = self.y if bias is None or c is not None else self.y + bias
         if linear.pair is not None and self.x_a is not None:
             linear.memory.put(linear.low_name, self.position, self.x_a)
             y = y + ((linear.scale * self.x_a) @ linear.pair.b).astype(y.dtype)
-        if lengths is not None and linear.pair is not None and linear.pair.m is not None:
-            y = y * (linear.pair.m / lengths).astype(y.dtype)
-            y = y if bias is None else y + bias
-        return y.astype(linear.model.dtype)
+        return (y if c is None else _stretched(y, c, bias)).astype(linear.model.dtype)
 
     def cotangent(self, start: int, stop: int) -> mx.array:
         """Columns [start, stop) of dL/dx."""
@@ -316,7 +314,7 @@ class Input:
         dropped = self._add_x_a(start, stop, x.astype(mx.float32))
         self.da.append(_flat(dropped).T @ _flat(self.g_b))
         self.linear.barrier.piece(self.da[-1])
-        if self.lengths is not None:
+        if self.dy is not None:
             linear = self.linear.linear
             self.y = _added(self.y, self.linear.model.column_block(linear, start, stop).matmul(x))
             self.linear.barrier.piece(self.y)
@@ -328,9 +326,9 @@ class Input:
         x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)
         self.linear.add("lora_a", mx.concatenate(self.da))
         self.linear.add("lora_b", x_a.T @ _flat(self.g).astype(mx.float32))
-        if self.lengths is not None and self.y is not None and self.linear.pair is not None:
+        if self.dy is not None and self.y is not None and self.linear.pair is not None:
             y = _flat(self.y) + x_a @ self.linear.pair.b
-            self.linear.add("m", _sum_of_products(self.dy, y.reshape(self.dy.shape)) / self.lengths)
+            self.linear.add("m", _sum_of_products(self.dy, y) / self.linear.all_lengths())
 
     def _add_x_a(self, start: int, stop: int, x: mx.array) -> mx.array:
         linear, pair = self.linear, self.linear.pair
@@ -349,6 +347,12 @@ def _added(total: mx.array | None, part: mx.array) -> mx.array:
     """A sum over blocks, in float32: in 16 bits every block would round it once more."""
     part = part.astype(mx.float32)
     return part if total is None else total + part
+
+
+def _stretched(y: mx.array, c: mx.array, bias: mx.array | None) -> mx.array:
+    """DoRA's c y + b."""
+    y = y * c.astype(y.dtype)
+    return y if bias is None else y + bias
 
 
 def _sum_of_products(g: mx.array, y: mx.array) -> mx.array:
