@@ -47,7 +47,7 @@ def test_losses_are_mlx_lms(tmp_path: Path, tokens_here: None, family: str, caps
         assert abs(actual[name]["loss"] / expected - 1) <= 1e-5, name
         assert actual[name]["n_rows"] == 3 and actual[name]["n_labels"] == sum(len(row) - 1 for row in tokens)
         assert math.isclose(actual[name]["perplexity"], math.exp(actual[name]["loss"]))
-    assert abs(actual["model"]["loss"] - actual["adapters"]["loss"]) > 1e-3
+    assert abs(actual["model"]["loss"] - actual["adapters"]["loss"]) > 1e-4
 
 
 def test_any_file_and_any_split_within_a_budget(

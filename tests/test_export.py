@@ -63,7 +63,7 @@ def test_peft_computes_the_same_loss(tmp_path: Path, family: str, seed: int) -> 
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == 14
     expected = float(np.asarray(mebp_mlx.loss(ours, adapters_of(adapters, model), tokens, targets)))
     assert abs(their_loss() / expected - 1) <= 1e-5, f"seed {seed}"
-    assert abs(base / expected - 1) > 1e-3, f"seed {seed}"
+    assert abs(base / expected - 1) > 1e-4, f"seed {seed}"
 
 
 def test_a_multimodal_models_names_are_transformers(tmp_path: Path) -> None:

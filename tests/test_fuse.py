@@ -46,7 +46,7 @@ def test_the_fused_model_is_the_model_with_adapters(tmp_path: Path, name: str, s
     base, with_adapters = _loss(model, None, seed), _loss(model, adapters, seed)
     fused = _loss(tmp_path / "out", None, seed)
     assert abs(fused / with_adapters - 1) <= 1e-5, f"seed {seed}"
-    assert abs(base / with_adapters - 1) > 1e-3, f"seed {seed}"
+    assert abs(base / with_adapters - 1) > 1e-4, f"seed {seed}"  # so the bound above sees the adapters
     load_model(tmp_path / "out", strict=True)
 
 
