@@ -128,12 +128,14 @@ def grid(quick: bool) -> list[Case]:
     # Metal's defaults; slow on a CPU, therefore short.
     cases += [Case(small, 48, dtype="bfloat16", weights=weights) for weights in ("packed", "decompressed")]
     cases += [Case(small, 48, weights="packed")]
+    cases += [Case(shape, 256, budget="min", layers=layers) for shape, layers in ((small, 24), (gemma, 26))]  # whole
     return cases
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="three cases")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only cases whose line contains TEXT")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # folder and Case as JSON, in this process
@@ -144,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{'case':64}{'predicted':>10}{'measured':>10}{'MB off by':>11}  peak phase", flush=True)
-        for case in grid(options.quick):
+        for case in (case for case in grid(options.quick) if options.match in str(case)):
             folder = report.model_of(case.shape, options.models or Path(scratch), case.layers)
             result = report.run_module("bench.plan_check", "--case", folder, json.dumps(asdict(case)))
             off = result["predicted_peak"] / result["peak"] - 1
@@ -154,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.phases:
                 _print_phases(result)
             results.append({**asdict(case), **result, "relative_difference": round(off, 4)})
+    if not results:
+        raise SystemExit(f"no case contains --match {options.match!r}")
     worst = max((result["relative_difference"] for result in results), key=abs)
     print(f"largest difference {worst:+.1%}")
     print(json.dumps({"bench": "plan_check", "largest_relative_difference": worst, "results": results}))

@@ -266,14 +266,23 @@ class TrainConfig:
             given.pop("epochs", None)
         if "scale" in flags:
             given.pop("rslora_alpha", None)
-        given.update(flags)
+        return cls.over({**given, **flags}, saved or {})
+
+    @classmethod
+    def over(cls, given: Mapping[str, Any], saved: Mapping[str, Any]) -> TrainConfig:
+        """Given options over those of the saved run that is resumed. Raises UserError."""
         own = ("resume", "config", "adapter_path")  # the given folder counts: the saved one may have been copied
-        known = {name: value for name, value in (saved or {}).items() if name not in own}
+        known = {name: value for name, value in saved.items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
         if "iters" in given:
             known.pop("epochs", None)
         return cls(**{**known, **given})
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        defaults = TrainConfig()
+        return {name: v for name in describe(TrainConfig) if (v := getattr(self, name)) != getattr(defaults, name)}
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values, by field name; `optimizer` is the one that runs."""

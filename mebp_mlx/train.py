@@ -44,11 +44,14 @@ def config_of(argv: Sequence[str] | None) -> TrainConfig:
 def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ()) -> Path:
     """Trains as `config` says (None: the bundled model on the bundled text) and prints what the command prints.
 
-    callbacks: objects with mlx-lm's on_train_loss_report(info) and on_val_loss_report(info), or one of them. Returns
-    the folder of the adapters. Raises UserError, BudgetError (a UserError), NonFiniteLoss, and KeyboardInterrupt after
-    an interrupt, with everything saved.
+    With config.resume, options left at their defaults are the resumed run's. callbacks: objects with mlx-lm's
+    on_train_loss_report(info) and on_val_loss_report(info), or one of them. Returns the folder of the adapters.
+    Raises UserError, BudgetError (a UserError), NonFiniteLoss, and KeyboardInterrupt after an interrupt, with
+    everything saved.
     """
     config = TrainConfig() if config is None else config
+    if config.resume:
+        config = TrainConfig.over(config.changed(), saved_options(Path(config.adapter_path)))
     with Interrupt() as interrupt:
         run(config, interrupt, callbacks)
     return Path(config.adapter_path)

@@ -96,6 +96,16 @@ def test_errors_are_raised(home: Path, tmp_path: Path, tokens_made_here: None) -
         mebp_mlx.train(config_of(home, tmp_path / "small", memory_budget=1_000_000))
 
 
+def test_a_run_resumes_with_its_own_options(home: Path, tmp_path: Path, tokens_made_here: None) -> None:
+    whole = mebp_mlx.train(config_of(home, tmp_path / "whole", optimizer="sgd"))
+    mebp_mlx.train(config_of(home, tmp_path / "out", optimizer="sgd", iters=4))
+    out = mebp_mlx.train(mebp_mlx.TrainConfig(adapter_path=str(tmp_path / "out"), resume=True, iters=6))
+    expected, actual = ((folder / "adapters.safetensors").read_bytes() for folder in (whole, out))
+    assert actual == expected
+    with pytest.raises(mebp_mlx.UserError, match=r"--rank: .* has 4, not 2"):
+        mebp_mlx.train(mebp_mlx.TrainConfig(adapter_path=str(tmp_path / "out"), resume=True, rank=2, iters=8))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_are_saved_and_loaded_as_mlx_lm_does(home: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("mlx_lm")
