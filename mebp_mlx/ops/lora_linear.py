@@ -69,13 +69,17 @@ class LoraLinear:
 
     def __init__(self, shared: Shared, short: str, linear: Linear):
         context = shared.context
-        self.shared, self.low_name, self.linear = shared, f"low.{short}", linear
+        self.shared, self.short, self.low_name, self.linear = shared, short, f"low.{short}", linear
         self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
         self.scale = context.adapter.scale
-        self.whole = context.adapter.pairs.get(linear.name)  # of the matrix that this projection is, or is rows of
+        self.whole = self.pair_of()  # of the matrix that this projection is, or is rows of
         self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
         self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are read at a time
+
+    def pair_of(self) -> Pair | None:
+        """The pair of the matrix; None: it is not trained."""
+        return self.shared.context.adapter.pairs.get(self.linear.name)
 
     @property
     def _rows(self) -> slice:

@@ -18,7 +18,7 @@ from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
 # Every projection's output: the backward pass repeats only norms, rope, attention and activations.
-SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z"})
+SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z", "logits"})
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
@@ -102,7 +102,8 @@ class Barrier:
 
     grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
     tile before is waited for; "stage": every named value is evaluated when computed; "op": every piece of it too,
-    which holds the least memory. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
+    which holds the least memory. Beside these, a mixture of experts waits for each tile's choice in a forward pass
+    (ops/moe.py), for which all before it must be done. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
     traces the graph.
     """
 

@@ -48,11 +48,10 @@ def lora_sizes(
 
 
 def _shapes(layer: Layer, keys: frozenset[str], rank: int, is_dora: bool) -> Iterator[tuple[int, ...]]:
-    """The shapes of a block's A [in, r] and B [r, out], and of DoRA's m [out]."""
+    """The shapes of a block's A and B (Linear.pair_shapes), and of DoRA's m [out]."""
     for key, linear in layer.matrices.items():
         if key in keys:
-            yield linear.in_dims, rank
-            yield rank, linear.out_dims
+            yield from linear.pair_shapes(rank)
             if is_dora:
                 yield (linear.out_dims,)
 
