@@ -207,10 +207,9 @@ class Moe:
             s_own = self._weights_of(s, choice, visit)
             part, ds_own = expert.backward(self._own(rows, visit), s_own, g_own, need)
             if need.dr and ds_own is not None:
-                bias = self._bias(visit)
-                ds.append(
-                    ds_own if bias is None else ds_own + (g_own.astype(mx.float32) * bias).sum(axis=-1, keepdims=True)
-                )
+                if (bias := self._bias(visit)) is not None:
+                    ds_own = ds_own + (g_own.astype(mx.float32) * bias).sum(axis=-1, keepdims=True)
+                ds.append(ds_own)
             if dx is not None and part is not None:
                 dx = self._added(dx, part, visit)
             for linear in (expert.gate, expert.up, expert.down):

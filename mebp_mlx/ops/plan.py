@@ -102,9 +102,9 @@ class Barrier:
 
     grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
     tile before is waited for; "stage": every named value is evaluated when computed; "op": every piece of it too,
-    which holds the least memory. Beside these, a mixture of experts waits for each tile's choice in a forward pass
-    (ops/moe.py), for which all before it must be done. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
-    traces the graph.
+    which holds the least memory. None: nothing is evaluated here, the caller traces the graph. Gradients are bit-equal
+    for every grain. Whatever the grain, a mixture of experts waits once a tile in a forward pass, for the experts that
+    its tokens chose (ops/moe.py).
     """
 
     def __init__(self, grain: str | None):
