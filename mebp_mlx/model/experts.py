@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from ..errors import UserError
 from .settings import Settings
 
+ROUTER_PACKING = (8, 64)  # bits and group size of most routers, however the rest is packed
+
 
 @dataclass(frozen=True)
 class Routing:
     """How a token's experts and their weights s follow from the router's output (ops/moe.py has the equations).
 
-    n_chosen: experts of a token; score: "softmax" or "sigmoid"; normalizes: s / (sum s + eps); scale: multiplies s.
+    n_chosen: experts of a token; score: "softmax" or "sigmoid"; normalizes: s / (sum s + eps); scale: multiplies s;
+    packed_router: the router's module in a layer if ROUTER_PACKING is its own in an affine-packed model, else None.
     """
 
     n_experts: int
@@ -22,6 +25,11 @@ class Routing:
     normalizes: bool = False
     eps: float = 0.0
     scale: float = 1.0
+    packed_router: str | None = None
+
+    def packs_router(self, name: str) -> bool:
+        """Whether that is a router which is packed in its own way."""
+        return self.packed_router is not None and name.endswith(f".{self.packed_router}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Mixture:
     expert's inner width; has_experts(settings, layer): whether a layer has a mixture instead of an MLP.
 
     selection_bias: (module, key that says whether there is one) of what is added to scores where experts are chosen;
-    router_packing: (bits, group size) of a router in an affine-packed model, None: those of the others.
+    packs_router: whether mlx-lm packs the router by ROUTER_PACKING.
     """
 
     router: str
@@ -41,7 +49,7 @@ class Mixture:
     score: str = "softmax"
     eps: float = 0.0
     selection_bias: tuple[str, str] | None = None
-    router_packing: tuple[int, int] | None = None
+    packs_router: bool = False
     parts: dict[str, str] = field(default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
 
     @property
@@ -55,7 +63,8 @@ class Mixture:
         if n_chosen > n_experts:
             raise UserError(f"{settings.where}: num_experts_per_tok={n_chosen} is more than num_experts={n_experts}")
         scale = settings.number("routed_scaling_factor", 1.0)
-        return Routing(n_experts, n_chosen, self.score, settings.flag("norm_topk_prob"), self.eps, scale)
+        normalizes, packed = settings.flag("norm_topk_prob"), self.router if self.packs_router else None
+        return Routing(n_experts, n_chosen, self.score, normalizes, self.eps, scale, packed)
 
 
 def every_layer(settings: Settings, index: int) -> bool:

@@ -165,7 +165,7 @@ _LFM2_MOE = replace(
         score="sigmoid",
         eps=1e-6,
         selection_bias=("feed_forward.expert_bias", "use_expert_bias"),
-        router_packing=(8, 64),
+        packs_router=True,
     ),
     width=None,
     renamed_parts={"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
@@ -182,7 +182,7 @@ FAMILIES: dict[str, Family] = {
             apart="mlp.experts.{}",
             width="moe_intermediate_size",
             has_experts=by_sparse_step,
-            router_packing=(8, 64),
+            packs_router=True,
         ),
     ),
     "olmoe": Family(
