@@ -78,7 +78,10 @@ class Reads:
         patch.setattr(Tensor, "__getitem__", read)
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan(weight_block_bytes=1), Plan("block", SAVE_INPUTS)], ids=str)
+PLANS = {"default": Plan(), "32 rows": Plan(weight_block_bytes=1), "block": Plan("block", SAVE_INPUTS)}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 @pytest.mark.parametrize("packed", [False, True])
 def test_only_experts_that_a_token_chose_are_read(
     tmp_path: Path, plan: Plan, packed: bool, monkeypatch: pytest.MonkeyPatch, seed: int
@@ -104,8 +107,9 @@ def test_only_experts_that_a_token_chose_are_read(
     reads = Reads(monkeypatch, {name: stack.out_dims for stack in stacks for name in stack.tensors})
     mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
     assert len(chosen) == 6 and all(len(experts) <= 8 < 16 for experts in chosen.values())
-    assert reads.experts == {name: chosen[stack.name] for stack in stacks for name in stack.tensors}
-    stored = sum(model.weights.info(name).n_bytes for stack in stacks for name in stack.tensors)
+    names = {name: stack.name for stack in stacks for name in stack.tensors[1 if packed else 0 :]}  # numpy reads codes
+    assert reads.experts == {name: chosen[stack] for name, stack in names.items()}
+    stored = sum(model.weights.info(name).n_bytes for name in names)
     assert 0 < reads.n_bytes <= 3 * stored * 8 / 16  # forward; backward: down's columns, gate and up again
 
 
@@ -115,7 +119,7 @@ def test_an_expert_without_rows_has_a_gradient_of_zeros(tmp_path: Path, name: st
     tokens, targets = random_batch(seed, 1, 2, model.spec.V, "none")
     expected = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
-    assert not (largest_error(loss.item(), grads, *expected) > TOLERANCE), f"seed {seed}"
+    assert not (largest_error(loss.item(), grads, *expected) > 1e-3), f"seed {seed}"  # two tokens: ill-conditioned
     for stack in _stacks(lora):
         empty = [e for e in range(9) if not np.asarray(expected[1][stack])[e].any()]
         assert len(empty) >= 9 - 2 * 3
@@ -276,21 +280,21 @@ class _Batch:
 
 @pytest.mark.parametrize("name", ["qwen3_moe-tied", "lfm2_moe"])
 @pytest.mark.parametrize("grain", ["op", "block"])
-def test_the_backward_pass_visits_the_experts_of_the_forward_pass_and_does_not_wait(
+def test_the_backward_pass_visits_the_experts_of_the_forward_pass_without_choosing_again(
     tmp_path: Path, name: str, grain: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Even where the router's output is computed again, and scores tie."""
+    """Even where the router's output is computed again."""
     model, lora = _open(tmp_path, name, seed)
     n_mixtures = sum(bool(layer.experts) for layer in model.spec.layers)
     batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
-    chosen: list[tuple[int, bytes]] = []
+    chosen: list[bytes] = []
     visited: list[bytes] = []
     choose, visits = Moe.choose, Moe.backward
 
     def watched(moe: Moe, r: mx.array) -> mx.array:
         choice = choose(moe, r)
         if not moe.model.is_unread:
-            chosen.append((moe.barrier.n_waits, np.asarray(choice).tobytes()))
+            chosen.append(np.asarray(choice).tobytes())
         return choice
 
     def seen(moe: Moe, *args: Any) -> Any:
@@ -304,18 +308,9 @@ def test_the_backward_pass_visits_the_experts_of_the_forward_pass_and_does_not_w
         visited.clear()
         engine = BackpropEngine(model, lora, plan=Plan(grain, saved, token_block=64, kept_bytes=0), dropout=False)
         engine.step(batch, step=0, micro=0, n_labels=10, sink=lambda g: None)
-        n_waits = engine.barrier.n_waits
         engine.close()
         assert len(chosen) == 3 * n_mixtures  # once a tile: none in the backward pass
-        assert sorted(visited) == sorted(choice for _, choice in chosen)
-        if grain == "block":
-            dense = len(model.spec.layers) * 2 + 1
-            assert n_waits <= dense + len(chosen) + _written(engine), f"seed {seed}"
-
-
-def _written(engine: BackpropEngine) -> int:
-    """Waits before a kept value is written to the file."""
-    return 10_000 if engine.plan.kept_bytes == 0 else 0
+        assert sorted(visited) == sorted(chosen), f"seed {seed}"
 
 
 def test_a_mixture_costs_one_wait_a_tile(tmp_path: Path, seed: int) -> None:
