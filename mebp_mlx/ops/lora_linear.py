@@ -121,9 +121,11 @@ class LoraLinear:
                 self.memory.put(self.low_name, position, low)
         return low
 
-    def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
-        """Columns [start, stop) of y."""
-        block = self.model.row_block(self.linear, start, stop)
+    def rows(
+        self, x: mx.array, low: mx.array | None, start: int, stop: int, block: WeightBlock | None = None
+    ) -> mx.array:
+        """Columns [start, stop) of y. block: those rows of the matrix, None: they are brought in here."""
+        block = block or self.block(start, stop)
         y, c = block.matmul(x), self.factor(start, stop, block)
         bias = self.model.bias(self.linear, start, stop)
         if bias is not None and c is None:
@@ -131,6 +133,10 @@ class LoraLinear:
         if low is not None:
             y = self.with_low(y, low, start, stop)
         return y if c is None else _stretched(y, c, bias)
+
+    def block(self, start: int, stop: int) -> WeightBlock:
+        """Rows [start, stop) of the matrix."""
+        return self.model.row_block(self.linear, start, stop)
 
     def with_low(self, y: mx.array, low: mx.array, start: int, stop: int) -> mx.array:
         """y + low B, columns [start, stop)."""
@@ -209,11 +215,12 @@ class Backward:
         self.db: list[mx.array] = []
         self.dm: list[mx.array] = []
 
-    def take(self, start: int, stop: int, g: mx.array) -> None:
-        """g = dL/dy [B, tile, stop - start] of those columns."""
+    def take(self, start: int, stop: int, g: mx.array, block: WeightBlock | None = None) -> None:
+        """g = dL/dy [B, tile, stop - start] of those columns. block: those rows of the matrix, None: as in rows()."""
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
         is_dora = pair is not None and pair.m is not None
-        block = linear.model.row_block(linear.linear, start, stop) if self.need_dx or is_dora else None
+        if block is None and (self.need_dx or is_dora):
+            block = linear.block(start, stop)
         if is_dora and block is not None:
             g = self._through_lengths(start, stop, g, block)
         if self.need_dx and block is not None:

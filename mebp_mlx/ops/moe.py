@@ -37,8 +37,8 @@ _SHORTS = ("gate", "up", "down")
 
 
 class _Nowhere:
-    """Keeps nothing (lora_linear.py: Memory): an expert's values are made again beside its weights, which is cheaper
-    than their place."""
+    """Keeps nothing (lora_linear.py: Memory): an expert's values are made again with the weights that its backward
+    reads in any case, and its rows are few."""
 
     def keeps(self, name: str) -> bool:
         return False
@@ -111,7 +111,8 @@ class Expert:
         gate, up = (Backward(linear, x, 0, need.dx) for linear in (self.gate, self.up))
         ds: mx.array | None = None
         for start, stop in self.blocks:
-            g, u = self.gate.rows(x, gate.low, start, stop), self.up.rows(x, up.low, start, stop)
+            gates, ups = self.gate.block(start, stop), self.up.block(start, stop)
+            g, u = self.gate.rows(x, gate.low, start, stop, gates), self.up.rows(x, up.low, start, stop, ups)
             self.barrier.piece(g, u)
             m = self.act(g, u)
             self.barrier.piece(m)
@@ -128,8 +129,8 @@ class Expert:
                 _, dg, du = self.act.backward(g, u, dm)
                 del g, u, dm
                 self.barrier.piece(dg, du)
-                gate.take(start, stop, dg)
-                up.take(start, stop, du)
+                gate.take(start, stop, dg, gates)
+                up.take(start, stop, du, ups)
         down.finish()
         d_gate, d_up = gate.finish(), up.finish()
         return None if d_gate is None or d_up is None else d_gate + d_up, ds
