@@ -15,6 +15,7 @@ import mebp_mlx
 from mebp_mlx import convert, fuse
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.zeroth_order import ZerothOrderEngine, make_estimator
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.ops.moe import Moe
@@ -361,3 +362,28 @@ def test_16_bits_stay_close_to_float32(tmp_path: Path, dtype: mx.Dtype, seed: in
     narrow = mebp_mlx.loss_and_grads(Model(folder, dtype), lora, *batch)
     assert not (abs(narrow[0].item() / exact[0].item() - 1) > 0.05), f"seed {seed}"
     assert all(g.dtype == mx.float32 for g in narrow[1].values())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "lfm2_moe"])
+@pytest.mark.parametrize("engine", ["mezo", "kzoo", "hizoo", "fzoo"])
+def test_zeroth_order_estimates_are_of_this_loss(tmp_path: Path, name: str, engine: str, seed: int) -> None:
+    """Losses at the probes are those of moved parameters; every stack gets an estimate in its own layout."""
+    model, lora = _open(tmp_path, name, seed)
+    batch = _Batch(*random_batch(seed, 2, 9, model.spec.V))
+    n_labels = int((batch.targets != -100).sum())
+    estimator = make_estimator(engine, lora, seed=seed, eps=1e-2, n_samples=2)
+    found: dict[str, mx.array] = {}
+    worker = ZerothOrderEngine(model, lora, estimator, seed=seed)
+    worker.step(batch, step=1, micro=0, n_labels=n_labels, sink=found.update)
+    start = lora.parameters()
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in start.items()}
+    losses = []
+    for probe in estimator.probes:
+        moved = {
+            key: value + probe.amount * estimator.direction(probe.number, key, value.shape) if probe.amount else value
+            for key, value in start.items()
+        }
+        lora.update(moved)
+        losses.append(mebp_mlx.loss(model, lora, batch.tokens, batch.targets).item())
+    lora.update(start)
+    assert not (abs(estimator.loss(np.array(losses)) / worker.estimator.loss(worker._losses) - 1) > 1e-4), f"{seed}"

@@ -164,7 +164,8 @@ class Moe:
         p, k = self._scores(r), self.routing.n_chosen
         if self.selection_bias is not None:
             p = p.astype(mx.float32) + self.selection_bias
-        choice = mx.stop_gradient(mx.argpartition(p, kth=-k, axis=-1)[..., -k:])
+        order = mx.stop_gradient(mx.argpartition(p, kth=-k, axis=-1))
+        choice = mx.contiguous(order[..., -k:])  # a view would keep all of it
         if self.barrier.grain is not None:
             self.barrier.wait(choice)
         return choice
