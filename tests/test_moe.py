@@ -20,6 +20,9 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.model.base import Model, Tensor
 from mebp_mlx.ops.moe import Moe
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
+from mebp_mlx.planner.sizes import ExpertSizes, expert_sizes
+from mebp_mlx.planner.work import count
+from mebp_mlx.planner.workload import Workload
 from mebp_mlx.testing.reference import largest_error, mlx_lm_loss_and_grads
 from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 from mebp_mlx.weights.safetensors import MappedWeights
@@ -387,3 +390,20 @@ def test_zeroth_order_estimates_are_of_this_loss(tmp_path: Path, name: str, engi
         losses.append(mebp_mlx.loss(model, lora, batch.tokens, batch.targets).item())
     lora.update(start)
     assert not (abs(estimator.loss(np.array(losses)) / worker.estimator.loss(worker._losses) - 1) > 1e-4), f"{seed}"
+
+
+def test_the_plan_says_what_a_pass_reads_of_experts(tmp_path: Path, seed: int) -> None:
+    """Few tokens reach few experts; the counted bytes are those of the experts that tokens reach."""
+    model, lora = _open(tmp_path, "qwen3_moe", seed, num_experts=16)
+    stacks = [stack for layer in model.spec.layers for stack in layer.experts.values()]
+    one = expert_sizes(model, 1)
+    assert one == ExpertSizes(sum(16 * 4 * s.out_dims * s.in_dims for s in stacks), one.reached, 2, 2)  # type: ignore[union-attr]
+    assert one is not None and one.reached == one.stored * 2 // 16
+    many = expert_sizes(model, 8)
+    assert many is not None and many.reached == many.stored and many.n_reached == 16
+    dense = mebp_mlx.open_model(write_model(tmp_path / "dense", CONFIGS["qwen3"]))
+    assert expert_sizes(dense, 8) is None
+    counted = [count(Workload(model, lora, 1, T), Plan(weight_block_bytes=None)) for T in (1, 2, 4)]
+    flops = [[work[phase].flops for phase in ("forward", "backward")] for work in counted]
+    assert all(b > a > 0 for a, b in zip(flops[0], flops[1], strict=True))
+    assert counted[0]["backward"].memory_bytes < counted[2]["backward"].memory_bytes

@@ -82,10 +82,10 @@ def _is_packed(module: Any) -> bool:
 
 
 def _slow_matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    plain, modules = (nn.Linear, nn.Embedding, _stacks()[1]), model.named_modules()
-    module: Any
-    for name, module in modules:
-        if _is_packed(module) or (isinstance(module, plain) and module.weight.dtype != mx.float32):
+    plain = (nn.Linear, nn.Embedding, _stacks()[1])
+    for name, module in model.named_modules():
+        is_plain = isinstance(module, plain)
+        if _is_packed(module) or (is_plain and module.weight.dtype != mx.float32):
             yield name, module
 
 

@@ -164,9 +164,9 @@ class Moe:
         p, k = self._scores(r), self.routing.n_chosen
         if self.selection_bias is not None:
             p = p.astype(mx.float32) + self.selection_bias
-        order = mx.stop_gradient(mx.argpartition(p, kth=-k, axis=-1))
-        choice = mx.contiguous(order[..., -k:])  # a view would keep all of it
+        choice = mx.stop_gradient(mx.argpartition(p, kth=-k, axis=-1)[..., -k:])
         if self.barrier.grain is not None:
+            choice = mx.contiguous(choice)  # a view would keep the order of all
             self.barrier.wait(choice)
         return choice
 
