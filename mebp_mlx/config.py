@@ -15,7 +15,7 @@ from typing import Any
 from mebp_mlx import mlx_lm_options
 from mebp_mlx.data.rows import ALL, COMPLETION, OVERLONG, TRAIN_ON, RowOptions
 from mebp_mlx.errors import UserError
-from mebp_mlx.model.families import LORA_KEYS
+from mebp_mlx.model.families import CLASSIC, LORA_KEYS
 from mebp_mlx.options import (
     build_parser,
     checked_value,
@@ -33,6 +33,7 @@ from mebp_mlx.weights.hub import FEATURES, SLICES
 PROG = "python -m mebp_mlx.train"
 _SHORT = [key.rpartition(".")[2] for key in LORA_KEYS]
 SHORT_KEYS = {short: key for short, key in zip(_SHORT, LORA_KEYS, strict=True) if _SHORT.count(short) == 1}
+SHORT_KEYS |= {key.rpartition(".")[2]: key for key in CLASSIC}
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon", "adafactor", "lion", "adamax", "adagrad", "adadelta", "rmsprop")
 ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries

@@ -20,7 +20,7 @@ from tests import adoption
 from tests.runs import child
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation knows glibc and MLX's CPU wheel")
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3", "qwen3_moe")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SHIFTS = (0, 2, 1)  # bytes from a page: all is aligned; 16-bit numbers are; nothing is
 

@@ -19,6 +19,7 @@ from mebp_mlx.engine.base import Pass, Store
 from mebp_mlx.families import BLOCKS, Gemma3Block, LlamaBlock
 from mebp_mlx.families.base import value
 from mebp_mlx.families.llama import PreNormBlock
+from mebp_mlx.families.moe import MoeBlock
 from mebp_mlx.model.base import DenseBlock
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.ops.attention import Attention
@@ -29,6 +30,7 @@ from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_m
 
 SHORTS = frozenset(PROJECTIONS)
 NAMES = ["qwen2", "qwen3", "gemma3_text"]
+ALL = [*NAMES, "olmoe-tied"]
 B, T = 2, 150  # three tiles of 64 positions
 TILES = 3
 
@@ -61,7 +63,7 @@ class Watched:
         self.values: Counter[str] = Counter()
         self.products: Counter[str] = Counter()
         self.visited: list[str] = []  # projections whose backward ran
-        for family in (PreNormBlock, LlamaBlock, Gemma3Block):
+        for family in (PreNormBlock, MoeBlock, LlamaBlock, Gemma3Block):
             for name, cell in vars(family).items():
                 if isinstance(cell, value):
                     patch.setattr(cell, "equation", self._counted(self.values, name, cell.equation))
@@ -134,7 +136,7 @@ def _there_and_back(
 
 
 @pytest.mark.parametrize("grain", ["op", "block"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, name: str, grain: str, seed: int) -> None:
     """To the byte, in MLX's own count, without the garbage collector's help."""
     model, lora = _model(tmp_path, name)
@@ -161,7 +163,7 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
         gc.enable()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +179,7 @@ def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_rea
 
 
 @pytest.mark.parametrize("need_dx", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
     tmp_path: Path, name: str, need_dx: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ TILED = [
     "minicpm",
     "lfm2",
 ]
-TILED += ["qwen3_5", "qwen3_5-tied"]
+TILED += ["qwen3_5", "qwen3_5-tied", "qwen3_moe", "olmoe", "lfm2_moe"]
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
@@ -252,6 +252,19 @@ def test_gradients_for_every_placement(
         ("qwen3_5", ["linear_attn.in_proj_qkv", "linear_attn.out_proj"], 3),
         ("qwen3_5", ["self_attn.q_proj", "linear_attn.in_proj_z"], -1),
         ("qwen3_5-tied", ["mlp.down_proj", "linear_attn.in_proj_b"], 2),
+        ("qwen3_moe", ["mlp.gate"], -1),
+        ("qwen3_moe", ["mlp.gate"], 1),
+        ("qwen3_moe-tied", ["mlp.gate", "self_attn.v_proj"], 1),
+        ("qwen3_moe-tied", ["mlp.switch_mlp.down_proj"], -1),
+        ("qwen3_moe-tied", ["mlp.switch_mlp.down_proj"], 1),
+        ("olmoe", ["mlp.switch_mlp.gate_proj"], 2),
+        ("olmoe", ["mlp.switch_mlp.up_proj", "mlp.gate"], 1),
+        ("olmoe", ["self_attn.q_proj"], -1),
+        ("olmoe-tied", ["mlp.gate", "mlp.switch_mlp.down_proj"], 1),
+        ("lfm2_moe", ["feed_forward.gate"], 2),
+        ("lfm2_moe", ["conv.in_proj", "feed_forward.switch_mlp.up_proj"], 3),
+        ("lfm2_moe-plain", ["feed_forward.switch_mlp.gate_proj", "conv.out_proj"], -1),
+        ("lfm2_moe-plain", ["feed_forward.gate_proj"], -1),
     ],
 )
 def test_gradients_for_placements_in_other_blocks(
@@ -278,6 +291,9 @@ def test_gradients_for_placements_in_other_blocks(
         "gemma2",
         "lfm2",
         "qwen3_5",
+        "qwen3_moe",
+        "olmoe",
+        "lfm2_moe",
     ],
 )
 def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
@@ -288,7 +304,7 @@ def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: s
     _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "qwen3_moe", "lfm2_moe"])
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
@@ -309,7 +325,14 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
 
 
 @pytest.mark.parametrize("numpy_too", [True, False], ids=["numpy", "plain"])
-@pytest.mark.parametrize("name, how", [("qwen3", {}), ("gemma3_text", {"quantization": {"group_size": 32, "bits": 4}})])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("qwen3", {}),
+        ("gemma3_text", {"quantization": {"group_size": 32, "bits": 4}}),
+        ("lfm2_moe", {"quantization": {"group_size": 32, "bits": 4}}),
+    ],
+)
 def test_gradients_are_bit_equal_for_every_grain_and_store(
     tmp_path: Path, name: str, how: dict, numpy_too: bool, seed: int
 ) -> None:
@@ -349,6 +372,8 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         ("phi3", ["self_attn.qkv_proj"]),
         ("lfm2", None),
         ("qwen3_5", None),
+        ("olmoe", None),
+        ("lfm2_moe", ["feed_forward.gate", "feed_forward.switch_mlp.up_proj"]),
     ],
 )
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:

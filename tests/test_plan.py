@@ -221,7 +221,7 @@ def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("arena_budget", [None, 0])
 def test_gradients_are_the_same_with_the_smallest_plan(
     tmp_path: Path, name: str, arena_budget: int | None, seed: int

@@ -139,8 +139,8 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
         assert x is not None
         inputs.append(x)
         position += tile.shape[1]
-    pairs = {linear.linear.name: linear.whole for linear in run.linear.values() if linear.whole is not None}
-    trainables = flat(pairs)
+    names = [linear.name for linear in layer.matrices.values() if linear.name in work.adapter.pairs]
+    trainables = flat({name: work.adapter.pairs[name] for name in names})
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
 
     def block(*arrays: mx.array) -> list[mx.array]:
@@ -161,7 +161,7 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
 def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
     """The lowest block with a pair; the number of blocks if none has one."""
     for layer in layers:
-        if any(linear.name in adapter.pairs for linear in layer.linears.values()):
+        if any(linear.name in adapter.pairs for linear in layer.matrices.values()):
             return layer.index
     return len(layers)
 
@@ -186,7 +186,8 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     of its own: this is the most that a block from `index` on keeps.
     """
     layers = model.spec.layers[index:]
-    kinds = {(layer.block, model.copied_bytes(layer.linears["down"], 1)): layer for layer in layers}
+    downs = {layer.index: layer.experts.get("down") or layer.linears["down"] for layer in layers}
+    kinds = {(layer.block, model.copied_bytes(downs[layer.index], 1)): layer for layer in layers}
     work = Pass(model.unread(), plan, adapter, Barrier(None))
     return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
 

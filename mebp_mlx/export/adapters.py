@@ -158,7 +158,7 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
     if module not in linears:
         raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
     linear = linears[module]
-    shapes = {"lora_a": (linear.in_dims, rank), "lora_b": (rank, linear.out_dims), "m": (linear.out_dims,)}
+    shapes = {**dict(zip(("lora_a", "lora_b"), linear.pair_shapes(rank), strict=True)), "m": (linear.out_dims,)}
     wanted: tuple[int, ...] = shapes[part]
     return checked_matrix(weights, name, wanted, rank)
 

@@ -34,6 +34,9 @@ _NOT_PLAIN = (
 
 def write_peft(out: NewFolder, lora: Lora, spec: ModelSpec, base: str) -> None:
     """A new folder that `PeftModel.from_pretrained` loads. base: the name of the model. Raises UserError (disk)."""
+    stacks = [stack.name for layer in spec.layers for stack in layer.experts.values()]
+    if names := [name for name in stacks if name in lora.pairs]:
+        raise UserError(f"--peft: {names[0]} holds pairs of experts, which PEFT has no form for; train other --keys")
     tensors = {}
     for name, value in lora.parameters().items():
         module, _, part = name.rpartition(".")
@@ -84,6 +87,8 @@ def _matrix(weights: MappedWeights, name: str, spec: ModelSpec, rank: int) -> tu
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) >= spec.L or match[2] not in spec.layers[int(match[1])].matrices:
         raise UserError(f"{weights.info(name).file}: {name}: the model has no such module that LoRA goes on")
+    if spec.layers[int(match[1])].matrices[match[2]].n_experts:
+        raise UserError(f"{weights.info(name).file}: {name}: pairs of experts are not read from PEFT's folders")
     linear = spec.layers[int(match[1])].matrices[match[2]]
     wanted = (rank, linear.in_dims) if match[3] == "A" else (linear.out_dims, rank)
     value = checked_matrix(weights, name, wanted, rank)

@@ -17,7 +17,8 @@ import numpy as np
 from ..errors import UserError
 from ..model.base import Model
 from ..model.config import FLOAT_MODES, Linear, Quantization
-from ..model.lora import Adapter
+from ..model.experts import ROUTER_PACKING
+from ..model.lora import Adapter, Pair
 from ..system.footprint import footprint_bytes
 from ..system.units import megabytes
 from ..weights.safetensors import TensorInfo
@@ -50,20 +51,23 @@ class Report:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the model, and what becomes of it. dtype: of its scales and biases or, unpacked, its own."""
+    """A matrix of the model, or a stack, and what becomes of it. dtype: of its scales and biases or, unpacked, its own.
+
+    Experts that are stored apart become a stack.
+    """
 
     linear: Linear
     dtype: mx.Dtype
     packing: Packing | None
 
     def entries(self) -> Iterator[Entry]:
-        name, n_rows, n_in = self.linear.name, self.linear.out_dims, self.linear.in_dims
+        name, (*rows, n_in) = self.linear.name, self.linear.shape
         dtype, packing = NAMES[self.dtype], self.packing
         if packing is None:
-            yield Entry(f"{name}.weight", dtype, (n_rows, n_in))
+            yield Entry(f"{name}.weight", dtype, self.linear.shape)
             return
-        groups = (n_rows, n_in // packing.group_size)
-        yield Entry(f"{name}.weight", "U32", (n_rows, n_in * packing.bits // 32))
+        groups = (*rows, n_in // packing.group_size)
+        yield Entry(f"{name}.weight", "U32", (*rows, n_in * packing.bits // 32))
         yield Entry(f"{name}.scales", "U8" if packing.mode in FLOAT_MODES else dtype, groups)
         if packing.mode not in FLOAT_MODES:
             yield Entry(f"{name}.biases", dtype, groups)
@@ -87,6 +91,17 @@ class _Same:
 
     def entries(self) -> Iterator[Entry]:
         yield self.entry
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """The biases of experts that are stored apart, as a stack."""
+
+    linear: Linear
+    dtype: mx.Dtype
+
+    def entries(self) -> Iterator[Entry]:
+        yield Entry(f"{self.linear.name}.bias", NAMES[self.dtype], self.linear.shape[:2])
 
 
 class Repack:
@@ -123,7 +138,7 @@ class Repack:
             bytes_before=sum(model.weights.info(name).n_bytes for name in used),
             bytes_after=sum(entry.n_bytes for entry in entries),
             n_parameters=sum(math.prod(vector.shape) for vector in vectors)
-            + sum(linear.out_dims * linear.in_dims for linear in linears),
+            + sum(math.prod(linear.shape) for linear in linears),
             packed=packed + (copied if most is not None else []),
             copied=copied,
             others={name: how for name, how in stored.items() if most is not None and how != most.stored},
@@ -150,6 +165,8 @@ class Repack:
                         shard.append(name, self._cast(name, self._model.tensor(name)[...], dtype))
                     elif isinstance(item, _Same):
                         self._copy(shard, item.entry)
+                    elif isinstance(item, _Stacked):
+                        self._stack(shard, item)
                     else:
                         sums += self._write_matrix(shard, item)
             what = f"block {number - 1}/{self._model.spec.L}"
@@ -159,7 +176,7 @@ class Repack:
         self.report.error = _relative(sums)
         return placed
 
-    def _new(self, item: Linear | str) -> Iterator[_Matrix | _Vector | _Same]:
+    def _new(self, item: Linear | str) -> Iterator[_Matrix | _Vector | _Same | _Stacked]:
         if isinstance(item, str):
             info = self._model.weights.info(item)
             dtype = self._dtype_of(item)
@@ -169,8 +186,13 @@ class Repack:
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
         else:
             yield _Matrix(item, self._own(item), self._packing(item))
-        if item.bias:
-            yield from self._new(f"{item.name}.bias")
+        if not item.bias:
+            return
+        if item.apart is None or self._stays(item):
+            own = [item.expert(index) for index in range(item.n_experts)] if item.apart is not None else [item]
+            yield from (new for linear in own for new in self._new(f"{linear.name}.bias"))
+        else:
+            yield _Stacked(item, self._dtype_of(f"{item.expert(0).name}.bias"))
 
     def _packing(self, linear: Linear) -> Packing | None:
         """How a matrix that is written anew is packed; None where it is not, or its group size does not divide its
@@ -180,15 +202,20 @@ class Repack:
             own = linear.quantization
             return None if own is None else Packing(own.bits, own.group_size, own.mode)
         packing = self._recipe.of(linear.name, self._model.spec.L)
+        routing = self._model.spec.routing
+        if packing is not None and routing is not None and routing.packs_router(linear.name):
+            packing = Packing(*ROUTER_PACKING, "affine")  # as mlx-lm packs it, whatever the rest
         return packing if packing is not None and packing.fits(linear.in_dims) else None
 
     def _stays(self, linear: Linear) -> bool:
         """Whether a matrix keeps its bytes: all do, or it is packed in the new way already."""
         if self._adapter is not None and linear.name in self._adapter.pairs:
             return False
-        if self._recipe is None:
-            return True
+        if self._recipe is None:  # with adapters, experts become stacks: mlx-lm reads no layer of both kinds
+            return linear.apart is None or self._adapter is None
         packing = self._packing(linear)
+        if linear.apart is not None:
+            return False
         if packing is None or packing.mode == "symmetric" or packing.stored != linear.quantization:
             return False
         scales = self._model.weights.info(linear.tensors[-1]).dtype
@@ -212,8 +239,7 @@ class Repack:
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
         """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
         linear, sums = matrix.linear, np.zeros(2)
-        for start, stop in _row_blocks((linear.out_dims, linear.in_dims)):
-            exact = self._rows(linear, start, stop)
+        for exact in self._pieces(linear):
             rows = self._cast(f"{linear.name}.weight", exact, matrix.dtype)
             if matrix.packing is None:
                 shard.append(f"{linear.name}.weight", rows)
@@ -227,10 +253,28 @@ class Repack:
             self.report.errors[linear.name] = _relative(sums)
         return sums
 
-    def _rows(self, linear: Linear, start: int, stop: int) -> mx.array:
+    def _stack(self, shard: Shard, stacked: _Stacked) -> None:
+        """The biases of experts that are stored apart."""
+        linear = stacked.linear
+        for index in range(linear.n_experts):
+            name = f"{linear.expert(index).name}.bias"
+            shard.append(f"{linear.name}.bias", self._cast(name, self._model.tensor(name)[...], stacked.dtype))
+
+    def _pieces(self, linear: Linear) -> Iterator[mx.array]:
+        """Rows of W + s (A B)^T in float32, in order, of one expert after another."""
+        pair = None if self._adapter is None else self._adapter.pairs.get(linear.name)
+        for index in range(max(1, linear.n_experts)):
+            own, own_pair = linear, pair
+            if linear.n_experts:
+                own = linear.expert(index)
+                own_pair = None if pair is None else Pair(pair.a[index].T, pair.b[index].T)
+            for start, stop in _row_blocks((linear.out_dims, linear.in_dims)):
+                yield self._rows(own, own_pair, start, stop)
+
+    def _rows(self, linear: Linear, pair: Pair | None, start: int, stop: int) -> mx.array:
         """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
         rows = self._model.rows(linear, start, stop)
-        if self._adapter is None or (pair := self._adapter.pairs.get(linear.name)) is None:
+        if self._adapter is None or pair is None:
             return rows
         rows = rows + self._adapter.scale * (pair.b[:, start:stop].T @ pair.a.T)
         if pair.m is None:

@@ -46,7 +46,7 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
     for name in shapes:
         if name.rpartition(".")[0] not in linears:
             raise UserError(f"{FLAG} {file}: {name}: the model has no {name.rpartition('.')[0]} that LoRA goes on")
-    ranks = {shape[1] for name, shape in shapes.items() if name.endswith(".lora_a") and len(shape) == 2}
+    ranks = {shape[1] for name, shape in shapes.items() if name.endswith(".lora_a") and len(shape) >= 2}
     if len(ranks) != 1:
         raise UserError(f"{FLAG} {file}: " + ("has pairs of several ranks" if ranks else "holds no LoRA pair"))
     own = lora.parameters()

@@ -8,16 +8,19 @@ from .gemma3 import Gemma3Block
 from .glm4 import Glm4Block
 from .lfm2 import Lfm2Block
 from .llama import LlamaBlock
+from .moe import Lfm2MoeBlock, LlamaMoeBlock
 from .olmo2 import Olmo2Block
 from .qwen3_5 import Qwen35Block
 
 # By the name that a layer has in model/families.py.
 BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
+    "llama_moe": LlamaMoeBlock,
     "gemma3": Gemma3Block,
     "glm4": Glm4Block,
     "olmo2": Olmo2Block,
     "lfm2": Lfm2Block,
+    "lfm2_moe": Lfm2MoeBlock,
     "qwen3_5": Qwen35Block,
     "gated_delta": GatedDeltaBlock,
 }

@@ -16,6 +16,7 @@ from ..model.config import Layer
 from ..ops.attention import Attention, Heads
 from ..ops.gated_mlp import Gate, GatedMlp
 from ..ops.lora_linear import LoraLinear, Shared
+from ..ops.moe import Moe
 from ..ops.plan import Context
 
 
@@ -110,7 +111,12 @@ class BlockRun:
         self.gradients = self.shared.gradients  # of the pairs by parameter name, float32
         self.linear = {short: LoraLinear(self.shared, short, linear) for short, linear in layer.linears.items()}
         self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
-        self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], block.gate)
+        self.mlp: GatedMlp | None = None
+        self.moe: Moe | None = None
+        if layer.experts:
+            self.moe = Moe(context, layer, block.gate, self.arrays.get("selection_bias"), self.gradients)
+        else:
+            self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], block.gate)
         qk_norms = {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")}
         heads = Heads(
             spec.head_dim,
@@ -251,10 +257,12 @@ class Block:
 
     def mlp(self, x: mx.array) -> mx.array:
         """The gated MLP's output."""
+        assert self.run.mlp is not None
         return self.run.mlp(x, self.position)
 
     def mlp_backward(self, source: str, dy: mx.array, need_dx: bool) -> mx.array | None:
         """dL/d(source) of the gated MLP of that value, or None."""
+        assert self.run.mlp is not None
         x = getattr(self, source)
         self.drop(*self.names)  # the MLP holds the most; what this value was made of can be had again
         return self.run.mlp.backward(x, dy, self.position, need_dx)

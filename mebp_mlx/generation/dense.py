@@ -21,8 +21,6 @@ from ..system.units import megabytes
 
 _RESERVE_BYTES = 48 << 20  # cached keys and values, activations, what libraries take at the first token
 _STEP_BYTES = 1_000_000  # budgets in messages are rounded up to this
-_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-_DENSE = (nn.Linear, nn.Embedding)
 
 
 def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
@@ -34,6 +32,7 @@ def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
     stored = sum(value.nbytes for _, value in _parameters(model))
     transient = max((4 * _n_weights(module) for _, module in _slow_matrices(model)), default=0)
     widened = 0 if on_gpu() else sum(value.nbytes for _, _, value in _small(model))
+    widened += sum(_growth(module) for _, module in _slow_matrices(model) if _must_grow(module))
     least = footprint_bytes() + stored + widened + transient + _RESERVE_BYTES
     if least > budget_bytes:
         raise BudgetError(
@@ -54,8 +53,8 @@ def make_dense(model: nn.Module, room: float, say: Callable[[str], None]) -> Non
         say(f"decompressing the weights once, {megabytes(wanted)}")
     n_left = 0
     for name, module in matrices:
-        growth = 4 * _n_weights(module) - sum(value.nbytes for _, value in _parameters(module))
-        if growth > room:
+        growth = _growth(module)
+        if growth > room and not _must_grow(module):
             n_left += 1
             continue
         room -= growth
@@ -71,20 +70,42 @@ def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     return parameters
 
 
+def _stacks() -> tuple[type, type]:
+    """mlx-lm's stacks of experts, packed and not."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return QuantizedSwitchLinear, SwitchLinear
+
+
+def _is_packed(module: Any) -> bool:
+    return isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding, _stacks()[0]))
+
+
 def _slow_matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    plain = (nn.Linear, nn.Embedding, _stacks()[1])
     for name, module in model.named_modules():
-        if isinstance(module, _PACKED) or (isinstance(module, _DENSE) and module.weight.dtype != mx.float32):
+        is_plain = isinstance(module, plain)
+        if _is_packed(module) or (is_plain and module.weight.dtype != mx.float32):
             yield name, module
 
 
 def _n_weights(module: Any) -> int:
-    rows, words = module.weight.shape
-    return rows * (words * 32 // module.bits if isinstance(module, _PACKED) else words)
+    return int(module.weight.size) * 32 // module.bits if _is_packed(module) else int(module.weight.size)
+
+
+def _growth(module: Any) -> int:
+    """The bytes that a matrix grows by."""
+    return 4 * _n_weights(module) - sum(value.nbytes for _, value in _parameters(module))
+
+
+def _must_grow(module: Any) -> bool:
+    """Whether MLX cannot multiply by it as it is stored: a stack in 16 bits on the CPU."""
+    return isinstance(module, _stacks()[1]) and not on_gpu()
 
 
 def _replace(model: nn.Module, name: str, module: Any) -> None:
     """The module with a float32 weight in place of its own, evaluated: the old one is free from here on."""
-    if not isinstance(module, _PACKED):
+    if not _is_packed(module):
         module.weight = module.weight.astype(mx.float32)
         mx.eval(module.weight)
         return
@@ -94,8 +115,12 @@ def _replace(model: nn.Module, name: str, module: Any) -> None:
     how: dict[str, Any] = dict(group_size=module.group_size, bits=module.bits, mode=module.mode, dtype=mx.float32)
     weight = mx.dequantize(module.weight, scales, biases, **how)
     mx.eval(weight)
-    is_linear = isinstance(module, nn.QuantizedLinear)
-    new: Any = nn.Linear(1, 1, bias="bias" in module) if is_linear else nn.Embedding(1, 1)
+    if isinstance(module, nn.QuantizedEmbedding):
+        new: Any = nn.Embedding(1, 1)
+    elif isinstance(module, nn.QuantizedLinear):
+        new = nn.Linear(1, 1, bias="bias" in module)
+    else:
+        new = _stacks()[1](1, 1, 1, bias="bias" in module)
     new.weight = weight
     if "bias" in module:
         new.bias = module.bias
@@ -107,5 +132,5 @@ def _small(model: nn.Module) -> Iterator[tuple[Any, str, mx.array]]:
     for _, module in model.named_modules():
         for key, value in module.items():
             is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-            if is_float and (value.ndim == 1 or isinstance(module, _PACKED)):
+            if is_float and (value.ndim == 1 or key == "bias" or _is_packed(module)):
                 yield module, key, value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,21 +83,25 @@ WeightBlock = DenseBlock | QuantizedBlock
 
 class Tensor:
     """A tensor of the checkpoint, to be indexed as numpy would: `tensor[2:5]`, `tensor[:, :8]`, `tensor[ids]`,
-    `tensor[...]`.
+    `tensor[...]`. n_axes: leading axes become one until it has so many: a stack of matrices is one of all their rows.
 
     What is read is an MLX array of the tensor's own dtype: a slice of the mapped pages where MLX has adopted them, a
     copy of these items alone elsewhere.
     """
 
-    def __init__(self, weights: MappedWeights, name: str):
+    def __init__(self, weights: MappedWeights, name: str, n_axes: int | None = None):
         info = weights.info(name)
-        self.weights, self.name = weights, name
-        self.shape, self.dtype, self.in_place = info.shape, info.mlx_dtype, weights.in_place(name)
+        self.weights, self.name, self.shape = weights, name, info.shape
+        self.dtype, self.in_place = info.mlx_dtype, weights.in_place(name)
+        if n_axes is not None and n_axes < len(self.shape):
+            first = len(self.shape) - n_axes + 1
+            self.shape = (math.prod(self.shape[:first]), *self.shape[first:])
+            self.in_place = None if self.in_place is None else self.in_place.reshape(self.shape)
 
     @cached_property
     def items(self) -> np.ndarray:
         """All of it as a view of the map; bfloat16 as uint16."""
-        return self.weights.view(self.name)
+        return self.weights.view(self.name).reshape(self.shape)
 
     def __getitem__(self, index: Any) -> mx.array:
         if self.in_place is not None and not isinstance(index, np.ndarray):
@@ -131,15 +136,20 @@ class Model:
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
         self.dtype, self.packed = dtype, packed
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[tuple[str, int | None], Tensor] = {}
         self._kind: type[Tensor] = Tensor
         self._squared_norms: dict[Linear, mx.array] = {}
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, n_axes: int | None = None) -> Tensor:
         """A tensor of the checkpoint by name; the same object until close()."""
-        if name not in self._tensors:
-            self._tensors[name] = self._kind(self.weights, name)
-        return self._tensors[name]
+        key = name, n_axes
+        if key not in self._tensors:
+            self._tensors[key] = self._kind(self.weights, name, n_axes)
+        return self._tensors[key]
+
+    def _parts(self, linear: Linear) -> list[Tensor]:
+        """The tensors of a matrix; those of a stack as one of all rows."""
+        return [self.tensor(name, 2) for name in linear.tensors]
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
         """Rows [start, stop) of the matrix, ready for products. IndexError beyond its rows."""
@@ -168,7 +178,7 @@ class Model:
     def squared_norms(self, linear: Linear) -> mx.array:
         """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
         if linear not in self._squared_norms:
-            if self._kind is UnreadTensor:
+            if self.is_unread:
                 return stand_in((linear.out_dims,), mx.float32)
             step = max(1, _NORM_BYTES // (4 * linear.in_dims))
             parts = []
@@ -201,12 +211,17 @@ class Model:
         """Memory that n_items of the matrix take where products are made with them; 0: the mapped pages themselves."""
         packing = linear.quantization
         if not self.stays_packed(linear):
-            stored = None if packing is not None else self.tensor(f"{linear.name}.weight").in_place
+            stored = None if packing is not None else self.tensor(linear.tensors[0]).in_place
             return 0 if stored is not None and stored.dtype == self.dtype else n_items * self.dtype.size
         assert packing is not None
         if all(self.tensor(name).in_place is not None for name in linear.tensors):
             return 0
         return n_items * (packing.bits / 8 + 2 * self.dtype.size / packing.group_size)
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it has shapes alone (unread())."""
+        return self._kind is UnreadTensor
 
     def unread(self) -> Model:
         """The same model without weights: for graphs that are built and never evaluated."""
@@ -223,13 +238,13 @@ class Model:
         packing = linear.quantization
         if packing is None or not self.stays_packed(linear):
             return DenseBlock(self._dense(linear, index))
-        weight, *parts = (tensor[index(tensor)] for tensor in map(self.tensor, linear.tensors))
+        weight, *parts = (tensor[index(tensor)] for tensor in self._parts(linear))
         if packing.mode == "affine":  # else a float32 scale would make the product float32
             parts = [part.astype(self.dtype) for part in parts]
         return QuantizedBlock((weight, *parts), packing)
 
     def _dense(self, linear: Linear, index: Index) -> mx.array:
-        weight, *of_groups = map(self.tensor, linear.tensors)
+        weight, *of_groups = self._parts(linear)
         packing, dtype = linear.quantization, self.dtype
         if packing is None:
             return weight[index(weight)].astype(dtype)
@@ -247,7 +262,7 @@ class Model:
         """Entries [start, stop) of the bias in the compute dtype, or None."""
         if not linear.bias:
             return None
-        return self.tensor(f"{linear.name}.bias")[rows_of(linear, start, stop)].astype(self.dtype)
+        return self.tensor(f"{linear.name}.bias", 1)[rows_of(linear, start, stop)].astype(self.dtype)
 
     def norm(self, name: str) -> mx.array:
         """A norm's weight vector as rms_norm takes it, in the compute dtype."""

@@ -5,9 +5,10 @@ reading.py makes it of a config.json and checks the checkpoint against it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from .experts import Routing
 from .families import CLASSIC
 from .hybrid import DeltaHeads
 from .rope import Rope
@@ -31,7 +32,9 @@ class Quantization:
 class Linear:
     """A frozen matrix in the checkpoint: [out_dims, in_dims], perhaps packed, perhaps with a bias.
 
-    first_row: where its rows begin in a tensor that several projections share.
+    first_row: where its rows begin in a tensor that several matrices share. n_experts: of a stack of that many such
+    matrices [n_experts, out_dims, in_dims], 0: it is one; apart: how a checkpoint calls each of them, with {} for its
+    number, where it stores no stack.
     """
 
     name: str
@@ -40,10 +43,36 @@ class Linear:
     bias: bool = False
     quantization: Quantization | None = None
     first_row: int = 0
+    n_experts: int = 0
+    apart: str | None = None
+
+    def expert(self, index: int) -> Linear:
+        """One matrix of a stack. A stored stack is read as a matrix of all rows, one expert's after another's."""
+        if self.apart is not None:
+            return replace(self, name=self.apart.format(index), n_experts=0, apart=None)
+        return replace(self, first_row=index * self.out_dims, n_experts=0)
+
+    @property
+    def without_bias(self) -> Linear:
+        """The same matrix alone."""
+        return replace(self, bias=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out_dims, in_dims], of a stack with n_experts in front."""
+        return (self.n_experts, self.out_dims, self.in_dims)[0 if self.n_experts else 1 :]
+
+    def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a LoRA pair: a [in, r], b [r, out]; of a stack a [E, r, in], b [E, out, r], as in mlx-lm."""
+        if self.n_experts:
+            return (self.n_experts, rank, self.in_dims), (self.n_experts, self.out_dims, rank)
+        return (self.in_dims, rank), (rank, self.out_dims)
 
     @cached_property
     def tensors(self) -> list[str]:
         """The names of the weight and of what it is dequantized with."""
+        if self.apart is not None:
+            return [name for index in range(self.n_experts) for name in self.expert(index).tensors]
         parts = ["weight"]
         if self.quantization is not None:
             parts += ["scales", "biases"] if self.quantization.mode == "affine" else ["scales"]
@@ -63,6 +92,7 @@ class Layer:
     matrices: dict[str, Linear]  # as they are stored and adapted ("self_attn.q_proj"); one may hold several projections
     norms: dict[str, str]  # tensors of norms' weights by the norm's name in the block ("input_layernorm")
     arrays: dict[str, str]  # other tensors by their name in the block, which stay as they are ("conv")
+    experts: dict[str, Linear]  # stacks of a mixture's "gate", "up" and "down", which are no `linears`; or none
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,7 @@ class ModelSpec:
     norm_after_rope: bool
     norm_offset: float  # is added to every norm's weight
     delta: DeltaHeads | None  # of layers with a gated delta net
+    routing: Routing | None  # of layers with a mixture of experts
     layers: tuple[Layer, ...]
     embedding: Linear
     head: Linear

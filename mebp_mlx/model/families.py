@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .experts import Mixture, above_dense_layers, by_sparse_step, every_layer
 from .hybrid import Hybrid, conv_widths, delta_widths, has_every_nth, has_listed_attention, lfm2_width
 from .settings import Settings
 
@@ -22,6 +23,8 @@ _FUSED_GATE_UP: Matrices = {"mlp.gate_up_proj": ("gate", "up")}
 _DOWN: Matrices = {"mlp.down_proj": ("down",)}
 CLASSIC: Matrices = _QKV | _O | _GATE_UP | _DOWN
 
+_LFM2_CONV: Matrices = {"conv.in_proj": ("in",), "conv.out_proj": ("out",)}
+_LFM2_MOE_MLP: Matrices = {f"feed_forward.{short}_proj": (short,) for short in ("gate", "up", "down")}
 _LFM2_MLP: Matrices = {"feed_forward.w1": ("gate",), "feed_forward.w3": ("up",), "feed_forward.w2": ("down",)}
 
 # Norms of a block: their names in its equations, and their modules.
@@ -52,6 +55,7 @@ class Family:
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
     gated_query: bool = False  # q_proj has a gate of the output beside each head's query
     hybrid: Hybrid | None = None  # layers without attention
+    mixture: Mixture | None = None  # of experts, in layers without an MLP
     norm_eps: str = "rms_norm_eps"
     final_norm: str = "model.norm"
     width: Callable[[Settings], int] | None = None  # of the MLP, instead of intermediate_size
@@ -79,6 +83,7 @@ class Family:
     logit_cap: str | None = None
 
     ignores: tuple[str, ...] = ()  # beginnings of tensors that belong to no block
+    renamed_parts: Mapping[str, str] = field(default_factory=dict)  # of tensors' names as transformers writes them
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -126,9 +131,73 @@ _GEMMA3 = replace(
 )
 _OLMO2 = Family(**_BIASES, block="olmo2", norms=_POST, qk_norm=True, qk_norm_of_rows=True, defaults=_THETA)
 
+_LFM2 = Family(
+    matrices=_QKV | {"self_attn.out_proj": ("o",)} | _LFM2_MLP,
+    norms=_LFM2_NORMS,
+    qk_norm=True,
+    qk_norms=("q_layernorm", "k_layernorm"),
+    own_head_dim=False,
+    hybrid=Hybrid(
+        block="lfm2",
+        matrices=_LFM2_CONV | _LFM2_MLP,
+        norms=_LFM2_NORMS,
+        arrays={"conv": "conv.conv.weight"},
+        widths=conv_widths,
+        has_attention=has_listed_attention,
+    ),
+    norm_eps="norm_eps",
+    final_norm="model.embedding_norm",
+    width=lfm2_width,
+    head="never",
+    defaults={"rope_theta": 1_000_000.0},
+)
+assert _LFM2.hybrid is not None
+_LFM2_MOE = replace(
+    _LFM2,
+    matrices={key: shorts for key, shorts in _LFM2.matrices.items() if key not in _LFM2_MLP} | _LFM2_MOE_MLP,
+    hybrid=replace(_LFM2.hybrid, matrices=_LFM2_CONV | _LFM2_MOE_MLP),
+    mixture=Mixture(
+        router="feed_forward.gate",
+        experts="feed_forward.switch_mlp",
+        apart="feed_forward.experts.{}",
+        width="moe_intermediate_size",
+        has_experts=above_dense_layers,
+        score="sigmoid",
+        eps=1e-6,
+        selection_bias=("feed_forward.expert_bias", "use_expert_bias"),
+        packs_router=True,
+    ),
+    width=None,
+    renamed_parts={"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+)
+
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True, own_head_dim=False, defaults={"rope_theta": 1_000_000.0}),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        mixture=Mixture(
+            router="mlp.gate",
+            experts="mlp.switch_mlp",
+            apart="mlp.experts.{}",
+            width="moe_intermediate_size",
+            has_experts=by_sparse_step,
+            packs_router=True,
+        ),
+    ),
+    "olmoe": Family(
+        **_BIASES,
+        qk_norm=True,
+        qk_norm_of_rows=True,
+        mixture=Mixture(
+            router="mlp.gate",
+            experts="mlp.switch_mlp",
+            apart="mlp.experts.{}",
+            width="intermediate_size",
+            has_experts=every_layer,
+        ),
+        defaults=_THETA,
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "iquestcoder": _LLAMA,
@@ -192,26 +261,8 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
         traditional=True,
     ),
-    "lfm2": Family(
-        matrices=_QKV | {"self_attn.out_proj": ("o",)} | _LFM2_MLP,
-        norms=_LFM2_NORMS,
-        qk_norm=True,
-        qk_norms=("q_layernorm", "k_layernorm"),
-        own_head_dim=False,
-        hybrid=Hybrid(
-            block="lfm2",
-            matrices={"conv.in_proj": ("in",), "conv.out_proj": ("out",), **_LFM2_MLP},
-            norms=_LFM2_NORMS,
-            arrays={"conv": "conv.conv.weight"},
-            widths=conv_widths,
-            has_attention=has_listed_attention,
-        ),
-        norm_eps="norm_eps",
-        final_norm="model.embedding_norm",
-        width=lfm2_width,
-        head="never",
-        defaults={"rope_theta": 1_000_000.0},
-    ),
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2_MOE,
     "qwen3_5": Family(
         block="qwen3_5",
         qk_norm=True,
@@ -248,7 +299,11 @@ LORA_KEYS = tuple(
     dict.fromkeys(
         key
         for family in FAMILIES.values()
-        for matrices in (family.matrices, family.hybrid.matrices if family.hybrid is not None else {})
-        for key in matrices
+        for keys in (
+            family.matrices,
+            family.hybrid.matrices if family.hybrid is not None else (),
+            family.mixture.keys if family.mixture is not None else (),
+        )
+        for key in keys
     )
 )

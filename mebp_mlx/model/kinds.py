@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .config import Layer, Linear
+from .experts import Mixture
 from .families import Family
 from .hybrid import Widths
 from .rope import Rope
@@ -22,6 +23,8 @@ class Reader(Protocol):
 
     def linear(self, name: str, out_dims: int, in_dims: int, bias: bool = False) -> Linear: ...
 
+    def experts(self, name: str, apart: str, shape: tuple[int, int, int], bias: bool = False) -> Linear: ...
+
     def vector(self, name: str, size: int) -> str: ...
 
     def taps(self, name: str, channels: int, n_taps: int) -> bool:
@@ -30,7 +33,9 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """matrices: short names of what each holds; norms: module and size; biases: by the matrix's first short name."""
+    """matrices: short names of what each holds; norms: module and size; biases: by the matrix's first short name;
+    mixture: of experts, instead of an MLP.
+    """
 
     block: str
     D: int
@@ -40,6 +45,19 @@ class Kind:
     widths: Widths
     biases: Mapping[str, bool]
     offset_in_torch_layout: float = 0.0
+    mixture: Mixture | None = None
+
+    def with_experts(self, mixture: Mixture, settings: Settings) -> Kind:
+        """The same with a mixture of experts instead of its MLP."""
+        n_experts, F = settings.integer("num_experts"), settings.integer(mixture.width)
+        own = {key: shorts for key, shorts in self.matrices.items() if shorts[0] not in mixture.parts}
+        arrays, shapes = dict(self.arrays), dict(self.widths.arrays)
+        if mixture.selection_bias is not None and settings.flag(mixture.selection_bias[1]):
+            arrays["selection_bias"], shapes["selection_bias"] = mixture.selection_bias[0], (n_experts,)
+        rows = {**self.widths.rows, "gate": F, "up": F, "router": n_experts}
+        widths = replace(self.widths, rows=rows, inputs={**self.widths.inputs, "down": F}, arrays=shapes)
+        own[mixture.router] = ("router",)
+        return replace(self, block=f"{self.block}_moe", matrices=own, arrays=arrays, widths=widths, mixture=mixture)
 
     def layer(self, tensors: Reader, index: int, prefix: str, rope: Rope | None, window: int | None) -> Layer:
         """A layer of this kind, whose tensors are asked for. Raises UserError."""
@@ -59,12 +77,28 @@ class Kind:
             for short in shorts:
                 linears[short] = replace(matrices[key], out_dims=rows[short], first_row=first)
                 first += rows[short]
+        experts = self._experts(tensors, prefix)
+        matrices |= {f"{stack.name.removeprefix(f'{prefix}.')}": stack for stack in experts.values()}
         norms = {name: tensors.vector(f"{prefix}.{part}.weight", size) for name, (part, size) in self.norms.items()}
         arrays = {name: f"{prefix}.{module}" for name, module in self.arrays.items()}
         for name, shape in self.widths.arrays.items():
             if len(shape) == 1:
                 tensors.vector(arrays[name], *shape)
-        return Layer(index, prefix, self.block, rope, window, linears, matrices, norms, arrays)
+        return Layer(index, prefix, self.block, rope, window, linears, matrices, norms, arrays, experts)
+
+    def _experts(self, tensors: Reader, prefix: str) -> dict[str, Linear]:
+        if (mixture := self.mixture) is None:
+            return {}
+        rows, inputs = self.widths.rows, self.widths.inputs
+        return {
+            short: tensors.experts(
+                f"{prefix}.{mixture.experts}.{part}",
+                f"{prefix}.{mixture.apart}.{part}",
+                (rows["router"], rows[short], inputs.get(short, self.D)),
+                self.biases.get(short, False),
+            )
+            for short, part in mixture.parts.items()
+        }
 
     def is_in_torch_layout(self, tensors: Reader, prefix: str) -> bool:
         """Asks for the layer's depthwise kernel, if it has one; whether torch's order of axes is its."""

@@ -30,7 +30,10 @@ _SIDES = {"lora_a": "a", "lora_b": "b", "m": "m"}  # the last parts of parameter
 
 
 class Pair(NamedTuple):
-    """The two LoRA matrices of one projection: a [in, r], b [r, out]; m [out], the lengths of rows: DoRA's alone."""
+    """The two LoRA matrices of one projection: a [in, r], b [r, out]; m [out], the lengths of rows: DoRA's alone.
+
+    Of a stack of experts: a [E, r, in], b [E, out, r], mlx-lm's other layout.
+    """
 
     a: mx.array
     b: mx.array
@@ -68,8 +71,8 @@ class Lora(Adapter):
         self.session: object = None  # the engine that loss_and_grads uses again (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
-        """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a` [in, r], `.lora_b` [r, out], and
-        DoRA's `.m` [out].
+        """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a`, `.lora_b`, and DoRA's `.m`, in the
+        shapes of Pair.
         """
         return flat(self._pairs)
 
@@ -101,7 +104,7 @@ def pairs_of(parameters: Mapping[str, mx.array]) -> dict[str, Pair]:
 
 
 def flat(pairs: Mapping[str, Pair]) -> dict[str, mx.array]:
-    """The arrays of pairs by parameter name: `{projection}.lora_a` [in, r], `.lora_b` [r, out], `.m` [out]."""
+    """The arrays of pairs by parameter name: `{projection}.lora_a`, `.lora_b`, `.m`."""
     return {
         f"{name}.{part}": value
         for name, pair in pairs.items()
@@ -144,9 +147,11 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
             if key not in chosen:
                 continue
             bound = 1 / math.sqrt(linear.in_dims)
-            a = mx.random.uniform(-bound, bound, (linear.in_dims, rank), key=random_key("lora", seed, linear.name))
-            parameters[f"{linear.name}.lora_a"] = a
-            parameters[f"{linear.name}.lora_b"] = mx.zeros((rank, linear.out_dims))
+            if lengths is not None and linear.n_experts:
+                raise UserError(f"--fine-tune-type dora: {key} is a mixture's experts, which have LoRA alone; --keys")
+            shape_a, shape_b = linear.pair_shapes(rank)
+            a = mx.random.uniform(-bound, bound, shape_a, key=random_key("lora", seed, linear.name))
+            parameters[f"{linear.name}.lora_a"], parameters[f"{linear.name}.lora_b"] = a, mx.zeros(shape_b)
             if lengths is not None:
                 parameters[f"{linear.name}.m"] = lengths(linear)
     mx.eval(parameters)

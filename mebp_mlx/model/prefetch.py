@@ -16,14 +16,18 @@ class Prefetch:
     def __init__(self, model: Model):
         self._weights = model.weights
         self._blocks = [
-            [name for linear in layer.matrices.values() for name in linear.tensors] for layer in model.spec.layers
+            [name for linear in layer.matrices.values() if not linear.n_experts for name in linear.tensors]
+            for layer in model.spec.layers
         ]
         self._head = model.spec.head.tensors
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
     def block(self, index: int) -> None:
-        """Ask for a block's matrices; L means the head, a block that does not exist is ignored."""
+        """Ask for a block's matrices, but for experts, which are not chosen yet; L means the head.
+
+        A block that does not exist is ignored.
+        """
         if 0 <= index < len(self._blocks):
             self._ask(self._blocks[index])
         elif index == len(self._blocks):

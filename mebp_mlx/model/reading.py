@@ -67,6 +67,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
     missing key, or a tensor that contradicts the config.
     """
     family, prefix = family_of(config, where)[1:]
+    weights.rename_parts(family.renamed_parts)
     if prefix:
         weights.rename({f"model.{prefix}": f"{prefix}model.", "lm_head.": f"{prefix}lm_head."})
         if "text_config" not in config:
@@ -121,16 +122,20 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
     head = _head(family, settings, tensors, embedding, f"{prefix}lm_head")
     layers, offset = [], family.norm_offset
     with_attention, without = kinds_of(family, settings, D, F, (H, K, head_dim))
-    rules = LayerRules(settings, family, head_dim, L)
+    rules, mixture = LayerRules(settings, family, head_dim, L), family.mixture
     for index in range(L):
         name = f"{prefix}model.layers.{index}"
-        if without is None or family.hybrid is None or family.hybrid.has_attention(settings, index):
+        has_attention = without is None or family.hybrid is None or family.hybrid.has_attention(settings, index)
+        kind = with_attention if without is None or has_attention else without
+        if mixture is not None and mixture.has_experts(settings, index):
+            kind = kind.with_experts(mixture, settings)
+        if has_attention:
             window = rules.window(index)
-            layers.append(with_attention.layer(tensors, index, name, rules.rope(index, window), window))
+            layers.append(kind.layer(tensors, index, name, rules.rope(index, window), window))
             continue
-        layers.append(without.layer(tensors, index, name, None, None))
-        if without.is_in_torch_layout(tensors, name):
-            offset = without.offset_in_torch_layout
+        layers.append(kind.layer(tensors, index, name, None, None))
+        if kind.is_in_torch_layout(tensors, name):
+            offset = kind.offset_in_torch_layout
     final_norm = tensors.vector(f"{prefix}{family.final_norm}.weight", D)
     return ModelSpec(
         family=config["model_type"],
@@ -145,6 +150,7 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         norm_after_rope=family.norm_after_rope,
         norm_offset=offset,
         delta=None if without is None else without.widths.delta,
+        routing=None if mixture is None else mixture.routing(settings),
         layers=tuple(layers),
         embedding=embedding,
         head=head,

@@ -39,7 +39,26 @@ class Tensors:
         if f"{name}.scales" not in self.weights:
             self._expect(f"{name}.weight", (out_dims, in_dims))
             return Linear(name, out_dims, in_dims, bias)
-        return Linear(name, out_dims, in_dims, bias, self._packing(name, out_dims, in_dims))
+        return Linear(name, out_dims, in_dims, bias, self._packing(name, (out_dims,), in_dims))
+
+    def experts(self, name: str, apart: str, shape: tuple[int, int, int], bias: bool = False) -> Linear:
+        """A stack [experts, out, in], or the experts' own matrices. Raises UserError where these are packed otherwise
+        than one another.
+        """
+        n_experts, out_dims, in_dims = shape
+        if self.has(name) or not self.has(apart.format(0)):
+            if bias:
+                self._expect(f"{name}.bias", (n_experts, out_dims))
+            packing = None
+            if f"{name}.scales" in self.weights:
+                packing = self._packing(name, (n_experts, out_dims), in_dims)
+            else:
+                self._expect(f"{name}.weight", shape)
+            return Linear(name, out_dims, in_dims, bias, packing, n_experts=n_experts)
+        own = [self.linear(apart.format(index), out_dims, in_dims, bias) for index in range(n_experts)]
+        if odd := next((linear for linear in own if linear.quantization != own[0].quantization), None):
+            raise UserError(f"{self.where}: {odd.name} is packed otherwise than {own[0].name}")
+        return Linear(name, out_dims, in_dims, bias, own[0].quantization, n_experts=n_experts, apart=apart)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a matrix of that name."""
@@ -66,7 +85,7 @@ class Tensors:
                 file = self.weights.info(name).file.name
                 raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes another model")
 
-    def _packing(self, name: str, out_dims: int, in_dims: int) -> Quantization:
+    def _packing(self, name: str, rows: tuple[int, ...], in_dims: int) -> Quantization:
         """Bits and group size follow from the shapes; what config.json says of them must agree."""
         said: dict = self.quantized if isinstance(self.quantized, dict) else {}
         own = said.get(name, said)
@@ -74,10 +93,10 @@ class Tensors:
         bits = packed[-1] * 32 // in_dims
         group_size = in_dims // scales[-1] if scales[-1] else 0
         mode = self._mode(name, own if isinstance(own, dict) else {}, bits, group_size)
-        self._expect(f"{name}.weight", (out_dims, in_dims * bits // 32))
-        self._expect(f"{name}.scales", (out_dims, in_dims // group_size if group_size else 0))
+        self._expect(f"{name}.weight", (*rows, in_dims * bits // 32))
+        self._expect(f"{name}.scales", (*rows, in_dims // group_size if group_size else 0))
         if mode == "affine":
-            self._expect(f"{name}.biases", (out_dims, in_dims // group_size))
+            self._expect(f"{name}.biases", (*rows, in_dims // group_size))
         if bits not in (2, 3, 4, 5, 6, 8) or not group_size or in_dims % group_size:
             raise UserError(f"{name}: {bits} bits in groups of {group_size} over {in_dims} inputs cannot be unpacked")
         named = isinstance(own, dict) and own is not said and "bits" in own

@@ -69,13 +69,17 @@ class LoraLinear:
 
     def __init__(self, shared: Shared, short: str, linear: Linear):
         context = shared.context
-        self.shared, self.low_name, self.linear = shared, f"low.{short}", linear
+        self.shared, self.short, self.low_name, self.linear = shared, short, f"low.{short}", linear
         self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
         self.scale = context.adapter.scale
-        self.whole = context.adapter.pairs.get(linear.name)  # of the matrix that this projection is, or is rows of
+        self.whole = self.pair_of()  # of the matrix that this projection is, or is rows of
         self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
         self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are read at a time
+
+    def pair_of(self) -> Pair | None:
+        """The pair of the matrix; None: it is not trained."""
+        return self.shared.context.adapter.pairs.get(self.linear.name)
 
     @property
     def _rows(self) -> slice:
@@ -117,9 +121,11 @@ class LoraLinear:
                 self.memory.put(self.low_name, position, low)
         return low
 
-    def rows(self, x: mx.array, low: mx.array | None, start: int, stop: int) -> mx.array:
-        """Columns [start, stop) of y."""
-        block = self.model.row_block(self.linear, start, stop)
+    def rows(
+        self, x: mx.array, low: mx.array | None, start: int, stop: int, block: WeightBlock | None = None
+    ) -> mx.array:
+        """Columns [start, stop) of y. block: those rows of the matrix, None: they are brought in here."""
+        block = block or self.block(start, stop)
         y, c = block.matmul(x), self.factor(start, stop, block)
         bias = self.model.bias(self.linear, start, stop)
         if bias is not None and c is None:
@@ -127,6 +133,10 @@ class LoraLinear:
         if low is not None:
             y = self.with_low(y, low, start, stop)
         return y if c is None else _stretched(y, c, bias)
+
+    def block(self, start: int, stop: int) -> WeightBlock:
+        """Rows [start, stop) of the matrix."""
+        return self.model.row_block(self.linear, start, stop)
 
     def with_low(self, y: mx.array, low: mx.array, start: int, stop: int) -> mx.array:
         """y + low B, columns [start, stop)."""
@@ -205,11 +215,12 @@ class Backward:
         self.db: list[mx.array] = []
         self.dm: list[mx.array] = []
 
-    def take(self, start: int, stop: int, g: mx.array) -> None:
-        """g = dL/dy [B, tile, stop - start] of those columns."""
+    def take(self, start: int, stop: int, g: mx.array, block: WeightBlock | None = None) -> None:
+        """g = dL/dy [B, tile, stop - start] of those columns. block: those rows of the matrix, None: as in rows()."""
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
         is_dora = pair is not None and pair.m is not None
-        block = linear.model.row_block(linear.linear, start, stop) if self.need_dx or is_dora else None
+        if block is None and (self.need_dx or is_dora):
+            block = linear.block(start, stop)
         if is_dora and block is not None:
             g = self._through_lengths(start, stop, g, block)
         if self.need_dx and block is not None:

@@ -18,7 +18,7 @@ from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
 # Every projection's output: the backward pass repeats only norms, rope, attention and activations.
-SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z"})
+SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z", "logits"})
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
@@ -102,8 +102,9 @@ class Barrier:
 
     grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
     tile before is waited for; "stage": every named value is evaluated when computed; "op": every piece of it too,
-    which holds the least memory. Gradients are bit-equal for every grain. None: nothing is evaluated here, the caller
-    traces the graph.
+    which holds the least memory. None: nothing is evaluated here, the caller traces the graph. Gradients are bit-equal
+    for every grain. Whatever the grain, a mixture of experts waits once a tile in a forward pass, for the experts that
+    its tokens chose (ops/moe.py).
     """
 
     def __init__(self, grain: str | None):

@@ -1,4 +1,4 @@
-"""Bytes of trained parameters and optimizer state, from shapes alone: nothing is allocated."""
+"""Bytes of trained parameters, optimizer state and experts, from shapes alone: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from ..model.base import Model
 from ..model.config import Layer, ModelSpec
 
 ITEM_BYTES = 4  # LoRA parameters and their gradients are float32 always
@@ -47,12 +48,35 @@ def lora_sizes(
     return LoraSizes(sum(per_block), max(per_block), sum(state[shape] for shape in shapes))
 
 
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Of a model with mixtures of experts: stored bytes of all experts, and of the most that a batch's tokens reach."""
+
+    stored: int
+    reached: int
+    n_layers: int
+    n_reached: int  # experts of a layer
+
+
+def expert_sizes(model: Model, n_tokens: int) -> ExpertSizes | None:
+    """What a pass over n_tokens reads of experts at most; None: the model has none.
+
+    A router that favours no expert reaches nearly as many, one that sends all tokens alike its n_chosen.
+    """
+    if (routing := model.spec.routing) is None:
+        return None
+    stacks = [stack for layer in model.spec.layers for stack in layer.experts.values()]
+    stored = sum(model.weights.info(name).n_bytes for stack in stacks for name in stack.tensors)
+    n_reached = min(routing.n_experts, n_tokens * routing.n_chosen)
+    n_layers = sum(bool(layer.experts) for layer in model.spec.layers)
+    return ExpertSizes(stored, stored * n_reached // routing.n_experts, n_layers, n_reached)
+
+
 def _shapes(layer: Layer, keys: frozenset[str], rank: int, is_dora: bool) -> Iterator[tuple[int, ...]]:
-    """The shapes of a block's A [in, r] and B [r, out], and of DoRA's m [out]."""
+    """The shapes of a block's A and B (Linear.pair_shapes), and of DoRA's m [out]."""
     for key, linear in layer.matrices.items():
         if key in keys:
-            yield linear.in_dims, rank
-            yield rank, linear.out_dims
+            yield from linear.pair_shapes(rank)
             if is_dora:
                 yield (linear.out_dims,)
 

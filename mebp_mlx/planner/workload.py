@@ -64,7 +64,8 @@ class Workload:
 
     def kind(self, layer: Layer) -> object:
         """Layers of one kind differ in no graph and no size, but for how their matrices are packed."""
-        trained = frozenset(short for short, linear in layer.linears.items() if linear.name in self.lora.pairs)
+        named = {**layer.linears, **layer.experts}
+        trained = frozenset(short for short, linear in named.items() if linear.name in self.lora.pairs)
         return layer.block, layer.window, trained
 
     @property

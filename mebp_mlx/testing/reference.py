@@ -50,6 +50,7 @@ def mlx_lm_loss_and_grads(
     model.set_dtype(dtype)
     if dtype == mx.float64:
         _replace_convolutions(model)
+    _replace_stacks(model, dtype)
     mask = mx.array(targets != -100)
 
     def loss_fn(model: nn.Module) -> mx.array:
@@ -81,10 +82,53 @@ def _replace_convolutions(model: nn.Module) -> None:
     model.freeze(keys=["weight"])
 
 
+class _Stack(nn.Module):
+    """mlx-lm's SwitchLinear as products with gathered matrices: MLX's gather_mm is float32 alone on the CPU."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.weight = module.weight  # [E, out, in]
+        if "bias" in module:
+            self.bias = module.bias
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = x @ self.weight[indices].swapaxes(-1, -2)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+
+
+class _LoraStack(_Stack):
+    """The same of LoRASwitchLinear, without dropout."""
+
+    def __init__(self, module: Any):
+        super().__init__(module.linear)
+        self.scale, self.lora_a, self.lora_b = module.scale, module.lora_a, module.lora_b
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        low = x @ self.lora_a[indices].swapaxes(-1, -2)
+        return super().__call__(x, indices) + self.scale * (low @ self.lora_b[indices].swapaxes(-1, -2))
+
+
+def _replace_stacks(model: nn.Module, dtype: mx.Dtype) -> None:
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.tuner.lora import LoRASwitchLinear
+
+    if dtype == mx.float32:
+        return
+    modules = dict(model.named_modules())
+    found = {name: _LoraStack(module) for name, module in modules.items() if isinstance(module, LoRASwitchLinear)}
+    plain = {name: module for name, module in modules.items() if isinstance(module, SwitchLinear)}
+    found |= {n: _Stack(m) for n, m in plain.items() if n.removesuffix(".linear") not in found}
+    for module in found.values():
+        module.freeze(keys=["weight", "bias"])
+    model.update_modules(tree_unflatten(list(found.items())))
+
+
 def dequantize_layers(model: nn.Module) -> None:
     """Replaces quantized layers by plain ones with the same weights."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)):
             continue
         weight = mx.dequantize(
             module.weight,
@@ -97,6 +141,10 @@ def dequantize_layers(model: nn.Module) -> None:
         )
         if isinstance(module, nn.QuantizedEmbedding):
             plain: nn.Module = nn.Embedding(*weight.shape)
+        elif isinstance(module, QuantizedSwitchLinear):
+            plain = SwitchLinear(1, 1, 1, bias="bias" in module)
+            if "bias" in module:
+                plain.bias = module.bias
         else:
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
             if "bias" in module:

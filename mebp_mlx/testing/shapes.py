@@ -82,6 +82,14 @@ def _qwen35(D: int, layers: int, heads: tuple[int, int], F: int, n_values: int, 
     }
 
 
+def _lfm2_moe() -> dict[str, Any]:
+    shape = _lfm2() | {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"], "num_hidden_layers": 24}
+    shape = {key: value for key, value in shape.items() if not key.startswith("block_")}
+    shape |= {"intermediate_size": 7168, "moe_intermediate_size": 1792, "num_dense_layers": 2, "use_expert_bias": True}
+    shape |= {"num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+    return shape | {"full_attn_idxs": [2, 6, 10, 14, 18, 21]}
+
+
 def _gemma(name: str, D: int, layers: int, heads: tuple[int, int], F: int, V: int, **more: Any) -> dict[str, Any]:
     shape = _shape(name, D, layers, heads, F, V, True, head_dim=256, query_pre_attn_scalar=256)
     del shape["hidden_act"]
@@ -143,6 +151,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3.5-2b": _qwen35(2048, 24, (8, 2), 6144, 16, tied=True),
     "qwen3.5-4b": _qwen35(2560, 32, (16, 4), 9216, 32, tied=True),
     "qwen3.5-9b": _qwen35(4096, 32, (16, 4), 12_288, 32, tied=False),
+    "qwen3-30b-a3b": _qwen3(2048, 48, (32, 4), 6144, tied=False)
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 768}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1}
+    | {"mlp_only_layers": []},
+    "olmoe-1b-7b": _shape(
+        "olmoe", 2048, 16, (16, 16), 1024, 50_304, False, architectures=["OlmoeForCausalLM"], rope_theta=10_000.0,
+        rms_norm_eps=1e-5, max_position_embeddings=4096, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
+    ),
+    "lfm2-8b-a1b": _lfm2_moe(),
     "gemma2-2b": _gemma(
         "gemma2", 2304, 26, (8, 4), 9216, 256_000, architectures=["Gemma2ForCausalLM"], rope_theta=10_000.0,
         max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,

@@ -34,7 +34,7 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 
 @dataclass(frozen=True)
 class Layer:
-    """A parameter of the model before packing; kind: "matrix" [out, in], "norm" or "bias"."""
+    """A parameter of the model before packing; kind: "matrix" [out, in] or a stack of them, "norm" or "bias"."""
 
     name: str
     shape: tuple[int, ...]
@@ -95,6 +95,12 @@ class _Listing:
             self.layers.append(Layer(name, (out_dims,), "bias"))
         return Linear(name, out_dims, in_dims, bias)
 
+    def experts(self, name: str, apart: str, shape: tuple[int, int, int], bias: bool = False) -> Linear:
+        self.layers.append(Layer(name, shape, "matrix"))
+        if bias:
+            self.layers.append(Layer(name, shape[:2], "bias"))
+        return Linear(name, *shape[1:], bias, n_experts=shape[0])
+
     def taps(self, name: str, channels: int, n_taps: int) -> bool:
         self.layers.append(Layer(name, (channels, n_taps, 1), "other"))
         return False
@@ -124,14 +130,14 @@ def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> 
             yield Tensor(layer.name, dtype, layer.shape, 0.0, 0.5)
         elif layer.kind == "bias":
             yield Tensor(f"{layer.name}.bias", dtype, layer.shape, 0.0, _WEIGHT_STD)
-        elif bits == 16 or layer.shape[1] % group_size:  # mlx-lm does not quantize what it cannot group either
+        elif bits == 16 or layer.shape[-1] % group_size:  # mlx-lm does not quantize what it cannot group either
             yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 0.0, _WEIGHT_STD)
         else:
-            n_out, n_in = layer.shape
-            groups = (n_out, n_in // group_size)
+            *rows, n_in = layer.shape
+            groups = (*rows, n_in // group_size)
             scale = _WEIGHT_STD * math.sqrt(12 / (4**bits - 1))  # levels 0 .. 2^bits - 1, equally likely
             centre = -(2**bits - 1) / 2 * scale
-            yield Tensor(f"{layer.name}.weight", "U32", (n_out, n_in * bits // 32))
+            yield Tensor(f"{layer.name}.weight", "U32", (*rows, n_in * bits // 32))
             yield Tensor(f"{layer.name}.scales", dtype, groups, scale, 0.1 * scale, uniform=True)
             yield Tensor(f"{layer.name}.biases", dtype, groups, centre, 0.1 * scale, uniform=True)
 

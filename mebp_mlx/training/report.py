@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..generation.sample import sample
 from ..model.base import Model
 from ..planner.search import Planned
+from ..planner.sizes import expert_sizes
 from ..system.footprint import PeakMeter
 from ..system.units import megabytes
 from .log import RunLog, events
@@ -127,6 +128,11 @@ def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:
         "pieces": f"{plan.token_block} tokens, {plan.query_block} queries, weights {weights}, "
         f"logits {plan.logits_block_bytes >> 10:,} KiB; a graph is one {plan.grain}",
     }
+    if (sizes := expert_sizes(workload.model, workload.B * workload.T)) is not None:
+        rows["experts"] = (
+            f"a pass reads at most {sizes.n_reached} a layer in {sizes.n_layers} layers, {sizes.reached / 1e6:,.1f} of "
+            f"{sizes.stored / 1e6:,.1f} MB: those that tokens choose"
+        )
     for name, text in rows.items():
         print(f"  {name:<10}{text}")
 

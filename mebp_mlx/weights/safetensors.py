@@ -117,6 +117,16 @@ class MappedWeights:
                     self._infos[renamed] = dataclasses.replace(self._infos.pop(name), name=renamed)
         self.names = tuple(self._infos)
 
+    def rename_parts(self, parts: Mapping[str, str]) -> None:
+        """Renames tensors: a part between dots that is a key becomes the key's value."""
+        if not parts:
+            return
+        for name in list(self._infos):
+            renamed = ".".join(parts.get(part, part) for part in name.split("."))
+            if renamed not in self._infos:
+                self._infos[renamed] = dataclasses.replace(self._infos.pop(name), name=renamed)
+        self.names = tuple(self._infos)
+
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor. UserError if there is none of that name."""
         try:
