@@ -11,6 +11,7 @@ from typing import Any
 
 from .hybrid import Hybrid, conv_widths, delta_widths, has_every_nth, has_listed_attention, lfm2_width
 from .settings import Settings
+from .sharing import Variant, gemma4_layers
 
 # Matrices of a block as they are stored, and the projections that each holds.
 Matrices = dict[str, tuple[str, ...]]
@@ -49,6 +50,10 @@ class Family:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
+    variants: Callable[[Settings, int, list[int | None], int, int], list[Variant]] | None = None  # sharing.py
+    sharer: str = ""  # the block of layers that take keys and values from another
+    layer_inputs: bool = False  # there is a second embedding, of which every layer reads a part
+    arrays: Mapping[str, str] = field(default_factory=dict)  # modules of numbers [1] in every layer, by name
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
     gated_query: bool = False  # q_proj has a gate of the output beside each head's query
     hybrid: Hybrid | None = None  # layers without attention
@@ -69,7 +74,7 @@ class Family:
     embed_scale: str | None = None
     embed_scale_is_root: bool = False  # sqrt(hidden_size)
     embed_scale_is_rounded: bool = False  # to bfloat16, whatever it is computed in: gemma 3 was trained so
-    attention_scale: str | None = None  # instead of head_dim^-1/2
+    attention_scale: str | float | None = None  # instead of head_dim^-1/2
     query_scalar: str | None = None  # its power -1/2 is the scale
     residual_scale: str | None = None
     residual_scale_per_root_layer: bool = False  # divided by sqrt(layers)
@@ -79,6 +84,7 @@ class Family:
     logit_cap: str | None = None
 
     ignores: tuple[str, ...] = ()  # beginnings of tensors that belong to no block
+    ignored_ends: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -124,6 +130,45 @@ _GEMMA3 = replace(
         "sliding_window_pattern": 6,
     },
 )
+_GEMMA4 = Family(
+    block="gemma4",
+    sharer="gemma4_shared",
+    matrices=CLASSIC | {name: (name,) for name in ("per_layer_input_gate", "per_layer_projection")},
+    norms={**_GEMMA2.norms, "post_per_layer_input_norm": "post_per_layer_input_norm"},
+    qk_norm=True,
+    variants=gemma4_layers,
+    layer_inputs=True,
+    arrays={"layer_scalar": "layer_scalar"},
+    layer_types=True,
+    window_pattern=True,
+    embed_scale_is_root=True,
+    attention_scale=1.0,
+    logit_cap="final_logit_softcapping",
+    ignored_ends=(".input_min", ".input_max", ".output_min", ".output_max"),
+    defaults={
+        "hidden_size": 1536,
+        "num_hidden_layers": 35,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 262_144,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "use_double_wide_mlp": True,
+        "sliding_window": 512,
+        "sliding_window_pattern": 5,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "rope_theta": 10_000.0,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "proportional", "partial_rotary_factor": 0.25},
+            "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
+        },
+    },
+)
 _OLMO2 = Family(**_BIASES, block="olmo2", norms=_POST, qk_norm=True, qk_norm_of_rows=True, defaults=_THETA)
 
 FAMILIES: dict[str, Family] = {
@@ -138,6 +183,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "gemma3": _GEMMA3,
+    "gemma4_text": _GEMMA4,
+    "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "smollm3": replace(_LLAMA, rope_skips_layers=True, defaults=_THETA | {"no_rope_layer_interval": 4}),
     "granite": Family(
         **_BIASES,
