@@ -23,7 +23,7 @@ from tests.runs import arguments
 from tests.texts import write_tokenizer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gemma3"]
-FAMILIES += ["mistral3", "minicpm", "olmo2", "glm4", "phi3", "gemma2", "lfm2", "qwen3_5"]
+FAMILIES += ["mistral3", "minicpm", "olmo2", "glm4", "phi3", "gemma2", "lfm2", "qwen3_5", "gemma4"]
 
 
 def run(model: Path, adapters: Path, out: Path, *more: str) -> int:

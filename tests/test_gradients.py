@@ -101,7 +101,7 @@ TILED = [
     "minicpm",
     "lfm2",
 ]
-TILED += ["qwen3_5", "qwen3_5-tied"]
+TILED += ["qwen3_5", "qwen3_5-tied", "gemma4_text"]
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
@@ -252,6 +252,12 @@ def test_gradients_for_every_placement(
         ("qwen3_5", ["linear_attn.in_proj_qkv", "linear_attn.out_proj"], 3),
         ("qwen3_5", ["self_attn.q_proj", "linear_attn.in_proj_z"], -1),
         ("qwen3_5-tied", ["mlp.down_proj", "linear_attn.in_proj_b"], 2),
+        ("gemma4_text", ["self_attn.k_proj"], -1),
+        ("gemma4_text", ["self_attn.v_proj", "per_layer_input_gate"], 5),
+        ("gemma4_text", ["self_attn.k_proj", "mlp.down_proj"], 4),
+        ("gemma4_text", ["per_layer_projection"], 3),
+        ("gemma4_text", ["per_layer_input_gate"], 1),
+        ("gemma4_text", ["mlp.gate_proj", "self_attn.q_proj"], -1),
     ],
 )
 def test_gradients_for_placements_in_other_blocks(
@@ -278,6 +284,8 @@ def test_gradients_for_placements_in_other_blocks(
         "gemma2",
         "lfm2",
         "qwen3_5",
+        "gemma4_text",
+        "gemma4",
     ],
 )
 def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
@@ -288,7 +296,7 @@ def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: s
     _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "gemma4_text"])
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
@@ -349,6 +357,8 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         ("phi3", ["self_attn.qkv_proj"]),
         ("lfm2", None),
         ("qwen3_5", None),
+        ("gemma4_text", None),
+        ("gemma4_text", ["self_attn.k_proj", "per_layer_input_gate"]),
     ],
 )
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:
