@@ -148,7 +148,7 @@ def test_mlp_in_blocks_of_columns(
     _assert_as_exact(model, lora, batch, loss, grads, seed, dropout_seed=5)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text", "gemma4_text"])
 def test_error_against_float64_is_that_of_float32(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0)
@@ -357,6 +357,7 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         ("phi3", ["self_attn.qkv_proj"]),
         ("lfm2", None),
         ("qwen3_5", None),
+        ("gemma2", None),
         ("gemma4_text", None),
         ("gemma4_text", ["self_attn.k_proj", "per_layer_input_gate"]),
     ],

@@ -103,7 +103,7 @@ class Repack:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
         inputs = spec.layer_inputs
-        more = [] if inputs is None else [inputs.embedding, inputs.projection, inputs.norm]
+        more: list[Linear | str] = [] if inputs is None else [inputs.embedding, inputs.projection, inputs.norm]
         blocks: list[list[Linear | str]] = [[spec.embedding, *more]]
         blocks += [[*layer.norms.values(), *layer.arrays.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
