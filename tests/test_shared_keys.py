@@ -165,7 +165,7 @@ def test_columns_of_gathered_rows_are_those_of_the_matrix(
     tmp_path: Path, bits: int, group_size: int, seed: int
 ) -> None:
     """Columns that begin and end inside a group, too."""
-    config = packed_config("gemma4_text") | {"hidden_size_per_layer_input": 64, "intermediate_size": 128}
+    config = packed_config("gemma4_text") | {"intermediate_size": 128}
     folder = write_model(tmp_path / "m", config, quantization={"group_size": group_size, "bits": bits})
     ids = np.random.default_rng(seed).integers(0, 131, 9).astype(np.int32)
     for packed in (False, True):
