@@ -139,7 +139,8 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
         assert (n_left == 0) if share == math.inf else (0 < n_left < len(slow) if share else n_left == len(slow))
         actual = np.asarray(model(tokens).astype(mx.float32))
         # Gemma 4 takes a product with the embedding itself, in its dtype, before any norm.
-        tolerance = 2e-4 if family != "gemma4" or share == math.inf else 2e-2
+        is_wide = family != "gemma4" or (share == math.inf and packing != "mxfp4")
+        tolerance = 2e-4 if is_wide else 2e-2
         assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max(), f"share {share}, seed {seed}"
     assert lines[0].startswith("decompressing the weights once, ") and "stay as stored: slower" in lines[2]
 
