@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -134,18 +135,17 @@ def test_gradients_of_constant_keys_are_not_summed_and_nothing_is_left(
 
 @pytest.mark.parametrize("numpy_too", [True, False], ids=["numpy", "plain"])
 def test_gradients_are_bit_equal_for_every_grain_and_store(tmp_path: Path, numpy_too: bool, seed: int) -> None:
-    model, lora, batch = _setup(tmp_path, seed, T=90, dropout=0.2)
+    model, lora, batch = _setup(tmp_path, seed, T=70, dropout=0.2)
     reference: dict[str, np.ndarray] = {}
-    for grain_index, grain in enumerate(GRAINS):
-        for store_index, kept_bytes in enumerate((None, 0, 150_000)):
-            saved = (SAVE_PRODUCTS, SAVE_INPUTS)[(grain_index + store_index) % 2]
-            plan = Plan(grain, saved, kept_bytes=kept_bytes, weight_block_bytes=1, token_block=64, query_block=17)
-            with cpu.off() if not numpy_too else mx.stream(mx.cpu):
-                loss, grads = _step(BackpropEngine(model, lora, plan=plan, seed=5, arena_dir=tmp_path), batch)
-            actual = {"loss": np.array(loss), **{name: np.array(g) for name, g in grads.items()}}
-            reference = reference or actual
-            for name, expected in reference.items():
-                assert np.array_equal(actual[name], expected), f"{name}, {grain}, {kept_bytes}, seed {seed}"
+    stores = zip((*GRAINS, "op", "block"), (None, 0, 150_000) * 2, (SAVE_PRODUCTS, SAVE_INPUTS) * 3, strict=True)
+    for grain, kept_bytes, saved in stores:
+        plan = Plan(grain, saved, kept_bytes=kept_bytes, weight_block_bytes=1, token_block=64, query_block=30)
+        with contextlib.nullcontext() if numpy_too else cpu.off():
+            loss, grads = _step(BackpropEngine(model, lora, plan=plan, seed=5, arena_dir=tmp_path), batch)
+        actual = {"loss": np.array(loss), **{name: np.array(g) for name, g in grads.items()}}
+        reference = reference or actual
+        for name, expected in reference.items():
+            assert np.array_equal(actual[name], expected), f"{name}, {grain}, {kept_bytes}, seed {seed}"
 
 
 def test_a_forward_pass_alone_has_the_same_loss(tmp_path: Path, seed: int) -> None:
