@@ -247,9 +247,9 @@ def _changed(folder: Path, **changes: Any) -> Path:
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all' is not supported"),
-        ({"hidden_size_per_layer_input": None}, "hidden_size_per_layer_input None is not supported"),
-        ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input must be a positive integer"),
-        ({"num_kv_shared_layers": None}, "num_kv_shared_layers is missing; without it mlx-lm takes 20, transformers 0"),
+        ({"hidden_size_per_layer_input": 0}, "nothing reads the tensor model.*per_layer"),
+        ({"hidden_size_per_layer_input": -2}, "hidden_size_per_layer_input must be a positive number, found '-2'"),
+        ({"num_kv_shared_layers": None}, "num_kv_shared_layers must be 0 to 6, found 'None'"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers must be 0 to 6, found '7'"),
         ({"num_kv_shared_layers": 6}, "layer 1 shares keys and values, and no layer below 1 is of its kind"),
         ({"num_kv_shared_layers": 2}, "asks for the tensor model.layers.4.self_attn.k_proj.weight"),
@@ -261,6 +261,14 @@ def _changed(folder: Path, **changes: Any) -> Path:
 def test_what_gemma_4_does_not_have_here_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = _changed(write_model(tmp_path / "m", CONFIGS["gemma4_text"]), **changes)
     with pytest.raises(UserError, match=message.replace("(", "\\(")):
+        mebp_mlx.open_model(folder)
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "use_double_wide_mlp", "final_logit_softcapping"])
+def test_keys_that_two_libraries_read_differently_must_be_there(tmp_path: Path, key: str) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS["gemma4_text"])
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIGS["gemma4_text"].items() if k != key}))
+    with pytest.raises(UserError, match=f"{key} is missing; mlx-lm takes .* then, transformers "):
         mebp_mlx.open_model(folder)
 
 

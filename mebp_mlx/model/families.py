@@ -51,8 +51,8 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     variants: Callable[[Settings, int, list[int | None], int, int], list[Variant]] | None = None  # sharing.py
-    sharer: str = ""  # the block of layers that take keys and values from another
     layer_inputs: bool = False  # there is a second embedding, of which every layer reads a part
+    without_inputs: Family | None = None  # the row for a config that has none
     arrays: Mapping[str, str] = field(default_factory=dict)  # modules of numbers [1] in every layer, by name
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
     gated_query: bool = False  # q_proj has a gate of the output beside each head's query
@@ -130,20 +130,19 @@ _GEMMA3 = replace(
         "sliding_window_pattern": 6,
     },
 )
-_GEMMA4 = Family(
-    block="gemma4",
-    sharer="gemma4_shared",
-    matrices=CLASSIC | {name: (name,) for name in ("per_layer_input_gate", "per_layer_projection")},
-    norms={**_GEMMA2.norms, "post_per_layer_input_norm": "post_per_layer_input_norm"},
+_GEMMA4_PLAIN = replace(
+    _GEMMA2,
+    block="gemma4_plain",
+    norm_offset=0.0,
+    head="config",
+    query_scalar=None,
+    attention_cap=None,
     qk_norm=True,
     variants=gemma4_layers,
-    layer_inputs=True,
     arrays={"layer_scalar": "layer_scalar"},
     layer_types=True,
     window_pattern=True,
-    embed_scale_is_root=True,
     attention_scale=1.0,
-    logit_cap="final_logit_softcapping",
     ignored_ends=(".input_min", ".input_max", ".output_min", ".output_max"),
     defaults={
         "hidden_size": 1536,
@@ -168,6 +167,14 @@ _GEMMA4 = Family(
             "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
         },
     },
+)
+_GEMMA4 = replace(
+    _GEMMA4_PLAIN,
+    block="gemma4",
+    matrices=CLASSIC | {name: (name,) for name in ("per_layer_input_gate", "per_layer_projection")},
+    norms={**_GEMMA4_PLAIN.norms, "post_per_layer_input_norm": "post_per_layer_input_norm"},
+    layer_inputs=True,
+    without_inputs=_GEMMA4_PLAIN,
 )
 _OLMO2 = Family(**_BIASES, block="olmo2", norms=_POST, qk_norm=True, qk_norm_of_rows=True, defaults=_THETA)
 

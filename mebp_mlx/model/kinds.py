@@ -106,8 +106,8 @@ def kinds_of(
     return attention, Kind(hybrid.block, D, head_dim, hybrid.matrices, other_norms, hybrid.arrays, widths, {}, offset)
 
 
-def without_keys(kind: Kind, block: str, donor: int) -> Kind:
+def without_keys(kind: Kind, donor: int) -> Kind:
     """The same layer with the keys and values of another one."""
     matrices = {name: shorts for name, shorts in kind.matrices.items() if shorts not in (("k",), ("v",))}
     norms = {name: norm for name, norm in kind.norms.items() if name != "k_norm"}
-    return replace(kind, block=block, matrices=matrices, norms=norms, donor=donor)
+    return replace(kind, block=f"{kind.block}_shared", matrices=matrices, norms=norms, donor=donor)

@@ -47,7 +47,6 @@ SIZE_LIMITS = {
     "num_key_value_heads": 10**6,
     "head_dim": 10**6,
     "global_head_dim": 10**6,
-    "hidden_size_per_layer_input": 10**6,
     "vocab_size_per_layer_input": 10**8,
     "vocab_size": 10**8,
 }
@@ -100,7 +99,7 @@ def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     if name not in MULTIMODAL:
-        return config, FAMILIES[name], ""
+        return config, _row(FAMILIES[name], config), ""
     text = config.get("text_config", config if name == "qwen3_5" else None)
     if not isinstance(text, dict):
         raise UserError(f"{where}: {name} needs an object 'text_config'")
@@ -114,10 +113,17 @@ def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
         text = {"num_attention_heads": 8, "num_key_value_heads": 4, **text, **outer}
     elif name in ("gemma4", "gemma4_unified"):
         text = {**text, "vocab_size": config.get("vocab_size", 262_144)}
+        if name == "gemma4_unified":
+            text = {"hidden_size_per_layer_input": 0, **text}  # transformers knows no such key here
     elif name == "mistral3":
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
         text = {**text, "tie_word_embeddings": tied}
-    return text, FAMILIES[inner if inner in FAMILIES else name], "language_model."
+    return text, _row(FAMILIES[inner if inner in FAMILIES else name], text), "language_model."
+
+
+def _row(family: Family, text: dict) -> Family:
+    has_inputs = text.get("hidden_size_per_layer_input", family.defaults.get("hidden_size_per_layer_input"))
+    return family if has_inputs or family.without_inputs is None else family.without_inputs
 
 
 def describe(config: dict, tensors: Reader, where: str = "config.json") -> ModelSpec:
@@ -187,7 +193,7 @@ def _layers(
     for index, (own, window) in enumerate(zip(variants, windows, strict=True)):
         prefix = f"{name}.{index}"
         if without is None or family.hybrid is None or family.hybrid.has_attention(settings, index):
-            kind = kinds[own][0] if own.donor is None else without_keys(kinds[own][0], family.sharer, own.donor)
+            kind = kinds[own][0] if own.donor is None else without_keys(kinds[own][0], own.donor)
             layers.append(kind.layer(tensors, index, prefix, rules.rope(index, window, own.head_dim), window))
             continue
         layers.append(without.layer(tensors, index, prefix, None, None))

@@ -24,9 +24,7 @@ def gemma4_layers(settings: Settings, L: int, windows: list[int | None], head_di
     The last num_kv_shared_layers take keys and values from the last layer below them of their own kind.
     """
     _refuse_what_is_not_there(settings)
-    where, n_shared = settings.where, settings.config.get("num_kv_shared_layers")
-    if n_shared is None:  # the tensors do not tell: public checkpoints have keys for layers that share them
-        raise UserError(f"{where}: num_kv_shared_layers is missing; without it mlx-lm takes 20, transformers 0")
+    where, n_shared = settings.where, settings.get("num_kv_shared_layers")
     if not isinstance(n_shared, int) or isinstance(n_shared, bool) or not 0 <= n_shared < L:
         raise UserError(f"{where}: num_kv_shared_layers must be 0 to {L - 1}, found {str(n_shared)[:100]!r}")
     M = L - n_shared
@@ -43,7 +41,20 @@ def gemma4_layers(settings: Settings, L: int, windows: list[int | None], head_di
     return variants
 
 
+# What mlx-lm and transformers take for a key that is missing; tensors do not tell, or not clearly.
+_READ_DIFFERENTLY = {
+    "num_kv_shared_layers": ("20", "0"),
+    "use_double_wide_mlp": ("true", "false"),
+    "final_logit_softcapping": ("30", "null"),
+}
+
+
 def _refuse_what_is_not_there(settings: Settings) -> None:
+    for key, (mlx_lm, transformers) in _READ_DIFFERENTLY.items():
+        if key not in settings.config:
+            raise UserError(
+                f"{settings.where}: {key} is missing; mlx-lm takes {mlx_lm} then, transformers {transformers}"
+            )
     allowed: dict[str, tuple[Any, ...]] = {
         "enable_moe_block": (False,),
         "attention_k_eq_v": (False,),
@@ -55,6 +66,3 @@ def _refuse_what_is_not_there(settings: Settings) -> None:
         value = settings.get(key)
         if value is not None and value not in values:
             raise UserError(f"{settings.where}: {key} {value!r} is not supported")
-    P = settings.config.get("hidden_size_per_layer_input", 1)
-    if not P:
-        raise UserError(f"{settings.where}: hidden_size_per_layer_input {P!r} is not supported: every layer has inputs")
