@@ -44,7 +44,8 @@ def moved(lora: Lora, seed: int) -> Lora:
 
 @pytest.mark.parametrize("plan", [None, TINY_BLOCKS, Plan(saved=SAVE_INPUTS)], ids=["default", "tiny-blocks", "inputs"])
 @pytest.mark.parametrize(
-    "name, packed", [("qwen2", False), ("qwen2", True), ("qwen3", False), ("gemma3_text", True), ("phi3", True)]
+    "name, packed",
+    [("qwen2", False), ("qwen2", True), ("qwen3", False), ("gemma3_text", True), ("phi3", True), ("gemma4_text", True)],
 )
 def test_gradients_equal_mlx_lms_dora(tmp_path: Path, name: str, packed: bool, plan: Plan | None, seed: int) -> None:
     config = packed_config(name) if packed else dict(CONFIGS[name])

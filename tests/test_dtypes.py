@@ -69,7 +69,14 @@ def _oracle(folder: Path, dtype: mx.Dtype, lora: Any, batch: _Batch) -> tuple[fl
 @pytest.mark.parametrize("plan", [None, SMALL_PIECES], ids=["default", "small pieces"])
 @pytest.mark.parametrize("weights", ["packed", "decompressed"])
 @pytest.mark.parametrize(
-    "name, dtype", [("qwen2", "bfloat16"), ("qwen3", "float16"), ("llama", "bfloat16"), ("gemma3_text", "bfloat16")]
+    "name, dtype",
+    [
+        ("qwen2", "bfloat16"),
+        ("qwen3", "float16"),
+        ("llama", "bfloat16"),
+        ("gemma3_text", "bfloat16"),
+        ("gemma4_text", "bfloat16"),
+    ],
 )
 def test_gradients_in_16_bits_are_as_exact_as_autograds(
     tmp_path: Path, name: str, dtype: str, weights: str, plan: Plan | None, seed: int
@@ -128,7 +135,7 @@ def test_gradients_are_bit_equal_for_every_policy_in_16_bits(tmp_path: Path, see
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("weights", ["packed", "decompressed"])
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text", "gemma4_text"])
 def test_a_float32_lora_promotes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, dropout: float, seed: int
 ) -> None:

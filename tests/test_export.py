@@ -82,23 +82,24 @@ def test_a_multimodal_models_names_are_transformers(tmp_path: Path) -> None:
     assert names == {f"base_model.model.{name}.lora_{p}.weight" for name in about["target_modules"] for p in "AB"}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "gemma4"])
 def test_the_layout_is_pefts_and_comes_back_bit_by_bit(tmp_path: Path, family: str) -> None:
-    model = write_model(tmp_path / "model", CONFIGS[family])
-    adapters = make_adapters(tmp_path / "adapters", model, num_layers=2, keys=["self_attn.v_proj", "mlp.up_proj"])
+    model, is_wrapped = write_model(tmp_path / "model", CONFIGS[family]), family in ("gemma3", "gemma4")
+    q = "v" if family != "gemma4" else "q"
+    adapters = make_adapters(tmp_path / "adapters", model, num_layers=2, keys=[f"self_attn.{q}_proj", "mlp.up_proj"])
     assert run(adapters, tmp_path / "peft", "--peft") == 0
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (about["peft_type"], about["r"], about["lora_alpha"]) == ("LORA", 3, 6)
     tensors = MappedWeights(tmp_path / "peft" / "adapter_model.safetensors")
     spec = Model(model).spec
     for layer in spec.layers[-2:]:
-        prefix = f"base_model.model.model.{'language_model.' if family == 'gemma3' else ''}layers.{layer.index}"
-        for short, key in (("v", "self_attn.v_proj"), ("up", "mlp.up_proj")):
+        prefix = f"base_model.model.model.{'language_model.' if is_wrapped else ''}layers.{layer.index}"
+        for short, key in ((q, f"self_attn.{q}_proj"), ("up", "mlp.up_proj")):
             linear = layer.linears[short]
             assert tensors.info(f"{prefix}.{key}.lora_A.weight").shape == (3, linear.in_dims)
             assert tensors.info(f"{prefix}.{key}.lora_B.weight").shape == (linear.out_dims, 3)
     assert len(tensors.names) == 8
-    if family != "gemma3":
+    if not is_wrapped:
         n_layers = spec.L
         assert about["target_modules"] == ["up_proj", "v_proj"]
         assert about["layers_to_transform"] == [n_layers - 2, n_layers - 1]

@@ -118,7 +118,7 @@ PACKINGS: dict[str, tuple[dict[str, Any] | None, mx.Dtype]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma4", "qwen3_moe"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing: str, seed: int) -> None:
     from mlx_lm.utils import load_model
@@ -138,7 +138,10 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
         n_left, free = len(list(dense._slow_matrices(model))), sum(not dense._must_grow(m) for _, m in slow)
         assert (n_left == 0) if share == math.inf else (0 < n_left < len(slow) if share else n_left == free)
         actual = np.asarray(model(tokens).astype(mx.float32))
-        assert np.abs(actual - expected).max() <= 2e-4 * np.abs(expected).max(), f"share {share}, seed {seed}"
+        # Gemma 4 takes a product with the embedding itself, in its dtype, before any norm.
+        is_wide = family != "gemma4" or (share == math.inf and packing != "mxfp4")
+        tolerance = 2e-4 if is_wide else 2e-2
+        assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max(), f"share {share}, seed {seed}"
     assert lines[0].startswith("decompressing the weights once, ") and "stay as stored: slower" in lines[2]
 
 

@@ -101,7 +101,7 @@ TILED = [
     "minicpm",
     "lfm2",
 ]
-TILED += ["qwen3_5", "qwen3_5-tied", "qwen3_moe", "olmoe", "lfm2_moe"]
+TILED += ["qwen3_5", "qwen3_5-tied", "gemma4_text", "qwen3_moe", "olmoe", "lfm2_moe"]
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
@@ -148,7 +148,7 @@ def test_mlp_in_blocks_of_columns(
     _assert_as_exact(model, lora, batch, loss, grads, seed, dropout_seed=5)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text", "gemma4_text"])
 def test_error_against_float64_is_that_of_float32(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0)
@@ -265,6 +265,12 @@ def test_gradients_for_every_placement(
         ("lfm2_moe", ["conv.in_proj", "feed_forward.switch_mlp.up_proj"], 3),
         ("lfm2_moe-plain", ["feed_forward.switch_mlp.gate_proj", "conv.out_proj"], -1),
         ("lfm2_moe-plain", ["feed_forward.gate_proj"], -1),
+        ("gemma4_text", ["self_attn.k_proj"], -1),
+        ("gemma4_text", ["self_attn.v_proj", "per_layer_input_gate"], 5),
+        ("gemma4_text", ["self_attn.k_proj", "mlp.down_proj"], 4),
+        ("gemma4_text", ["per_layer_projection"], 3),
+        ("gemma4_text", ["per_layer_input_gate"], 1),
+        ("gemma4_text", ["mlp.gate_proj", "self_attn.q_proj"], -1),
     ],
 )
 def test_gradients_for_placements_in_other_blocks(
@@ -294,6 +300,8 @@ def test_gradients_for_placements_in_other_blocks(
         "qwen3_moe",
         "olmoe",
         "lfm2_moe",
+        "gemma4_text",
+        "gemma4",
     ],
 )
 def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
@@ -304,7 +312,9 @@ def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: s
     _assert_exact(model, lora, tokens, targets, TINY_BLOCKS, seed)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "qwen3_moe", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "gemma4_text", "qwen3_moe", "lfm2_moe"]
+)
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3)
@@ -374,6 +384,9 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
         ("qwen3_5", None),
         ("olmoe", None),
         ("lfm2_moe", ["feed_forward.gate", "feed_forward.switch_mlp.up_proj"]),
+        ("gemma2", None),
+        ("gemma4_text", None),
+        ("gemma4_text", ["self_attn.k_proj", "per_layer_input_gate"]),
     ],
 )
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, keys: list | None, seed: int) -> None:

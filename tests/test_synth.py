@@ -79,7 +79,8 @@ def test_mlx_lm_finds_every_parameter_of_the_real_shapes(tmp_path: Path, name: s
     folder = write_model(name, tmp_path / "model", sparse=True)
     model = load(folder, lazy=True)
     assert len(model.layers) == model_config(name).get("text_config", model_config(name))["num_hidden_layers"]
-    assert all(file.stat().st_size <= 1_001_000_000 for file in folder.glob("*.safetensors"))
+    largest = max(math.prod(layer.shape) for layer in layers_of(model_config(name))) // 2  # bytes of 4 bits
+    assert all(file.stat().st_size <= max(1_001_000_000, 1.001 * largest) for file in folder.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_rank_8_on_seven_projections_has_the_papers_number_of_parameters(name: s
         ("qwen2.5-7b", 7_615_616_512),
         ("gemma3-1b", 999_885_952),
         ("gemma2-2b", 2_614_341_888),
+        ("gemma4-e2b", 4_628_569_379),
+        ("gemma4-e4b", 7_463_013_418),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624),

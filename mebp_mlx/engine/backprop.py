@@ -7,7 +7,6 @@ block's tiles from the last to the first; each block's gradients are handed over
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from ..families.base import BlockRun
 from ..kernels import cpu
 from ..model.base import Model, stand_in
 from ..model.config import Layer
-from ..model.lora import Adapter, Lora, flat, pairs_of
+from ..model.lora import Adapter, Lora, first_trained, flat, pairs_of
 from ..model.prefetch import Prefetch
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import SAVE_INPUTS, Barrier, Plan
@@ -96,7 +95,8 @@ class BackpropEngine:
         dx = block_backward(work, layer, run, dy, need_dx)
         self.store.forget(layer.index)
         gradients = run.gradients if scale == 1 else {n: g * (1 / scale) for n, g in run.gradients.items()}
-        self.barrier.tile(*dx[:1], *(sink(gradients) or gradients.values()))
+        sums = run.attention.sums() if layer.donor is not None else []
+        self.barrier.tile(*dx[:1], *(sink(gradients) or gradients.values()), *sums)
         self.barrier.block()
         return dx
 
@@ -128,6 +128,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
         run.shared.clear()
         if dy:  # the first tile is submitted with the block's update
             work.barrier.tile(*dx[-1:], *run.gradients.values(), *run.attention.sums(), *run.carried.values())
+    work.shared.take_back(layer, run.attention)
     return dx[::-1]
 
 
@@ -140,30 +141,33 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
         inputs.append(x)
         position += tile.shape[1]
     names = [linear.name for linear in layer.matrices.values() if linear.name in work.adapter.pairs]
-    trainables = flat({name: work.adapter.pairs[name] for name in names})
+    trainables, n_tiles, attention = flat({name: work.adapter.pairs[name] for name in names}), len(dy), run.attention
     plain = Pass(work.model, work.plan, work.adapter, Barrier(None), work.dropout_parts)
+    plain.tokens = work.tokens
+    lent = [] if layer.donor is None else list(work.shared.pairs[layer.donor])
+    gives = attention.sums() if layer.donor is None else []
 
     def block(*arrays: mx.array) -> list[mx.array]:
-        own = pairs_of(dict(zip(trainables, arrays[len(dy) :], strict=True)))
+        n = n_tiles + len(trainables)
+        own = pairs_of(dict(zip(trainables, arrays[n_tiles:n], strict=True)))
         plain.adapter = Adapter(own, work.adapter.scale, work.adapter.dropout)
-        return plain.forward(layer, list(arrays[: len(dy)]))
+        if layer.donor is not None:
+            plain.shared.pairs[layer.donor] = arrays[n], arrays[n + 1]
+        return [*plain.forward(layer, list(arrays[:n_tiles])), *(plain.shared.pairs[layer.index] if gives else ())]
 
-    # Trainables go in as arguments: a captured one would get a silent zero gradient.
+    # Trainables go in as arguments: a captured one would get a silent zero gradient. Shared keys and values, too.
     with cpu.off():
-        _, gradients = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values()], dy)
-        run.gradients.update(zip(trainables, gradients[len(dy) :], strict=True))
-        dx = gradients[: len(dy)] if need_dx else []
-        work.barrier.value(*dx, *run.gradients.values())
+        cotangents = [*dy, *(g.astype(work.model.dtype) for g in gives)]
+        _, gradients = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values(), *lent], cotangents)
+        n = n_tiles + len(trainables)
+        run.gradients.update(zip(trainables, gradients[n_tiles:n], strict=True))
+        dx = gradients[:n_tiles] if need_dx else []
+        if lent and attention.sums_keys:
+            attention.add(0, gradients[n].shape[2], *gradients[n:])
+        work.barrier.value(*dx, *run.gradients.values(), *attention.sums())
+    work.shared.take_back(layer, attention)
     dy.clear()
     return dx
-
-
-def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
-    """The lowest block with a pair; the number of blocks if none has one."""
-    for layer in layers:
-        if any(linear.name in adapter.pairs for linear in layer.matrices.values()):
-            return layer.index
-    return len(layers)
 
 
 def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
@@ -187,7 +191,7 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     """
     layers = model.spec.layers[index:]
     downs = {layer.index: layer.experts.get("down") or layer.linears["down"] for layer in layers}
-    kinds = {(layer.block, model.copied_bytes(downs[layer.index], 1)): layer for layer in layers}
+    kinds = {(layer.block, layer.head_dim, model.copied_bytes(downs[layer.index], 1)): layer for layer in layers}
     work = Pass(model.unread(), plan, adapter, Barrier(None))
     return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
 
@@ -195,6 +199,7 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
 def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
     """What a block keeps of a batch [B, T], of a pass over an unread model that evaluates nothing."""
     shapes = Shapes()
+    work.assume(B, T)
     with cpu.off():
         x = [mx.zeros((B, stop - start, work.model.spec.D), work.model.dtype) for start, stop in work.plan.tiles(T)]
         work.forward(layer, x, shapes, kept_names(work.plan, layer))

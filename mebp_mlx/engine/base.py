@@ -19,6 +19,7 @@ from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Barrier, Context, Plan
 from ..system.pages import PAGE_BYTES
 from .arena import Arena
+from .shared_keys import SharedKeys
 
 # Takes a block's gradients, float32 by parameter name; returns the arrays to evaluate with the block.
 Sink = Callable[[dict[str, mx.array]], "list[mx.array] | None"]
@@ -70,16 +71,25 @@ class Pass(Context):
     ):
         super().__init__(model, plan, adapter, barrier, dropout_parts)
         self.ahead = ahead
+        self.shared = SharedKeys(model.spec.layers, adapter)
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
         """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
+        self.tokens = tokens
         tiles = [self.model.embed(tokens[:, start:stop]) for start, stop in self.plan.tiles(tokens.shape[1])]
         self.barrier.value(*tiles)
         return tiles
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
         """One block at work; kept, names: where and which values are kept, as of BlockRun."""
-        return BlockRun(self, layer, BLOCKS[layer.block], kept, names)
+        run = BlockRun(self, layer, BLOCKS[layer.block], kept, names)
+        self.shared.lend(layer, run.attention, backward=names is None)
+        return run
+
+    def assume(self, B: int, T: int) -> None:
+        """What blocks of a batch [B, T] find of the embedding and of other blocks, where some of them run alone."""
+        self.tokens = np.zeros((B, T), np.int32)
+        self.shared.assume(self.model, B, T)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()
@@ -95,6 +105,7 @@ class Pass(Context):
             del block  # from here on, only the graph refers to values that are not kept
             run.shared.clear()
             self.barrier.tile(y[-1], *run.carried.values())
+        self.shared.take(layer, run.attention)
         self.barrier.block()
         return y
 

@@ -20,6 +20,7 @@ from ..model.lora import Adapter, Lora, pairs_of
 from ..ops.cross_entropy import capped, final_norm
 from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch
+from .shared_keys import Pair
 
 _RUN = 128  # terms that are added up one after the other
 
@@ -80,16 +81,20 @@ class WholeGraphEngine:
         model, T = self.model, batch.tokens.shape[1]
         plan = Plan(weight_block_bytes=None, token_block=T + 64, query_block=T)
         x = model.embed(batch.tokens)
+        shared: dict[int, Pair] = {}
         for layer in model.spec.layers:
             own = {name: p for name, p in parameters.items() if name.startswith(f"{layer.prefix}.")}
 
-            def block(x: mx.array, own: dict[str, mx.array], layer: Layer = layer) -> mx.array:
+            def block(
+                x: mx.array, own: dict[str, mx.array], shared: dict[int, Pair], layer: Layer = layer
+            ) -> tuple[mx.array, dict[int, Pair]]:
                 adapter = Adapter(pairs_of(own), self.lora.scale, self.lora.dropout)
                 work = Pass(model, plan, adapter, Barrier(None), dropout_parts)
-                return work.forward(layer, [x])[0]
+                work.tokens, work.shared.pairs = batch.tokens, dict(shared)
+                return work.forward(layer, [x])[0], work.shared.pairs
 
-            # Trainables go in as arguments: a captured one would get a silent zero gradient.
-            x = (mx.checkpoint(block) if self.checkpoint else block)(x, own)
+            # Trainables go in as arguments: a captured one would get a silent zero gradient. Shared keys, too.
+            x, shared = (mx.checkpoint(block) if self.checkpoint else block)(x, own, shared)
         logits = capped(self._linear(model.spec.head, final_norm(model)(x)), model.spec.logit_cap)
         return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
 

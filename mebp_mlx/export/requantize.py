@@ -105,7 +105,7 @@ class _Stacked:
 
 
 class Repack:
-    """The new files: the embedding's, one for each decoder block, and the final norm's (with the head).
+    """The new files: the embeddings', one for each decoder block, and the final norm's (with the head).
 
     recipe: how matrices are packed, None: every tensor keeps its bytes; dtype: of all that is not packed, None: each
     tensor's own; adapter: pairs that are added to their matrices, which without a recipe are packed anew as they were.
@@ -117,7 +117,9 @@ class Repack:
     ) -> None:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
-        blocks: list[list[Linear | str]] = [[spec.embedding]]
+        inputs = spec.layer_inputs
+        more: list[Linear | str] = [] if inputs is None else [inputs.embedding, inputs.projection, inputs.norm]
+        blocks: list[list[Linear | str]] = [[spec.embedding, *more]]
         blocks += [[*layer.norms.values(), *layer.arrays.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Block
 from .gated_delta import GatedDeltaBlock
 from .gemma3 import Gemma3Block
+from .gemma4 import Gemma4Block, PlainBlock, PlainSharedBlock, SharedBlock
 from .glm4 import Glm4Block
 from .lfm2 import Lfm2Block
 from .llama import LlamaBlock
@@ -17,6 +18,10 @@ BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "llama_moe": LlamaMoeBlock,
     "gemma3": Gemma3Block,
+    "gemma4": Gemma4Block,
+    "gemma4_shared": SharedBlock,
+    "gemma4_plain": PlainBlock,
+    "gemma4_plain_shared": PlainSharedBlock,
     "glm4": Glm4Block,
     "olmo2": Olmo2Block,
     "lfm2": Lfm2Block,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.core as mx
 from ..model.config import Layer
 from ..ops.attention import Attention, Heads
 from ..ops.gated_mlp import Gate, GatedMlp
+from ..ops.layer_input import LayerInput
 from ..ops.lora_linear import LoraLinear, Shared
 from ..ops.moe import Moe
 from ..ops.plan import Context
@@ -119,7 +121,7 @@ class BlockRun:
             self.mlp = GatedMlp(self.linear["gate"], self.linear["up"], self.linear["down"], block.gate)
         qk_norms = {"q": self.norms.get("q_norm"), "k": self.norms.get("k_norm")}
         heads = Heads(
-            spec.head_dim,
+            layer.head_dim,
             spec.attention_scale,
             layer.window,
             layer.rope,
@@ -129,15 +131,21 @@ class BlockRun:
             spec.attention_cap,
         )
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
+        self.index = layer.index
         self.blocks: list[Block] = []  # of a backward pass, a tile each
         self.states: dict[str, mx.array] = {}  # of a backward pass, between tiles
         self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
+
+    @cached_property
+    def layer_input(self) -> LayerInput:
+        """What the layer reads of its tokens, in families that have this."""
+        return LayerInput(self.shared, self.index)
 
     def look_back(self) -> None:
         """Bring the keys and values of all tiles back, for a backward pass; once."""
         if self.attention.keys is None:
             for block in self.blocks:
-                self.attention.append(block.K, block.v)
+                block.show_keys()
                 block.drop("v", "k", "h", "x")
 
 
@@ -239,21 +247,28 @@ class Block:
     def attend(self, Q: mx.array) -> mx.array:
         """Attention of a tile's queries; its keys and values join those of the tiles before it."""
         if self.unread is not None:
-            self.run.attention.append(self.K, self.v)
-            self.drop("K", "v")
+            self.show_keys()
         else:
             self.run.look_back()
         return self.run.attention(Q, self.position)
 
+    def show_keys(self) -> None:
+        """The tile's keys and values join those that attention sees."""
+        self.run.attention.append(self.K, self.v)
+        self.drop("K", "v")
+
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
-        """dL/dq, dL/dk, dL/dv of a tile; later tiles must have been visited."""
+        """dL/d of each projection before attention, of a tile; later tiles must have been visited."""
+        dq = self.query_backward(da)
+        dK, dv = self.run.attention.cotangents(self.position, self.shape[1])
+        return {"q": dq, "k": self.rotate_backward("k", dK), "v": self.evaluated(dv)}
+
+    def query_backward(self, da: mx.array) -> mx.array:
+        """dL/dq of a tile; its part of dL/dK and dL/dV is summed up."""
         self.run.look_back()
         dQ = self.run.attention.backward(self.Q, da, self.position)
         self.drop("Q")
-        dq = self.rotate_backward("q", dQ)
-        del dQ
-        dK, dv = self.run.attention.cotangents(self.position, self.shape[1])
-        return {"q": dq, "k": self.rotate_backward("k", dK), "v": self.evaluated(dv)}
+        return self.rotate_backward("q", dQ)
 
     def mlp(self, x: mx.array) -> mx.array:
         """The gated MLP's output."""

@@ -21,6 +21,7 @@ from ..system.units import megabytes
 
 _RESERVE_BYTES = 48 << 20  # cached keys and values, activations, what libraries take at the first token
 _STEP_BYTES = 1_000_000  # budgets in messages are rounded up to this
+_GATHERED = "embed_tokens_per_layer"  # half of Gemma 4: a token takes a row of it, in no product
 
 
 def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
@@ -84,6 +85,8 @@ def _is_packed(module: Any) -> bool:
 def _slow_matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
     plain = (nn.Linear, nn.Embedding, _stacks()[1])
     for name, module in model.named_modules():
+        if name.endswith(_GATHERED):
+            continue
         is_plain = isinstance(module, plain)
         if _is_packed(module) or (is_plain and module.weight.dtype != mx.float32):
             yield name, module

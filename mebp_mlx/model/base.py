@@ -83,7 +83,8 @@ WeightBlock = DenseBlock | QuantizedBlock
 
 class Tensor:
     """A tensor of the checkpoint, to be indexed as numpy would: `tensor[2:5]`, `tensor[:, :8]`, `tensor[ids]`,
-    `tensor[...]`. n_axes: leading axes become one until it has so many: a stack of matrices is one of all their rows.
+    `tensor[ids, :8]`, `tensor[...]`. n_axes: leading axes become one until it has so many: a stack of matrices is one
+    of all their rows.
 
     What is read is an MLX array of the tensor's own dtype: a slice of the mapped pages where MLX has adopted them, a
     copy of these items alone elsewhere.
@@ -104,7 +105,8 @@ class Tensor:
         return self.weights.view(self.name).reshape(self.shape)
 
     def __getitem__(self, index: Any) -> mx.array:
-        if self.in_place is not None and not isinstance(index, np.ndarray):
+        first = index[0] if isinstance(index, tuple) else index
+        if self.in_place is not None and not isinstance(first, np.ndarray):
             return self.in_place[index]
         items = self.items[index]
         if not items.flags.c_contiguous:  # MLX would copy all that lies between its first byte and its last
@@ -162,13 +164,8 @@ class Model:
             return self.row_block(linear, 0, linear.out_dims)
         if not 0 <= start <= stop <= linear.in_dims:
             raise IndexError(f"{linear.name}: columns {start}..{stop} of {linear.in_dims}")
-
-        def columns(tensor: Tensor) -> Any:
-            # A packed tensor, or one with a number for each group, has fewer columns than the matrix.
-            first, last = (at * tensor.shape[1] // linear.in_dims for at in (start, stop))
-            return rows_of(linear, 0, linear.out_dims), slice(first, last)
-
-        return self._block(linear, columns)
+        rows = rows_of(linear, 0, linear.out_dims)
+        return self._block(linear, lambda tensor: (rows, _columns(linear, tensor, start, stop)))
 
     def rows(self, linear: Linear, start: int, stop: int) -> mx.array:
         """Rows [start, stop) of the matrix, dequantized: [stop - start, in_dims] in the compute dtype."""
@@ -194,14 +191,21 @@ class Model:
         """The length of each row of the matrix, float32 [out_dims]: what DoRA's m starts as."""
         return mx.sqrt(self.squared_norms(linear))
 
-    def gather(self, linear: Linear, ids: np.ndarray) -> mx.array:
-        """The rows `ids` (int, [n]) of the matrix, dequantized: [n, in_dims] in the compute dtype.
+    def gather(self, linear: Linear, ids: np.ndarray, columns: tuple[int, int] | None = None) -> mx.array:
+        """The rows `ids` (int, [n]) of the matrix, or columns [start, stop) of them, dequantized: [n, in_dims] in the
+        compute dtype. Nothing else is read.
 
         IndexError if an id is negative or beyond the rows.
         """
         if ids.size and not (ids.min() >= 0 and ids.max() < linear.out_dims):
             raise IndexError(f"{linear.name}: row ids {ids.min()}..{ids.max()} of {linear.out_dims}")
-        return self._dense(linear, lambda _: ids)
+        if columns is None:
+            return self._dense(linear, lambda _: ids)
+        packing = linear.quantization
+        group_size = 1 if packing is None else packing.group_size
+        first, last = columns[0] // group_size * group_size, -(-columns[1] // group_size) * group_size  # whole groups
+        rows = self._dense(linear, lambda tensor: (ids, _columns(linear, tensor, first, last)))
+        return rows[:, columns[0] - first : columns[1] - first]
 
     def stays_packed(self, linear: Linear) -> bool:
         """Whether products with this matrix are made without dequantizing it."""
@@ -283,6 +287,14 @@ class Model:
         x = self.gather(self.spec.embedding, tokens.reshape(-1)).reshape(*tokens.shape, self.spec.D)
         scale = self.spec.embed_scale
         return x if scale is None else x * scale
+
+
+def _columns(linear: Linear, tensor: Tensor, start: int, stop: int) -> slice:
+    """Columns [start, stop) of a matrix in one of its tensors: a packed one, or one with a number for each group, has
+    fewer.
+    """
+    first, last = (at * tensor.shape[1] // linear.in_dims for at in (start, stop))
+    return slice(first, last)
 
 
 def rows_of(linear: Linear, start: int, stop: int) -> slice:

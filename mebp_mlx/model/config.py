@@ -88,11 +88,23 @@ class Layer:
     block: str  # whose equations these are (families/)
     rope: Rope | None  # None: queries and keys are not rotated
     window: int | None  # sliding window in tokens, None = all earlier tokens
+    head_dim: int
+    donor: int | None  # the layer whose keys and values its queries meet; None: its own
     linears: dict[str, Linear]  # as the block names them: "q", "k", "v", "o", "gate", "up", "down"
     matrices: dict[str, Linear]  # as they are stored and adapted ("self_attn.q_proj"); one may hold several projections
     norms: dict[str, str]  # tensors of norms' weights by the norm's name in the block ("input_layernorm")
     arrays: dict[str, str]  # other tensors by their name in the block, which stay as they are ("conv")
     experts: dict[str, Linear]  # stacks of a mixture's "gate", "up" and "down", which are no `linears`; or none
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """A second embedding, of which every layer reads its own `width` columns (ops/layer_input.py)."""
+
+    width: int  # P
+    embedding: Linear  # [tokens, L * P]
+    projection: Linear  # [L * P, D], of the first embedding's rows
+    norm: str  # tensor of its weight [P]
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ class ModelSpec:
     norm_offset: float  # is added to every norm's weight
     delta: DeltaHeads | None  # of layers with a gated delta net
     routing: Routing | None  # of layers with a mixture of experts
+    layer_inputs: LayerInputs | None
     layers: tuple[Layer, ...]
     embedding: Linear
     head: Linear

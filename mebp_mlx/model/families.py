@@ -12,6 +12,7 @@ from typing import Any
 from .experts import Mixture, above_dense_layers, by_sparse_step, every_layer
 from .hybrid import Hybrid, conv_widths, delta_widths, has_every_nth, has_listed_attention, lfm2_width
 from .settings import Settings
+from .sharing import Variant, gemma4_layers
 
 # Matrices of a block as they are stored, and the projections that each holds.
 Matrices = dict[str, tuple[str, ...]]
@@ -52,6 +53,10 @@ class Family:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
+    variants: Callable[[Settings, int, list[int | None], int, int], list[Variant]] | None = None  # sharing.py
+    layer_inputs: bool = False  # there is a second embedding, of which every layer reads a part
+    without_inputs: Family | None = None  # the row for a config that has none
+    arrays: Mapping[str, str] = field(default_factory=dict)  # modules of numbers [1] in every layer, by name
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
     gated_query: bool = False  # q_proj has a gate of the output beside each head's query
     hybrid: Hybrid | None = None  # layers without attention
@@ -73,7 +78,7 @@ class Family:
     embed_scale: str | None = None
     embed_scale_is_root: bool = False  # sqrt(hidden_size)
     embed_scale_is_rounded: bool = False  # to bfloat16, whatever it is computed in: gemma 3 was trained so
-    attention_scale: str | None = None  # instead of head_dim^-1/2
+    attention_scale: str | float | None = None  # instead of head_dim^-1/2
     query_scalar: str | None = None  # its power -1/2 is the scale
     residual_scale: str | None = None
     residual_scale_per_root_layer: bool = False  # divided by sqrt(layers)
@@ -84,6 +89,7 @@ class Family:
 
     ignores: tuple[str, ...] = ()  # beginnings of tensors that belong to no block
     renamed_parts: Mapping[str, str] = field(default_factory=dict)  # of tensors' names as transformers writes them
+    ignored_ends: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -128,6 +134,52 @@ _GEMMA3 = replace(
         "sliding_window": 512,
         "sliding_window_pattern": 6,
     },
+)
+_GEMMA4_PLAIN = replace(
+    _GEMMA2,
+    block="gemma4_plain",
+    norm_offset=0.0,
+    head="config",
+    query_scalar=None,
+    attention_cap=None,
+    qk_norm=True,
+    variants=gemma4_layers,
+    arrays={"layer_scalar": "layer_scalar"},
+    layer_types=True,
+    window_pattern=True,
+    attention_scale=1.0,
+    ignored_ends=(".input_min", ".input_max", ".output_min", ".output_max"),
+    defaults={
+        "hidden_size": 1536,
+        "num_hidden_layers": 35,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 262_144,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "use_double_wide_mlp": True,
+        "sliding_window": 512,
+        "sliding_window_pattern": 5,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "rope_theta": 10_000.0,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "proportional", "partial_rotary_factor": 0.25},
+            "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
+        },
+    },
+)
+_GEMMA4 = replace(
+    _GEMMA4_PLAIN,
+    block="gemma4",
+    matrices=CLASSIC | {name: (name,) for name in ("per_layer_input_gate", "per_layer_projection")},
+    norms={**_GEMMA4_PLAIN.norms, "post_per_layer_input_norm": "post_per_layer_input_norm"},
+    layer_inputs=True,
+    without_inputs=_GEMMA4_PLAIN,
 )
 _OLMO2 = Family(**_BIASES, block="olmo2", norms=_POST, qk_norm=True, qk_norm_of_rows=True, defaults=_THETA)
 
@@ -207,6 +259,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "gemma3": _GEMMA3,
+    "gemma4_text": _GEMMA4,
+    "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "smollm3": replace(_LLAMA, rope_skips_layers=True, defaults=_THETA | {"no_rope_layer_interval": 4}),
     "granite": Family(
         **_BIASES,

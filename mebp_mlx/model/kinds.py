@@ -39,12 +39,14 @@ class Kind:
 
     block: str
     D: int
+    head_dim: int
     matrices: Mapping[str, tuple[str, ...]]
     norms: Mapping[str, tuple[str, int]]
     arrays: Mapping[str, str]
     widths: Widths
     biases: Mapping[str, bool]
     offset_in_torch_layout: float = 0.0
+    donor: int | None = None
     mixture: Mixture | None = None
 
     def with_experts(self, mixture: Mixture, settings: Settings) -> Kind:
@@ -84,7 +86,8 @@ class Kind:
         for name, shape in self.widths.arrays.items():
             if len(shape) == 1:
                 tensors.vector(arrays[name], *shape)
-        return Layer(index, prefix, self.block, rope, window, linears, matrices, norms, arrays, experts)
+        own = (window, self.head_dim, self.donor)
+        return Layer(index, prefix, self.block, rope, *own, linears, matrices, norms, arrays, experts)
 
     def _experts(self, tensors: Reader, prefix: str) -> dict[str, Linear]:
         if (mixture := self.mixture) is None:
@@ -121,12 +124,24 @@ def kinds_of(
         for name, module, n_heads in zip(("q_norm", "k_norm"), family.qk_norms, (H, K), strict=True):
             qk_norms[name] = (f"self_attn.{module}", head_dim * n_heads if family.qk_norm_of_rows else head_dim)
     rows = {"q": H * head_dim * (2 if family.gated_query else 1), "k": K * head_dim, "v": K * head_dim, "o": D}
-    widths = Widths(rows | mlp, {"o": H * head_dim} | mlp_inputs, {})
-    attention = Kind(family.block, D, family.matrices, norms | qk_norms, {}, widths, biases)
+    inputs = {"o": H * head_dim} | mlp_inputs
+    if family.layer_inputs:
+        P = settings.integer("hidden_size_per_layer_input")
+        rows |= {"per_layer_input_gate": P, "per_layer_projection": D}
+        inputs["per_layer_projection"] = P
+    widths = Widths(rows | mlp, inputs, dict.fromkeys(family.arrays, (1,)))
+    attention = Kind(family.block, D, head_dim, family.matrices, norms | qk_norms, family.arrays, widths, biases)
     if (hybrid := family.hybrid) is None:
         return attention, None
     own = hybrid.widths(settings, D)
     widths = replace(own, rows={**own.rows, **mlp}, inputs={**own.inputs, **mlp_inputs})
     other_norms = {name: (module, D) for name, module in hybrid.norms.items()}
-    kind = Kind(hybrid.block, D, hybrid.matrices, other_norms, hybrid.arrays, widths, {}, hybrid.offset_in_torch_layout)
-    return attention, kind
+    offset = hybrid.offset_in_torch_layout
+    return attention, Kind(hybrid.block, D, head_dim, hybrid.matrices, other_norms, hybrid.arrays, widths, {}, offset)
+
+
+def without_keys(kind: Kind, donor: int) -> Kind:
+    """The same layer with the keys and values of another one."""
+    matrices = {name: shorts for name, shorts in kind.matrices.items() if shorts not in (("k",), ("v",))}
+    norms = {name: norm for name, norm in kind.norms.items() if name != "k_norm"}
+    return replace(kind, block=f"{kind.block}_shared", matrices=matrices, norms=norms, donor=donor)

@@ -13,9 +13,8 @@ _KINDS = {"full_attention", "sliding_attention"}
 class LayerRules:
     """A family's rules, with the config's keys."""
 
-    def __init__(self, settings: Settings, family: Family, head_dim: int, L: int):
+    def __init__(self, settings: Settings, family: Family, L: int):
         self.settings, self.family, self.L, self.where = settings, family, L, settings.where
-        self.dims = int(head_dim * self._rotated()) if family.partial_rope else head_dim
         self.pattern = settings.get("sliding_window_pattern") if family.window_pattern else None
 
     def _rotated(self) -> float:
@@ -37,7 +36,7 @@ class LayerRules:
             slides = bool(self.pattern) and (index + 1) % self.settings.integer("sliding_window_pattern") != 0
         return self.settings.integer("sliding_window") if slides else None
 
-    def rope(self, index: int, window: int | None) -> Rope | None:
+    def rope(self, index: int, window: int | None, head_dim: int) -> Rope | None:
         """A layer's rope, from the keys at the top level or from rope_parameters, which may hold a set a layer type.
 
         Both may stand there (mlx-lm reads the old keys only) if they say the same. None: nothing is rotated.
@@ -45,6 +44,7 @@ class LayerRules:
         if self._skips(index, window):
             return None
         family, get = self.family, self.settings.get
+        dims = int(head_dim * self._rotated()) if family.partial_rope else head_dim
         local = family.window_rope_is_plain and window is not None
         nested, is_by_type = self._rope_parameters("full_attention" if window is None else "sliding_attention")
         key = family.window_theta if local else "rope_theta"
@@ -55,18 +55,18 @@ class LayerRules:
         if old is not None and not isinstance(old, dict):
             raise UserError(f"{self.where}: rope_scaling must be an object, found {str(old)[:100]!r}")
         new = nested if not local or is_by_type or family.window_theta != "rope_theta" else None
-        ropes = [self._made(base, scaling) for scaling in (old, new) if scaling]
+        ropes = [self._made(dims, base, scaling) for scaling in (old, new) if scaling]
         differ = any(rope != ropes[0] or rope.freqs is not ropes[0].freqs for rope in ropes)  # made once for a setting
         if len(set(bases)) > 1 or differ:
             what = key if len(set(bases)) > 1 else "rope_scaling"
             raise UserError(f"{self.where}: {what} and rope_parameters contradict each other; remove one of them")
-        return ropes[0] if ropes else self._made(base, None)
+        return ropes[0] if ropes else self._made(dims, base, None)
 
-    def _made(self, base: float, scaling: dict | None) -> Rope:
+    def _made(self, dims: int, base: float, scaling: dict | None) -> Rope:
         keys = ("max_position_embeddings", "original_max_position_embeddings")
         lengths = {key: value for key in keys if (value := self.settings.get(key)) is not None}
         traditional = bool(self.settings.get("rope_traditional", self.family.traditional))
-        return make_rope(self.dims, base, scaling, traditional=traditional, where=self.where, lengths=lengths)
+        return make_rope(dims, base, scaling, traditional=traditional, where=self.where, lengths=lengths)
 
     def _skips(self, index: int, window: int | None) -> bool:
         if self.family.rope_in_windows_only:

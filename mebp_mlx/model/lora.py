@@ -14,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import UserError
-from .config import Linear, ModelSpec
+from .config import Layer, Linear, ModelSpec
 
 DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
 
@@ -50,6 +50,14 @@ class Adapter:
     pairs: Mapping[str, Pair]
     scale: float
     dropout: float
+
+
+def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
+    """The lowest block with a pair; the number of blocks if none has one."""
+    for layer in layers:
+        if any(linear.name in adapter.pairs for linear in layer.linears.values()):
+            return layer.index
+    return len(layers)
 
 
 class Lora(Adapter):

@@ -10,25 +10,34 @@ import mlx.core as mx
 from ..errors import UserError
 from ..system.files import read_json_object
 from ..weights.safetensors import MappedWeights
-from .config import Linear, ModelSpec
+from .config import Layer, LayerInputs, Linear, ModelSpec
 from .families import FAMILIES, Family
-from .kinds import Reader, kinds_of
+from .kinds import Kind, Reader, kinds_of, without_keys
 from .layers import LayerRules
 from .settings import Settings
+from .sharing import Variant
 from .tensors import Tensors
 
 MULTIMODAL = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_text",
     "mistral3": "llama",
     "qwen3_5": "qwen3_5_text",
 }  # the decoder under text_config, where that names none
 _TEXT_TYPES = {
     "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "gemma4_unified": ("gemma4_text", "gemma4_unified_text"),
     "mistral3": ("ministral3", "llama", "mistral"),
     "qwen3_5": ("qwen3_5_text", "qwen3_5"),
 }
 
 
+# Of multimodal models, beside the decoder.
+_OTHER_MODULES = (
+    "vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_audio", "embed_vision", "vision_embedder"
+)  # fmt: skip
 # Far above any model's. Libraries that read config.json make lists of these lengths.
 SIZE_LIMITS = {
     "num_hidden_layers": 10_000,
@@ -37,6 +46,8 @@ SIZE_LIMITS = {
     "num_attention_heads": 10**6,
     "num_key_value_heads": 10**6,
     "head_dim": 10**6,
+    "global_head_dim": 10**6,
+    "vocab_size_per_layer_input": 10**8,
     "vocab_size": 10**8,
 }
 
@@ -75,8 +86,11 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
     tensors = Tensors(weights, config, where)
     spec = describe(config, tensors, where)
     head = f"{prefix}lm_head"
-    others = ("model.vision_tower.", "model.multi_modal_projector.", "model.visual.") if prefix else ()
-    tensors.refuse_unread(prefix, None if spec.head.name == head else head, (*family.ignores, *others))
+    others = [f"model.{name}." for name in _OTHER_MODULES] if prefix else []
+    sharers = [layer.prefix for layer in spec.layers if layer.donor is not None]
+    others += [f"{layer}.self_attn.{name}." for layer in sharers for name in ("k_proj", "v_proj", "k_norm")]
+    spare = None if spec.head.name == head else head
+    tensors.refuse_unread(prefix, spare, (*family.ignores, *others), family.ignored_ends)
     return spec
 
 
@@ -86,7 +100,7 @@ def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     if name not in MULTIMODAL:
-        return config, FAMILIES[name], ""
+        return config, _row(FAMILIES[name], config), ""
     text = config.get("text_config", config if name == "qwen3_5" else None)
     if not isinstance(text, dict):
         raise UserError(f"{where}: {name} needs an object 'text_config'")
@@ -98,10 +112,19 @@ def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
         # As in mlx-lm: the heads default to the 4B model's, the vocabulary is the outer config's.
         outer = {"vocab_size": config.get("vocab_size", 262_208)}
         text = {"num_attention_heads": 8, "num_key_value_heads": 4, **text, **outer}
+    elif name in ("gemma4", "gemma4_unified"):
+        text = {**text, "vocab_size": config.get("vocab_size", 262_144)}
+        if name == "gemma4_unified":
+            text = {"hidden_size_per_layer_input": 0, **text}  # transformers knows no such key here
     elif name == "mistral3":
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
         text = {**text, "tie_word_embeddings": tied}
-    return text, FAMILIES[name if name == "qwen3_5" else inner], "language_model."
+    return text, _row(FAMILIES[inner if inner in FAMILIES else name], text), "language_model."
+
+
+def _row(family: Family, text: dict) -> Family:
+    has_inputs = text.get("hidden_size_per_layer_input", family.defaults.get("hidden_size_per_layer_input"))
+    return family if has_inputs or family.without_inputs is None else family.without_inputs
 
 
 def describe(config: dict, tensors: Reader, where: str = "config.json") -> ModelSpec:
@@ -120,22 +143,10 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         raise UserError(f"{where}: head_dim={head_dim} must be even for rotary embeddings")
     embedding = tensors.linear(f"{prefix}model.embed_tokens", V, D)
     head = _head(family, settings, tensors, embedding, f"{prefix}lm_head")
-    layers, offset = [], family.norm_offset
-    with_attention, without = kinds_of(family, settings, D, F, (H, K, head_dim))
-    rules, mixture = LayerRules(settings, family, head_dim, L), family.mixture
-    for index in range(L):
-        name = f"{prefix}model.layers.{index}"
-        has_attention = without is None or family.hybrid is None or family.hybrid.has_attention(settings, index)
-        kind = with_attention if without is None or has_attention else without
-        if mixture is not None and mixture.has_experts(settings, index):
-            kind = kind.with_experts(mixture, settings)
-        if has_attention:
-            window = rules.window(index)
-            layers.append(kind.layer(tensors, index, name, rules.rope(index, window), window))
-            continue
-        layers.append(kind.layer(tensors, index, name, None, None))
-        if kind.is_in_torch_layout(tensors, name):
-            offset = kind.offset_in_torch_layout
+    layers, without, is_torchs = _layers(
+        family, settings, tensors, f"{prefix}model.layers", (D, F, L), (H, K, head_dim)
+    )
+    layer_inputs = _layer_inputs(settings, tensors, f"{prefix}model", D, L) if family.layer_inputs else None
     final_norm = tensors.vector(f"{prefix}{family.final_norm}.weight", D)
     return ModelSpec(
         family=config["model_type"],
@@ -148,15 +159,63 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         L=L,
         norm_eps=settings.number(family.norm_eps),
         norm_after_rope=family.norm_after_rope,
-        norm_offset=offset,
+        norm_offset=without.offset_in_torch_layout if is_torchs and without is not None else family.norm_offset,
         delta=None if without is None else without.widths.delta,
-        routing=None if mixture is None else mixture.routing(settings),
+        routing=None if family.mixture is None else family.mixture.routing(settings),
+        layer_inputs=layer_inputs,
         layers=tuple(layers),
         embedding=embedding,
         head=head,
         final_norm=final_norm,
         tensors=tuple(tensors.read),
         **_scales(family, settings, D, L, head_dim),
+    )
+
+
+def _layers(
+    family: Family,
+    settings: Settings,
+    tensors: Reader,
+    name: str,
+    sizes: tuple[int, int, int],
+    heads: tuple[int, int, int],
+) -> tuple[list[Layer], Kind | None, bool]:
+    """The layers; the kind of those without attention, and whether that is stored in torch's layout.
+
+    sizes: D, F, L; heads: of queries, of keys and values, and their width.
+    """
+    (D, F, L), (H, K, head_dim) = sizes, heads
+    rules, is_torchs, layers = LayerRules(settings, family, L), False, []
+    windows = [rules.window(index) for index in range(L)]
+    variants = [Variant(head_dim, F)] * L
+    if family.variants is not None:
+        variants = family.variants(settings, L, windows, head_dim, F)
+    kinds = {own: kinds_of(family, settings, D, own.F, (H, K, own.head_dim)) for own in dict.fromkeys(variants)}
+    without = kinds[variants[0]][1]
+    for index, (own, window) in enumerate(zip(variants, windows, strict=True)):
+        prefix = f"{name}.{index}"
+        has_attention = without is None or family.hybrid is None or family.hybrid.has_attention(settings, index)
+        kind = kinds[own][0] if without is None or has_attention else without
+        if own.donor is not None:
+            kind = without_keys(kind, own.donor)
+        if family.mixture is not None and family.mixture.has_experts(settings, index):
+            kind = kind.with_experts(family.mixture, settings)
+        rope = rules.rope(index, window, own.head_dim) if has_attention else None
+        layers.append(kind.layer(tensors, index, prefix, rope, window if has_attention else None))
+        is_torchs |= not has_attention and kind.is_in_torch_layout(tensors, prefix)
+    return layers, without, is_torchs
+
+
+def _layer_inputs(settings: Settings, tensors: Reader, name: str, D: int, L: int) -> LayerInputs:
+    """The second embedding, and what is added to it."""
+    P, V = settings.integer("hidden_size_per_layer_input"), settings.integer("vocab_size_per_layer_input")
+    if settings.integer("vocab_size") > V:
+        raise UserError(f"{settings.where}: vocab_size_per_layer_input={V} is less than vocab_size")
+    return LayerInputs(
+        P,
+        tensors.linear(f"{name}.embed_tokens_per_layer", V, L * P),
+        tensors.linear(f"{name}.per_layer_model_projection", L * P, D),
+        tensors.vector(f"{name}.per_layer_projection_norm.weight", P),
     )
 
 
@@ -173,8 +232,8 @@ def _head(family: Family, settings: Settings, tensors: Reader, embedding: Linear
 def _scales(family: Family, settings: Settings, D: int, L: int, head_dim: int) -> dict[str, Any]:
     """The factors and caps of a ModelSpec."""
 
-    def number(key: str | None) -> float | None:
-        return None if key is None else settings.number(key)
+    def number(key: str | float | None) -> float | None:
+        return settings.number(key) if isinstance(key, str) else key
 
     embed_scale = D**0.5 if family.embed_scale_is_root else number(family.embed_scale)
     if embed_scale is not None and family.embed_scale_is_rounded:
@@ -189,5 +248,5 @@ def _scales(family: Family, settings: Settings, D: int, L: int, head_dim: int) -
         "residual_scale": residual_scale / L**0.5 if family.residual_scale_per_root_layer else residual_scale,
         "head_divisor": head_divisor,
         "attention_cap": number(family.attention_cap),
-        "logit_cap": number(family.logit_cap),
+        "logit_cap": None if settings.config.get(family.logit_cap or "", 1) is None else number(family.logit_cap),
     }

@@ -1,7 +1,7 @@
 """Rotary position embedding: which frequencies a config asks for; ops/attention.py rotates.
 
-The frequency formulas are those of the models' published configs ("llama3", "yarn", "longrope", "dynamic" and "linear"
-rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
+The frequency formulas are those of the models' published configs ("llama3", "yarn", "longrope", "dynamic", "linear"
+and "proportional" rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..errors import UserError
 from .settings import is_positive
 
-SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_rope(
     settings = _settings(kind, scaling, dict(lengths or {}), dims, where)
     try:
         rope = _made(kind, Rope(dims, base, traditional, growth=_growth(scaling)), settings)
-        usable = math.isfinite(rope.magnitude) and (rope.freqs is None or _are_positive(rope.freqs))
+        usable = math.isfinite(rope.magnitude) and (rope.freqs is None or _are_positive(rope.freqs, kind))
     except (ArithmeticError, ValueError, TypeError, RuntimeError):  # RuntimeError: numbers that MLX cannot hold
         usable = False
     if not usable:
@@ -69,8 +69,9 @@ def make_rope(
     return rope
 
 
-def _are_positive(freqs: mx.array) -> bool:
-    return bool((mx.isfinite(freqs) & (freqs > 0)).all())
+def _are_positive(freqs: mx.array, kind: str) -> bool:
+    finite = freqs[:1] if kind == "proportional" else freqs  # what it does not turn has infinite wavelengths
+    return bool(mx.isfinite(finite).all() & (freqs > 0).all())
 
 
 def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
@@ -86,7 +87,7 @@ def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
 
 def _settings(kind: str, scaling: dict, lengths: dict, dims: int, where: str) -> dict[str, Any]:
     """The checked numbers of a kind of scaling: rope_scaling's, and what is beside it."""
-    if kind not in ("default", "longrope") and "alpha" not in scaling:
+    if kind not in ("default", "longrope", "proportional") and "alpha" not in scaling:
         factor = scaling.get("factor")
         if not is_positive(factor):
             raise UserError(f"{where}: rope scaling {kind!r} needs a positive 'factor', found {str(factor)[:100]}")
@@ -114,7 +115,8 @@ def _growth(scaling: dict) -> tuple[float, float] | None:
 
 @cache  # one entry per distinct rope of a model (one or two); a few hundred bytes each
 def _frequencies(kind: str, dims: int, base: float, settings: tuple[tuple[str, Any], ...]) -> tuple[mx.array, float]:
-    make = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope, "dynamic": _alpha}[kind]
+    makers = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope, "dynamic": _alpha, "proportional": _proportional}
+    make = makers[kind]
     freqs, magnitude = make(dims, base, dict(settings))
     mx.eval(freqs)
     return freqs, magnitude
@@ -127,6 +129,13 @@ def _longrope(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
     factor = s["max_position_embeddings"] / context
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
     return mx.array(s["long_factor"], mx.float32) * plain, magnitude
+
+
+def _proportional(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
+    """Gemma 4's: the first part of the pairs turns, at the frequencies that it has where all of them turn."""
+    n_turned = int(dims * s.get("partial_rotary_factor", 1.0))
+    turned = s.get("factor", 1.0) * base ** (mx.arange(0, n_turned, 2, dtype=mx.float32) / dims)
+    return mx.concatenate([turned, mx.full(((dims - n_turned) // 2,), mx.inf)]), 1.0
 
 
 def _alpha(dims: int, base: float, s: dict) -> tuple[mx.array, float]:

@@ -70,16 +70,18 @@ class Tensors:
         self._expect(name, (channels, 1, n_taps) if is_torchs else (channels, n_taps, 1))
         return is_torchs
 
-    def refuse_unread(self, prefix: str, tied_head: str | None, ignored: Sequence[str] = ()) -> None:
+    def refuse_unread(
+        self, prefix: str, tied_head: str | None, ignored: Sequence[str] = (), ignored_ends: Sequence[str] = ()
+    ) -> None:
         """UserError for a tensor of the decoder that nothing reads: the loss would be another model's.
 
-        Buffers of frequencies are computed here; the head's matrix beside a tied embedding is the embedding. ignored:
-        beginnings of other names.
+        Buffers of frequencies are computed here; the head's matrix beside a tied embedding is the embedding. ignored,
+        ignored_ends: beginnings and ends of other names.
         """
         spare = [] if tied_head is None else [f"{tied_head}.{part}" for part in ("weight", "scales", "biases")]
-        known = {*self.read, *spare}
+        known, ends = {*self.read, *spare}, (".inv_freq", *ignored_ends)
         for name in self.weights.names:
-            if name in known or name.endswith(".inv_freq") or name.startswith(tuple(ignored)):
+            if name in known or name.endswith(ends) or name.startswith(tuple(ignored)):
                 continue
             if name.startswith(("model.", "lm_head", f"{prefix}model.", f"{prefix}lm_head")):
                 file = self.weights.info(name).file.name

@@ -99,6 +99,7 @@ class Attention:
         self.values: mx.array | None = None
         self.d_keys: mx.array | None = None  # float32 sums
         self.d_values: mx.array | None = None
+        self.sums_keys = True  # False: keys and values are constants
 
     def append(self, keys: mx.array, v: mx.array) -> None:
         """The next tile's K [B, K, tile, head_dim] and v [B, tile, K * head_dim]."""
@@ -125,7 +126,8 @@ class Attention:
             rows = slice(start - position, stop - position)
             dq, dk, dv = backward(self.heads, Q[:, :, rows], *self._seen(low, high), start, low, da[:, rows])
             pieces.append(dq)
-            self._add(low, high, dk, dv)
+            if self.sums_keys:
+                self.add(low, high, dk, dv)
             self.barrier.piece(dq, *self.sums())
         return mx.concatenate(pieces, axis=2)
 
@@ -135,7 +137,8 @@ class Attention:
         dk, dv = (d[:, :, position : position + T].astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
         return dk, dv.transpose(0, 2, 1, 3).reshape(dv.shape[0], T, -1)
 
-    def _add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
+    def add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
+        """Adds to the gradients of the keys and values [low, high)."""
         assert self.keys is not None
         if self.d_keys is None or self.d_values is None:
             if high - low == self.keys.shape[2]:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..model.base import Model
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
 from ..system.device import on_gpu
 
 # Every projection's output: the backward pass repeats only norms, rope, attention and activations.
-SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z", "logits"})
+SAVE_PROJECTIONS = frozenset(
+    {"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z", "p", "pg", "pp", "logits"}
+)
 # Attention's too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
@@ -190,5 +193,6 @@ class Context:
         self.model, self.plan, self.adapter = model, plan, adapter
         self.barrier = barrier or Barrier(plan.grain)
         self.dropout_parts = dropout_parts
+        self.tokens: np.ndarray | None = None  # [B, T] of the batch, for layers that read them
         # Of adapted matrices by name and range of rows, where DoRA asks (lora_linear.py).
         self.row_lengths: dict[tuple[str, int, int], mx.array] = {}

@@ -79,6 +79,7 @@ def _exact(
     tokens = np.zeros((B, T), np.int32)
     with meter.phase("forward"):
         x = work.embed(tokens)
+        work.assume(B, T)
         for layer in layers:
             x = work.forward(layer, x, engine.store, kept_names(plan, layer))
             engine.store.write_behind()
@@ -124,6 +125,7 @@ def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: Peak
         workload.estimator.begin(0)
     with meter.phase("forward"):
         x = work.embed(tokens)
+        work.assume(workload.B, T)
         for layers in _kinds(workload, engine.barrier.is_lazy):
             for layer in layers:
                 x = work.forward(layer, x)

@@ -129,15 +129,20 @@ class _Counter:
         self.known: dict[object, Work] = {}  # by what a layer's graph depends on
 
     def forward(self, layer: Layer) -> Work:
-        return self._once(("forward", self._kind(layer)), lambda *x: self.work.forward(layer, list(x)))
+        def run(*x: mx.array) -> list[mx.array]:
+            self.work.assume(self.workload.B, self.workload.T)  # not what another graph has left
+            return self.work.forward(layer, list(x))
+
+        return self._once(("forward", self._kind(layer)), run)
 
     def backward(self, layer: Layer, need_dx: bool) -> Work:
         shapes = kept_shapes(self.work, layer, self.workload.B, self.workload.T)
 
         def run(*dy: mx.array) -> list[mx.array]:
+            self.work.assume(self.workload.B, self.workload.T)
             block = self.work.run(layer, shapes, None)
             dx = block_backward(self.work, layer, block, list(dy), need_dx)
-            return [*dx, *block.gradients.values()]
+            return [*dx, *block.gradients.values(), *(block.attention.sums() if layer.donor is not None else ())]
 
         return self._once(("backward", need_dx, self._kind(layer)), run)
 

@@ -8,11 +8,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..engine.backprop import first_trained
 from ..engine.zeroth_order import Estimator, perturbed
 from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter, Lora
+from ..model.lora import Adapter, Lora, first_trained
 from ..ops.plan import Plan
 
 
@@ -66,7 +65,7 @@ class Workload:
         """Layers of one kind differ in no graph and no size, but for how their matrices are packed."""
         named = {**layer.linears, **layer.experts}
         trained = frozenset(short for short, linear in named.items() if linear.name in self.lora.pairs)
-        return layer.block, layer.window, trained
+        return layer.block, layer.window, layer.head_dim, trained
 
     @property
     def lora_bytes(self) -> int:

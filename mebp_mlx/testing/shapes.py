@@ -96,6 +96,42 @@ def _gemma(name: str, D: int, layers: int, heads: tuple[int, int], F: int, V: in
     return shape | {"hidden_activation": "gelu_pytorch_tanh"} | more
 
 
+def _gemma4(D: int, layers: int, heads: tuple[int, int], F: int, n_shared: int, every: int) -> dict[str, Any]:
+    """n_shared: layers that take keys and values from another; every: of as many layers the last sees the whole row."""
+    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    full = {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25}
+    text = {
+        "model_type": "gemma4_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "intermediate_size": F,
+        "vocab_size": 262_144,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_kv_shared_layers": n_shared,
+        "use_double_wide_mlp": n_shared == 20,
+        "attention_k_eq_v": False,
+        "enable_moe_block": False,
+        "attention_bias": False,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 512,
+        "layer_types": kinds,
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "max_position_embeddings": 131_072,
+    }
+    return {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "text_config": text}
+
+
 _GEMMA3: dict[str, Any] = {"rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6}
 _GEMMA3_4B = _GEMMA3 | {"sliding_window": 1024, "max_position_embeddings": 131_072}
 _GEMMA3_4B["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
@@ -160,6 +196,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-5, max_position_embeddings=4096, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
     ),
     "lfm2-8b-a1b": _lfm2_moe(),
+    "gemma4-e2b": _gemma4(1536, 35, (8, 1), 6144, n_shared=20, every=5),
+    "gemma4-e4b": _gemma4(2560, 42, (8, 2), 10_240, n_shared=18, every=6),
     "gemma2-2b": _gemma(
         "gemma2", 2304, 26, (8, 4), 9216, 256_000, architectures=["Gemma2ForCausalLM"], rope_theta=10_000.0,
         max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
