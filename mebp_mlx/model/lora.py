@@ -55,7 +55,7 @@ class Adapter:
 def first_trained(adapter: Adapter, layers: Sequence[Layer]) -> int:
     """The lowest block with a pair; the number of blocks if none has one."""
     for layer in layers:
-        if any(linear.name in adapter.pairs for linear in layer.linears.values()):
+        if any(linear.name in adapter.pairs for linear in layer.matrices.values()):
             return layer.index
     return len(layers)
 
