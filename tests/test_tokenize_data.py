@@ -290,7 +290,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], bytes | list[Any], str]] = {
     "no chat template": ("plain", {}, [{"prompt": "a", "completion": "b"}], "train.jsonl:1: this row needs a chat"),
     "no end of text": ("no-eos", {}, [{"text": "a"}], "train.jsonl:1: the tokenizer has no eos_token"),
     "all too long": ("chat", {"max_seq_length": 2, "overlong": "drop"}, [{"text": "a b c"}] * 3,
-                     "train.jsonl: none of 3 rows is usable: 0 have no labelled token (within --max-seq-length), 3 are"),
+                     "train.jsonl: none of 3 rows is usable: 0 have no labelled token (within --max-seq-length), 3"),
     "all masked": ("chat", MASK | {"max_seq_length": 8}, [{"prompt": "a b c d " * 9, "completion": "b"}] * 2,
                    "train.jsonl: none of 2 rows is usable: 2 have no labelled token (within --max-seq-length)"),
     "empty file": ("chat", {}, b"\n", "train.jsonl: the file contains no rows"),
