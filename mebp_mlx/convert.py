@@ -45,15 +45,15 @@ class Options:
                       flags=("--mlx-path",))
     quantize: bool = option(False, _GROUP, "pack (the default)", flags=("-q",))
     dequantize: bool = option(False, _GROUP, "pack nothing: store matrices in 16 or 32 bits", flags=("-d",))
-    bits: int | None = option(None, _GROUP, "bits of a packed weight: 2, 3, 4, 5, 6 or 8", metavar="N",
+    bits: int | None = option(None, _GROUP, "bits per packed weight: 2, 3, 4, 5, 6 or 8", metavar="N",
                               flags=("--q-bits",), shown_default="4, mxfp8: 8")
-    group_size: int | None = option(None, _GROUP, "weights that share a scale: 32, 64 or 128", metavar="N",
+    group_size: int | None = option(None, _GROUP, "weights per scale: 32, 64 or 128", metavar="N",
                                     flags=("--q-group-size",), shown_default="64, mx: 32, nv: 16")
     mode: str | None = option(None, _GROUP, "affine, symmetric, mxfp4, mxfp8, nvfp4; keep: aligned copy",
                               choices=(*MODES, KEEP), flags=("--q-mode",), shown_default="affine")
     quant_predicate: str | None = option(None, _GROUP, f"more bits for sensitive matrices: {', '.join(MIXED)}",
                                          choices=tuple(MIXED), shown_default="the same for all")
-    dtype: str | None = option(None, _GROUP, f"of unpacked tensors: {', '.join(DTYPES)}", choices=tuple(DTYPES),
+    dtype: str | None = option(None, _GROUP, f"dtype of unpacked tensors: {', '.join(DTYPES)}", choices=tuple(DTYPES),
                                shown_default="the source's")
     # fmt: on
 

@@ -45,12 +45,13 @@ class Options:
                                         shown_default="as trained, else 2048")
     overlong: str = option("truncate", _GROUP, "for a longer row: truncate, drop or error",
                            choices=("truncate", "drop", "error"))
-    batch_size: int = option(4, _GROUP, "rows at a time; memory grows with it", at_least=1)
-    test_batches: int = option(500, _GROUP, "batches, -1 for all", at_least=1, or_minus_one=True)
+    batch_size: int = option(4, _GROUP, "rows per batch; more rows need more memory", at_least=1)
+    test_batches: int = option(500, _GROUP, "number of batches; -1: all", at_least=1, or_minus_one=True)
     memory_budget: int | str | None = size_option(
-        _GROUP, "limit of the footprint: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        _GROUP, "footprint limit, such as 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
         shown_default="1GB, at most 1/4 of memory")
-    dtype: str = option("auto", _GROUP, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
+    dtype: str = option("auto", _GROUP,
+                        "dtype of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     json: bool = option(False, _GROUP, "print one JSON object instead of the table")
     # fmt: on

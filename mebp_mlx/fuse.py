@@ -51,21 +51,21 @@ class Options:
     dequantize: bool = option(False, _STORED, "do not pack; default: store each matrix as in the model")
     bits: int | None = option(None, _STORED, "pack all matrices in 2, 3, 4, 5, 6 or 8 bits",
                               shown_default="as in the model")
-    group_size: int | None = option(None, _STORED, "weights that share a scale: 32, 64 or 128",
+    group_size: int | None = option(None, _STORED, "weights per scale: 32, 64 or 128",
                                     shown_default="64, mx: 32, nv: 16")
     mode: str | None = option(None, _STORED, "pack in this mode: affine, symmetric, mxfp4, mxfp8, nvfp4", choices=MODES,
                               shown_default="affine")
-    dtype: str | None = option(None, _STORED, f"of unpacked tensors: {', '.join(DTYPES)}", choices=tuple(DTYPES),
-                               shown_default="as in the model")
+    dtype: str | None = option(None, _STORED, f"dtype of unpacked tensors: {', '.join(DTYPES)}",
+                               choices=tuple(DTYPES), shown_default="as in the model")
 
     tolerance: float | str = option(0.1, _MEASURED, "share of the gain that may be lost; none: no measurement",
                                     words=("none",), at_least=0, metavar="X")
     data: str | None = option(None, _MEASURED, "folder, hub id, bundled, or any JSONL file", shown_default="as trained")
     split: str = option("valid", _MEASURED, "split of the data: valid, test, train", choices=SPLITS)
-    batch_size: int = option(4, _MEASURED, "rows at a time", at_least=1)
-    val_batches: int = option(25, _MEASURED, "batches, -1 for all", at_least=1, or_minus_one=True)
+    batch_size: int = option(4, _MEASURED, "rows per batch", at_least=1)
+    val_batches: int = option(25, _MEASURED, "number of batches; -1: all", at_least=1, or_minus_one=True)
     memory_budget: int | str | None = size_option(
-        _MEASURED, "limit of the footprint: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        _MEASURED, "footprint limit, such as 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
         shown_default="1GB, at most 1/4 of memory")
     # fmt: on
 

@@ -36,7 +36,7 @@ class Options:
     model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
     adapter_path: str | None = option(None, _GROUP, "adapter folder from mebp_mlx or mlx-lm", metavar="PATH",
                                       shown_default="none")
-    memory_budget: int | str | None = size_option(_GROUP, "limit of the footprint: 500MB", words=(UNLIMITED,),
+    memory_budget: int | str | None = size_option(_GROUP, "footprint limit, such as 500MB", words=(UNLIMITED,),
                                                   shown_default="none")
 
     prompt: str | None = option(None, _TEXT, "text, or a chat model's message; - reads stdin", metavar="TEXT",

@@ -148,7 +148,7 @@ def prepare_rows(
     else:
         file = resolve_sets(data) / f"{split}.jsonl"
     if not file.is_file():
-        raise UserError(f"--data {data}: has no {file.name}")
+        raise UserError(f"--data {data}: contains no {file.name}")
     _, out = _tokenized({split: file}, model_path, rows, cache_dir)
     return TokenRows(out, split, file.name)
 
@@ -176,7 +176,7 @@ def _tokenized(
             run_child(["mebp_mlx.data.tokenize"], request, offline=True, on_progress=show)
         meta = read_meta(out)
         if meta is None:
-            raise UserError(f"{out}: the token cache was damaged while it was written")
+            raise UserError(f"{out}: the token cache was damaged while it was being written")
     return meta["splits"], out
 
 
@@ -222,7 +222,7 @@ def _made(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{cache}: {error.strerror}; $MEBP_CACHE_DIR can name another cache folder") from error
+        raise UserError(f"{cache}: {error.strerror}; set $MEBP_CACHE_DIR to use another cache folder") from error
     return cache.absolute()
 
 

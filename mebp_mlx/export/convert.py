@@ -57,7 +57,7 @@ def summary(report: Report, recipe: Recipe | None, dtype: str | None) -> Iterato
     if report.left_out:
         yield f"  left out  {_some(report.left_out)}: the model does not use it"
     bits = 8 * report.bytes_after / report.n_parameters
-    yield f"  bytes     {report.bytes_before:,} -> {report.bytes_after:,}, {bits:.2f} bits a parameter"
+    yield f"  bytes     {report.bytes_before:,} -> {report.bytes_after:,}, {bits:.2f} bits per parameter"
     if packing is not None:
         worst = max(report.errors, key=report.errors.__getitem__)
         yield f"  error     {report.error:.2%} of the weights' RMS; largest {report.errors[worst]:.2%}, {worst}"

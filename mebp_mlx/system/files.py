@@ -164,7 +164,7 @@ class NewFolder:
         return self
 
     def publish(self) -> None:
-        """Gives the folder its name. All files in it must have been flushed."""
+        """Renames the folder to its final name. All files in it must have been flushed."""
         flush_folder(self.partial)
         os.rename(self.partial, self.path)
         flush_folder(self.path.parent)

@@ -226,7 +226,7 @@ def _shards(path: Path) -> list[Path]:
         if not missing:
             return named
         if len(missing) < len(named) or not files:
-            raise UserError(f"{index}: names {missing[0].name}, which is missing")
+            raise UserError(f"{index}: lists {missing[0].name}, which is missing")
     if not files:
         raise UserError(f"{path}: no model*.safetensors in this folder")
     return files
