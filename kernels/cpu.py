@@ -72,7 +72,7 @@ def online_softmax(
 
 
 def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.array:
-    """act(g) * u [same shape]; overwrites g if in_place."""
+    """act(g) * u; overwrites g if in_place, which requires that the caller owns g."""
     mx.eval(g, u)
     if not in_place:
         (m, out), source = empty(*g.shape), buffer_of(g)

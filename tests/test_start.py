@@ -81,7 +81,7 @@ def test_mlx_lms_adapters_go_on_at_their_own_loss(home: Path, tmp_path: Path) ->
     [
         (
             ["--rank", "8"],
-            "--rank: is 8, but --resume-adapter-file {start}/adapters.safetensors has 3; --rank 3 --scale",
+            "--rank: is 8, but --resume-adapter-file {start}/adapters.safetensors has 3; use --rank 3 --scale",
         ),
         (["--scale", "1"], "--scale: is 1.0, but --resume-adapter-file {start}/adapters.safetensors has 2.0"),
         (["--keys", "q_proj"], "--keys: is self_attn.q_proj, but --resume-adapter-file"),

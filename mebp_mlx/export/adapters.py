@@ -165,7 +165,7 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
 
 
 def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], rank: int) -> mx.array:
-    """One matrix of a LoRA pair, in float32. Raises UserError if the shape is wrong or a value is no finite float."""
+    """One matrix of a LoRA pair, in float32. Raises UserError if the shape is wrong or values are not finite floats."""
     info = weights.info(name)
     if info.shape != shape:
         raise UserError(

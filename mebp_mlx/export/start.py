@@ -68,7 +68,7 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
     if differing := [flag for flag, (ours, theirs) in wanted.items() if ours != theirs]:
         ours, theirs = wanted[differing[0]]
         options = " ".join(f"{flag} {wanted[flag][1]}" for flag in differing)
-        raise UserError(f"{differing[0]}: is {ours}, but {FLAG} {file} has {theirs}; {options} matches the file")
+        raise UserError(f"{differing[0]}: is {ours}, but {FLAG} {file} has {theirs}; use {options}")
     for name in sorted(own.keys() ^ shapes.keys()):
         raise UserError(f"{FLAG} {file}: {name} is {'missing' if name in own else 'not a parameter of this run'}")
 

@@ -1,7 +1,7 @@
 """MLX arrays over mapped file pages, without a copy: Metal accepts host memory that begins and ends on a page boundary.
 
-`mx.from_dlpack(x, copy=False)` adopts such a buffer on Metal. Elsewhere, always so on the CPU backend, it raises
-ValueError; the caller then copies.
+`mx.from_dlpack(x, copy=False)` adopts such a buffer on Metal. On other backends (always on the CPU) it raises
+ValueError, and the caller copies.
 """
 
 from __future__ import annotations
