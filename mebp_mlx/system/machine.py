@@ -145,7 +145,7 @@ def _load() -> Blas:
                 _settle_mkl()
             problem = _open_global(path)
             if problem is None:
-                return Blas(name, path, "loaded before MLX, replaces its built-in BLAS")
+                return Blas(name, path, "loaded before MLX to replace its built-in BLAS")
             if os.path.isabs(path):  # it exists, so the reason is worth reporting
                 problems.append(f"{path}: {problem}")
     if any(glob.glob(str(folder.parent / "mlx_cuda*")) for folder in _mlx_folders()):
