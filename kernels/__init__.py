@@ -1,9 +1,9 @@
-"""Metal kernels of the final layer, each beside a pure-MLX reference, and numpy's loops for the CPU (cpu.py).
+"""Metal kernels for the final layer, each with a pure-MLX reference, and numpy loops for the CPU (cpu.py).
 
-Ships as `mebp_mlx.kernels`.
+This folder is installed as `mebp_mlx.kernels`.
 
-A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel where Metal is available and the kernel has
-passed its check (trust.py), the reference elsewhere.
+A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel if Metal is available and the kernel has
+passed its check (trust.py), otherwise the reference.
 """
 
 from . import linear_cross_entropy as _linear_cross_entropy

@@ -1,10 +1,10 @@
-"""numpy's vector loops for what MLX's CPU backend does slowly: dequantization, exp and tanh.
+"""Vectorized numpy loops for operations that are slow in MLX's CPU backend: dequantization, exp and tanh.
 
-On the CPU in float32 only; elsewhere plain MLX functions or Metal kernels are used. MLX's CPU backend takes exp and
-tanh one number at a time (0.35 GB/s where numpy reaches 6), its exp is off by up to 4e-6 of the value far below zero,
-and it dequantizes one weight at a time (0.65 GB/s of float32 on one core of an AVX-512 machine; six times as fast
-here). Results go into the arrays' own memory, in pieces that stay in a core's cache. Two threads gained nothing
-(bench/LOG.md).
+They are used only on the CPU in float32; otherwise plain MLX functions or Metal kernels are used. MLX's CPU backend
+computes exp and tanh one number at a time (0.35 GB/s, numpy 6 GB/s), and its exp has a relative error of up to 4e-6 far
+below zero. It dequantizes one weight at a time (0.65 GB/s of float32 on one core of an AVX-512 machine; this module is
+six times as fast). Results go into the arrays' own memory, in pieces that fit in a core's cache. Two threads were no
+faster (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .online_softmax import SoftmaxStep
 
 Forward = Callable[[np.ndarray, np.ndarray], None]
 Backward = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-BITS = (4, 8)  # of quantized weights that numpy unpacks: they divide a byte
+BITS = (4, 8)  # bit widths that numpy dequantizes: they divide a byte
 _PIECE_ITEMS = 32 << 10
 _WEIGHT_PIECE_ITEMS = 64 << 10
 _is_off = False
@@ -33,7 +33,7 @@ def is_on() -> bool:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """MLX operations alone, for a graph that is differentiated or counted: numpy would evaluate it."""
+    """Uses only MLX operations, for a graph that is differentiated or counted: numpy would evaluate it."""
     global _is_off
     before, _is_off = _is_off, True
     try:
@@ -43,14 +43,14 @@ def off() -> Iterator[None]:
 
 
 def serves(*arrays: mx.array) -> bool:
-    """Whether numpy handles these arrays."""
+    """Whether numpy can process these arrays: on the CPU, float32."""
     return is_on() and all(array.dtype == mx.float32 for array in arrays)
 
 
 def online_softmax(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
 ) -> SoftmaxStep:
-    """As the kernel of that name, with p in z's memory, which the caller must own."""
+    """The kernel of that name (online_softmax.py) in numpy; p overwrites z, which the caller must own."""
     mx.eval(z, maximum)
     values, before, column = buffer_of(z), buffer_of(maximum), np.asarray(targets) - first
     (highest, highest_out), (sums, sums_out), (picked, picked_out) = (empty(len(values)) for _ in range(3))
@@ -72,7 +72,7 @@ def online_softmax(
 
 
 def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.array:
-    """act(g) * u, in g's memory if the caller owns it."""
+    """act(g) * u; overwrites g if in_place, which requires that the caller owns g."""
     mx.eval(g, u)
     if not in_place:
         (m, out), source = empty(*g.shape), buffer_of(g)
@@ -85,7 +85,7 @@ def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.a
 
 
 def gate_backward(run: Backward, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """(act(g) * u, dg, du) in the memory of (dm, g, u), which the caller must own."""
+    """(act(g) * u, dg, du); they overwrite dm, g and u, which the caller must own."""
     mx.eval(g, u, dm)
     flat = [buffer_of(array).reshape(-1) for array in (g, u, dm)]
     with np.errstate(all="ignore"):
@@ -94,7 +94,7 @@ def gate_backward(run: Backward, g: mx.array, u: mx.array, dm: mx.array) -> tupl
 
 
 def softmax(scores: mx.array, hidden: np.ndarray | None) -> mx.array:
-    """softmax over the last axis of scores [..., Tq, Tk], in their own memory; hidden [Tq, Tk]: True is left out."""
+    """softmax over the last axis of scores [..., Tq, Tk], in place; hidden [Tq, Tk]: True masks a score."""
     mx.eval(scores)
     values = buffer_of(scores).reshape(-1, *scores.shape[-2:])
     n, n_queries, n_keys = values.shape
@@ -113,7 +113,7 @@ def softmax(scores: mx.array, hidden: np.ndarray | None) -> mx.array:
 
 
 def softmax_backward(p: mx.array, dp: mx.array, scale: float) -> mx.array:
-    """scale * p (dp - sum(p dp)) over the last axis, in dp's own memory."""
+    """scale * p (dp - sum(p dp)) over the last axis; overwrites dp."""
     mx.eval(p, dp)
     values, cotangents = (buffer_of(array).reshape(-1, array.shape[-1]) for array in (p, dp))
 
@@ -130,7 +130,7 @@ def softmax_backward(p: mx.array, dp: mx.array, scale: float) -> mx.array:
 
 
 def _rows_of(values: np.ndarray, part: slice, n_queries: int) -> list[tuple[np.ndarray, slice]]:
-    """The rows `part` of values [n, Tq, Tk] counted over the first two axes, cut where a first index ends."""
+    """Rows `part` of values [n, Tq, Tk], counted over the first two axes, split where the first index changes."""
     pieces, at = [], part.start
     while at < part.stop:
         head_index, row = divmod(at, n_queries)
@@ -160,7 +160,7 @@ def silu_backward(g: np.ndarray, u: np.ndarray, c: np.ndarray) -> None:
     slope = s + act * (1 - s)
     slope *= u
     slope *= c  # dg
-    np.multiply(act, u, out=g)  # m, for a moment
+    np.multiply(act, u, out=g)  # m, temporarily
     np.multiply(act, c, out=u)  # du
     c[:] = g
     g[:] = slope
@@ -199,13 +199,13 @@ _GELU, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
 
 
 def buffer_of(array: mx.array) -> np.ndarray:
-    """An evaluated float32 array's own memory, writable; for arrays with no other reader. CPU only."""
-    memory: Any = array  # exports its buffer, which its type hints leave out
+    """The memory of an evaluated float32 array, writable; only for arrays without other readers. CPU only."""
+    memory: Any = array  # its type hints do not declare the buffer protocol
     return np.frombuffer(memoryview(memory).cast("B"), np.float32).reshape(array.shape)
 
 
 def empty(*shape: int) -> tuple[mx.array, np.ndarray]:
-    """A fresh float32 array and its memory, to be filled before anything reads it."""
+    """A new float32 array and its memory, which must be filled before anything reads the array."""
     array = mx.zeros(shape)
     mx.eval(array)
     return array, buffer_of(array)
@@ -214,8 +214,8 @@ def empty(*shape: int) -> tuple[mx.array, np.ndarray]:
 def dequantize(
     packed: mx.array | np.ndarray, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> mx.array:
-    """scale * q + bias, float32 [n, in], of rows packed as uint32 [n, in * bits / 32]; lowest bits first: the same
-    numbers as mx.dequantize.
+    """scale * q + bias, float32 [n, in], for rows packed as uint32 [n, in * bits / 32], lowest bits first. The results
+    equal those of mx.dequantize.
 
     scales, biases: float32 [n, in / group_size]; bits: one of BITS.
     """
@@ -236,14 +236,14 @@ def dequantize(
 
 
 def in_pieces(n_rows: int, width: int, piece_items: int, run: Callable[[slice], None]) -> None:
-    """run(rows) for ranges of rows that hold about `piece_items` numbers, one after the other."""
+    """Calls run(rows) for successive ranges of rows that contain about `piece_items` numbers each."""
     step = max(1, piece_items // max(width, 1))
     for start in range(0, n_rows, step):
         run(slice(start, min(start + step, n_rows)))
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """Splits each byte into two, the low half first."""
+    """Splits each byte into two, the low nibble first."""
     spread = codes.astype("<u2")
     spread |= spread << 4
     spread &= 0x0F0F

@@ -1,4 +1,4 @@
-"""Cross-entropy of a packed output matrix without any logits in memory (linear_cross_entropy.metal)."""
+"""The cross-entropy of a packed output matrix, without storing any logits (linear_cross_entropy.metal)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SOURCE = Source(
     ("maxima", "sums", "target_logits"),
 )
 GROUP_SIZES = (32, 64, 128)
-ROWS, COLUMNS, THREADS = 32, 64, 128  # of a threadgroup's tile of logits; as in the .metal file
-_THREADGROUPS = 256  # enough for every core of an M-series GPU to have several
-_TILES_PER_SPLIT = 4  # at least: a split's rows of h stay in the cache, and its loop is worth its start
+ROWS, COLUMNS, THREADS = 32, 64, 128  # a threadgroup's tile of logits, and its threads; as in the .metal file
+_THREADGROUPS = 256  # several for every core of an M-series GPU
+_TILES_PER_SPLIT = 4  # minimum: a split's rows of h stay in the cache, and its loop outweighs its start-up cost
 _CHUNK = 4096  # vocabulary rows at a time in the reference and in the gradient
 
 
@@ -33,16 +33,16 @@ def linear_cross_entropy(
     symmetric: bool = False,
     impl: str | None = None,
 ) -> mx.array:
-    """losses [T] float32: log sum_v exp(h . W_v) - h . W_y;  0 where there is no label (a negative target).
+    """losses [T] float32: log sum_v exp(h . W_v) - h . W_y;  0 for rows without a label (a negative target).
 
     h [T, D] float32, float16 or bfloat16; weight: W in 4 bits, affine, as mx.quantize packs it: uint32 [V, D / 8],
-    scales and biases [V, D / group_size]; targets int32 [T]; symmetric: biases are -8 scales (and are not read by the
-    kernel). Differentiable in h: d loss / dh = softmax W - W_y, by `online_softmax` between two quantized products
-    (kernels/README.md says why there is no kernel for it). ValueError for another packing.
+    scales and biases [V, D / group_size]; targets int32 [T]; symmetric: biases are -8 scales (the kernel does not read
+    them). Differentiable in h: d loss / dh = softmax W - W_y, by `online_softmax` between two quantized products
+    (kernels/README.md explains why this has no kernel). Raises ValueError for another packing.
     """
     packed, scales, biases = weight
     if group_size not in GROUP_SIZES or packed.shape[1] * 8 != scales.shape[1] * group_size:
-        raise ValueError(f"4-bit rows in groups of {group_size}: not a packing of {GROUP_SIZES}, or other shapes")
+        raise ValueError(f"4-bit rows in groups of {group_size}: wrong shapes, or a group size not in {GROUP_SIZES}")
     scales, biases = scales.astype(h.dtype), biases.astype(h.dtype)
     arguments = (packed, scales, biases, targets, group_size, symmetric)
 
@@ -68,10 +68,10 @@ def reference(
     group_size: int,
     symmetric: bool = False,
 ) -> mx.array:
-    """The same in MLX's own operations, a chunk of the vocabulary at a time."""
+    """The losses in MLX's own operations, one chunk of the vocabulary at a time."""
     state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
     for first, rows in _chunks(packed, scales, biases):
-        held_back = mx.depends([h], [state.total])[0]  # or the logits of all chunks could be computed at the same time
+        held_back = mx.depends([h], [state.total])[0]  # else MLX could compute the logits of all chunks at once
         z = _product(held_back, rows, group_size, transpose=True)
         state = state.update(step.reference(z, *state.softmax, targets, first), None)
     return mx.where(targets >= 0, state.losses(), 0)
@@ -86,7 +86,7 @@ def metal(
     group_size: int,
     symmetric: bool = False,
 ) -> mx.array:
-    """The same by the kernel."""
+    """The losses by the Metal kernel."""
     state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=False)
     state = linear_softmax(state, h, (packed, scales, biases), targets, 0, group_size, symmetric)
     return mx.where(targets >= 0, state.losses(), 0)
@@ -101,8 +101,8 @@ def linear_softmax(
     group_size: int,
     symmetric: bool = False,
 ) -> SoftmaxState:
-    """A running softmax (loss only) after the rows from vocabulary index `first` on: the kernel, with its splits of
-    these rows combined with what was before. Arguments as in linear_cross_entropy.
+    """Updates a running softmax (loss only) with the rows `weight`, which begin at vocabulary index `first`: runs the
+    kernel and combines its splits of these rows with the old state. Arguments as in linear_cross_entropy.
     """
     packed, scales, biases = weight
     T, V = h.shape[0], packed.shape[0]
@@ -123,13 +123,13 @@ def linear_softmax(
 
 
 def _chunks(*parts: mx.array) -> Iterator[tuple[int, list[mx.array]]]:
-    """(index of the first row, codes, scales and biases) of some rows of the output matrix at a time."""
+    """Yields (index of the first row, [codes, scales, biases]) for each chunk of the output matrix."""
     for first in range(0, parts[0].shape[0], _CHUNK):
         yield first, [part[first : first + _CHUNK] for part in parts]
 
 
 def _product(x: mx.array, rows: list[mx.array], group_size: int, transpose: bool) -> mx.array:
-    """x W^T, or x W, for rows of W."""
+    """x W^T if transpose, else x W, for some rows of W."""
     codes, scales, biases = rows
     return mx.quantized_matmul(x, codes, scales, biases, transpose=transpose, group_size=group_size, bits=4)
 
@@ -143,7 +143,7 @@ def _gradient(
     group_size: int,
     impl: str | None,
 ) -> mx.array:
-    """softmax W - W_y [T, D], 0 where there is no label."""
+    """softmax W - W_y [T, D]; 0 for rows without a label."""
     state = SoftmaxState.start(h.shape[0], h.shape[1], need_dh=True)
     for first, rows in _chunks(packed, scales, biases):
         z = _product(mx.depends([h], [state.total])[0], rows, group_size, transpose=True)
@@ -157,7 +157,7 @@ def _gradient(
 
 def sample(dtype: mx.Dtype, group_size: int, T: int = 37, V: int = 1003, D: int = 0, **_: int) -> tuple:
     """Arguments for the first-use check and for timing: several splits of several tiles, flat logits (so that every
-    column counts), one row without a label.
+    column matters), one row without a label.
     """
     keys = mx.random.split(mx.random.key(11), 2)
     D = D or 2 * group_size

@@ -1,13 +1,13 @@
-"""The output matrix and the cross-entropy in one pass over the vocabulary (online_softmax.metal has its step).
+"""The output matrix and the cross-entropy in one pass over the vocabulary (online_softmax.metal computes its step).
 
-With a frozen head only dh is needed, and it has the form of attention over the vocabulary: for chunks W_c of rows keep
-a running maximum m, sum s and weighted sum acc,
+With a frozen head only dh is needed, and it has the form of attention over the vocabulary. For each chunk W_c of rows,
+update a running maximum m, sum s and weighted sum acc,
 
     z = h W_c^T;  m' = max(m, max z);  p = exp(z - m');  s' = s e^(m-m') + sum p;  acc' = acc e^(m-m') + p W_c
 
-and at the end  loss = m + log s - z_y,  dloss/dh = acc / s - W_y.  Two matrix products in all, each chunk dequantized
-once, no [N, V] array. `online_softmax` is the step between the two products, by the kernel, by MLX's own operations or
-by numpy (cpu.py); ops/cross_entropy.py goes through the chunks.
+and at the end  loss = m + log s - z_y,  dloss/dh = acc / s - W_y.  This takes two matrix products per chunk,
+dequantizes each chunk once, and needs no [N, V] array. `online_softmax` is the step between the two products, computed
+by the kernel, by MLX's own operations or by numpy (cpu.py); ops/cross_entropy.py loops over the chunks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ THREADS = 256
 
 
 class SoftmaxStep(NamedTuple):
-    """The result of a chunk's logits z [N, C]: p = exp(z - maximum) in z's dtype; the state after it, and the factor
-    e^(m-m') for the sums before it: float32 [N].
+    """The results for a chunk's logits z [N, C]: p = exp(z - maximum) in z's dtype; the new maximum, total and
+    target_logit; and shrink, the factor e^(m-m') that rescales the old sums: float32 [N].
     """
 
     p: mx.array
@@ -40,7 +40,7 @@ class SoftmaxStep(NamedTuple):
 
 
 class SoftmaxState(NamedTuple):
-    """State of the pass for N rows: maximum, total, target_logit [N], weighted [N, D] or None (loss only); float32."""
+    """The state for N rows: maximum, total, target_logit [N]; weighted [N, D] or None (loss only); all float32."""
 
     maximum: mx.array
     total: mx.array
@@ -49,17 +49,17 @@ class SoftmaxState(NamedTuple):
 
     @property
     def softmax(self) -> tuple[mx.array, mx.array, mx.array]:
-        """The arguments of the step between the products."""
+        """The arguments for the step between the products."""
         return self.maximum, self.total, self.target_logit
 
     @classmethod
     def start(cls, n_rows: int, D: int, need_dh: bool) -> SoftmaxState:
-        """The state before any chunk."""
+        """The state before the first chunk."""
         weighted = mx.zeros((n_rows, D)) if need_dh else None
         return cls(mx.full((n_rows,), float("-inf")), mx.zeros((n_rows,)), mx.zeros((n_rows,)), weighted)
 
     def update(self, step: SoftmaxStep, product: mx.array | None) -> SoftmaxState:
-        """The state after one more chunk; product: p W_c [N, D], or None for the loss only."""
+        """The state after one more chunk. product: p W_c [N, D], or None for the loss only."""
         weighted = None
         if self.weighted is not None:
             assert product is not None
@@ -85,7 +85,7 @@ def online_softmax(
     first: int,
     impl: str | None = None,
 ) -> SoftmaxStep:
-    """m' = max(m, max z);  p = e^(z - m');  s' = s e^(m - m') + sum p;  t' = z_y if y is among the columns, else t.
+    """m' = max(m, max z);  p = e^(z - m');  s' = s e^(m - m') + sum p;  t' = z_y if y is one of the columns, else t.
 
     z [T, C]: logits of the vocabulary from index `first` on, float32, float16 or bfloat16; maximum (-inf at first),
     total, target_logit float32 [T]; targets int32 [T], negative: no label. Not differentiable: the head's gradient
@@ -99,7 +99,7 @@ def online_softmax(
 def reference(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
 ) -> SoftmaxStep:
-    """The same in MLX's own operations."""
+    """`online_softmax` in MLX's own operations."""
     wide = z.astype(mx.float32)
     highest = mx.maximum(maximum, wide.max(axis=1))
     shrink = mx.exp(maximum - highest)
@@ -110,7 +110,7 @@ def reference(
 
 
 def pick(z: mx.array, target_logit: mx.array, targets: mx.array, first: int) -> mx.array:
-    """z_y [T] where the target is one of the chunk's columns, target_logit elsewhere."""
+    """z_y [T] if the target is one of the chunk's columns, otherwise target_logit."""
     column = targets - first
     here = (targets >= 0) & (column >= 0) & (column < z.shape[1])
     logits = mx.take_along_axis(z, mx.where(here, column, 0)[:, None], axis=1)[:, 0]
@@ -120,7 +120,7 @@ def pick(z: mx.array, target_logit: mx.array, targets: mx.array, first: int) -> 
 def metal(
     z: mx.array, maximum: mx.array, total: mx.array, target_logit: mx.array, targets: mx.array, first: int
 ) -> SoftmaxStep:
-    """The same by the kernel."""
+    """`online_softmax` by the Metal kernel."""
     T, C = z.shape
     outputs = SOURCE(
         [z, maximum, total, target_logit, targets.astype(mx.int32), mx.array(first, mx.int32)],
@@ -134,8 +134,8 @@ def metal(
 
 
 def sample(dtype: mx.Dtype, group_size: int, T: int = 5, C: int = 301, **_: int) -> tuple:
-    """Arguments for the first-use check and for timing: a fresh and running states, targets in, before and after the
-    chunk, and none.
+    """Arguments for the first-use check and for timing: a fresh state and running ones; targets in, before and after
+    the chunk, and no target.
     """
     z = (4 * mx.random.normal((T, C), key=mx.random.key(7))).astype(dtype)
     rows = mx.arange(T)

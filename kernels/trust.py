@@ -1,12 +1,12 @@
-"""Each kernel is checked against its reference at first use, on the machine it runs on.
+"""Checks each kernel against its reference at first use, on the machine it runs on.
 
-At the first use for a (dtype, group size), kernel and reference run on a small sample; both are compared with the
-reference in float32 on the CPU. After a compile error or a mismatch the kernel warns once, and the reference is used.
+At the first use for a (dtype, group size), kernel and reference run on a small sample, and both are compared with the
+reference in float32 on the CPU. After a compile error or a mismatch one warning is issued and the reference is used.
 
 MEBP_KERNELS=off   never use a kernel
              on    use kernels wherever Metal is available, unchecked
-             check the first-use check, and compare every call with the reference (slow: for finding faults)
-             unset the first-use check
+             check do the first-use check, and compare every call with the reference (slow: for debugging)
+             unset do the first-use check
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from . import metal as backend
 
 MODES = ("", "off", "on", "check")
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# By how much a kernel's error may exceed its reference's, relative to the largest number: a few roundings.
+# The allowed excess of a kernel's error over its reference's, relative to the largest value: a few roundings.
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
 @dataclass
 class Kernel:
-    """A kernel, its reference, and the check results by (dtype, group size), "" for a pass."""
+    """A kernel, its reference, and its check results by (dtype, group size); "" means passed."""
 
     name: str
     metal: Callable[..., Any]
@@ -52,12 +52,12 @@ def register(
     sample: Callable[..., tuple],
     group_sizes: tuple[int, ...],
 ) -> None:
-    """Registers a kernel. sample(dtype, group size, **sizes) returns arguments for both functions."""
+    """Registers a kernel. sample(dtype, group_size, **sizes) returns arguments for both functions."""
     KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes)
 
 
 def mode() -> str:
-    """The value of MEBP_KERNELS. Raises UserError for an unknown one."""
+    """The value of MEBP_KERNELS. Raises UserError for an unknown value."""
     setting = os.environ.get("MEBP_KERNELS", "")
     if setting not in MODES:
         raise UserError(f"MEBP_KERNELS={setting}: must be off, on or check, or unset")
@@ -65,7 +65,7 @@ def mode() -> str:
 
 
 def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_size: int = 0) -> Any:
-    """A kernel's result, or its reference's. impl: "metal", "reference", or None to choose by the check."""
+    """The result of a kernel or its reference. impl: "metal", "reference", or None to let the check decide."""
     if impl not in (None, "metal", "reference"):
         raise ValueError(f"impl={impl!r}: must be 'metal', 'reference' or None")
     kernel = KERNELS[name]
@@ -78,7 +78,7 @@ def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_si
 
 
 def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
-    """Whether a call without `impl` goes to the kernel."""
+    """Whether a call without `impl` uses the kernel."""
     setting = mode()
     if setting == "off" or not backend.available() or dtype not in DTYPES:
         return False
@@ -95,12 +95,12 @@ def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
 
 
 def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
-    """One line on how a kernel fails on this machine; "" if it is correct."""
+    """Checks a kernel on this machine. Returns one line that describes the failure; "" if it is correct."""
     arguments = kernel.sample(dtype, group_size)
     try:
         result = kernel.metal(*arguments)
         mx.eval(result)
-    except Exception as error:  # a compile error has no type of its own
+    except Exception as error:  # compile errors have no specific type
         lines = str(error).splitlines() or [type(error).__name__]
         reported = next((line for line in lines if "error:" in line), lines[0])  # compilers print the location first
         return " ".join(reported.split())[:300]
@@ -111,7 +111,7 @@ def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
 
 
 def _beside_reference(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
-    """The kernel's result if it equals the reference's within tolerance, else the reference's."""
+    """The kernel's result if it matches the reference within tolerance, else the reference's result."""
     result, expected = kernel.metal(*arguments), kernel.reference(*arguments)
     problem = _difference(result, expected, expected, key[0])
     if not problem:
@@ -127,7 +127,7 @@ def _settle(kernel: Kernel, key: tuple[mx.Dtype, int], problem: str) -> None:
         what = str(dtype).rpartition(".")[2] + (f", groups of {group_size}" if group_size else "")
         warnings.warn(
             f"Metal kernel {kernel.name} ({what}) is not used on {device_name()}: {problem}; "
-            "plain MLX operations take its place",
+            "plain MLX operations are used instead",
             UserWarning,
             stacklevel=3,
         )
@@ -145,7 +145,9 @@ def _widened(argument: Any) -> Any:
 
 
 def _difference(result: Any, expected: Any, truth: Any, dtype: mx.Dtype) -> str:
-    """Where the error of `result` exceeds that of `expected` by more than the dtype's tolerance; "" if nowhere."""
+    """A description of the first output whose error in `result` exceeds that in `expected` by more than the dtype's
+    tolerance; "" if there is none.
+    """
     for number, (f, e, t) in enumerate(zip(_tuple(result), _tuple(expected), _tuple(truth), strict=True)):
         f, e, t = (array.astype(mx.float32) for array in (f, e, t))
         error, of_reference, size = (float(np.asarray(mx.abs(x).max())) for x in (f - t, e - t, t))

@@ -1,4 +1,4 @@
-"""The Python interface: open a model, make LoRA parameters, get the loss and exact gradients."""
+"""The Python interface: opens a model, creates LoRA parameters, computes the loss and exact gradients."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ __all__ = [
 
 
 def open_model(name: str | Path, dtype: str = "auto", weights: str = "auto") -> Model:
-    """The model of a folder (mlx-lm's layout), of a hub id, which is downloaded, or "bundled"; memory-mapped.
+    """Opens a model, memory-mapped. name: a folder in mlx-lm's layout, a hub id (downloaded), or "bundled".
 
-    dtype, weights and what is raised: as of model.opening.open_model; UserError for a name that nothing is found for.
+    dtype, weights and errors: as in model.opening.open_model; also raises UserError if no such model is found.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -52,9 +52,9 @@ def open_model(name: str | Path, dtype: str = "auto", weights: str = "auto") -> 
 
 
 def save_adapters(folder: str | Path, lora: Lora, model: Model) -> Path:
-    """adapters.safetensors and adapter_config.json in a new folder, as mlx-lm loads them; returns the folder.
+    """Writes adapters.safetensors and adapter_config.json, in mlx-lm's format, to a new folder; returns its path.
 
-    Raises UserError where there is something already, and where the disk refuses.
+    Raises UserError if the folder exists and is not empty, or if writing fails.
     """
     out = new_folder(str(folder), "folder")
     with errors_of_the_disk(out), out:
@@ -64,7 +64,9 @@ def save_adapters(folder: str | Path, lora: Lora, model: Model) -> Path:
 
 
 def load_adapters(folder: str | Path, model: Model) -> Lora:
-    """The adapters in a folder, ours or mlx-lm's, LoRA or DoRA. Raises UserError for what does not fit the model."""
+    """Reads the LoRA or DoRA adapters in a folder, from mebp_mlx or mlx-lm. Raises UserError if they do not fit the
+    model.
+    """
     return _load_adapters(Path(folder).expanduser(), model.spec, "folder")
 
 
@@ -83,11 +85,11 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     seed: int = 0,
     fine_tune_type: str = "lora",
 ) -> Lora:
-    """Fresh LoRA parameters on `keys` (default: all that the family has) of the last `num_layers` blocks (-1: all).
+    """Fresh LoRA parameters for the matrices `keys` (default: all of the family's) of the last `num_layers` blocks (-1:
+    all).
 
-    A is uniform in +-1/sqrt(in), B is zero, both float32; fine_tune_type "dora" adds the lengths of rows. Raises
-    UserError for an unknown key, and for parameters that are more than the machine's memory: MLX's CPU backend would
-    end the process.
+    A is uniform in +-1/sqrt(in), B is zero, both float32; fine_tune_type "dora" adds the row lengths. Raises UserError
+    for an unknown key, and for parameters that exceed the machine's memory, because MLX's CPU backend would crash.
     """
     if fine_tune_type not in ("lora", "dora"):
         raise UserError(f"fine_tune_type: {fine_tune_type!r} is not one of lora, dora")
@@ -114,10 +116,10 @@ def loss_and_grads(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The mean loss over labelled tokens, and its exact gradient for every LoRA parameter.
 
-    tokens, targets: int [B, T], arrays or nested lists; target -100 = no label; plan: how the step is cut (None: as
-    training chooses within its default budget, at the first call and for a larger batch). Dropout is off. Returns
-    (float32 scalar, {parameter name: float32 gradient}). Raises UserError for
-    shapes that differ, token ids outside the vocabulary, or no label at all.
+    tokens, targets: int [B, T], arrays or nested lists; target -100 = no label; plan: how the step is divided (None:
+    chosen as in training, within the default budget, at the first call and again for a larger batch). Dropout is off.
+    Returns (float32 scalar, {parameter name: float32 gradient}). Raises UserError if shapes differ, a token id is
+    outside the vocabulary, or there is no label.
     """
     batch = _checked(model, tokens, targets)
     gradients: dict[str, mx.array] = {}
@@ -128,7 +130,7 @@ def loss_and_grads(
 
 
 class _Session(NamedTuple):
-    """An engine, and what it was made for: plan as it was asked for, rows and positions of a batch."""
+    """An engine, and the arguments it was created for: the given plan (or None), a batch's rows and positions."""
 
     model: Model
     plan: Plan | None
@@ -138,7 +140,7 @@ class _Session(NamedTuple):
 
 
 def _engine(model: Model, lora: Lora, plan: Plan | None, B: int, T: int) -> BackpropEngine:
-    """The engine of this Lora's last call if it serves this one too: a plan and files are not made for every call."""
+    """The engine of this Lora's last call if it fits this one, so that not every call makes a plan and files."""
     known = lora.session
     if isinstance(known, _Session):
         if known.model is model and known.plan == plan and B <= known.B and T <= known.T:
@@ -151,7 +153,7 @@ def _engine(model: Model, lora: Lora, plan: Plan | None, B: int, T: int) -> Back
 
 
 def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None = None) -> mx.array:
-    """The mean loss over labelled tokens, by a forward pass that keeps nothing. Arguments as in loss_and_grads."""
+    """The mean loss over labelled tokens, from a forward pass that keeps nothing. Arguments as in loss_and_grads."""
     loss_sum, n_labels, _ = Pass(model, plan or Plan(), lora).loss(_checked(model, tokens, targets))
     return mx.array(loss_sum / n_labels)
 
@@ -164,7 +166,7 @@ def _checked(model: Model, tokens: Any, targets: Any) -> _Batch:
         )
     labels = batch.targets[batch.targets != NO_LABEL]
     if labels.size == 0:
-        raise UserError("targets: every target is -100, so there is no loss")
+        raise UserError("targets: every target is -100, so the loss is undefined")
     for name, ids in (("tokens", batch.tokens), ("targets", labels)):
         if ids.min() < 0 or ids.max() >= model.spec.V:
             raise UserError(f"{name}: ids must be in [0, {model.spec.V}), found {ids.min()} to {ids.max()}")

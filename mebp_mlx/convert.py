@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.convert`: any supported checkpoint -> 2 to 8 bits, 16, or as it is but aligned; streamed."""
+"""`python -m mebp_mlx.convert`: converts a checkpoint to 2 to 8 bits, 16 or 32 bits, or an aligned copy; streamed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PROG = "python -m mebp_mlx.convert"
 _GROUP = "conversion"
 KEEP = "keep"
 _REFUSED = {
-    "--upload-repo": "not available: `hf upload NAME DIR` does it",
-    "--trust-remote-code": "no code of a model's folder is ever run; leave it out",
+    "--upload-repo": "not available: use `hf upload NAME DIR`",
+    "--trust-remote-code": "not available: no code from a model's folder is ever run",
 }
 _TEXTS = (
-    "Convert a checkpoint to 2 to 8 bits, to 16 bits, or to an aligned copy, a few rows at a time, into one\n"
+    "Convert a checkpoint to 2 to 8 bits, to 16 or 32 bits, or to an aligned copy, a few rows at a time, writing one\n"
     "page-aligned file per decoder block.",
     "affine: mlx-lm's quantization, bit for bit. symmetric: no offset (INT4), stored so that every reader of affine\n"
-    "weights loads it. mxfp4, mxfp8, nvfp4: small floats with a one-byte scale for each group. A packed source is\n"
-    "unpacked on the way. keep: changes no bit and aligns every tensor, so that Metal can use the mapped file itself.\n"
-    "mlx_lm.convert's flags work as there: with --hf-path or --mlx-path and no option for packing, the mode is keep.\n"
-    "DIR appears when it is complete. exit codes: 0 done, 2 wrong option or input, 130 interrupted",
+    "weights loads it. mxfp4, mxfp8, nvfp4: small floats with a one-byte scale per group. A packed source is first\n"
+    "unpacked. keep: copies every bit and aligns every tensor, so that Metal can use the mapped file in place.\n"
+    "mlx_lm.convert's flags are accepted: with --hf-path or --mlx-path and no packing option, the mode is keep.\n"
+    "DIR appears only when it is complete. exit codes: 0 done, 2 wrong option or input, 130 interrupted",
 )
 
 
@@ -44,34 +44,34 @@ class Options:
     out: str = option("mlx_model", _GROUP, "new or empty folder for the result", metavar="DIR", path=True,
                       flags=("--mlx-path",))
     quantize: bool = option(False, _GROUP, "pack (the default)", flags=("-q",))
-    dequantize: bool = option(False, _GROUP, "pack nothing: matrices in 16 or 32 bits", flags=("-d",))
-    bits: int | None = option(None, _GROUP, "of a packed weight: 2, 3, 4, 5, 6 or 8", metavar="N",
+    dequantize: bool = option(False, _GROUP, "pack nothing: store matrices in 16 or 32 bits", flags=("-d",))
+    bits: int | None = option(None, _GROUP, "bits per packed weight: 2, 3, 4, 5, 6 or 8", metavar="N",
                               flags=("--q-bits",), shown_default="4, mxfp8: 8")
-    group_size: int | None = option(None, _GROUP, "weights that share a scale: 32, 64 or 128", metavar="N",
+    group_size: int | None = option(None, _GROUP, "weights per scale: 32, 64 or 128", metavar="N",
                                     flags=("--q-group-size",), shown_default="64, mx: 32, nv: 16")
-    mode: str | None = option(None, _GROUP, "affine, symmetric, mxfp4, mxfp8, nvfp4; keep: the same bits, aligned",
+    mode: str | None = option(None, _GROUP, "affine, symmetric, mxfp4, mxfp8, nvfp4; keep: aligned copy",
                               choices=(*MODES, KEEP), flags=("--q-mode",), shown_default="affine")
-    quant_predicate: str | None = option(None, _GROUP, f"more bits where they matter: {', '.join(MIXED)}",
+    quant_predicate: str | None = option(None, _GROUP, f"more bits for sensitive matrices: {', '.join(MIXED)}",
                                          choices=tuple(MIXED), shown_default="the same for all")
-    dtype: str | None = option(None, _GROUP, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES),
-                               shown_default="as it is")
+    dtype: str | None = option(None, _GROUP, f"dtype of unpacked tensors: {', '.join(DTYPES)}", choices=tuple(DTYPES),
+                               shown_default="the source's")
     # fmt: on
 
     def recipe(self) -> Recipe | None:
-        """How matrices are to be packed, None to keep every bit. UserError for what does not exist."""
+        """How matrices are packed; None copies every bit. Raises UserError for an invalid combination."""
         how = {"--bits": self.bits, "--group-size": self.group_size, "--quant-predicate": self.quant_predicate}
         given = {flag: value for flag, value in how.items() if value is not None}
         if self.dequantize:
             given |= {"--quantize": ""} if self.quantize else {}
             given |= {"--mode": self.mode} if self.mode is not None else {}
             for flag, value in given.items():
-                raise UserError(f"{flag} {value}".strip() + ": --dequantize packs nothing")
+                raise UserError(f"{flag} {value}".strip() + ": cannot be combined with --dequantize")
             return Recipe(None)
         if self.mode == KEEP:
             given |= {"--quantize": ""} if self.quantize else {}
             given |= {"--dtype": self.dtype} if self.dtype is not None else {}
             for flag, value in given.items():
-                raise UserError(f"{flag} {value}".strip() + ": --mode keep changes no bit")
+                raise UserError(f"{flag} {value}".strip() + ": cannot be combined with --mode keep")
             return None
         return self._packed(self.mode or "affine")
 
@@ -79,16 +79,16 @@ class Options:
         if self.quant_predicate is None:
             return Recipe(checked_packing(self.bits, self.group_size, mode))
         if mode != "affine":
-            raise UserError(f"--quant-predicate {self.quant_predicate}: has affine bits, not {mode}")
+            raise UserError(f"--quant-predicate {self.quant_predicate}: requires --mode affine, not {mode}")
         if self.bits is not None:
-            raise UserError(f"--bits {self.bits}: --quant-predicate {self.quant_predicate} chooses them")
+            raise UserError(f"--bits {self.bits}: --quant-predicate {self.quant_predicate} sets the bits")
         low, high = MIXED[self.quant_predicate]
         return Recipe(checked_packing(low, self.group_size, mode), high)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run_command(lambda _: _run(_from_flags(argv)), "interrupted; nothing unfinished is left behind")
+    return run_command(lambda _: _run(_from_flags(argv)), "interrupted; no partial output is left behind")
 
 
 def _run(options: Options) -> None:

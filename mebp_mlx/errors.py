@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-# MLX's allocators and Metal's command buffers; the system's refusal to start a thread.
+# Messages of MLX's allocators, of Metal's command buffers, and of the system if it cannot start a thread.
 _NO_MEMORY = re.compile(
     r"\[(\w+::)?malloc|unable to allocate|bad_alloc|insufficient memory|can't start new thread"
     r"|resource temporarily unavailable",
@@ -16,24 +16,24 @@ _NO_MEMORY = re.compile(
 
 
 class UserError(ValueError):
-    """A user's mistake (exit 2). The message is one line that names the flag, file and line."""
+    """An error in the user's input (exit 2). The message is one line that names the flag, file and line."""
 
 
 class BudgetError(UserError):
-    """A memory budget that no plan can meet, or that was exceeded (exit 3). The message names a sufficient budget, or
+    """A memory budget that no plan can meet, or that was exceeded (exit 3). The message names a sufficient budget or
     the measured footprint.
     """
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; raised before any parameter of that step is touched."""
+    """The loss is NaN or infinite. Raised before that step changes any parameter."""
 
 
 @contextlib.contextmanager
 def memory_errors_told() -> Iterator[None]:
-    """Turns every error of a failed allocation into a BudgetError of one line.
+    """Converts every error caused by a failed allocation to a BudgetError with one line.
 
-    Python and numpy raise MemoryError, MLX RuntimeError, the system's calls OSError (ENOMEM).
+    Python and numpy raise MemoryError, MLX RuntimeError, system calls OSError (ENOMEM).
     """
     try:
         yield
@@ -42,4 +42,4 @@ def memory_errors_told() -> Iterator[None]:
         if not (no_memory or isinstance(error, MemoryError)):
             raise
         text = " ".join(str(error).split())[:400] or type(error).__name__
-        raise BudgetError(f"out of memory: {text}; whatever was saved before is whole") from None
+        raise BudgetError(f"out of memory: {text}; earlier saves are intact") from None

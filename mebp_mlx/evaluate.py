@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.evaluate`: loss, perplexity and accuracy on rows, with and without adapters, within a budget."""
+"""`python -m mebp_mlx.evaluate`: measures loss, perplexity and accuracy, with and without adapters, within a budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROG = "python -m mebp_mlx.evaluate"
 _GROUP = "evaluation"
 _TEXTS = (
     "Measure loss, perplexity and accuracy of a model, with and without adapters.",
-    "Nothing is trained and nothing is written. Rows are read and labelled as in training.\n"
+    "Nothing is trained or written. Rows are read and labelled as in training.\n"
     "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
 )
 
@@ -35,24 +35,25 @@ class Options:
 
     # fmt: off
     model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
-    adapter_path: str | None = option(None, _GROUP, "adapters to measure beside the model alone",
+    adapter_path: str | None = option(None, _GROUP, "adapters to measure in addition to the base model",
                                       metavar="PATH", shown_default="none")
     data: str | None = option(None, _GROUP, "folder, hub id, bundled, or any JSONL file",
                               shown_default="as trained")
-    split: str = option("test", _GROUP, "of the data: test, valid, train", choices=SPLITS)
-    mask_prompt: bool | None = option(None, _GROUP, "labels on the answer only; not given: as in training")
-    max_seq_length: int | None = option(None, _GROUP, "longest row in tokens", at_least=2,
+    split: str = option("test", _GROUP, "split of the data: test, valid, train", choices=SPLITS)
+    mask_prompt: bool | None = option(None, _GROUP, "label only the answer; default: as in training")
+    max_seq_length: int | None = option(None, _GROUP, "maximum row length in tokens", at_least=2,
                                         shown_default="as trained, else 2048")
-    overlong: str = option("truncate", _GROUP, "a longer row: truncate, drop or error",
+    overlong: str = option("truncate", _GROUP, "for a longer row: truncate, drop or error",
                            choices=("truncate", "drop", "error"))
-    batch_size: int = option(4, _GROUP, "rows at a time; memory grows with it", at_least=1)
-    test_batches: int = option(500, _GROUP, "batches, -1 for all", at_least=1, or_minus_one=True)
+    batch_size: int = option(4, _GROUP, "rows per batch; more rows need more memory", at_least=1)
+    test_batches: int = option(500, _GROUP, "number of batches; -1: all", at_least=1, or_minus_one=True)
     memory_budget: int | str | None = size_option(
-        _GROUP, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        _GROUP, "footprint limit, such as 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
         shown_default="1GB, at most 1/4 of memory")
-    dtype: str = option("auto", _GROUP, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
+    dtype: str = option("auto", _GROUP,
+                        "dtype of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    json: bool = option(False, _GROUP, "print one JSON object in place of the table")
+    json: bool = option(False, _GROUP, "print one JSON object instead of the table")
     # fmt: on
 
 

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.fuse`: adapters into the weights of their model, streamed; refuses to lose what was learned."""
+"""`python -m mebp_mlx.fuse`: adds adapters to their model's weights, streamed, unless too much of the gain is lost."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .training.evaluate import Evaluator, rows_as_trained
 from .weights.hub import SPLITS, resolve_model
 
 PROG = "python -m mebp_mlx.fuse"
-_MODEL, _STORED, _MEASURED = "model and adapters", "how it is stored", "what is kept"
+_MODEL, _STORED, _MEASURED = "model and adapters", "storage format", "measurement"
 _GGUF = "not available: python -m mebp_mlx.export --gguf writes the adapters for llama.cpp"
-_CODE = "not available: no code from a model folder is ever run"
+_CODE = "not available: no code from a model's folder is ever run"
 _REFUSED = {"--export-gguf": _GGUF, "--gguf-path": _GGUF, "--trust-remote-code": _CODE}
 _TEXTS = (
-    "Add adapters to the weights of their model, a few rows at a time, and measure what that keeps.",
-    "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of what\n"
-    "was learned is not written. 4 bits often lose a short run; --dequantize does not. PATH appears when complete.\n"
+    "Add adapters to the weights of their model, a few rows at a time, and measure how much of the gain is kept.",
+    "The loss is measured without adapters, with them, and fused; a model that loses more than --tolerance of the\n"
+    "gain is not written. 4 bits often lose a short run's gain; --dequantize keeps it. PATH appears when complete.\n"
     "exit codes: 0 done, 2 wrong option or input, or too much lost, 3 memory budget cannot be met or was exceeded,\n"
     "130 interrupted",
 )
@@ -43,36 +43,36 @@ class Options:
 
     # fmt: off
     model: str | None = option(None, _MODEL, "folder, hub id, or bundled", shown_default="as trained")
-    adapter_path: str = option("adapters", _MODEL, "folder of adapters, ours or mlx-lm's", metavar="PATH")
+    adapter_path: str = option("adapters", _MODEL, "adapter folder from mebp_mlx or mlx-lm", metavar="PATH")
     save_path: str = option("fused_model", _MODEL, "new or empty folder for the fused model", metavar="PATH")
-    upload_repo: str | None = option(None, _MODEL, "upload the folder to this repository of the hub", metavar="REPO",
+    upload_repo: str | None = option(None, _MODEL, "upload the folder to this repository on the hub", metavar="REPO",
                                      shown_default="no upload")
 
-    dequantize: bool = option(False, _STORED, "no packed weights; not given: each matrix as in the model")
+    dequantize: bool = option(False, _STORED, "do not pack; default: store each matrix as in the model")
     bits: int | None = option(None, _STORED, "pack all matrices in 2, 3, 4, 5, 6 or 8 bits",
                               shown_default="as in the model")
-    group_size: int | None = option(None, _STORED, "weights that share a scale: 32, 64 or 128",
+    group_size: int | None = option(None, _STORED, "weights per scale: 32, 64 or 128",
                                     shown_default="64, mx: 32, nv: 16")
     mode: str | None = option(None, _STORED, "pack in this mode: affine, symmetric, mxfp4, mxfp8, nvfp4", choices=MODES,
                               shown_default="affine")
-    dtype: str | None = option(None, _STORED, f"of what is not packed: {', '.join(DTYPES)}", choices=tuple(DTYPES),
-                               shown_default="as in the model")
+    dtype: str | None = option(None, _STORED, f"dtype of unpacked tensors: {', '.join(DTYPES)}",
+                               choices=tuple(DTYPES), shown_default="as in the model")
 
-    tolerance: float | str = option(0.1, _MEASURED, "share of the gain that may be lost; none: do not measure",
+    tolerance: float | str = option(0.1, _MEASURED, "share of the gain that may be lost; none: no measurement",
                                     words=("none",), at_least=0, metavar="X")
     data: str | None = option(None, _MEASURED, "folder, hub id, bundled, or any JSONL file", shown_default="as trained")
-    split: str = option("valid", _MEASURED, "of the data: valid, test, train", choices=SPLITS)
-    batch_size: int = option(4, _MEASURED, "rows at a time", at_least=1)
-    val_batches: int = option(25, _MEASURED, "batches, -1 for all", at_least=1, or_minus_one=True)
+    split: str = option("valid", _MEASURED, "split of the data: valid, test, train", choices=SPLITS)
+    batch_size: int = option(4, _MEASURED, "rows per batch", at_least=1)
+    val_batches: int = option(25, _MEASURED, "number of batches; -1: all", at_least=1, or_minus_one=True)
     memory_budget: int | str | None = size_option(
-        _MEASURED, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        _MEASURED, "footprint limit, such as 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
         shown_default="1GB, at most 1/4 of memory")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    interrupted = "interrupted; nothing unfinished is left behind"
+    interrupted = "interrupted; no partial output is left behind"
     return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv, _REFUSED)), interrupted)
 
 

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.generate`: streams the continuation of a prompt by a model, with or without adapters."""
+"""`python -m mebp_mlx.generate`: streams a model's continuation of a prompt, with or without adapters."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PROG = "python -m mebp_mlx.generate"
 _GROUP, _TEXT = "model", "text"
 _TEXTS = (
     "Continue a prompt, token by token.",
-    "The text goes to stdout, everything else to stderr. The whole model is in memory; on the CPU it is float32 as\n"
-    "far as --memory-budget allows, because packed weights are slow there. exit codes:\n"
-    "0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
+    "The text goes to stdout, everything else to stderr. The whole model is in memory; on the CPU it is converted to\n"
+    "float32 as far as --memory-budget allows, because packed weights are slow there.\n"
+    "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was exceeded, 130 interrupted",
 )
-_REFUSED = {"--trust-remote-code": "not available: no code from a model folder is ever run"}
+_REFUSED = {"--trust-remote-code": "not available: no code from a model's folder is ever run"}
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,26 @@ class Options:
 
     # fmt: off
     model: str | None = option(None, _GROUP, "folder, hub id, or bundled", shown_default="as trained")
-    adapter_path: str | None = option(None, _GROUP, "folder of adapters, ours or mlx-lm's", metavar="PATH",
+    adapter_path: str | None = option(None, _GROUP, "adapter folder from mebp_mlx or mlx-lm", metavar="PATH",
                                       shown_default="none")
-    memory_budget: int | str | None = size_option(_GROUP, "footprint to stay within: 500MB", words=(UNLIMITED,),
+    memory_budget: int | str | None = size_option(_GROUP, "footprint limit, such as 500MB", words=(UNLIMITED,),
                                                   shown_default="none")
 
     prompt: str | None = option(None, _TEXT, "text, or a chat model's message; - reads stdin", metavar="TEXT",
                                 flags=("-p",))
     system_prompt: str | None = option(None, _TEXT, "a chat model's instructions", metavar="TEXT", shown_default="none")
-    ignore_chat_template: bool = option(False, _TEXT, "the prompt as plain text")
-    max_tokens: int = option(100, _TEXT, "length of the text", at_least=1, flags=("-m",))
-    temp: float = option(0.0, _TEXT, "temperature, 0: always the likeliest token", at_least=0)
+    ignore_chat_template: bool = option(False, _TEXT, "send the prompt as plain text")
+    max_tokens: int = option(100, _TEXT, "maximum length of the text", at_least=1, flags=("-m",))
+    temp: float = option(0.0, _TEXT, "temperature; 0: always the likeliest token", at_least=0)
     top_p: float = option(1.0, _TEXT, "sample from the likeliest tokens with this total probability", above=0)
-    seed: int | None = option(None, _TEXT, "of the random choices", at_least=0, below=2**63, shown_default="random")
+    seed: int | None = option(None, _TEXT, "seed for sampling", at_least=0, below=2**63, shown_default="random")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv, _REFUSED)), "interrupted; the text ends here")
+    interrupted = "interrupted; the text is incomplete"
+    return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv, _REFUSED)), interrupted)
 
 
 def _run(options: Options) -> None:

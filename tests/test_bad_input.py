@@ -180,7 +180,7 @@ def test_a_row_without_labels_is_counted_and_all_rows_so_is_an_error(
         "40",
     )
     write_rows(tmp_path / "data", [bad, bad])
-    assert "no row is left" in refused(capsys, argv)
+    assert "rows is usable" in refused(capsys, argv)
     write_rows(tmp_path / "data", [good, bad])
     assert train.main(argv) == 0
     assert "1 skipped, without a label" in capsys.readouterr().out

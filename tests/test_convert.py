@@ -124,7 +124,7 @@ def test_what_is_in_the_format_already_is_copied(
     assert run(source, tmp_path / "one", *FORMATS[format_name]) == 0
     assert "copied" not in capsys.readouterr().out
     assert run(tmp_path / "one", tmp_path / "two", *FORMATS[format_name]) == 0
-    assert "already packed in this way" in capsys.readouterr().out
+    assert "already packed in this format" in capsys.readouterr().out
     one, two = (MappedWeights(tmp_path / name) for name in ("one", "two"))
     assert set(one.names) == set(two.names)
     assert all(mx.array_equal(Tensor(one, name)[...], Tensor(two, name)[...]).item() for name in one.names)
@@ -217,7 +217,7 @@ def test_mlx_lms_names_mean_the_same(tmp_path: Path, source: Path, capsys: pytes
         "mode": "affine",
     }
     assert convert.main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "same")]) == 0
-    assert "as it was, every tensor aligned" in capsys.readouterr().out
+    assert "unchanged, every tensor aligned" in capsys.readouterr().out
     for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
         out = tmp_path / mode
         assert convert.main(["--hf-path", str(source), "--mlx-path", str(out), "-q", "--q-mode", mode]) == 0
@@ -238,7 +238,7 @@ def test_without_a_name_the_result_is_mlx_model(tmp_path: Path, source: Path, mo
 def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(source, tmp_path / "out", "--mode", "keep") == 0
     text = capsys.readouterr().out
-    assert "format    as it was, every tensor aligned" in text and "error" not in text and "packed" not in text
+    assert "format    unchanged, every tensor aligned" in text and "error" not in text and "packed" not in text
     before, after = text.partition("  bytes     ")[2].split(",  ")[0].split(" -> ")
     assert before == after.partition(", ")[0]
 

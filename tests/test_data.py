@@ -239,9 +239,9 @@ def test_bad_folders(models: dict[str, Path], in_process: Any, tmp_path: Path) -
         return str(caught.value)
 
     assert message(tmp_path / "none").startswith(f"--data {tmp_path}/none: no such folder")
-    assert message(tmp_path / "empty") == f"--data {tmp_path}/empty: the folder holds no train.jsonl"
+    assert message(tmp_path / "empty") == f"--data {tmp_path}/empty: the folder contains no train.jsonl"
     assert "is a file" in message(tmp_path / "file")
-    assert message(model=tmp_path / "empty").startswith(f"--model {tmp_path}/empty: the folder holds no tokenizer")
+    assert message(model=tmp_path / "empty").startswith(f"--model {tmp_path}/empty: the folder contains no tokenizer")
     assert message(model=broken).startswith(f"--model {broken}: its tokenizer cannot be loaded: ")
     assert "file: " in message(cache="file") and "$MEBP_CACHE_DIR" in message(cache="file/below")
     assert message(max_seq_length=1).startswith("--max-seq-length: ")

@@ -132,13 +132,13 @@ def test_no_iterations_without_test_are_refused(home: Path, tmp_path: Path, caps
     [
         (["--split", "dev"], "--split: 'dev' is not one of"),
         (["--adapter-path", "{home}/none"], "--adapter-path {home}/none: no such folder"),
-        (["--adapter-path", "{home}/data"], "--adapter-path {home}/data: the folder holds no adapter_config.json"),
+        (["--adapter-path", "{home}/data"], "--adapter-path {home}/data: the folder contains no adapter_config.json"),
         (["--data", "{home}/none.jsonl"], "--data {home}/none.jsonl: no such folder"),
-        (["--data", "{home}/model"], "--data {home}/model: the folder holds no test.jsonl"),
+        (["--data", "{home}/model"], "--data {home}/model: the folder contains no test.jsonl"),
         (["--test-batches", "0"], "--test-batches: must be at least 1"),
         (["--memory-budget", "500"], "--memory-budget: 500 has no unit"),
         (["--tset"], "--tset: no such option"),
-        (["--model", "{home}/data"], "--model {home}/data: the folder {home}/data holds no config.json"),
+        (["--model", "{home}/data"], "--model {home}/data: the folder {home}/data contains no config.json"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -138,7 +138,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern: {'q_proj': 4} is not supported"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', not LORA"),
         ({"r": 0}, "r must be a positive whole number"),
-        ({"r": 5}, "the model and rank 5 ask for [5, "),
+        ({"r": 5}, "but the model and rank 5 require [5, "),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(
@@ -165,7 +165,7 @@ def test_modules_that_are_not_the_models_are_named(tmp_path: Path, capsys: pytes
     name = sorted(plain)[0]
     mx.save_safetensors(str(file), {key: value for key, value in plain.items() if key != name})
     assert run(tmp_path / "peft", tmp_path / "back", "--from-peft") == 2
-    assert "has no lora_a beside it" in capsys.readouterr().err
+    assert "has no matching lora_a" in capsys.readouterr().err
 
 
 # GGUF
@@ -227,8 +227,8 @@ def test_llama_cpps_rotation_of_the_new_order_is_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "--peft, --gguf, --from-peft: name one of them"),
-        (["--peft", "--gguf"], "--peft, --gguf, --from-peft: name one of them"),
+        ([], "--peft, --gguf, --from-peft: exactly one of these is required"),
+        (["--peft", "--gguf"], "--peft, --gguf, --from-peft: exactly one of these is required"),
         (["--peft", "--save-path", "{tmp}/model"], "--save-path {tmp}/model: exists and is not empty"),
         (["--gguf"], "--save-path {tmp}/out: must end with .gguf"),
         (["--gguf", "--save-path", "{tmp}/there.gguf"], "--save-path {tmp}/there.gguf: exists"),

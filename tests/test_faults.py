@@ -102,7 +102,7 @@ def test_weights_cut_within_a_pass_leave_one_line_about_the_signal(home: Path, t
     assert code == -signal.SIGBUS, lines
     assert line == (
         f"error: Bus error: {model / 'model.safetensors'} was {n_bytes} bytes, is 0 bytes: cut short while it was in "
-        f"use; the last save, {out / 'checkpoint.safetensors'}, is whole"
+        f"use; the last save, {out / 'checkpoint.safetensors'}, is intact"
     )
     assert [e["iter"] for e in events(out, "save")] == [1, 2, 3, 4]
     resumes_exactly(home, tmp_path, out, model)
@@ -114,7 +114,7 @@ def test_weights_cut_within_a_pass_leave_one_line_about_the_signal(home: Path, t
         (signal.SIGSEGV, ("Segmentation fault", "out of memory")),
         (signal.SIGABRT, ("Aborted", "out of memory")),
         (signal.SIGBUS, ("Bus error", "a mapped file was cut short, or the disk is full or gone")),
-        (signal.SIGFPE, ("Floating", "a fault outside of Python")),
+        (signal.SIGFPE, ("Floating", "a fault outside Python")),
     ],
 )
 def test_a_fatal_signal_leaves_one_line(
@@ -122,7 +122,7 @@ def test_a_fatal_signal_leaves_one_line(
 ) -> None:
     code, (line,), out, _ = run_in_child(home, tmp_path, f"def act(): os.kill(os.getpid(), {int(number)})")
     assert code == -number
-    for part in (*parts, f"the last save, {out / 'checkpoint.safetensors'}, is whole"):
+    for part in (*parts, f"the last save, {out / 'checkpoint.safetensors'}, is intact"):
         assert part in line, line
 
 

@@ -134,11 +134,11 @@ def test_4_bits_that_lose_what_was_learned_are_refused(
     assert fuse.main([*given, "--tolerance", "0.02"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --tolerance 0.02: in the source's format, loss ") and said.count("\n") == 1
-    assert "of what was learned is kept; --dequantize keeps more; nothing is written" in said
+    assert "of the gain is kept; --dequantize keeps more; nothing was written" in said
     assert not out.exists() and not list(tmp_path.glob(".out.*"))
     assert fuse.main([*given, "--dequantize", "--dtype", "float32", "--tolerance", "0.02"]) == 0
     text = capsys.readouterr().out
-    assert "  measured  valid.jsonl: loss " in text and ": 100.0% of what was learned is kept" in text
+    assert "  measured  valid.jsonl: loss " in text and ": 100.0% of the gain is kept" in text
     card = (out / "README.md").read_text()
     assert f"| trained on | {packed_home / 'data'} |" in card and "| labelled tokens trained on | " in card
     assert "| peak footprint of training | " in card and "100.0% of the gain kept" in card and " cores, " in card
@@ -205,11 +205,11 @@ def test_an_upload_gets_the_complete_folder(
     "argv, message",
     [
         (["--adapter-path", "{tmp}/none"], "--adapter-path {tmp}/none: no such folder"),
-        (["--adapter-path", "{tmp}/model"], "--adapter-path {tmp}/model: the folder holds no adapter_config.json"),
+        (["--adapter-path", "{tmp}/model"], "--adapter-path {tmp}/model: the folder contains no adapter_config.json"),
         (["--model", "{tmp}/other"], "{tmp}/adapters/adapters.safetensors: model.layers.0."),
         (["--save-path", "{tmp}/model"], "--save-path {tmp}/model: exists and is not empty"),
         (["--save-path", "{tmp}/model/new"], "--save-path {tmp}/model/new: is inside the source"),
-        (["--bits", "7"], "--bits 7: affine has 2 or 3 or 4 or 5 or 6 or 8"),
+        (["--bits", "7"], "--bits 7: affine supports 2 or 3 or 4 or 5 or 6 or 8"),
         (["--bits", "4", "--dequantize"], "--bits: cannot be combined with --dequantize"),
         (["--dtype", "float16"], "--dtype float16: needs --dequantize or --bits"),
         (["--tolerance", "-1"], "--tolerance: must be at least 0"),

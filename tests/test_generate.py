@@ -142,7 +142,7 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
         is_wide = family != "gemma4" or (share == math.inf and packing != "mxfp4")
         tolerance = 2e-4 if is_wide else 2e-2
         assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max(), f"share {share}, seed {seed}"
-    assert lines[0].startswith("decompressing the weights once, ") and "stay as stored: slower" in lines[2]
+    assert lines[0].startswith("decompressing the weights once, ") and "products with them are slower" in lines[2]
 
 
 def test_float32_weights_are_left_alone(tmp_path: Path) -> None:
@@ -181,10 +181,13 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([], "--prompt: is required"),
         (["-p", ""], "--prompt: expected text"),
         (["-p", PROMPT, "-m", "0"], "--max-tokens: must be at least 1"),
-        (["-p", PROMPT, "--adapter-path", tmp_path], f"--adapter-path {tmp_path}: the folder holds no adapter_config"),
+        (
+            ["-p", PROMPT, "--adapter-path", tmp_path],
+            f"--adapter-path {tmp_path}: the folder contains no adapter_config",
+        ),
         (["-p", PROMPT, "--adapter-path", other], f"--adapter-path {other}: ValueError: "),
         (["-p", PROMPT, "--model", broken], f"--model {broken}: "),
-        (["-p", PROMPT, "--model", tmp_path], f"--model {tmp_path}: the folder {tmp_path} holds no config.json"),
+        (["-p", PROMPT, "--model", tmp_path], f"--model {tmp_path}: the folder {tmp_path} contains no config.json"),
         (["-p", PROMPT, "--adapters", adapters], "--adapters: no such option; did you mean --adapter-path?"),
         (["-p", PROMPT, "--trust-remote-code"], "--trust-remote-code: not available: no code from"),
     ]

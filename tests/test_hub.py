@@ -49,16 +49,16 @@ def test_local_models(tmp_path: Path) -> None:
     assert resolve_model(str(folder)) == folder
     (folder / "model-00001-of-00001.safetensors").rename(folder / "adapters.safetensors")
     assert message(resolve_model, str(folder)).startswith(f"--model {folder}: ")
-    assert "holds no weights" in message(resolve_model, str(folder))
+    assert "contains no weights" in message(resolve_model, str(folder))
     (folder / "config.json").unlink()
-    assert "holds no config.json" in message(resolve_model, str(folder))
+    assert "contains no config.json" in message(resolve_model, str(folder))
     assert "is a file" in message(resolve_model, str(folder / "tokenizer.json"))
 
 
 def test_local_data(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "data", {"train.jsonl": "{}"})
     assert resolve_data(str(folder)) == folder
-    assert message(resolve_data, str(tmp_path)) == f"--data {tmp_path}: the folder holds no train.jsonl"
+    assert message(resolve_data, str(tmp_path)) == f"--data {tmp_path}: the folder contains no train.jsonl"
     assert "is a file" in message(resolve_data, str(folder / "train.jsonl"))
 
 
@@ -117,7 +117,7 @@ def test_a_cached_model_and_dataset_are_found_offline(home: Path, monkeypatch: p
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert resolve_model("org/name") == model
     assert resolve_data("org/rows") == data / "data"
-    assert message(resolve_model, "org/half") == f"--model org/half: the folder {incomplete} holds no weights " \
+    assert message(resolve_model, "org/half") == f"--model org/half: the folder {incomplete} contains no weights " \
         "(model*.safetensors)"  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_other_formats_are_converted_by_the_datasets_library(
 ) -> None:
     cached(home, "datasets--org--rows", {"README.md": ""})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    expected = "--data org/rows: the dataset holds no train.jsonl: `pip install datasets`"
+    expected = "--data org/rows: the dataset contains no train.jsonl: `pip install datasets`"
     assert message(resolve_data, "org/rows").startswith(expected)
 
     turns = [{"role": "user", "content": "é", "tool_calls": None}]

@@ -79,12 +79,18 @@ def test_mlx_lms_adapters_go_on_at_their_own_loss(home: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--rank", "8"], "--rank: is 8, --resume-adapter-file {start}/adapters.safetensors has 3; --rank 3 --scale"),
-        (["--scale", "1"], "--scale: is 1.0, --resume-adapter-file {start}/adapters.safetensors has 2.0"),
-        (["--keys", "q_proj"], "--keys: is self_attn.q_proj, --resume-adapter-file"),
-        (["--num-layers", "1"], "--num-layers: is 1, --resume-adapter-file {start}/adapters.safetensors has 2"),
+        (
+            ["--rank", "8"],
+            "--rank: is 8, but --resume-adapter-file {start}/adapters.safetensors has 3; use --rank 3 --scale",
+        ),
+        (["--scale", "1"], "--scale: is 1.0, but --resume-adapter-file {start}/adapters.safetensors has 2.0"),
+        (["--keys", "q_proj"], "--keys: is self_attn.q_proj, but --resume-adapter-file"),
+        (["--num-layers", "1"], "--num-layers: is 1, but --resume-adapter-file {start}/adapters.safetensors has 2"),
         (["--resume-adapter-file", "{start}/none"], "--resume-adapter-file {start}/none: no such file"),
-        (["--resume-adapter-file", "{home}/data"], "--resume-adapter-file {home}/data: the folder holds no adapters"),
+        (
+            ["--resume-adapter-file", "{home}/data"],
+            "--resume-adapter-file {home}/data: the folder contains no adapters",
+        ),
         (["--resume-adapter-file", "{home}/model/model.safetensors"], "--resume-adapter-file {home}/model/model"),
     ],
 )

@@ -217,7 +217,7 @@ def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Pa
             shutil.rmtree(tmp_path / "out")
         assert actual[0] == actual[1], train_on
     write_rows(tmp_path, rows)
-    with pytest.raises(UserError, match=r'train\.jsonl:1: the "content" of message 1 is a list of parts.*not take'):
+    with pytest.raises(UserError, match=r'train\.jsonl:1: the "content" of message 1 is a list of parts.*not support'):
         tokenize_rows(tmp_path, models["chat"])
     write_rows(tmp_path, [{"messages": [{**TURN, "content": [{"type": "image", "url": "x"}]}]}])
     with pytest.raises(UserError, match=r"train\.jsonl:1: .*message 1 must be a string or a list of .*found .*image"):
@@ -269,7 +269,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], bytes | list[Any], str]] = {
     "not UTF-8": ("chat", {}, b'{"text": "a"}\n\n{"text": "\xff"}\n', "train.jsonl:3: not UTF-8 text (byte 11"),
     "not an object": ("chat", {}, [{"text": "a"}, ["b"]], "train.jsonl:2: expected an object ({...}), found a list"),
     "no known keys": ("chat", {}, [{"txt": "a", "prompt": "b"}], 'found "txt", "prompt"'),
-    "another kind": ("chat", {}, [{"text": "a"}, {"messages": [TURN]}], 'train.jsonl:2: has no "text", as line 1'),
+    "another kind": ("chat", {}, [{"text": "a"}, {"messages": [TURN]}], 'train.jsonl:2: has no "text", but line 1'),
     "empty text": ("chat", {}, [{"text": "a"}, {"text": ""}], "train.jsonl:2: the text is empty"),
     "text": ("chat", {}, [{"text": None}], 'train.jsonl:1: "text" must be a string, found null'),
     "prompt": ("chat", {}, [{"prompt": ["a"], "completion": "b"}], '"prompt" must be a string or a list of {"type": "'),
@@ -282,18 +282,18 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], bytes | list[Any], str]] = {
     "no content": ("chat", {}, [{"messages": [{"role": "user"}]}], 'the "content" of message 1 must be a string'),
     "tools": ("chat", {}, [{"messages": [TURN, REPLY], "tools": "all"}], '"tools" must be a list, found a string'),
     "refused by the template": ("chat", {}, [{"messages": [TURN, {"role": "judge", "content": "no"}]}],
-                                "train.jsonl:1: the tokenizer refuses this row: TemplateError: unknown role judge"),
-    "lone surrogate": ("chat", {}, b'{"text": "\\ud800"}\n', "train.jsonl:1: the tokenizer refuses this row: "),
+                                "train.jsonl:1: the tokenizer rejects this row: TemplateError: unknown role judge"),
+    "lone surrogate": ("chat", {}, b'{"text": "\\ud800"}\n', "train.jsonl:1: the tokenizer rejects this row: "),
     "text with a mask": ("chat", MASK, [{"text": "a"}], "train.jsonl:1: --mask-prompt needs rows with a prompt"),
     "one message with a mask": ("chat", MASK, [{"messages": [REPLY]}],
                                 "--train-on completion (--mask-prompt) needs a message before"),
     "no chat template": ("plain", {}, [{"prompt": "a", "completion": "b"}], "train.jsonl:1: this row needs a chat"),
     "no end of text": ("no-eos", {}, [{"text": "a"}], "train.jsonl:1: the tokenizer has no eos_token"),
     "all too long": ("chat", {"max_seq_length": 2, "overlong": "drop"}, [{"text": "a b c"}] * 3,
-                     "train.jsonl: no row is left of 3: 0 have no labelled token (within --max-seq-length), 3 are"),
+                     "train.jsonl: none of 3 rows is usable: 0 have no labelled token (within --max-seq-length), 3"),
     "all masked": ("chat", MASK | {"max_seq_length": 8}, [{"prompt": "a b c d " * 9, "completion": "b"}] * 2,
-                   "train.jsonl: no row is left of 2: 2 have no labelled token (within --max-seq-length)"),
-    "empty file": ("chat", {}, b"\n", "train.jsonl: the file holds no rows"),
+                   "train.jsonl: none of 2 rows is usable: 2 have no labelled token (within --max-seq-length)"),
+    "empty file": ("chat", {}, b"\n", "train.jsonl: the file contains no rows"),
 }  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     job = request(write_rows(tmp_path, [{"text": "a"}]), models["plain"], tmp_path / "out")
     write_rows(tmp_path, [{"text": "b"}])
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         tokenize.tokenize(job)
     assert not (tmp_path / "out").exists()
 

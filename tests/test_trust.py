@@ -85,7 +85,7 @@ def test_a_bad_kernel_is_warned_of_once_and_replaced(
         actual = [_call(seed) for _ in range(2)]
         mx.eval(actual)
     assert len(said) == 1
-    with pytest.warns(UserWarning, match=KERNELS_WRONG + f"({reason}).*plain MLX operations take its place"):
+    with pytest.warns(UserWarning, match=KERNELS_WRONG + f"({reason}).*plain MLX operations are used instead"):
         warnings.warn_explicit(said[0].message, UserWarning, "x", 1)  # type: ignore[arg-type]
     assert all(np.array_equal(np.asarray(f), np.asarray(_reference(seed))) for f in actual)
 

@@ -1,1 +1,1 @@
-"""Rows for training: read, tokenized once in a child process, and put into batches."""
+"""Training data: rows are read, tokenized once in a child process, and grouped into batches."""

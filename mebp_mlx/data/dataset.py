@@ -1,7 +1,7 @@
 """Training data: rows of token ids with their labels, memory-mapped from files that a child process wrote.
 
-Nothing here imports the libraries that tokenize: `prepare` runs `mebp_mlx.data.tokenize` in a process of its
-own, unless the cache already holds the result for the same data, tokenizer and options.
+This module does not import the tokenizer libraries: `prepare` runs `mebp_mlx.data.tokenize` in a child process, unless
+the cache already has the result for the same data, tokenizer and options.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length: int32 [B, T] tokens, and targets (-100: no label)."""
+    """Rows padded on the right to one length: tokens and targets, int32 [B, T]; target -100: no label."""
 
     tokens: np.ndarray
     targets: np.ndarray
-    rows: tuple[str, ...]  # "train.jsonl:17" of each row
+    rows: tuple[str, ...]  # the name of each row, such as "train.jsonl:17"
     n_labels: int
 
 
 class TokenRows:
     """The rows of one split, memory-mapped.
 
-    A row of n tokens gives n - 1 positions. The target of position t is tokens[t + 1], if that token is trained on.
+    A row of n tokens has n - 1 positions. The target of position t is tokens[t + 1] if that token is trained on.
     name: the file that the rows come from.
     """
 
@@ -80,7 +80,7 @@ class TokenRows:
         return Batch(tokens, targets, tuple(self.row_name(index) for index in indices), n_labels)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's tokens, int32 [n], and labels, uint8 [n]: 1 where the token is a target, as the first never is."""
+        """A row's tokens, int32 [n], and labels, uint8 [n]: 1 if the token is a target; the first never is."""
         place = slice(self._offsets[index], self._offsets[index + 1])
         return self._tokens[place], self._labels[place]
 
@@ -91,12 +91,12 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class DataSets:
-    """The splits of a data folder, and where their files are.
+    """The splits of a data folder, and the folder of their token files.
 
-    `counts[split]` holds `rows`, `tokens` and `labels` that are kept; `n_read`, the rows in the file;
+    `counts[split]` has the numbers of `rows`, `tokens` and `labels` kept; `n_read`, the rows in the file;
     `n_masked_rows`, skipped because no label is within the length limit; `n_overlong`, truncated or dropped;
-    `n_prompt_differs`, rows in which the text before an answer is not the template's generation prompt;
-    `n_unsure`, those of them whose answer was not located, so that labels may begin a few tokens early or late.
+    `n_prompt_differs`, rows in which the text before an answer differs from the template's generation prompt;
+    `n_unsure`, those among them whose answer was not located, so that labels may begin a few tokens early or late.
     """
 
     train: TokenRows
@@ -109,10 +109,10 @@ class DataSets:
 def prepare(
     data: str | Sequence[Mapping[str, Any]], model_path: Path, rows: RowOptions, cache_dir: Path | None = None
 ) -> DataSets:
-    """Tokenizes data with the tokenizer in `model_path`, or takes the result from the cache.
+    """Tokenizes data with the tokenizer in `model_path`, or reads the result from the cache.
 
     data: a folder, a hub id, "bundled", or mlx-lm's `hf_dataset` (a list of sets).
-    Raises UserError naming file and line for data that cannot be used, and the folder for a bad tokenizer.
+    Raises UserError naming file and line if a row cannot be used, and naming the folder if its tokenizer is bad.
     """
     if isinstance(data, str):
         folder = resolve_data(data, rows.columns)
@@ -140,7 +140,7 @@ def prepare_rows(
     rows: RowOptions,
     cache_dir: Path | None = None,
 ) -> TokenRows:
-    """The rows of one split alone, or of the JSONL file that `data` names. Raises what `prepare` raises."""
+    """The rows of one split, or of the JSONL file that `data` names. Raises the same errors as `prepare`."""
     if isinstance(data, str):
         file = Path(data).expanduser()
         if not file.is_file():
@@ -148,7 +148,7 @@ def prepare_rows(
     else:
         file = resolve_sets(data) / f"{split}.jsonl"
     if not file.is_file():
-        raise UserError(f"--data {data}: has no {file.name}")
+        raise UserError(f"--data {data}: contains no {file.name}")
     _, out = _tokenized({split: file}, model_path, rows, cache_dir)
     return TokenRows(out, split, file.name)
 
@@ -156,7 +156,7 @@ def prepare_rows(
 def _tokenized(
     files: dict[str, Path], model_path: Path, rows: RowOptions, cache_dir: Path | None
 ) -> tuple[dict[str, dict[str, int]], Path]:
-    """The counts of each split (see DataSets) and the folder of the token files, which are made if not in the cache."""
+    """The counts of each split (see DataSets) and the folder of the token files, created if not in the cache."""
     options = {"rows": asdict(rows)}
     try:
         hashes = {split: sha256_of(path) for split, path in files.items()}
@@ -176,7 +176,7 @@ def _tokenized(
             run_child(["mebp_mlx.data.tokenize"], request, offline=True, on_progress=show)
         meta = read_meta(out)
         if meta is None:
-            raise UserError(f"{out}: the token cache was damaged while it was written")
+            raise UserError(f"{out}: the token cache was damaged while it was being written")
     return meta["splits"], out
 
 
@@ -184,14 +184,14 @@ def _tokenized(
 
 
 def n_batches_per_epoch(rows: TokenRows, batch_size: int) -> int:
-    """Batches in one pass over the rows; the last row's batch may be smaller than `batch_size`."""
+    """The number of batches in one pass over the rows; one of them may be smaller than `batch_size`."""
     return -(-len(rows) // batch_size)
 
 
 def batches(rows: TokenRows, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Yields batches of rows of similar length without end, starting with batch number `start`.
+    """Yields batches of rows of similar length endlessly, starting with batch number `start`.
 
-    Each epoch has every row once, in an order that depends only on (seed, epoch). `seed` and `start` >= 0.
+    Each epoch visits every row once, in an order that depends only on (seed, epoch). `seed` and `start` >= 0.
     """
     epoch, done = divmod(start, n_batches_per_epoch(rows, batch_size))
     while True:
@@ -222,7 +222,7 @@ def _made(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{cache}: {error.strerror}; $MEBP_CACHE_DIR can name another cache folder") from error
+        raise UserError(f"{cache}: {error.strerror}; set $MEBP_CACHE_DIR to use another cache folder") from error
     return cache.absolute()
 
 
@@ -242,20 +242,20 @@ def _cache_key(files: dict[str, str], tokenizer: dict[str, str], options: dict[s
 
 
 def has_tokenizer(model_path: Path) -> bool:
-    """Whether a model's folder has the files of a tokenizer."""
+    """Whether a model's folder has tokenizer files."""
     return any(any(model_path.glob(pattern)) for pattern in _VOCABULARY_FILES)
 
 
 def _tokenizer_hashes(model_path: Path) -> dict[str, str]:
     if not has_tokenizer(model_path):
-        raise UserError(f"--model {model_path}: the folder holds no tokenizer (tokenizer.json or tokenizer.model)")
+        raise UserError(f"--model {model_path}: the folder contains no tokenizer (tokenizer.json or tokenizer.model)")
     paths = {path for pattern in _TOKENIZER_FILES for path in model_path.glob(pattern) if path.is_file()}
     return {path.relative_to(model_path).as_posix(): sha256_of(path) for path in paths}
 
 
 @contextlib.contextmanager
 def _progress_line() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Shows the child's progress on one line of stderr, erased at the end, if stderr is a terminal."""
+    """If stderr is a terminal, shows the child's progress on one line, which is erased at the end."""
     shown = False
 
     def show(state: dict[str, Any]) -> None:

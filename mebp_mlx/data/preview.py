@@ -1,4 +1,4 @@
-"""`--preview N`: rows as text, with the labelled parts marked. The tokenizer runs in a child process."""
+"""`--preview N`: prints rows as text with the labelled parts marked. The tokenizer runs in a child process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGIN, END = "[[", "]]"
 
 
 def show_rows(rows: TokenRows, model_path: Path, n_rows: int) -> None:
-    """Prints the first rows of a split under their file and line, with the labelled text between [[ and ]]."""
+    """Prints the first rows of a split with their file and line, and the labelled text between [[ and ]]."""
     shown = []
     for index in range(min(n_rows, len(rows))):
         tokens, labels = rows.row(index)

@@ -1,7 +1,7 @@
-"""Encodes one row of a data file as tokens and labels with a model's tokenizer. Formats and templates are mlx-lm's.
+"""Encodes one row of a data file as tokens and labels with a model's tokenizer, in mlx-lm's formats and templates.
 
-`RowOptions.train_on` selects the labels: all of a row's tokens; the completion, which is the last message, as with
-mlx-lm's --mask-prompt; or every turn of the assistant.
+`RowOptions.train_on` selects the labels: all tokens of a row; the completion, that is, the last message, as with
+mlx-lm's --mask-prompt; or every assistant turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mebp_mlx.system.child import one_line
 ALL, COMPLETION, ASSISTANT = "all", "completion", "assistant"
 TRAIN_ON = (ALL, COMPLETION, ASSISTANT)
 OVERLONG = ("truncate", "drop", "error")
-_STAND_INS = ("x", "0")  # contents that share no token: they show where a template puts the content
+_STAND_INS = ("x", "0")  # contents without a common token: they show where a template puts the content
 Message = dict[str, Any]
 Template = Callable[..., list[int]]  # template(messages, add_generation_prompt=...) -> tokens
 
@@ -25,7 +25,7 @@ Template = Callable[..., list[int]]  # template(messages, add_generation_prompt=
 class RowOptions:
     """How rows are read.
 
-    *_feature: the keys of a row, under mlx-lm's names; one_kind: all rows of a file have the keys of the first one.
+    *_feature: the keys of a row, by mlx-lm's names; one_kind: all rows of a file have the same keys as the first one.
     """
 
     train_on: str = ALL
@@ -53,7 +53,7 @@ class RowOptions:
         return self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature, "tools"
 
     def keys(self, kind: str) -> tuple[str, ...]:
-        """The keys that a row of a kind must have. kind: "prompt", "chat" or "text"."""
+        """The keys that a row of this kind must have. kind: "prompt", "chat" or "text"."""
         if kind == "prompt":
             return self.prompt_feature, self.completion_feature
         return (self.chat_feature if kind == "chat" else self.text_feature,)
@@ -66,7 +66,7 @@ class RowOptions:
 class Row(NamedTuple):
     """An encoded row.
 
-    labels: [start, stop) ranges of tokens that are trained on; differs: the text before an answer is not the
+    labels: ranges [start, stop) of tokens that are trained on; differs: the text before an answer differs from the
     template's generation prompt; unsure: the answer was not located, so labels may be a few tokens early or late.
     """
 
@@ -77,16 +77,16 @@ class Row(NamedTuple):
 
 
 class Encoder:
-    """Rows -> tokens and labels."""
+    """Encodes rows as tokens and labels."""
 
     def __init__(self, tokenizer: Any, options: RowOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
         self._takes_parts: bool | None = None
 
     def encode(self, row: dict[str, Any], kind: str, where: str) -> Row:
-        """Encodes a row of the given kind. Raises UserError, which begins with `where`, if it does not fit.
+        """Encodes a row of the given kind. Raises UserError, with a message that begins with `where`, if it is invalid.
 
-        Text gets the end-of-text token at its end; the other kinds go through the chat template.
+        Text gets the end-of-text token appended; the other kinds go through the chat template.
         """
         if kind == "text":
             return self._text(row, where)
@@ -124,7 +124,7 @@ class Encoder:
             flag = "--mask-prompt" if self.options.train_on == COMPLETION else "--train-on assistant"
             raise UserError(f'{where}: {flag} needs rows with a prompt, but this row is {{"text"}}')
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{where}: the tokenizer has no eos_token to end the text with (tokenizer_config.json)")
+            raise UserError(f"{where}: the tokenizer has no eos_token to append to the text (tokenizer_config.json)")
         tokens = _guarded(lambda: tokenizer.encode(text), where)
         if tokens[-1:] != [tokenizer.eos_token_id]:
             tokens = [*tokens, tokenizer.eos_token_id]
@@ -152,7 +152,7 @@ class Encoder:
         return row[key]
 
     def _check_content(self, content: Any, what: str, where: str) -> None:
-        """Accepts a string, or a list of text parts if the model's template supports it (others print the list)."""
+        """Accepts a string, or a list of text parts if the template supports them (others print the raw list)."""
         if isinstance(content, str):
             return
         if not isinstance(content, list) or not content:
@@ -162,7 +162,7 @@ class Encoder:
                 text = '{"type": "text", "text": "..."}'
                 raise UserError(f"{where}: {what} must be a string or a list of {text}, found {one_line(part, 60)}")
         if not self._template_takes_parts(where):
-            raise UserError(f"{where}: {what} is a list of parts, which the model's chat template does not take")
+            raise UserError(f"{where}: {what} is a list of parts, which the model's chat template does not support")
 
     def _template_takes_parts(self, where: str) -> bool:
         if self._takes_parts is None:
@@ -179,7 +179,7 @@ class Encoder:
 
 
 def _last_turn(tokens: list[int], messages: list[Message], template: Template) -> Row:
-    """mlx-lm's --mask-prompt: labels run from the end of the template's prompt for the last message to the end.
+    """mlx-lm's --mask-prompt: labels begin after the template's prompt for the last message and run to the end.
 
     If the row does not begin with that prompt, labels begin at the message's content.
     """
@@ -195,8 +195,8 @@ def _last_turn(tokens: list[int], messages: list[Message], template: Template) -
 
 
 def _assistant_turns(tokens: list[int], messages: list[Message], template: Template) -> Row:
-    """Labels each of the assistant's messages as `_last_turn` would if the conversation ended there: the content and
-    the tokens that end a turn. A turn that cannot be located in the row gets no labels.
+    """Labels each assistant message as `_last_turn` would if the conversation ended there: the content and the
+    end-of-turn tokens. A turn that cannot be located in the row gets no labels.
     """
     labels, differs, unsure = [], False, False
     for number, message in enumerate(messages):
@@ -223,7 +223,7 @@ def _content_range(
 ) -> tuple[int, int] | None:
     """The range [start, stop) of a message's content and its end-of-turn tokens in a row; None if it is ambiguous.
 
-    The content is replaced by two others: what both rows share is what surrounds the content.
+    The content is replaced by two different texts: the tokens that both rows share surround the content.
     """
 
     def rendered(through: int) -> list[list[int] | None]:
@@ -261,7 +261,7 @@ def _n_shared(one: list[int], other: list[int]) -> int:
 
 
 def _attempt(work: Callable[..., list[int]], *arguments: Any, **options: Any) -> list[int] | None:
-    """Tokens of a part of a conversation, or None if the template refuses it."""
+    """The tokens of part of a conversation, or None if the template rejects it."""
     try:
         return list(work(*arguments, **options))
     except Exception:
@@ -271,9 +271,9 @@ def _attempt(work: Callable[..., list[int]], *arguments: Any, **options: Any) ->
 def _guarded(work: Callable[[], list[int]], where: str) -> list[int]:
     try:
         return work()
-    except Exception as error:  # a template may raise anything; tokenizers refuse lone surrogates
+    except Exception as error:  # a template can raise anything; tokenizers reject lone surrogates
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: the tokenizer refuses this row: {reason}") from error
+        raise UserError(f"{where}: the tokenizer rejects this row: {reason}") from error
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:
@@ -283,6 +283,6 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,8 +1,8 @@
-"""The child process that turns JSONL rows into files of tokens, so that training imports no transformers.
+"""The child process that tokenizes JSONL rows into binary files, so that training does not import transformers.
 
 `python -m mebp_mlx.data.tokenize` reads a request (see `tokenize`) as JSON from its argument or stdin.
 Rows are {"text"}, {"prompt", "completion"[, "tools"]} or {"messages"[, "tools"]} (data/rows.py), one kind per file.
-One row at a time is in memory. The folder of results appears under its name only when it is complete.
+Only one row at a time is in memory. The result folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from mebp_mlx.system.files import flush
 from mebp_mlx.weights.hub import SPLITS
 
 FORMAT_VERSION = 3
-# The files of a split: the tokens of all rows; 1 for each token that is a target, else 0; where each row starts (one
+# The files of a split: the tokens of all rows; 1 for each token that is a target, else 0; the start of each row (one
 # entry more than rows); the line of each row in the JSONL file. Little-endian, without a header.
 FILES = {"tokens": "i4", "labels": "u1", "offsets": "i8", "lines": "i4"}
 _TYPECODES = {"i4": "i", "u1": "B", "i8": "q"}
 _TEMPORARY = ".tmp-"
 _STALE_S = 24 * 3600
-_ROW_S = 20  # the longest that one row may take
-_MEMORY_BYTES = 4 << 30  # of the child: a chat template must not exhaust the machine
+_ROW_S = 20  # time limit for one row
+_MEMORY_BYTES = 4 << 30  # the child's limit: a chat template must not exhaust the machine's memory
 
 
 def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = None) -> dict[str, Any]:
-    """Write the token files of every split into the folder `request["out"]` and return its `meta.json`.
+    """Writes the token files of every split to the folder `request["out"]` and returns its `meta.json`.
 
-    The request: `files` {split: [path, SHA-256]}, `model_path`, `out`, and `rows` (the fields of RowOptions).
-    Raises UserError for bad rows (file and line), for a file of which no row is left, for a bad tokenizer, for files
-    that cannot be read or written.
+    The request has `files` {split: [path, SHA-256]}, `model_path`, `out`, and `rows` (the fields of RowOptions).
+    Raises UserError for a bad row (naming file and line), a file with no usable row, a bad tokenizer, or a file that
+    cannot be read or written.
     """
     out = Path(request["out"])
     model_path = Path(request["model_path"])
@@ -77,8 +77,8 @@ def tokenize(request: dict[str, Any], progress: Callable[[Any], None] | None = N
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """`meta.json` of a complete folder of token files; None if it is missing, damaged, has another format, or belongs
-    to another user, who could otherwise choose the training data.
+    """`meta.json` of a complete folder of token files; None if the folder is missing, damaged, in another format
+    version, or owned by another user, who could otherwise choose the training data.
     """
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -103,7 +103,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def sha256_of(path: Path) -> str:
-    """A file's hash, as hexadecimal digits."""
+    """The SHA-256 hash of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 16):
@@ -119,7 +119,7 @@ def load_tokenizer(model_path: Path) -> Any:
         raise UserError(f"tokenizing needs mlx-lm: pip install mlx-lm ({one_line(error)})") from error
     try:
         return load(model_path)
-    except Exception as error:  # a broken tokenizer file can make its library raise anything
+    except Exception as error:  # a broken tokenizer file can raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--model {model_path}: its tokenizer cannot be loaded: {reason}") from error
 
@@ -128,7 +128,7 @@ def load_tokenizer(model_path: Path) -> Any:
 
 
 def _read_rows(path: Path, digest: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yields (line number, bytes read so far, object) for each line that is not blank; `digest` gets all bytes."""
+    """Yields (line number, bytes read so far, object) for each non-blank line; updates `digest` with all bytes."""
     n_bytes = 0
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
@@ -190,7 +190,7 @@ def _tokenize_split(
     vocabulary: int | None,
     progress: Callable[[Any], None] | None,
 ) -> dict[str, Any]:
-    """Tokenize one file and return its counts (see mebp_mlx.data.dataset.DataSets)."""
+    """Tokenizes one file and returns its counts (see mebp_mlx.data.dataset.DataSets)."""
     names = ("rows", "tokens", "labels", "n_read", "n_masked_rows", "n_overlong", "n_prompt_differs", "n_unsure")
     counts = dict.fromkeys(names, 0)
     digest, size_bytes = hashlib.sha256(), max(path.stat().st_size, 1)
@@ -222,7 +222,7 @@ def _tokenize_split(
             progress({"file": path.name, "rows": counts["n_read"], "fraction": n_bytes / size_bytes})
     files.sync()
     if digest.hexdigest() != sha256:
-        raise UserError(f"{path}: the file changed while it was read")
+        raise UserError(f"{path}: the file changed while it was being read")
     if not counts["rows"]:
         raise UserError(f"{path}: {_why_empty(counts)}")
     return counts
@@ -230,7 +230,7 @@ def _tokenize_split(
 
 @contextlib.contextmanager
 def _time_limit(where: str) -> Iterator[None]:
-    """Raises UserError when a row takes too long: a chat template is a program from the model's folder."""
+    """Raises UserError if a row takes too long: a chat template is a program from the model's folder."""
 
     def expire(*_: object) -> None:
         raise UserError(f"{where}: the tokenizer or its chat template took more than {_ROW_S} s")
@@ -248,7 +248,7 @@ def _time_limit(where: str) -> Iterator[None]:
 
 
 def limit_memory() -> None:
-    """Limits this process to _MEMORY_BYTES, where the system enforces it (macOS does not)."""
+    """Limits this process to _MEMORY_BYTES, if the system enforces the limit (macOS does not)."""
     with contextlib.suppress(ValueError, OSError):
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limits = [limit for limit in (soft, hard, _MEMORY_BYTES) if limit != resource.RLIM_INFINITY]
@@ -256,7 +256,7 @@ def limit_memory() -> None:
 
 
 class _Kinds:
-    """The kinds of a file's rows: all have the first one's, or each has its own (RowOptions.one_kind)."""
+    """Determines each row's kind: the first row's for all, or each row's own (RowOptions.one_kind)."""
 
     def __init__(self, options: RowOptions) -> None:
         self._options, self._first, self._first_line = options, "", 0
@@ -273,13 +273,13 @@ class _Kinds:
             return kind
         if missing := [key for key in options.keys(self._first) if key not in row]:
             raise UserError(
-                f'{where}: has no "{missing[0]}", as line {self._first_line} has: the rows of a file share their keys'
+                f'{where}: has no "{missing[0]}", but line {self._first_line} has: all rows of a file share their keys'
             )
         return self._first
 
 
 def _fitted(row: Row, options: RowOptions, counts: dict[str, int], where: str) -> tuple[list[int], bytearray] | None:
-    """The tokens within the length limit and their labels (1: a target); None for a row that is left out."""
+    """The tokens within the length limit and their labels (1: a target); None if the row is skipped."""
     tokens, limit = row.tokens, options.max_seq_length
     if len(tokens) > limit:
         counts["n_overlong"] += 1
@@ -304,15 +304,15 @@ def _keys(row: dict[str, Any]) -> str:
 
 def _why_empty(counts: dict[str, int]) -> str:
     if not counts["n_read"]:
-        return "the file holds no rows"
+        return "the file contains no rows"
     dropped = counts["n_read"] - counts["n_masked_rows"]
     reasons = [f"{counts['n_masked_rows']} have no labelled token (within --max-seq-length)"]
     reasons += [f"{dropped} are longer than --max-seq-length and dropped"] if dropped else []
-    return f"no row is left of {counts['n_read']}: {', '.join(reasons)}"
+    return f"none of {counts['n_read']} rows is usable: {', '.join(reasons)}"
 
 
 def _vocabulary(model_path: Path) -> int | None:
-    """The model's vocabulary size as config.json states it, else None."""
+    """The model's vocabulary size in config.json, or None."""
     try:
         config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
         size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
@@ -333,7 +333,7 @@ def _publish(folder: Path, out: Path) -> None:
         if read_meta(out) is not None:
             return
         trash = Path(tempfile.mkdtemp(dir=out.parent, prefix=_TEMPORARY))
-        with contextlib.suppress(FileNotFoundError):  # another process moved it away
+        with contextlib.suppress(FileNotFoundError):  # another process moved it first
             os.rename(out, trash / "damaged")
         shutil.rmtree(trash, ignore_errors=True)
 

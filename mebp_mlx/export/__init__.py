@@ -1,1 +1,1 @@
-"""Models for other programs to read."""
+"""Writes models and adapters in formats that other programs read."""

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx.export`: adapters for PEFT and llama.cpp, and PEFT's for this package."""
+"""`python -m mebp_mlx.export`: converts adapters to PEFT and llama.cpp formats, and PEFT adapters to this package's."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .gguf import write_gguf
 from .peft import model_name, read_peft, write_ours, write_peft
 
 PROG = "python -m mebp_mlx.export"
-_GROUP, _KIND = "adapters", "what to make of them (one of these)"
+_GROUP, _KIND = "adapters", "output format (choose one)"
 _TEXTS = (
-    "Convert LoRA adapters for other programs, and PEFT's adapters for this one.",
-    "The values stay float32, and the adapted model computes the same. llama.cpp takes the GGUF file with --lora, for\n"
-    "a model that its own convert_hf_to_gguf.py converted. Only the headers of the model's weights are read.\n"
+    "Convert LoRA adapters for other programs, and PEFT adapters for this one.",
+    "The values stay float32, and the adapted model computes the same results. llama.cpp loads the GGUF file with\n"
+    "--lora, on a model converted by its own convert_hf_to_gguf.py. Only the headers of the model's weights are read.\n"
     "exit codes: 0 done, 2 wrong option or input, 130 interrupted",
 )
 
@@ -33,25 +33,25 @@ class Options:
     """The command's options."""
 
     # fmt: off
-    adapter_path: str = option("adapters", _GROUP, "folder of adapters: ours, mlx-lm's or PEFT's", metavar="PATH")
-    model: str | None = option(None, _GROUP, "their model: folder, hub id, or bundled", shown_default="as trained")
-    save_path: str | None = option(None, _GROUP, "new folder for the result; with --gguf a new file", metavar="PATH")
+    adapter_path: str = option("adapters", _GROUP, "adapter folder from mebp_mlx, mlx-lm or PEFT", metavar="PATH")
+    model: str | None = option(None, _GROUP, "base model: folder, hub id, or bundled", shown_default="as trained")
+    save_path: str | None = option(None, _GROUP, "new folder for the result; with --gguf, a new file", metavar="PATH")
 
-    peft: bool = option(False, _KIND, "a folder that PEFT loads")
-    gguf: bool = option(False, _KIND, "a file that llama.cpp loads")
-    from_peft: bool = option(False, _KIND, "from PEFT's folder one that this package and mlx-lm load")
+    peft: bool = option(False, _KIND, "write a folder that PEFT loads")
+    gguf: bool = option(False, _KIND, "write a file that llama.cpp loads")
+    from_peft: bool = option(False, _KIND, "convert a PEFT folder to one that this package and mlx-lm load")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    interrupted = "interrupted; nothing unfinished is left behind"
+    interrupted = "interrupted; no partial output is left behind"
     return run_command(lambda _: _run(parse(Options, PROG, _TEXTS, argv)), interrupted)
 
 
 def _run(options: Options) -> None:
     if (options.peft, options.gguf, options.from_peft).count(True) != 1:
-        raise UserError("--peft, --gguf, --from-peft: name one of them")
+        raise UserError("--peft, --gguf, --from-peft: exactly one of these is required")
     if options.save_path is None:
         raise UserError("--save-path: is required")
     folder = Path(options.adapter_path).expanduser()
@@ -61,7 +61,7 @@ def _run(options: Options) -> None:
     spec = model.spec
     if not options.from_peft and (lora := load_adapters(folder, spec)).fine_tune_type == "dora":
         raise UserError(
-            f"{FLAG} {folder}: is DoRA, which is not exported; python -m mebp_mlx.fuse adds it to the weights"
+            f"{FLAG} {folder}: DoRA adapters cannot be exported; python -m mebp_mlx.fuse adds them to the weights"
         )
     if options.gguf:
         path = Path(options.save_path).expanduser()

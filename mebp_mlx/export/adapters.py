@@ -1,4 +1,4 @@
-"""A folder of adapters, ours or mlx-lm's: read with every name and shape checked, and saved as mlx-lm loads it."""
+"""Adapter folders in mlx-lm's format: reading, with every name and shape checked, and saving."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ FLAG = "--adapter-path"
 
 
 def read_about(folder: Path, flag: str = FLAG) -> dict[str, Any]:
-    """adapter_config.json as it stands. Raises UserError, naming `flag`, where there is none or it is damaged."""
+    """The contents of adapter_config.json. Raises UserError, naming `flag`, if it is missing or damaged."""
     path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
         return read_json_object(path)
     except FileNotFoundError:
-        raise UserError(f"{flag} {folder}: the folder holds no {ADAPTER_CONFIG}") from None
+        raise UserError(f"{flag} {folder}: the folder contains no {ADAPTER_CONFIG}") from None
 
 
 def trained_with(folder: Path) -> dict[str, Any]:
-    """The options that the adapters were trained with, by name: run.json's of our own runs, and what
-    adapter_config.json says. Raises UserError like `read_about`.
+    """The options that the adapters were trained with, by name: adapter_config.json, overridden by run.json if this
+    package trained them. Raises UserError like `read_about`.
     """
     options = read_about(folder)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # mlx-lm writes no run.json
@@ -46,13 +46,13 @@ def trained_with(folder: Path) -> dict[str, Any]:
 
 
 def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
-    """The pairs of a folder, float32. Raises UserError for another kind of adapter, and for pairs that are incomplete,
-    of another shape than the model's matrices, or on modules that LoRA does not go on here.
+    """The LoRA pairs in a folder, float32. Raises UserError for unsupported kinds of adapter, and for pairs that are
+    incomplete, do not match the shapes of the model's matrices, or belong to modules without LoRA support.
     """
     about = read_about(folder, flag)
     where = folder / ADAPTER_CONFIG
     if "peft_type" in about:
-        raise UserError(f"{flag} {folder}: is PEFT's; python -m mebp_mlx.export --from-peft converts it")
+        raise UserError(f"{flag} {folder}: holds PEFT adapters; python -m mebp_mlx.export --from-peft converts them")
     kind = about.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UserError(f"{where}: fine_tune_type {kind!r} is not supported, only lora and dora")
@@ -61,7 +61,7 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
         raise UserError(f"{where}: lora_parameters is missing")
     numbers = {key: _number(parameters, key, where) for key in ("rank", "scale")}
     if not (folder / ADAPTERS).is_file():
-        raise UserError(f"{flag} {folder}: the folder holds no {ADAPTERS}")
+        raise UserError(f"{flag} {folder}: the folder contains no {ADAPTERS}")
     dropout = parameters.get("dropout", 0.0)
     return read_pairs(
         folder / ADAPTERS, spec, int(numbers["rank"]), numbers["scale"], dropout if isinstance(dropout, float) else 0.0
@@ -69,14 +69,14 @@ def load_adapters(folder: Path, spec: ModelSpec, flag: str = FLAG) -> Lora:
 
 
 def adapters_of(folder: Path, model_path: Path) -> Lora:
-    """The same for the model in a folder, of which only headers are read."""
+    """`load_adapters` for the model in the folder `model_path`; only the headers of its weights are read."""
     model = Model(model_path)
     model.close()
     return load_adapters(folder, model.spec)
 
 
 def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: float) -> Lora:
-    """The pairs of a safetensors file under mlx-lm's names. Raises UserError naming file and tensor."""
+    """The LoRA pairs in a safetensors file with mlx-lm's names. Raises UserError naming file and tensor."""
     linears = {linear.name: linear for layer in spec.layers for linear in layer.matrices.values()}
     weights = MappedWeights(file)
     try:
@@ -89,17 +89,17 @@ def read_pairs(file: Path, spec: ModelSpec, rank: int, scale: float, dropout: fl
 def as_lora(
     parameters: dict[str, mx.array], spec: ModelSpec, rank: int, scale: float, dropout: float, file: Path
 ) -> Lora:
-    """Matrices of a file, with checked names, as a Lora; its keys and number of layers are read off the names.
+    """The matrices of `file` as a Lora. Their names, already checked, determine its keys and number of layers.
 
-    Raises UserError for half a pair, and where there is none.
+    Raises UserError if a pair is incomplete or there is no pair at all.
     """
     is_dora = any(name.endswith(".m") for name in parameters)
     for name in parameters:
         for part in ("lora_a", "lora_b", *(["m"] if is_dora else [])):
             if f"{name.rpartition('.')[0]}.{part}" not in parameters:
-                raise UserError(f"{file}: {name} has no {part} beside it")
+                raise UserError(f"{file}: {name} has no matching {part}")
     if not parameters:
-        raise UserError(f"{file}: holds no LoRA pair")
+        raise UserError(f"{file}: contains no LoRA pair")
     layers = [layer for layer in spec.layers if any(name.startswith(f"{layer.prefix}.") for name in parameters)]
     keys = tuple(key for key in spec.lora_keys if any(f".{key}.lora_" in name for name in parameters))
     n_layers = spec.L - layers[0].index
@@ -107,14 +107,15 @@ def as_lora(
 
 
 def numbered(iteration: int) -> str:
-    """The name of an iteration's own copy."""
+    """The file name of the copy that is saved at an iteration."""
     return f"{iteration:07d}_{ADAPTERS}"
 
 
 def save_adapters(folder: Path, lora: Lora, iteration: int, about: Mapping[str, Any], copy: bool = False) -> None:
-    """Replaces both files of a run's folder. about: more keys of adapter_config.json; copy: 0000100_adapters, too.
+    """Replaces both files in a run's folder.
 
-    Raises NonFiniteLoss, and writes nothing, when a parameter is NaN or infinite; UserError when the disk refuses.
+    about: extra keys for adapter_config.json; copy: also write the numbered copy, such as 0000100_adapters.safetensors.
+    Raises NonFiniteLoss, and writes nothing, if a parameter is NaN or infinite; UserError if writing fails.
     """
     parameters, when = lora.parameters(), f"iteration {iteration}"
     write_arrays(folder / ADAPTERS, parameters, when, FLAG)  # first: nothing is written if a value is not finite
@@ -124,9 +125,9 @@ def save_adapters(folder: Path, lora: Lora, iteration: int, about: Mapping[str, 
 
 
 def write_adapters(folder: Path, lora: Lora, about: dict[str, Any]) -> None:
-    """Both files, as mlx-lm loads them, into an existing folder without them.
+    """Writes both files, in mlx-lm's format, to an existing folder that has neither.
 
-    about: more entries for adapter_config.json. Raises OSError.
+    about: extra keys for adapter_config.json. Raises OSError.
     """
     write_tensors(folder / ADAPTERS, lora.parameters())
     with open(folder / ADAPTER_CONFIG, "x", encoding="utf-8") as file:
@@ -142,7 +143,7 @@ def _described(lora: Lora) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, arrays: dict[str, mx.array]) -> None:
-    """A new safetensors file of some arrays, flushed to the disk. Raises OSError."""
+    """Writes arrays to a new safetensors file and flushes it to disk. Raises OSError."""
     names = sorted(arrays)
     with open(path, "xb") as file, Shard(file, [Entry.of(name, arrays[name]) for name in names]) as shard:
         for name in names:
@@ -150,13 +151,13 @@ def write_tensors(path: Path, arrays: dict[str, mx.array]) -> None:
 
 
 def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], rank: int) -> mx.array:
-    """One matrix of a pair, in float32."""
+    """One matrix of a LoRA pair, in float32."""
     info = weights.info(name)
     module, _, part = name.rpartition(".")
     if part not in ("lora_a", "lora_b", "m"):
         raise UserError(f"{info.file}: {name} is not a LoRA matrix (lora_a, lora_b) or DoRA's m")
     if module not in linears:
-        raise UserError(f"{info.file}: {name}: the model has no {module} that LoRA goes on")
+        raise UserError(f"{info.file}: {name}: the model has no module {module} that supports LoRA")
     linear = linears[module]
     shapes = {**dict(zip(("lora_a", "lora_b"), linear.pair_shapes(rank), strict=True)), "m": (linear.out_dims,)}
     wanted: tuple[int, ...] = shapes[part]
@@ -164,17 +165,17 @@ def _parameter(weights: MappedWeights, name: str, linears: dict[str, Linear], ra
 
 
 def checked_matrix(weights: MappedWeights, name: str, shape: tuple[int, ...], rank: int) -> mx.array:
-    """One matrix of a pair, in float32. Raises UserError for another shape, and for what is no finite float."""
+    """One matrix of a LoRA pair, in float32. Raises UserError if the shape is wrong or values are not finite floats."""
     info = weights.info(name)
     if info.shape != shape:
         raise UserError(
-            f"{info.file}: {name} has shape {list(info.shape)}, the model and rank {rank} ask for {list(shape)}"
+            f"{info.file}: {name} has shape {list(info.shape)}, but the model and rank {rank} require {list(shape)}"
         )
     if not mx.issubdtype(info.mlx_dtype, mx.floating):
-        raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is no float")
+        raise UserError(f"{info.file}: {name} has dtype {info.dtype}, which is not a float type")
     value = Tensor(weights, name)[...].astype(mx.float32)
     if not mx.isfinite(value).all().item():
-        raise UserError(f"{info.file}: {name} holds values that are not finite")
+        raise UserError(f"{info.file}: {name} contains values that are not finite")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A model card: what a fused model was made of, on which rows, and what was measured."""
+"""The model card of a fused model: its base model and adapters, their training, and the measured losses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Card:
-    """What a fused model was made of. name: of its folder; base: the model's as it was given; adapters: their folder;
-    options: that they were trained with (trained_with).
+    """The sources of a fused model. name: its folder's name; base: the base model as the user named it; adapters:
+    their folder; options: the options they were trained with (trained_with).
     """
 
     name: str
@@ -30,7 +30,7 @@ class Card:
 
 
 def model_card(about: Card, how: Format, kept: Kept | None, rows: str) -> str:
-    """README.md of a fused model. kept: what was measured on `rows`, None: nothing."""
+    """README.md of a fused model. kept: the losses measured on `rows`, or None if nothing was measured."""
     name, base = about.name, about.base
     head = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "- lora"]
     if _HUB_ID.fullmatch(base) and not Path(base).exists():
@@ -47,7 +47,7 @@ def model_card(about: Card, how: Format, kept: Kept | None, rows: str) -> str:
 
 
 def _training(adapters: Path, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is known of the training run: mlx-lm's leaves its options, ours a log and the machine as well."""
+    """The known facts of the training run: mlx-lm saves its options; this package also saves a log and the machine."""
     for key, name in (("data", "trained on"), ("iters", "iterations"), ("batch_size", "batch size"),
                       ("learning_rate", "learning rate"), ("seed", "seed")):  # fmt: skip
         if options.get(key) is not None:

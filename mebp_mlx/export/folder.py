@@ -1,4 +1,4 @@
-"""A model's new folder: tensors as a Repack writes them, config.json, tokenizer; whole or not there at all."""
+"""Writes a model's new folder (tensors from a Repack, config.json, tokenizer), either complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .requantize import Repack, Report, Say
 
 _TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _MADE_HERE = ("config.json", INDEX_NAME, "hf_quant_config.json")
-_TEXT_BYTES = 256 << 20  # what is larger is no tokenizer
+_TEXT_BYTES = 256 << 20  # no tokenizer file is larger
 
 
 def write_folder(
@@ -30,10 +30,10 @@ def write_folder(
     say: Say,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes the folder and gives it its name. Raises UserError; whatever is raised, there is no folder then.
+    """Writes the folder under a temporary name, then renames it. Raises UserError; after any error no folder exists.
 
-    source: where the tokenizer comes from; config: the new config.json; say: called with a line for each file;
-    check: looks at the complete folder before it gets its name, and may add files or refuse it.
+    source: the folder with the tokenizer; config: the new config.json; say: called with a line for each file;
+    check: called with the complete folder before it is renamed; it may add files, or raise to reject the folder.
     """
     texts = _text_files(source)
     with errors_of_the_disk(out):
@@ -49,13 +49,13 @@ def write_folder(
                     flush(new)
             write_json(out.partial / "config.json", config)
             write_json(out.partial / INDEX_NAME, _index(repack.report, weight_map))
-            Model(out.partial).close()  # what is published can be opened
+            Model(out.partial).close()  # publish only a folder that can be opened
             check(out.partial)
             out.publish()
 
 
 def new_folder(path: str, flag: str) -> NewFolder:
-    """A folder whose name is free. Raises UserError naming the flag."""
+    """A NewFolder at `path`. Raises UserError naming the flag if the name is taken."""
     out = NewFolder(path, flag)
     with errors_of_the_disk(out):
         out.check()
@@ -63,14 +63,14 @@ def new_folder(path: str, flag: str) -> NewFolder:
 
 
 def check_outside(out: NewFolder, source: Path) -> None:
-    """Raises UserError when the folder would be inside the source."""
+    """Raises UserError if the folder would be inside the source."""
     if out.path.is_relative_to(source.resolve()):
         raise UserError(f"{out.shown}: is inside the source {source}")
 
 
 @contextlib.contextmanager
 def errors_of_the_disk(out: NewFolder) -> Iterator[None]:
-    """Turns OSError into a UserError that names the folder's flag."""
+    """Converts OSError to a UserError that names the folder's flag."""
     try:
         yield
     except OSError as error:
@@ -80,10 +80,10 @@ def errors_of_the_disk(out: NewFolder) -> Iterator[None]:
 def new_config(
     config: dict[str, Any], recipe: Recipe | None, others: Mapping[str, Quantization], dtype: str | None
 ) -> dict[str, Any]:
-    """config.json of a converted model as mlx-lm writes it: sorted, without the vision tower that is not there.
+    """config.json of a converted model as mlx-lm writes it: sorted, without the vision tower, which is not copied.
 
-    recipe: of the matrices, None: what the config says of them stays; others: matrices that are packed otherwise than
-    most; dtype: of all that is not packed, None: as it was.
+    recipe: how matrices are packed; None keeps the source's quantization entries. others: matrices whose packing
+    differs from the recipe's main one; dtype: for tensors that are not packed; None keeps the source's entry.
     """
     config = {key: value for key, value in sorted(config.items()) if key not in ("_name_or_path", "vision_config")}
     if recipe is None:
@@ -95,7 +95,7 @@ def new_config(
         for key in ("torch_dtype", "dtype"):
             if dtype and key in part:
                 part[key] = dtype
-        for key in ("quantization", "quantization_config"):  # of a source that was packed
+        for key in ("quantization", "quantization_config"):  # the source's, if it was packed
             part.pop(key, None)
     if recipe.packing is not None:
         described = {name: _described(how) for name, how in others.items()}
@@ -109,21 +109,21 @@ def _described(how: Quantization) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A new file, indented and flushed to the disk. Raises OSError."""
+    """Writes a new file with indented JSON and flushes it to disk. Raises OSError."""
     write_text(path, json.dumps(content, indent=4) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """A new file, flushed to the disk. Raises OSError."""
+    """Writes a new text file and flushes it to disk. Raises OSError."""
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         flush(file)
 
 
 def _text_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and the like. Raises UserError for a link that leads out of the source."""
+    """The tokenizer, chat template and other small text files. Raises UserError for a link that leaves the source."""
     home = source.resolve()
-    if home.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links to its blobs
+    if home.parent.name == "snapshots":  # in the hub's cache a snapshot's files are links to its blobs
         home = home.parent.parent
     files = [
         path
@@ -136,7 +136,7 @@ def _text_files(source: Path) -> list[Path]:
     ]
     for path in files:
         if path.is_symlink() and not path.resolve().is_relative_to(home):
-            raise UserError(f"{path}: is a link to {path.resolve()}, outside of the model; it is not copied")
+            raise UserError(f"{path}: is a link to {path.resolve()}, outside the model's folder; it is not copied")
     return files
 
 

@@ -1,8 +1,8 @@
-"""A model with its adapters added to its weights, W + s (A B)^T, a few rows at a time; and what that keeps.
+"""Adds adapters to a model's weights, W + s (A B)^T, a few rows at a time, and measures how much of the gain is kept.
 
-Rounding to 16 bits loses next to nothing of what was learned; rounding to 4 bits can lose most of a short run, whose
-change of a weight is smaller than the distance of two 4-bit values. So it is measured: the loss of the base model, of
-the base model with adapters, and of the fused one.
+Rounding to 16 bits loses almost nothing of the gain. Rounding to 4 bits can lose most of a short run's gain, because
+its change to a weight is smaller than the distance between two 4-bit values. So the loss is measured for the base
+model, the base model with adapters, and the fused model.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .requantize import Repack, Report, Say
 class Format:
     """How the fused model is stored.
 
-    recipe: of all matrices, None: each matrix as in the source; dtype: a key of DTYPES, of what is not packed, None:
-    the source's.
+    recipe: how matrices are packed; None stores each matrix as in the source. dtype: a key of DTYPES for tensors that
+    are not packed; None keeps the source's dtype.
     """
 
     recipe: Recipe | None
@@ -48,8 +48,8 @@ class Format:
 
 
 def format_of(bits: int | None, group_size: int | None, mode: str | None, dtype: str | None, dense: bool) -> Format:
-    """The format that --bits, --group-size, --mode, --dtype and --dequantize describe. Raises UserError for options
-    that exclude each other.
+    """The format that --bits, --group-size, --mode, --dtype and --dequantize describe. Raises UserError if options
+    conflict.
     """
     packs = [flag for flag, value in (("--bits", bits), ("--group-size", group_size), ("--mode", mode)) if value]
     if packs and dense:
@@ -63,7 +63,7 @@ def format_of(bits: int | None, group_size: int | None, mode: str | None, dtype:
 
 @dataclass(frozen=True)
 class Kept:
-    """Losses on the same rows: of the base model, with adapters, and fused."""
+    """Losses on the same rows: of the base model, the base model with adapters, and the fused model."""
 
     base: float
     adapters: float
@@ -71,20 +71,20 @@ class Kept:
 
     @property
     def share(self) -> float:
-        """What is kept of the gain, base - adapters."""
+        """The share of the gain, base - adapters, that the fused model keeps."""
         return (self.base - self.fused) / (self.base - self.adapters)
 
     def __str__(self) -> str:
         return (
             f"loss {self.base:.4f} without adapters, {self.adapters:.4f} with them, {self.fused:.4f} fused: "
-            f"{self.share:.1%} of what was learned is kept"
+            f"{self.share:.1%} of the gain is kept"
         )
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a gain is measured. loss: of a model's folder, with pairs or without, on always the same rows; rows: their
-    file's name; tolerance: the share of the gain that may be lost.
+    """How the gain is measured. loss: a function of a model's folder and a Lora (or None) that returns the loss on a
+    fixed set of rows; rows: the name of their file; tolerance: the share of the gain that may be lost.
     """
 
     loss: Callable[[Path, Lora | None], float]
@@ -101,10 +101,10 @@ def fuse(
     card: Callable[[Kept | None], str],
     say: Say,
 ) -> tuple[Report, Kept | None]:
-    """Writes the fused model into a new folder; returns what was written and what it keeps.
+    """Writes the fused model to a new folder; returns a report and, if measured, the losses.
 
-    measure: None measures nothing; card: the text of its README.md; say: called with a line for each file. Raises
-    UserError, also where more of the gain is lost than the tolerance allows; there is no folder then.
+    measure: None skips the measurement; card: returns the text of README.md; say: called with a line for each file.
+    Raises UserError, also if more of the gain is lost than the tolerance allows; the folder then does not exist.
     """
     before: Kept | None = None
     if measure is not None:
@@ -130,14 +130,15 @@ def fuse(
 def _gained(losses: Kept, rows: str) -> Kept:
     if not losses.adapters < losses.base:
         raise UserError(
-            f"--adapter-path: no gain on {rows}: loss {losses.base:.4f} without, {losses.adapters:.4f} with adapters, "
-            "so what a fused model keeps cannot be measured; --data names other rows, --tolerance none skips this"
+            f"--adapter-path: no gain on {rows}: loss {losses.base:.4f} without adapters, {losses.adapters:.4f} with "
+            "them, so the share that a fused model keeps is undefined; --data chooses other rows, --tolerance none "
+            "skips this check"
         )
     return losses
 
 
 def _tolerated(kept: Kept, tolerance: float, how: Format) -> Kept:
     if not 1 - kept.share <= tolerance:
-        remedy = "a higher --tolerance takes it" if how.is_dense else "--dequantize keeps more"
-        raise UserError(f"--tolerance {tolerance:g}: in {how}, {kept}; {remedy}; nothing is written")
+        remedy = "a higher --tolerance accepts this" if how.is_dense else "--dequantize keeps more"
+        raise UserError(f"--tolerance {tolerance:g}: in {how}, {kept}; {remedy}; nothing was written")
     return kept

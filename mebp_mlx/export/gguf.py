@@ -1,6 +1,6 @@
-"""LoRA pairs as a GGUF file, which llama.cpp adds to a model (`--lora`): the format of its convert_lora_to_gguf.py.
+"""Writes LoRA pairs to a GGUF file for llama.cpp's `--lora`, in the format of its convert_lora_to_gguf.py.
 
-A tensor is called after the matrix that it belongs to, `blk.N.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r];
+Tensors are named after the matrix they adapt: `blk.N.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r].
 llama.cpp multiplies their product by adapter.lora.alpha / r. Everything is float32.
 """
 
@@ -17,7 +17,7 @@ from ..model.config import ModelSpec
 from ..model.lora import Lora
 from .adapters import FLAG
 
-# The families by llama.cpp's names.
+# Family -> llama.cpp's name for it.
 _ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
     "gemma3": "gemma3",
@@ -29,13 +29,13 @@ _TENSORS = {
 
 
 def write_gguf(path: Path, lora: Lora, spec: ModelSpec, name: str, flag: str) -> None:
-    """A new file, whole or not there at all. name: of the adapters, for people. Raises UserError naming `flag`."""
+    """Writes a new file, complete or not at all. name: the adapters' display name. Raises UserError naming `flag`."""
     if lora.scale == 0:
-        raise UserError(f"{FLAG}: scale 0 cannot be told to llama.cpp, which takes alpha 0 for no scaling")
+        raise UserError(f"{FLAG}: scale 0 cannot be expressed for llama.cpp, which reads alpha 0 as no scaling")
     if spec.family not in _ARCHITECTURES:
         raise UserError(f"--gguf: {spec.family} is not supported; supported: {', '.join(_ARCHITECTURES)}")
     if _interleaves(spec) and any(layer.rope is not None and layer.rope.traditional for layer in spec.layers):
-        raise UserError("--gguf: rope_traditional in config.json: llama.cpp's converters know no such model")
+        raise UserError("--gguf: rope_traditional in config.json: llama.cpp's converters do not support such a model")
     if path.suffix != ".gguf":
         raise UserError(f"{flag} {path}: must end with .gguf")
     if path.exists():
@@ -76,11 +76,11 @@ def _tensors(lora: Lora, spec: ModelSpec) -> Iterator[tuple[str, mx.array]]:
 
 
 def _interleaves(spec: ModelSpec) -> bool:
-    """Whether llama.cpp rotates neighbours i, i + 1 of a head where transformers rotates i and i + head_dim / 2."""
+    """Whether llama.cpp rotates elements i and i + 1 of a head, where transformers rotates i and i + head_dim / 2."""
     return _ARCHITECTURES[spec.family] == "llama"
 
 
 def interleaved(rows: mx.array, n_heads: int) -> mx.array:
-    """Rows [heads * head_dim, r] of a query or key projection in the order that makes both rotations the same."""
+    """Reorders rows [heads * head_dim, r] of a query or key projection so that both rotations give the same result."""
     n_rows, rank = rows.shape
     return rows.reshape(n_heads, 2, n_rows // n_heads // 2, rank).swapaxes(1, 2).reshape(n_rows, rank)

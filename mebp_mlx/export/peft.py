@@ -1,7 +1,7 @@
-"""PEFT's LoRA folders, both ways: adapter_config.json and adapter_model.safetensors.
+"""Reads and writes PEFT's LoRA folders: adapter_config.json and adapter_model.safetensors.
 
-PEFT computes W x + (alpha / r) B (A x) with A [r, in] and B [out, r] (alpha / sqrt(r) where use_rslora is set): our
-matrices transposed, and our scale is alpha / r. Names are those of transformers' modules after `base_model.model.`.
+PEFT computes W x + (alpha / r) B (A x) with A [r, in] and B [out, r] (alpha / sqrt(r) if use_rslora is set): its
+matrices are ours transposed, and our scale is alpha / r. Names are `base_model.model.` plus transformers' module names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .folder import errors_of_the_disk, write_json
 _NAME = re.compile(
     r"base_model\.model\.(?:model|language_model\.model|model\.language_model)\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight"
 )
-# What changes the function in a way that a plain pair does not have; all are absent, false or empty in a plain LoRA.
+# Settings that change the function beyond a plain LoRA pair; all are absent, false or empty for plain LoRA.
 _NOT_PLAIN = (
     "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
@@ -33,7 +33,7 @@ _NOT_PLAIN = (
 
 
 def write_peft(out: NewFolder, lora: Lora, spec: ModelSpec, base: str) -> None:
-    """A new folder that `PeftModel.from_pretrained` loads. base: the name of the model. Raises UserError (disk)."""
+    """Writes a new folder for `PeftModel.from_pretrained`. base: the model's name. UserError if writing fails."""
     stacks = [stack.name for layer in spec.layers for stack in layer.experts.values()]
     if names := [name for name in stacks if name in lora.pairs]:
         raise UserError(f"--peft: {names[0]} holds pairs of experts, which PEFT has no form for; train other --keys")
@@ -50,8 +50,8 @@ def write_peft(out: NewFolder, lora: Lora, spec: ModelSpec, base: str) -> None:
 
 
 def read_peft(folder: Path, spec: ModelSpec, flag: str) -> Lora:
-    """The pairs of a PEFT folder, float32. Raises UserError for what is no plain LoRA, and for names and shapes that
-    are not the model's.
+    """The LoRA pairs of a PEFT folder, float32. Raises UserError if they are not plain LoRA, or if a name or shape does
+    not match the model.
     """
     about, where = read_about(folder, flag), folder / ADAPTER_CONFIG
     if about.get("peft_type") != "LORA":
@@ -65,7 +65,7 @@ def read_peft(folder: Path, spec: ModelSpec, flag: str) -> Lora:
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise UserError(f"{where}: r must be a positive whole number and lora_alpha a number")
     if not (folder / PEFT_WEIGHTS).is_file():
-        raise UserError(f"{flag} {folder}: the folder holds no {PEFT_WEIGHTS}")
+        raise UserError(f"{flag} {folder}: the folder contains no {PEFT_WEIGHTS}")
     weights = MappedWeights(folder / PEFT_WEIGHTS)
     try:
         parameters = dict(_matrix(weights, name, spec, rank) for name in sorted(weights.names))
@@ -76,17 +76,17 @@ def read_peft(folder: Path, spec: ModelSpec, flag: str) -> Lora:
 
 
 def write_ours(out: NewFolder, lora: Lora, base: str) -> None:
-    """A new folder of adapters that this package and mlx-lm load. Raises UserError (disk)."""
+    """Writes a new adapter folder that this package and mlx-lm load. Raises UserError if writing fails."""
     with errors_of_the_disk(out), out:
         write_adapters(out.partial, lora, {"model": base})
         out.publish()
 
 
 def _matrix(weights: MappedWeights, name: str, spec: ModelSpec, rank: int) -> tuple[str, mx.array]:
-    """One matrix under our name, transposed."""
+    """One matrix, transposed, with its name in our format."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) >= spec.L or match[2] not in spec.layers[int(match[1])].matrices:
-        raise UserError(f"{weights.info(name).file}: {name}: the model has no such module that LoRA goes on")
+        raise UserError(f"{weights.info(name).file}: {name}: the model has no such module that supports LoRA")
     if spec.layers[int(match[1])].matrices[match[2]].n_experts:
         raise UserError(f"{weights.info(name).file}: {name}: pairs of experts are not read from PEFT's folders")
     linear = spec.layers[int(match[1])].matrices[match[2]]
@@ -106,7 +106,7 @@ def _peft_config(lora: Lora, spec: ModelSpec, base: str) -> dict[str, Any]:
     layers = sorted({int(name.partition(".layers.")[2].partition(".")[0]) for name in modules})
     shorts = sorted({name.rpartition(".")[2] for name in modules})
     is_regular = len(modules) == len(layers) * len(shorts)
-    # A vision tower has layers with the same names: short names would take them, too.
+    # A vision tower has layers with the same names, and short names would match them, too.
     by_short_name = is_regular and not spec.final_norm.startswith("language_model.")
     alpha = lora.scale * lora.rank
     return {
@@ -128,8 +128,10 @@ def _peft_config(lora: Lora, spec: ModelSpec, base: str) -> dict[str, Any]:
 
 
 def model_name(about: dict[str, Any], given: str | None) -> str:
-    """The model that adapters belong to: as given, else as their config says. Raises UserError without either."""
+    """The model that the adapters belong to: `given`, or else the one in their config. Raises UserError if neither
+    exists.
+    """
     model = given or about.get("model") or about.get("base_model_name_or_path")
     if not isinstance(model, str):
-        raise UserError(f"--model: is required, {ADAPTER_CONFIG} names none: {json.dumps(model)}")
+        raise UserError(f"--model: is required, since {ADAPTER_CONFIG} names no model: {json.dumps(model)}")
     return model

@@ -1,6 +1,6 @@
-"""Compression of weights to 2 to 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
+"""Quantizes weights to 2 to 8 bits, in the layouts that mx.dequantize (and so every MLX model) reads.
 
-kernels/cpu.py has the way back. All functions take whole rows, so a matrix can be packed a row block at a time.
+kernels/cpu.py dequantizes. All functions take whole rows, so a matrix can be packed one row block at a time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ GROUP_SIZES = {
 MODES = tuple(BITS)
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # mlx-lm's recipes
 _MXFP8_SMALLEST = 2.0**-118
-_NVFP4_ITEMS = 128 << 10  # MLX compares each weight with all sixteen values at once
-_PIECE_ITEMS = 64 << 10  # float32 numbers that stay in a core's cache
+_NVFP4_ITEMS = 128 << 10  # at a time: MLX compares each weight with all sixteen values at once
+_PIECE_ITEMS = 64 << 10  # float32 numbers that fit in a core's cache
 _FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights are to be stored. mode: one of MODES; bits and group size: of its BITS and GROUP_SIZES."""
+    """A storage format for weights. mode: one of MODES; bits, group_size: allowed by BITS[mode], GROUP_SIZES[mode]."""
 
     bits: int
     group_size: int
@@ -40,7 +40,7 @@ class Packing:
 
     @property
     def stored(self) -> Quantization:
-        """What a reader is told: symmetric weights are affine ones whose biases are -2^(bits-1) scales."""
+        """The format as config.json records it: symmetric weights are affine with biases of -2^(bits-1) scales."""
         return Quantization(self.bits, self.group_size, "affine" if self.mode == "symmetric" else self.mode)
 
     def fits(self, in_dims: int) -> bool:
@@ -49,28 +49,28 @@ class Packing:
 
 
 def checked_packing(bits: int | None, group_size: int | None, mode: str) -> Packing:
-    """The format that --bits, --group-size and --mode name. Raises UserError for one that does not exist."""
+    """The format that --bits, --group-size and --mode specify. Raises UserError if the mode does not support it."""
     default_bits, default_group_size = FLOAT_MODES.get(mode, (4, 64))
     bits = default_bits if bits is None else bits
     group_size = default_group_size if group_size is None else group_size
     for flag, value, known in (("--bits", bits, BITS[mode]), ("--group-size", group_size, GROUP_SIZES[mode])):
         if value not in known:
-            raise UserError(f"{flag} {value}: {mode} has {' or '.join(map(str, known))}")
+            raise UserError(f"{flag} {value}: {mode} supports {' or '.join(map(str, known))}")
     return Packing(bits, group_size, mode)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each matrix of a model is to be stored. packing: of most, None: none is packed; high_bits: of those that lose
-    more by it, in a mixed recipe.
+    """How each matrix of a model is stored. packing: the default format; None packs nothing. high_bits: the bits of
+    the more sensitive matrices in a mixed recipe.
     """
 
     packing: Packing | None
     high_bits: int | None = None
 
     def of(self, name: str, n_layers: int) -> Packing | None:
-        """The packing of a matrix by its name, as mlx-lm's mixed recipes have it: more bits for the head, and for
-        v_proj and down_proj of the first and the last eighth of the layers and of every third one between.
+        """The packing of the matrix `name`. As in mlx-lm's mixed recipes, the head gets more bits, and so do v_proj and
+        down_proj in the first and last eighth of the layers and in every third layer between.
         """
         if self.packing is None or self.high_bits is None:
             return self.packing
@@ -84,9 +84,9 @@ class Recipe:
 
 
 def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
-    """{"weight": uint32 [n, in * bits / 32], "scales": [n, in / group], "biases": the same, but not of FLOAT_MODES}.
+    """{"weight": uint32 [n, in * bits / 32], "scales": [n, in / group], "biases": like scales, none in FLOAT_MODES}.
 
-    rows: finite, [n, in], in the dtype that affine scales and biases will have; those of FLOAT_MODES are uint8.
+    rows: finite, [n, in]; affine scales and biases get their dtype, scales in FLOAT_MODES are uint8.
     """
     if packing.mode == "symmetric":
         return _symmetric(rows, packing.bits, packing.group_size)
@@ -100,7 +100,7 @@ def pack(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
 
 
 def _quantized(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
-    if packing.mode == "mxfp8":  # MLX's exponent wraps around to infinity below that
+    if packing.mode == "mxfp8":  # below this magnitude MLX's exponent wraps around to infinity
         rows = mx.where(mx.abs(rows) < _MXFP8_SMALLEST, 0, rows).astype(rows.dtype)
     parts = mx.quantize(rows, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
     mx.eval(parts)
@@ -108,7 +108,7 @@ def _quantized(rows: mx.array, packing: Packing) -> dict[str, mx.array]:
 
 
 def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
-    """What a reader makes of packed rows: float32 [n, in]."""
+    """Packed rows dequantized, as a reader would do it: float32 [n, in]."""
     how = packing.stored
     if how.mode in FLOAT_MODES:
         layout: dict[str, Any] = dict(group_size=how.group_size, bits=how.bits, mode=how.mode, dtype=mx.float32)
@@ -122,11 +122,11 @@ def unpacked(parts: dict[str, mx.array], packing: Packing) -> np.ndarray:
 def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array]:
     """scale * q, q in [-half, half - 1], half = 2^(bits - 1); scale = the group's largest value by magnitude / -half.
 
-    That value becomes q = -half exactly: dividing by a power of two loses nothing in the stored dtype (subnormal
-    numbers apart). The step is max|w| / 8 with 4 bits, against max|w| / 7 of a grid that is even on both sides, and
-    what the missing +half clips is less than that gains: on normal weights in groups of 64 the RMS error is 9.5 %
-    of the weights against 10.8 %, and smaller for Laplace and uniform weights and other groups, too. Nor can
-    half * scale overflow, which is no larger than a weight. Codes are chosen against the stored, rounded scale.
+    That value becomes q = -half exactly: dividing by a power of two is exact in the stored dtype, except for subnormal
+    numbers. With 4 bits the step is max|w| / 8, against max|w| / 7 for a grid with equal ranges on both sides. This
+    gains more than clipping at the missing +half loses: on normal weights in groups of 64 the RMS error is 9.5 % of
+    the weights against 10.8 %, and it is also smaller for Laplace and uniform weights and other group sizes.
+    half * scale cannot overflow: it is at most the largest weight. Codes are computed with the stored, rounded scale.
     """
     half = 1 << (bits - 1)
     numbers = np.asarray(rows.astype(mx.float32))
@@ -136,7 +136,7 @@ def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array
     extreme = np.where(highest > -lowest, highest, lowest)
     scales = mx.array(extreme / np.float32(-half)).astype(rows.dtype)
     exact = np.asarray(scales.astype(mx.float32))
-    steps = np.where(exact == 0, np.float32(1), exact)[..., None]  # a group of zeros, or of too small numbers
+    steps = np.where(exact == 0, np.float32(1), exact)[..., None]  # 0: a group of zeros or tiny numbers
     codes = np.empty((n_rows, n_in), np.uint8)
 
     def run(piece: slice) -> None:
@@ -144,7 +144,7 @@ def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array
         np.rint(levels, out=levels)
         np.clip(levels, -half, half - 1, out=levels)
         np.add(levels, half, out=levels)
-        codes[piece] = levels.reshape(-1, n_in)  # truncates what is whole
+        codes[piece] = levels.reshape(-1, n_in)  # exact: the levels are whole numbers
 
     cpu.in_pieces(n_rows, n_in, _PIECE_ITEMS, run)
     biases = mx.array(exact * np.float32(-half)).astype(rows.dtype)
@@ -152,16 +152,16 @@ def _symmetric(rows: mx.array, bits: int, group_size: int) -> dict[str, mx.array
 
 
 def _mxfp4(rows: mx.array) -> dict[str, mx.array]:
-    """mx.quantize(mode="mxfp4") of MLX's CPU backend, bit by bit and about ten times as fast: it compares each weight
+    """The bits of mx.quantize(mode="mxfp4") on MLX's CPU backend, about ten times as fast. MLX compares each weight
     with all sixteen values, in arrays sixteen times the size of the weights.
 
-    A group's scale is the smallest power of two with max|w| <= 6 scale, and of two values equally near the smaller
-    magnitude is taken. Groups below 2^-127 keep that as their scale, where MLX's exponent wraps around to NaN.
+    A group's scale is the smallest power of two with max|w| <= 6 scale; ties go to the smaller magnitude. Groups that
+    would need a scale below 2^-127 get 2^-127, where MLX's exponent wraps around to NaN.
     """
     n_rows, n_in = rows.shape
     numbers = np.asarray(rows.astype(mx.float32)).reshape(n_rows, -1, 32)
     largest = np.maximum(numbers.max(axis=-1), -numbers.min(axis=-1))
-    exponents = mx.ceil(mx.log2(mx.array(largest) / 6))  # MLX's own log2: numpy's may round otherwise
+    exponents = mx.ceil(mx.log2(mx.array(largest) / 6))  # MLX's own log2: numpy's may round differently
     exponents = mx.where(mx.array(largest == 0), 0, mx.maximum(exponents, -127)).astype(mx.int32)
     steps = np.ldexp(np.float32(1), np.asarray(exponents))[..., None]
     codes = np.empty((n_rows, n_in), np.uint8)
@@ -181,9 +181,9 @@ def _mxfp4(rows: mx.array) -> dict[str, mx.array]:
 
 
 def _words(codes: np.ndarray, bits: int) -> mx.array:
-    """One code a byte -> uint32 words, lowest bits first."""
+    """Packs codes, one per byte, into uint32 words, lowest bits first."""
     packed: Any = codes
     if bits == 4:
         pairs = codes.view("<u2")
-        packed = (pairs | (pairs >> 4)).astype(np.uint8)  # the high byte's nibble comes above the low one's
+        packed = (pairs | (pairs >> 4)).astype(np.uint8)  # the high byte's nibble goes above the low byte's
     return mx.array(packed.view("<u4"))

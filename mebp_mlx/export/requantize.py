@@ -1,6 +1,6 @@
-"""A checkpoint as the shards of a new, packed one: what goes where from the headers alone, then row by row.
+"""Rewrites a checkpoint as the shards of a new one: plans the layout from the headers alone, then streams the rows.
 
-The work of `mebp_mlx.convert`, without its options and folders.
+This is the core of `mebp_mlx.convert`, without its options and folders.
 """
 
 from __future__ import annotations
@@ -34,26 +34,25 @@ Say = Callable[[str], None]
 
 @dataclass
 class Report:
-    """What a conversion does. Errors are relative: the RMS of the differences over the RMS of the weights."""
+    """The results of a conversion. Errors are relative: the RMS of the differences over the RMS of the weights."""
 
-    bytes_before: int  # of the tensors that the model uses
+    bytes_before: int  # size of the tensors that the model uses
     bytes_after: int
     n_parameters: int
     packed: list[str]  # matrices
-    copied: list[str]  # matrices whose bytes stay: all of them, or those that were packed in this way before
-    unpacked: list[str]  # matrices whose rows the group size does not divide
+    copied: list[str]  # matrices copied byte for byte: all of them, or those already packed in this format
+    unpacked: list[str]  # matrices whose row length is not a multiple of the group size
     left_out: list[str]  # tensors of the source that the model does not use
     errors: dict[str, float] = field(default_factory=dict)  # of each packed matrix
-    others: dict[str, Quantization] = field(default_factory=dict)  # packed otherwise than most (a mixed recipe)
-    error: float = 0.0  # of all of them together, the copied ones apart
+    others: dict[str, Quantization] = field(default_factory=dict)  # formats that differ from the main one
+    error: float = 0.0  # of all packed matrices together, without the copied ones
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the model, or a stack, and what becomes of it. dtype: of its scales and biases or, unpacked, its own.
-
-    Experts that are stored apart become a stack.
+    """A matrix to be rewritten, or a stack. dtype: that of its scales and biases or, if it is not packed, of its
+    weights. Experts that are stored separately become a stack.
     """
 
     linear: Linear
@@ -75,7 +74,7 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Vector:
-    """A norm or a bias, in the new dtype."""
+    """A norm or a bias, written in the new dtype."""
 
     entry: Entry
 
@@ -85,7 +84,7 @@ class _Vector:
 
 @dataclass(frozen=True)
 class _Same:
-    """A tensor whose bytes stay as they are."""
+    """A tensor that is copied byte for byte."""
 
     entry: Entry
 
@@ -105,11 +104,11 @@ class _Stacked:
 
 
 class Repack:
-    """The new files: the embeddings', one for each decoder block, and the final norm's (with the head).
+    """The new files: one for the embeddings, one for each decoder block, one for the final norm (with the head).
 
-    recipe: how matrices are packed, None: every tensor keeps its bytes; dtype: of all that is not packed, None: each
-    tensor's own; adapter: pairs that are added to their matrices, which without a recipe are packed anew as they were.
-    Raises UserError for a tensor of another kind than floats, and when the group size fits no matrix.
+    recipe: how matrices are packed; None copies every tensor's bytes. dtype: for everything that is not packed; None
+    keeps each tensor's own. adapter: LoRA pairs to add to their matrices, which without a recipe are packed again in
+    their old format. Raises UserError if a tensor is not of a float type, or the group size fits no matrix.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Repack:
         most = recipe.packing if recipe is not None else None
         if most is not None and not packed and not copied:
             widths = ", ".join(str(n) for n in sorted({linear.in_dims for linear in linears}))
-            raise UserError(f"--group-size {most.group_size}: divides no matrix's rows, which are {widths} long")
+            raise UserError(f"--group-size {most.group_size}: divides no matrix's row length ({widths})")
         stored = {linear.name: how.stored for linear in linears if (how := self._packing(linear)) is not None}
         entries = [entry for block in self._blocks for item in block for entry in item.entries()]
         parts = {name for linear in linears for name in linear.tensors}
@@ -150,9 +149,9 @@ class Repack:
         )
 
     def write(self, folder: Path, say: Say) -> dict[str, str]:
-        """Writes all files, each flushed; fills the report's errors; returns {tensor: file}.
+        """Writes and flushes all files, fills in the report's errors, and returns {tensor: file}.
 
-        Raises UserError for values that are not finite, in the source or in the new dtype.
+        Raises UserError if a value is not finite, in the source or in the new dtype.
         """
         sums, placed = np.zeros(2), {}
         for number, block in enumerate(self._blocks, 1):
@@ -197,8 +196,8 @@ class Repack:
             yield _Stacked(item, self._dtype_of(f"{item.expert(0).name}.bias"))
 
     def _packing(self, linear: Linear) -> Packing | None:
-        """How a matrix that is written anew is packed; None where it is not, or its group size does not divide its
-        rows.
+        """The packing of a matrix that is rewritten; None if it is not packed, or the group size does not divide its
+        row length.
         """
         if self._recipe is None:
             own = linear.quantization
@@ -210,7 +209,7 @@ class Repack:
         return packing if packing is not None and packing.fits(linear.in_dims) else None
 
     def _stays(self, linear: Linear) -> bool:
-        """Whether a matrix keeps its bytes: all do, or it is packed in the new way already."""
+        """Whether a matrix is copied byte for byte: without a recipe, or if it already has the new format."""
         if self._adapter is not None and linear.name in self._adapter.pairs:
             return False
         if self._recipe is None:  # with adapters, experts become stacks: mlx-lm reads no layer of both kinds
@@ -224,7 +223,7 @@ class Repack:
         return packing.mode in FLOAT_MODES or NAMES[self._own(linear)] == scales
 
     def _own(self, linear: Linear) -> mx.Dtype:
-        """The dtype of a matrix's numbers: one of FLOAT_MODES has none of its own."""
+        """The dtype of a matrix's numbers; FLOAT_MODES store none, so the final norm's is used."""
         has_none = linear.quantization is not None and linear.quantization.mode in FLOAT_MODES
         return self._dtype_of(self._model.spec.final_norm if has_none else linear.tensors[-1])
 
@@ -239,7 +238,9 @@ class Repack:
             shard.append(entry.name, self._model.tensor(entry.name)[start:stop])
 
     def _write_matrix(self, shard: Shard, matrix: _Matrix) -> np.ndarray:
-        """Sums of squares: of the differences to the source's weights, and of these; zeros if it stays unpacked."""
+        """Writes a matrix. Returns sums of squares, of the packing errors and of the source's weights; zeros if it is
+        not packed.
+        """
         linear, sums = matrix.linear, np.zeros(2)
         for exact in self._pieces(linear):
             rows = self._cast(f"{linear.name}.weight", exact, matrix.dtype)
@@ -256,7 +257,7 @@ class Repack:
         return sums
 
     def _stack(self, shard: Shard, stacked: _Stacked) -> None:
-        """The biases of experts that are stored apart."""
+        """Writes the biases of experts that are stored separately."""
         linear = stacked.linear
         for index in range(linear.n_experts):
             name = f"{linear.expert(index).name}.bias"
@@ -274,7 +275,7 @@ class Repack:
                 yield self._rows(own, own_pair, start, stop)
 
     def _rows(self, linear: Linear, pair: Pair | None, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32; DoRA's have the lengths m."""
+        """Rows of W + s (A B)^T in float32; with DoRA, scaled to the lengths m."""
         rows = self._model.rows(linear, start, stop)
         if self._adapter is None or pair is None:
             return rows
@@ -285,11 +286,11 @@ class Repack:
 
     def _cast(self, name: str, values: mx.array, dtype: mx.Dtype) -> mx.array:
         cast = values.astype(dtype)
-        quick = _sum_of_squares(np.asarray(cast.astype(mx.float32)))  # several times as fast as to look at each value
+        quick = _sum_of_squares(np.asarray(cast.astype(mx.float32)))  # several times as fast as checking each value
         if not math.isfinite(quick) and not mx.isfinite(cast).all().item():
             too_large = mx.isfinite(values).all().item()
             why = f"values that are too large for {NAMES[dtype]}" if too_large else "values that are not finite"
-            raise UserError(f"{self._model.weights.info(name).file}: tensor {name} holds {why}")
+            raise UserError(f"{self._model.weights.info(name).file}: tensor {name} contains {why}")
         return cast
 
 

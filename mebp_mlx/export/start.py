@@ -1,4 +1,4 @@
-"""The values that a new run starts from: an adapter file of ours or mlx-lm's, checked against the run's options."""
+"""The initial values of a new run: an adapter file from mebp_mlx or mlx-lm, checked against the run's options."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ FLAG = "--resume-adapter-file"
 
 
 def start_file(path: str) -> Path:
-    """The file that is meant: itself, or the adapters of a folder. Raises UserError where there is none."""
+    """The adapter file: `path` itself, or the adapters in that folder. Raises UserError if it is missing."""
     file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(f"{FLAG} {path}: {'no such file' if file == Path(path) else f'the folder holds no {ADAPTERS}'}")
+        problem = "no such file" if file == Path(path) else f"the folder contains no {ADAPTERS}"
+        raise UserError(f"{FLAG} {path}: {problem}")
     return file
 
 
 def start_from(file: Path, lora: Lora, spec: ModelSpec) -> None:
-    """Replaces the values of a fresh Lora, one at a time. The file's rank and names must be those of `lora`, and so
-    must kind and scale where an adapter_config.json beside the file says them: UserError gives the options that go on.
+    """Replaces the values of a fresh Lora, one at a time. The file's rank, names and kind must match `lora`, and so
+    must the scale if an adapter_config.json next to the file gives it; otherwise UserError lists options that match.
     """
     weights = MappedWeights(file)
     try:
@@ -44,11 +45,11 @@ def start_from(file: Path, lora: Lora, spec: ModelSpec) -> None:
 def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
     linears = {linear.name for layer in spec.layers for linear in layer.matrices.values()}
     for name in shapes:
-        if name.rpartition(".")[0] not in linears:
-            raise UserError(f"{FLAG} {file}: {name}: the model has no {name.rpartition('.')[0]} that LoRA goes on")
+        if (module := name.rpartition(".")[0]) not in linears:
+            raise UserError(f"{FLAG} {file}: {name}: the model has no module {module} that supports LoRA")
     ranks = {shape[1] for name, shape in shapes.items() if name.endswith(".lora_a") and len(shape) >= 2}
     if len(ranks) != 1:
-        raise UserError(f"{FLAG} {file}: " + ("has pairs of several ranks" if ranks else "holds no LoRA pair"))
+        raise UserError(f"{FLAG} {file}: " + ("has pairs of different ranks" if ranks else "contains no LoRA pair"))
     own = lora.parameters()
     beside = file.parent / ADAPTER_CONFIG
     about = read_json_object(beside) if beside.is_file() else {}
@@ -67,9 +68,9 @@ def _check(file: Path, lora: Lora, spec: ModelSpec, shapes: Mapping[str, tuple[i
     if differing := [flag for flag, (ours, theirs) in wanted.items() if ours != theirs]:
         ours, theirs = wanted[differing[0]]
         options = " ".join(f"{flag} {wanted[flag][1]}" for flag in differing)
-        raise UserError(f"{differing[0]}: is {ours}, {FLAG} {file} has {theirs}; {options} goes on from it")
+        raise UserError(f"{differing[0]}: is {ours}, but {FLAG} {file} has {theirs}; use {options}")
     for name in sorted(own.keys() ^ shapes.keys()):
-        raise UserError(f"{FLAG} {file}: {name} is {'missing' if name in own else 'not of this run'}")
+        raise UserError(f"{FLAG} {file}: {name} is {'missing' if name in own else 'not a parameter of this run'}")
 
 
 def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""A model's folder to the Hugging Face hub, in a child process that alone imports huggingface_hub."""
+"""Uploads a model's folder to the Hugging Face hub, in a child process: only that imports huggingface_hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 def check_repo(repo: str) -> None:
-    """Raises UserError, before anything is computed, for what cannot be the name of a repository."""
+    """Raises UserError, before anything is computed, if `repo` cannot be a repository's name."""
     if not _REPO.fullmatch(repo):
         raise UserError(f"--upload-repo {repo}: not the name of a repository on the hub (org/name)")
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -23,7 +23,7 @@ def check_repo(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads a complete folder, into a new repository or one of the user's; returns its address. Raises UserError."""
+    """Uploads a complete folder to a new or existing repository of the user; returns its address. Raises UserError."""
     try:
         request = {"folder": str(folder), "repo": repo}
         return run_child(["mebp_mlx.export.upload"], request, offline=False, pass_stderr=True)["address"]
@@ -39,7 +39,7 @@ def _upload(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict[s
     try:
         address = api.create_repo(repo_id=request["repo"], exist_ok=True)
         api.upload_folder(folder_path=request["folder"], repo_id=address.repo_id)
-    except Exception as error:  # no login, no network, a name that is taken: whatever the hub's library raises
+    except Exception as error:  # no login, no network, a name that is taken: the hub's library may raise anything
         raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
     return {"address": str(address)}
 

@@ -1,1 +1,1 @@
-"""Text from a model, through mlx-lm. The training process runs this in a child."""
+"""Generates text with mlx-lm. The training process runs this in a child process."""

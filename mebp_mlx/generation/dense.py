@@ -1,7 +1,7 @@
-"""Decompresses a model in memory, as far as a budget has room.
+"""Dequantizes a model in memory, as far as a budget allows.
 
-On MLX's CPU backend products with packed or 16-bit weights run at a fiftieth of the BLAS's speed: every token would
-wait for them. A matrix made float32 once, before the first token, is fast from then on.
+On MLX's CPU backend products with packed or 16-bit weights run at a fiftieth of the BLAS's speed, for every token.
+So matrices are converted to float32 once, before the first token.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..system.device import on_gpu
 from ..system.footprint import footprint_bytes
 from ..system.units import megabytes
 
-_RESERVE_BYTES = 48 << 20  # cached keys and values, activations, what libraries take at the first token
+_RESERVE_BYTES = 48 << 20  # cached keys and values, activations, memory that libraries allocate at the first token
 _STEP_BYTES = 1_000_000  # budgets in messages are rounded up to this
 _GATHERED = "embed_tokens_per_layer"  # half of Gemma 4: a token takes a row of it, in no product
 
 
 def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
-    """What a budget leaves beside the weights as they are stored, of a model that is not loaded yet; infinite without
-    a budget. Raises BudgetError, naming the smallest workable one, where nothing is left.
+    """The bytes of a budget that remain after a lazily loaded model's weights are read as stored; infinite without a
+    budget. Raises BudgetError, naming the smallest workable budget, if nothing remains.
     """
     if budget_bytes is None:
         return math.inf
@@ -44,9 +44,9 @@ def room_bytes(model: nn.Module, budget_bytes: int | None) -> float:
 
 
 def make_dense(model: nn.Module, room: float, say: Callable[[str], None]) -> None:
-    """Makes matrices float32, one after the other, while what they grow by is within `room` bytes; all else always.
+    """Converts matrices to float32, one after another, while their growth fits in `room` bytes; small arrays always.
 
-    say: called with lines about what takes time.
+    say: called with progress lines.
     """
     matrices = list(_slow_matrices(model))
     wanted = sum(4 * _n_weights(module) for _, module in matrices)
@@ -61,7 +61,7 @@ def make_dense(model: nn.Module, room: float, say: Callable[[str], None]) -> Non
         room -= growth
         _replace(model, name, module)
     if n_left:
-        say(f"the budget has no room for {n_left} of {len(matrices)} matrices, which stay as stored: slower")
+        say(f"the budget has no room to decompress {n_left} of {len(matrices)} matrices; products with them are slower")
     for module, key, value in list(_small(model)):
         module[key] = value.astype(mx.float32)
 
@@ -107,13 +107,13 @@ def _must_grow(module: Any) -> bool:
 
 
 def _replace(model: nn.Module, name: str, module: Any) -> None:
-    """The module with a float32 weight in place of its own, evaluated: the old one is free from here on."""
+    """Replaces a module's weight by an evaluated float32 one, so that the old weight is freed."""
     if not _is_packed(module):
         module.weight = module.weight.astype(mx.float32)
         mx.eval(module.weight)
         return
     scales, biases = module.scales, module.get("biases")
-    if biases is not None:  # widened first: 16 bits would lose weight bits
+    if biases is not None:  # widened first: 16-bit arithmetic would round the weights
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     how: dict[str, Any] = dict(group_size=module.group_size, bits=module.bits, mode=module.mode, dtype=mx.float32)
     weight = mx.dequantize(module.weight, scales, biases, **how)
@@ -131,7 +131,7 @@ def _replace(model: nn.Module, name: str, module: Any) -> None:
 
 
 def _small(model: nn.Module) -> Iterator[tuple[Any, str, mx.array]]:
-    """Vectors, and the group parameters of packed matrices: with these in 16 bits all activations would be, too."""
+    """Vectors, and the scales and biases of packed matrices: 16-bit ones would make all activations 16-bit, too."""
     for _, module in model.named_modules():
         for key, value in module.items():
             is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)

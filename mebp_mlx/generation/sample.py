@@ -1,4 +1,4 @@
-"""The same prompt without and with adapters, in a child process: training imports neither mlx_lm nor transformers."""
+"""Samples a prompt without and with adapters in a child process: training imports neither mlx_lm nor transformers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def sample(
     show: Show = lambda kind, text: None,
     timeout_s: float = 600,
 ) -> dict[str, str]:
-    """{"before": text without the adapters, "after": text with them}, of the likeliest tokens.
+    """{"before": text without the adapters, "after": text with them}, always choosing the likeliest token.
 
-    budget_bytes: of the child, which holds the whole model; show: called with ("before" or "after", the next piece of
-    text) as they are made, and with ("note", a line). Raises UserError if the child fails or takes too long.
+    budget_bytes: for the child, which holds the whole model; show: called with ("before" or "after", the next piece of
+    text) during generation, and with ("note", a line). Raises UserError if the child fails or takes too long.
     """
     request = {
         "model": str(model_path),

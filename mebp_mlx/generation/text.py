@@ -1,6 +1,6 @@
-"""Streams what a model writes after a prompt, with mlx-lm's model, tokenizer and cache of keys and values.
+"""Streams a model's continuation of a prompt, with mlx-lm's model, tokenizer and key-value cache.
 
-Whole models are held in memory here, decompressed on the CPU (dense.py): this is not the training process.
+The whole model is in memory, on the CPU decompressed (dense.py); this never runs in the training process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .dense import make_dense, room_bytes
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked. text: a user's message where the tokenizer has a chat template and plain is False.
+    """A request. text: sent as a user's message if the tokenizer has a chat template and plain is False.
 
-    temperature: 0 takes the likeliest token; top_p: of the others, those that make up this probability.
+    temperature: 0 always takes the likeliest token; top_p: samples from the likeliest tokens up to this probability.
     """
 
     text: str
@@ -36,11 +36,11 @@ class Prompt:
 
 
 class Writer:
-    """A loaded model.
+    """A loaded model that generates text.
 
-    adapter_path: folder of adapters, which are in use from the start; budget_bytes: the footprint to stay within, None:
-    no limit; say: called with lines about what takes time. Raises UserError naming --model or --adapter-path, and
-    BudgetError where not even the weights as they are stored fit.
+    adapter_path: folder of adapters to apply; budget_bytes: limit of the footprint, None for no limit; say: called with
+    progress lines. Raises UserError naming --model or --adapter-path, and BudgetError if the weights do not fit even as
+    they are stored.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Writer:
             settle()
         try:
             self._model, self._tokenizer = mlx_lm.load(str(model_path), lazy=True)[:2]
-        except Exception as error:  # whatever a broken model, tokenizer or template makes its library raise
+        except Exception as error:  # a broken model, tokenizer or template can raise anything
             raise UserError(f"--model {model_path}: {type(error).__name__}: {one_line(error)}") from error
         self._where = f"--model {model_path}"
         room = room_bytes(self._model, budget_bytes)
@@ -71,7 +71,7 @@ class Writer:
             self.add_adapters(adapter_path)
 
     def add_adapters(self, folder: Path) -> None:
-        """From now on the model is the one with these adapters. Raises UserError naming --adapter-path."""
+        """Applies adapters to the model, permanently. Raises UserError naming --adapter-path."""
         from mlx_lm.tuner.utils import load_adapters
 
         _check_adapters(folder)
@@ -84,7 +84,7 @@ class Writer:
             raise UserError(f"{self._where}: {type(error).__name__}: {one_line(error)}") from error
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
-        """The text in pieces, as they are made. Raises UserError."""
+        """Yields pieces of text as they are generated. Raises UserError."""
         import mlx_lm
         from mlx_lm.sample_utils import make_sampler
 
@@ -97,7 +97,7 @@ class Writer:
                 self._model, self._tokenizer, tokens, max_tokens=prompt.max_tokens, sampler=sampler
             ):
                 yield piece.text
-        except (ValueError, RuntimeError) as error:  # older mlx-lm notices another shape only when it computes
+        except (ValueError, RuntimeError) as error:  # older mlx-lm reports a wrong shape only here
             raise UserError(f"{self._where}: {type(error).__name__}: {one_line(error)}") from error
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -109,11 +109,11 @@ class Writer:
             if prompt.system is not None:
                 messages.insert(0, {"role": "system", "content": prompt.system})
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            raise UserError(f"--prompt: the tokenizer refuses it: {type(error).__name__}: {one_line(error)}") from error
+        except Exception as error:  # a template can raise anything
+            raise UserError(f"--prompt: the tokenizer rejects it: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _check_adapters(folder: Path) -> None:
     read_about(folder)
     if not (folder / ADAPTERS).is_file():
-        raise UserError(f"{FLAG} {folder}: the folder holds no {ADAPTERS}")
+        raise UserError(f"{FLAG} {folder}: the folder contains no {ADAPTERS}")

@@ -1,1 +1,1 @@
-"""What a run needs from the machine: BLAS and limits, memory meters, files and child processes."""
+"""The machine and the operating system: BLAS, memory limits and meters, files, child processes."""

@@ -1,4 +1,4 @@
-"""Settings that keep the process's footprint close to the memory that arrays really use."""
+"""Allocator settings that keep the process's footprint close to the memory that arrays use."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .device import on_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _TRIM_BYTES, _MMAP_BYTES = 64 << 20, 32 << 20
-# On a GPU a fresh buffer costs a call to the system, and there is no C heap under it: room for one block's values.
-# The wired limit stays as it is. (Not measured on a Mac.)
+# On a GPU a new buffer costs a system call, and no C heap recycles it, so the cache has room for one block's values.
+# The wired limit is not changed. (Not measured on a Mac.)
 _GPU_CACHE_BYTES = 32 << 20
 
 
 @lru_cache(maxsize=1)
 def settle() -> None:
-    """Once per process: MLX keeps no freed buffers (on a GPU a few), and the C heap (glibc) recycles them.
+    """Once per process: MLX caches no freed buffers (a few on a GPU), and the C heap (glibc) recycles them.
 
-    A step asks for the same sizes again and again, so the heap fits without growing, and its pages
-    need not be mapped anew; MLX's own cache would hold 32 MB more. Measured on the Qwen2.5-0.5B shape,
-    T = 256, SGD, 2 cores, per step (bench/LOG.md has more):
+    A step allocates the same sizes again and again, so the heap does not grow, and its pages are not mapped again;
+    MLX's own cache would hold 32 MB more. Measured on the Qwen2.5-0.5B shape, T = 256, SGD, 2 cores, per step
+    (bench/LOG.md has more):
 
         MLX cache    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD    peak MB    system CPU s    page faults
         32 MiB       glibc's own                             156          1.4            500,000

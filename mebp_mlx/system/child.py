@@ -1,6 +1,6 @@
 """Child processes, for libraries that are too large for the training process.
 
-`run_child` starts a module of this package in a process of its own; `answer` is the other end.
+`run_child` runs a module of this package in a child process; the child calls `answer`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import UserError, memory_errors_told
 
 
 class ChildFailure(RuntimeError):
-    """A child process ended without an answer; the message has its exit status and the tail of its stderr."""
+    """A child process ended without an answer. The message gives its exit status and the tail of its stderr."""
 
 
 def one_line(error: object, limit: int = 400) -> str:
@@ -57,10 +57,10 @@ def run_child(
     on_progress: Callable[[Any], None] | None = None,
     timeout_s: float | None = None,
 ) -> dict[str, Any]:
-    """Run `python -m ARGUMENTS`, hand it `request` as JSON on stdin, and return the JSON object it answers.
+    """Runs `python -m ARGUMENTS`, sends it `request` as JSON on stdin, and returns the JSON object that it answers.
 
-    A line {"progress": ...} goes to `on_progress`. Raises UserError with the child's own message if the child
-    raised one, KeyboardInterrupt if it was interrupted, TimeoutError, and ChildFailure for everything else.
+    A line {"progress": ...} goes to `on_progress`. Raises UserError with the child's message if the child raised one,
+    KeyboardInterrupt if it was interrupted, TimeoutError, and ChildFailure for every other failure.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -104,17 +104,17 @@ def run_child(
 def _exchange(
     process: subprocess.Popen[bytes], request: dict[str, Any], on_progress: Callable[[Any], None] | None
 ) -> dict[str, Any]:
-    """Sends the request and reads until the child closes its stdout; {} when it sent no answer."""
+    """Sends the request and reads until the child closes its stdout; returns {} if it sent no answer."""
     assert process.stdin is not None and process.stdout is not None
     reply: dict[str, Any] = {}
     try:
         process.stdin.write(json.dumps(request).encode())
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it died before it read the request: its exit status says why
+        pass  # it died before it read the request: its exit status gives the cause
     for line in process.stdout:
         if not line.startswith(b"{"):
-            continue  # printed by a start-up hook before `answer` took stdout for itself
+            continue  # printed by a start-up hook before `answer` redirected stdout
         message = json.loads(line)
         if "progress" not in message:
             reply = message
@@ -129,12 +129,12 @@ def _failure(module: str, status: int, errors: BinaryIO) -> ChildFailure:
     tail = errors.read().decode(errors="replace").strip()
     cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     if -status == signal.SIGKILL:
-        cause += ", as the system does where memory is short"
+        cause += ", probably by the system for lack of memory"
     return ChildFailure(f"python -m {module} failed ({cause})" + (f": {tail}" if tail else ""))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a child to clean up and end; kill it if it does not within two seconds."""
+    """Asks a child to clean up and exit; kills it after two seconds."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(2)
@@ -144,18 +144,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process soon after its parent died: nobody would read the answer."""
+    """Ends this process soon after its parent has died, since nobody would read the answer."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def answer(work: Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any]]) -> NoReturn:
-    """The child's side of `run_child`: sends what `work(request, progress)` returns, or its UserError; exits.
+    """The child's side of `run_child`: sends the result of `work(request, progress)`, or its UserError, and exits.
 
-    The request is the first argument if there is one, otherwise stdin. What libraries print goes to stderr.
+    The request is read from the first argument if there is one, otherwise from stdin. Libraries' output goes to stderr.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package leaves it (__init__.py)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by the package (__init__.py)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, and errors as one line on standard error."""
+"""Shared by all commands: exit codes, and errors as one line on standard error."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DONE, FAILED, WRONG_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 
 def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> int:
-    """Runs a command and returns its exit code: that of `work` (None: 0), or that of the error or signal that ended it.
+    """Runs a command and returns its exit code: the result of `work` (None: 0), or the code of the error or signal.
 
-    interrupted: the line to print after a signal, unless Stopped has its own.
+    interrupted: the line to print after a signal, unless Stopped has its own message.
     """
     with forgiving_output():
         try:
@@ -28,9 +28,9 @@ def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> in
             return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
         except OSError as error:
             if error.filename is None and error.errno not in DISK_FULL:
-                raise  # nothing that a user could act on
+                raise  # not an error that a user can act on
             where = "" if error.filename is None else f"{error.filename}: "
-            print("error:", one_line(f"{where}{error.strerror}; what was saved before is whole"), file=sys.stderr)
+            print("error:", one_line(f"{where}{error.strerror}; earlier saves are intact"), file=sys.stderr)
             return WRONG_INPUT
         except KeyboardInterrupt as signal:
             stopped = signal if isinstance(signal, Stopped) else Stopped()

@@ -1,8 +1,8 @@
-"""What MLX computes on, and the defaults that follow from it.
+"""The device that MLX computes on, and the defaults that depend on it.
 
-On a GPU (Metal or CUDA): the checkpoint's own dtype and products with packed weights; Metal alone adopts mapped pages
-and runs the kernels. On the CPU backend, where 16-bit and packed products run at 1/50 of the BLAS's speed:
-float32, and weights decompressed block by block.
+GPU (Metal or CUDA): the checkpoint's own dtype, and products with packed weights; only Metal adopts mapped pages and
+runs the kernels. CPU, where 16-bit and packed products run at 1/50 of the BLAS's speed: float32, and weights
+dequantized block by block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU, Metal's or CUDA's."""
+    """Whether MLX computes on a GPU (Metal or CUDA)."""
     return bool(mx.default_device().type == mx.gpu)
 
 
@@ -25,9 +25,9 @@ def on_metal() -> bool:
 
 
 def compute_dtype(name: str, family: str, own: mx.Dtype = mx.bfloat16) -> mx.Dtype:
-    """--dtype as an MLX type; "auto": `own`, the checkpoint's, on a GPU (as in mlx-lm), float32 on the CPU.
+    """--dtype as an MLX type. "auto" is `own`, the checkpoint's dtype, on a GPU (as in mlx-lm), float32 on the CPU.
 
-    gemma in float16 is bfloat16 by "auto", a UserError by name: its activations pass float16's range.
+    Gemma's activations exceed float16's range: "auto" replaces float16 by bfloat16, and "float16" raises UserError.
     """
     gemma = family.startswith("gemma")
     if name == "auto":
@@ -35,15 +35,15 @@ def compute_dtype(name: str, family: str, own: mx.Dtype = mx.bfloat16) -> mx.Dty
             return mx.float32
         return mx.bfloat16 if gemma and own == mx.float16 else own
     if name == "float16" and gemma:
-        raise UserError(f"--dtype: {family} cannot be computed in float16, its activations pass that type's range")
+        raise UserError(f"--dtype: {family} cannot be computed in float16: its activations exceed that type's range")
     return DTYPES[name]
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """An MLX type's own name: "bfloat16"."""
+    """The name of an MLX type, such as "bfloat16"."""
     return str(dtype).rpartition(".")[2]
 
 
 def keeps_packed(name: str) -> bool:
-    """--weights as a decision: whether products are made with packed weights."""
+    """Whether products use packed weights, for a value of --weights."""
     return on_gpu() if name == "auto" else name == "packed"

@@ -1,4 +1,4 @@
-"""A child process that receives JSON lines while this process works; only its start and end are waited for."""
+"""A child process that receives JSON lines while this process works; this process waits only for its start and end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Take = Callable[[dict[str, Any]], None]
 
 
 class Feed:
-    """`python -m ARGUMENTS`, which calls `serve`. It is in a session of its own: Ctrl-C does not reach it.
+    """Runs `python -m ARGUMENTS`, which must call `serve`, in a session of its own, so that Ctrl-C does not reach it.
 
-    problem: one line on what went wrong, or None.
+    problem: one line that describes a failure, or None.
     """
 
     def __init__(self, arguments: Sequence[str], request: dict[str, Any]) -> None:
@@ -54,12 +54,12 @@ class Feed:
         return self.problem is None
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Sends a message. Returns False and sets `problem` if the child is gone or does not read."""
+        """Sends a message. Returns False and sets `problem` if the child is gone or does not read its input."""
         line = json.dumps(message).encode() + b"\n"  # short enough for an atomic write to a pipe
         try:
             os.write(self._input, line)
         except BlockingIOError:
-            self.problem = "does not take what it is sent"
+            self.problem = "does not read its input"
         except OSError:
             self.problem = "has ended"
         else:
@@ -67,7 +67,7 @@ class Feed:
         return False
 
     def close(self, timeout_s: float) -> None:
-        """Lets the child finish its messages, and ends it after the timeout. May be called twice."""
+        """Lets the child finish its messages; kills it after the timeout. May be called twice."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -81,9 +81,9 @@ class Feed:
 
 
 def serve(open_: Callable[[dict[str, Any]], tuple[Take, Callable[[], None]]]) -> NoReturn:
-    """The child's side: open_(request) gives what takes a message, and what ends it all after the last one."""
+    """The child's side: open_(request) returns two functions, one called with each message, one after the last."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries' output goes to stderr
     try:
         take, finish = open_(json.loads(sys.stdin.readline()))
     except Exception as error:
@@ -93,7 +93,7 @@ def serve(open_: Callable[[dict[str, Any]], tuple[Take, Callable[[], None]]]) ->
     answers.write("{}\n")
     answers.flush()
     for line in sys.stdin:
-        with contextlib.suppress(ValueError):  # half a line of a parent that was killed
+        with contextlib.suppress(ValueError):  # an incomplete line from a killed parent
             take(json.loads(line))
     finish()
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: reserved space, flushed writes, a folder that appears when it is finished."""
+"""Files and folders that are either complete or absent: reserved space, flushed writes, renaming on completion."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 
-# macOS's sys/fcntl.h, as fcntl(2) documents them: a sparse file reserves nothing on APFS
+# From macOS's sys/fcntl.h, documented in fcntl(2). On APFS a sparse file reserves no space.
 _F_PREALLOCATE, _F_PEOFPOSMODE = 42, 3
 _F_ALLOCATECONTIG, _F_ALLOCATEALL = 2, 4
-_FSTORE = struct.Struct("=Iiqqq")  # fstore_t: flags, position mode, offset, length, and what was allocated
+_FSTORE = struct.Struct("=Iiqqq")  # fstore_t: flags, position mode, offset, length, bytes allocated
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_OFFERED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 
 def reserve(descriptor: int, n_bytes: int) -> None:
-    """Extends an empty file to n_bytes and reserves the space: a map reports a full disk by a signal.
+    """Extends an empty file to n_bytes and reserves the space, since a map reports a full disk only by a signal.
 
-    Raises OSError with ENOSPC, EFBIG or EDQUOT if there is none.
+    Raises OSError with ENOSPC, EFBIG or EDQUOT if there is not enough.
     """
     if sys.platform != "darwin":
         os.posix_fallocate(descriptor, 0, n_bytes)
@@ -42,7 +42,7 @@ def reserve(descriptor: int, n_bytes: int) -> None:
 
 
 def _preallocate(descriptor: int, n_bytes: int) -> bool:
-    """Reserves in one piece, else in several; False on a file system that cannot reserve."""
+    """Reserves space in one piece if possible, else in several; False if the file system cannot reserve space."""
     for flags in (_F_ALLOCATECONTIG | _F_ALLOCATEALL, _F_ALLOCATEALL):
         try:
             fcntl.fcntl(descriptor, _F_PREALLOCATE, _FSTORE.pack(flags, _F_PEOFPOSMODE, 0, n_bytes, 0))
@@ -54,7 +54,7 @@ def _preallocate(descriptor: int, n_bytes: int) -> bool:
 
 
 def flush(file: Any) -> None:
-    """Writes an open file's content to the disk."""
+    """Flushes an open file's content to disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -68,10 +68,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) -> None:
-    """Replaces `path` with what `write` puts into a binary file, or leaves it unchanged.
+    """Replaces `path` with what `write` writes to a binary file, or leaves it unchanged.
 
-    The file is written beside its final name, flushed to the disk and then renamed, so a reader finds the old state or
-    the new one. Raises UserError naming `flag` when the disk refuses.
+    The file is written under a temporary name in the same folder, flushed to disk and then renamed, so a reader sees
+    either the old state or the new one. Raises UserError naming `flag` if writing fails.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -88,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], flag: str) ->
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises FileNotFoundError, and UserError naming the file for every other problem."""
+    """Reads a JSON object. Raises FileNotFoundError if the file is missing, else UserError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,12 +96,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object")
+        raise UserError(f"{path}: must contain a JSON object")
     return content
 
 
 def write_json(path: Path, content: Mapping[str, Any], flag: str) -> None:
-    """Writes a JSON object, indented, as write_atomically does."""
+    """Writes a JSON object, indented, with write_atomically."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()), flag)
 
@@ -109,9 +109,9 @@ def write_json(path: Path, content: Mapping[str, Any], flag: str) -> None:
 class NewFolder:
     """A new or empty folder that gets its name only when it is complete.
 
-    As a context manager it makes `partial`, a hidden folder beside it, which `publish` renames; without that it is
-    removed at the end. The next process that writes the same folder removes what a killed one left behind:
-    `removed` lists it. A live process holds a lock on its own folder. Raises UserError naming `flag`.
+    As a context manager it creates `partial`, a hidden folder with the same parent, which `publish` renames; otherwise
+    it is removed at the end. remove_leftovers removes the partial folders of killed processes and lists them in
+    `removed`; a live process holds a lock on its own. Raises UserError naming `flag`.
     """
 
     def __init__(self, path: str | Path, flag: str) -> None:
@@ -126,12 +126,12 @@ class NewFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.shown}: is a file")
         if os.path.ismount(self.path):
-            raise UserError(f"{self.shown}: is where a disk is mounted; name a folder inside it")
+            raise UserError(f"{self.shown}: is a mount point; name a folder inside it")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.shown}: exists and is not empty")
 
     def check_space(self, n_bytes: int) -> None:
-        """Raises UserError if the disk has too little room."""
+        """Raises UserError if the disk has too little free space."""
         parent = next(folder for folder in self.path.parents if folder.exists())
         free_bytes = shutil.disk_usage(parent).free
         if free_bytes < n_bytes * 1.01:
@@ -139,7 +139,7 @@ class NewFolder:
             raise UserError(f"{self.shown}: needs {needed} of disk space, {free} is free")
 
     def remove_leftovers(self) -> None:
-        """Removes partial folders whose process is gone."""
+        """Removes partial folders whose process has ended."""
         pattern = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.partial")
         if not self.path.parent.is_dir():
             return
@@ -164,7 +164,7 @@ class NewFolder:
         return self
 
     def publish(self) -> None:
-        """Gives the folder its name. All files in it must have been flushed."""
+        """Renames the folder to its final name. All files in it must have been flushed."""
         flush_folder(self.partial)
         os.rename(self.partial, self.path)
         flush_folder(self.path.parent)
@@ -178,9 +178,9 @@ class NewFolder:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed, at the latest by the process's end.
+    """A descriptor that holds the folder's lock until it is closed, at the latest when the process ends.
 
-    None when another process holds it. OSError on a file system without locks.
+    None if another process holds the lock. Raises OSError on a file system without locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

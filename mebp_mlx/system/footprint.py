@@ -1,7 +1,7 @@
-"""The process footprint and its peaks: the number that is printed as memory.
+"""The process footprint and its peaks: the figures that are printed as memory.
 
-macOS: phys_footprint. Linux: RssAnon + VmSwap, anonymous memory whether resident or swapped out. Clean pages of mapped
-files are in neither. Linux keeps no high-water mark of it, so a thread samples.
+macOS: phys_footprint. Linux: RssAnon + VmSwap, that is, anonymous memory, resident or swapped out. Neither includes
+clean pages of mapped files. Linux records no high-water mark of it, so a thread samples it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from types import TracebackType
 
 _INTERVAL_S = 0.002
 _MAX_INTERVAL_S = 0.006  # three samples in 20 ms, however slow a sample is
-_MAX_LOAD = 0.01  # of one core, for the sampling thread
+_MAX_LOAD = 0.01  # the sampling thread's share of one core
 _N_SAMPLES = 100  # between two measurements of the sampling cost
 
 _STATUS_BYTES = 8192
-_FOOTPRINT_FIELD, _LIFETIME_MAX_FIELD = 7, 28  # of rusage_info_v4, counted in u64 after its 16-byte uuid
+_FOOTPRINT_FIELD, _LIFETIME_MAX_FIELD = 7, 28  # index in rusage_info_v4, in u64 after its 16-byte uuid
 _RUSAGE_INFO_V4, _RUSAGE_BYTES = 4, 296
 
 
 def footprint_bytes() -> int:
-    """The footprint of this process now, in bytes, interpreter and libraries included.
+    """The current footprint of this process in bytes, including interpreter and libraries.
 
     Raises OSError on systems other than Linux and macOS.
     """
     return _darwin_rusage()[_FOOTPRINT_FIELD] if sys.platform == "darwin" else _linux_footprint()
 
 
-_status_fd: tuple[int, int] | None = None  # (pid, descriptor): a forked child must not read its parent's file
+_status_fd: tuple[int, int] | None = None  # (pid, descriptor): a forked child must not read its parent's
 
 
 def _linux_footprint() -> int:
@@ -47,7 +47,7 @@ def _linux_footprint() -> int:
     if anon < 0:
         raise OSError("/proc/self/status has no RssAnon: a kernel before 4.5, or not Linux's own /proc")
     kib = int(status[anon + 9 : status.index(b"kB", anon)])
-    if swap >= 0:  # a kernel without swap leaves it out
+    if swap >= 0:  # missing in kernels without swap
         kib += int(status[swap + 8 : status.index(b"kB", swap)])
     return kib << 10
 
@@ -70,27 +70,26 @@ def _lifetime_peak_bytes() -> int:
 
 
 class PeakMeter:
-    """The highest footprint while the context is open, in bytes; and, with `phase`, of each named phase.
+    """The highest footprint, in bytes, while the context is open and, with `phase`, during each named phase.
 
         with PeakMeter() as meter:
             with meter.phase("forward"):
                 ...
         meter.peak_bytes, meter.phases
 
-    A daemon thread samples every 2 ms (more rarely when that would take over 1 % of a core, but at least
-    every 6 ms); a phase's ends, and every reading of a property, are samples too. `longest_gap_s` is the
-    longest time between two samples, as a busy machine may let the thread wait: what lasted longer was seen.
-    A rise and fall within one call that holds the interpreter lock is not seen on Linux; MLX's eval and
-    numpy's loops release it. On macOS the peak of the whole run is the system's own lifetime maximum,
-    which starts with the process and misses nothing.
+    A daemon thread samples every 2 ms (less often if that would take over 1 % of a core, but at least every 6 ms); the
+    start and end of a phase and every read of a property take a sample, too. `longest_gap_s` is the longest time
+    between two samples, since a busy machine may delay the thread; any longer peak was seen. On Linux a peak within one
+    call that holds the interpreter lock is missed; MLX's eval and numpy's loops release the lock. On macOS the peak of
+    the whole run is the system's own lifetime maximum, which starts with the process and misses nothing.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may ask while this thread samples
+        self._lock = threading.RLock()  # a signal handler may sample while this thread does
         self._running = False
         self._thread: threading.Thread | None = None
         self._peak_bytes = 0
-        self._lifetime_before_bytes = 0  # lifetime peaks up to here do not count
+        self._lifetime_before_bytes = 0  # lifetime peaks up to this value do not count
         self._open_phases: list[list[int]] = []
         self._sampled_s: float | None = None  # when the last sample began
         self.longest_gap_s = 0.0
@@ -117,31 +116,31 @@ class PeakMeter:
 
     @property
     def peak_bytes(self) -> int:
-        """The highest footprint since the start or the last `reset`; after the context, up to its end."""
+        """The highest footprint since the start or the last `reset`, up to now or the end of the context."""
         if self._thread is not None:
             self._sample()
         return self._peak_bytes
 
     @property
     def now_bytes(self) -> int:
-        """The footprint now."""
+        """The current footprint."""
         return footprint_bytes()
 
     def reset(self) -> None:
-        """Forgets the peak so far (not the phases): it starts again from the footprint now."""
+        """Resets the peak (not the phases) to the current footprint."""
         with self._lock:
             self._lifetime_before_bytes = _lifetime_peak_bytes()
             self._peak_bytes = footprint_bytes()
 
     def mark(self) -> int:
-        """Takes a sample now and returns it, in bytes."""
+        """Takes a sample and returns it, in bytes."""
         return self._sample()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Records the highest footprint inside as `phases[name]`; a name used again keeps the higher one.
+        """Records the highest footprint during the context as `phases[name]`; a repeated name keeps the maximum.
 
-        Phases may nest; the outer one sees the inner one's peak as well.
+        Phases may nest; an outer phase includes the inner one's peak.
         """
         peak = [0]
         with self._lock:
@@ -156,7 +155,7 @@ class PeakMeter:
                 self.phases[name] = max(self.phases.get(name, 0), peak[0])
 
     def _sample(self) -> int:
-        with self._lock:  # or a sample taken before a reset would be stored after it
+        with self._lock:  # else a sample taken before a reset could be stored after it
             began_s = time.perf_counter()
             now = footprint_bytes()
             if self._sampled_s is not None:
@@ -173,7 +172,7 @@ class PeakMeter:
         while True:
             began_s = time.thread_time()
             for _ in range(_N_SAMPLES):
-                time.sleep(interval_s)  # half the cost of waiting for an Event
+                time.sleep(interval_s)  # costs half as much as waiting for an Event
                 if not self._running:
                     return
                 self._sample()

@@ -1,4 +1,4 @@
-"""Signals: the first asks a run to stop where it can be resumed, the second stops it immediately."""
+"""Signals: the first stops a run at a point where it can be resumed, the second stops it immediately."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _MESSAGE = b"\nstopping after this step; a second signal stops immediately, with
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the command. exit_code: 128 + its number, as shells count (130, 143, 129).
+    """A signal ends the command. exit_code: 128 + the signal's number, as in shells (130, 143, 129).
 
-    message: the line for the user, None for the command's own.
+    message: the line for the user; None for the command's default.
     """
 
     def __init__(self, number: int = signal.SIGINT, message: str | None = None) -> None:
@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """A context manager that turns signals into Stopped or, while `deferred`, into `requested`, the signal's number.
+    """A context manager that raises Stopped for a signal or, while `deferred`, stores its number in `requested`.
 
     A signal that was ignored when the process started (nohup) stays ignored.
     """

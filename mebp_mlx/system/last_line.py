@@ -1,8 +1,8 @@
-"""One line on stderr about a fault that kills the process before Python can report it: a signal inside MLX.
+"""Prints one line on stderr about a fault that kills the process before Python can report it: a signal inside MLX.
 
-SIGBUS: a page of a mapped file is not there, because the file was cut short or its disk is gone or full. SIGSEGV: MLX's
-CPU backend writes to what malloc did not give. faulthandler names the signal from within its handler, into a pipe; a
-shell waits at the other end and prints the line when this process is gone.
+SIGBUS: a page of a mapped file is missing, because the file was truncated or its disk is gone or full. SIGSEGV: MLX's
+CPU backend writes through a null pointer after malloc failed. faulthandler's signal handler writes the signal's name to
+a pipe; a shell at the other end prints the line after this process has died.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-# Arguments: the last save, then pairs of a file and its size. `read` fails at the end of file: nothing happened.
+# Arguments: the last save, then pairs of a file and its size. If there was no fault, `read` fails at the end of file.
 _SCRIPT = r"""
 IFS= read -r fault || exit 0
 cat > /dev/null
-why="a fault outside of Python"
+why="a fault outside Python"
 case $fault in
 *"Bus error"*) why="a mapped file was cut short, or the disk is full or gone" ;;
 *"Segmentation fault"* | *Aborted*) why="most likely out of memory (a lower --memory-budget uses less)" ;;
@@ -30,16 +30,16 @@ while [ $# -gt 1 ]; do
     [ "$n" -ge "$2" ] || why="$1 was $2 bytes, is $n bytes: cut short while it was in use"
     shift 2
 done
-if [ -e "$save" ]; then whole="the last save, $save, is whole"; else whole="nothing is saved yet"; fi
+if [ -e "$save" ]; then whole="the last save, $save, is intact"; else whole="nothing is saved yet"; fi
 echo "error: ${fault#Fatal Python error: }: $why; $whole" >&2
 """
 
 
 class LastLine:
-    """While the context is open, a fatal signal leaves one line on stderr; the process still ends by that signal.
+    """While the context is open, a fatal signal prints one line on stderr; the signal still ends the process.
 
-    save: the file of the last save; files: bytes of the mapped files by path, of which the line names one that was cut
-    short. Does nothing where faulthandler is already in use (python -X faulthandler) or no shell can be started.
+    save: the file of the last save; files: {path: bytes} of the mapped files, so that the line can name a truncated
+    one. Does nothing if faulthandler is already in use (python -X faulthandler) or no shell can be started.
     """
 
     def __init__(self, save: Path, files: Mapping[Path, int]):

@@ -1,6 +1,6 @@
-"""The system's limits on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), as a footprint.
+"""The system's limits on this process's memory (`ulimit -d`, `ulimit -v`, prlimit), expressed as a footprint.
 
-When an allocation fails, MLX's CPU backend does not raise: malloc returns NULL and the process dies with SIGSEGV. So a
+If an allocation fails, MLX's CPU backend does not raise: malloc returns NULL and the process dies with SIGSEGV. So a
 limit is treated as a memory budget before anything is allocated.
 """
 
@@ -15,18 +15,18 @@ from ..errors import BudgetError
 from .footprint import footprint_bytes
 from .machine import default_budget_bytes, usable_cores
 
-# Threads that start later (the BLAS's, MLX's) each reserve a stack and, in address space, a heap of glibc's.
+# Threads that start later (of the BLAS and MLX) each reserve a stack and, in address space, a glibc heap.
 _MORE_THREADS = 2
 _STACK_BYTES, _HEAP_BYTES = 8 << 20, 128 << 20
 _LIMITS = (("ulimit -d", "RLIMIT_DATA", "VmData", 0), ("ulimit -v", "RLIMIT_AS", "VmSize", _HEAP_BYTES))
 
 
-SMALLEST, UNLIMITED = "min", "none"  # in place of --memory-budget's size
+SMALLEST, UNLIMITED = "min", "none"  # words that --memory-budget accepts instead of a size
 
 
 def named_budget(budget: int | str | None) -> tuple[int | None, bool]:
-    """--memory-budget as (bytes, or None for no limit; whether the smallest footprint is asked for). Not given: 1 GB or
-    a quarter of the machine's memory, whichever is less.
+    """--memory-budget as (bytes, or None for no limit; whether the smallest footprint is requested). The default is
+    1 GB or a quarter of the machine's memory, whichever is less.
     """
     if isinstance(budget, int):
         return budget, False
@@ -44,7 +44,9 @@ def check_peak(budget_bytes: int | None, peak_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """name: how a shell sets it; limit_bytes: of reserved memory; footprint_bytes: what the footprint can reach."""
+    """A memory limit. name: the shell command that sets it; limit_bytes: the limit on reserved memory;
+    footprint_bytes: the largest possible footprint within it.
+    """
 
     name: str
     limit_bytes: int
@@ -58,11 +60,11 @@ class Limit:
 
 
 def process_limit() -> Limit | None:
-    """The tightest limit on this process's memory, given what it has reserved now; None without a limit.
+    """The tightest limit on this process's memory, given its current reservations; None without a limit.
 
-    Linux only. Reserved memory is more than the footprint; the rest of it is taken to stay as it is now, but for the
-    threads that are still to be started. Of address space (`ulimit -v`) mapped files take a part too: those that are
-    mapped now are counted, the file of saved activations is not.
+    Linux only. Reserved memory exceeds the footprint; the difference is assumed to stay constant, except for threads
+    that have not started yet. Mapped files also take address space (`ulimit -v`): those mapped now are counted, the
+    file of saved activations is not.
     """
     if not sys.platform.startswith("linux"):
         return None

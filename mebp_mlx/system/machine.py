@@ -1,7 +1,7 @@
-"""A fast BLAS under MLX, and what machine this is.
+"""Loads a fast BLAS for MLX, and describes the machine.
 
-MLX's Linux wheel carries reference BLAS (2-5 GFLOP/s in float32). A real BLAS whose symbols are
-global *before* `mlx.core` is imported takes its place. Import-light on purpose: standard library only.
+MLX's Linux wheel contains the reference BLAS (2-5 GFLOP/s in float32). A fast BLAS replaces it if its symbols are
+global *before* `mlx.core` is imported. Therefore this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _blas: Blas | None = None
 
 @dataclass(frozen=True)
 class Blas:
-    """The matrix library under MLX's CPU backend: its name, its file, and a remark for the user."""
+    """The BLAS that MLX's CPU backend uses: its name, its file, and a note for the user."""
 
     name: str  # "Accelerate", "MKL", "OpenBLAS", "custom", "preloaded" or "reference"
     path: str | None
@@ -39,11 +39,11 @@ class Blas:
 
 
 def load_blas() -> Blas:
-    """Loads a real BLAS once per process (Linux; a no-op on macOS) and returns which one MLX will use.
+    """Loads a fast BLAS once per process (Linux; a no-op on macOS) and returns the one that MLX will use.
 
-    `MEBP_BLAS=off` keeps MLX's own, `MEBP_BLAS=/path/lib.so` takes that library (UserError if it cannot
-    be loaded or has no `cblas_sgemm`). Otherwise PyPI's `mkl`, then a system OpenBLAS; with neither,
-    one warning that names the remedy.
+    `MEBP_BLAS=off` keeps MLX's own; `MEBP_BLAS=/path/lib.so` loads that library (UserError if it cannot be loaded or
+    has no `cblas_sgemm`). Otherwise PyPI's `mkl` is tried, then a system OpenBLAS; if neither is found, one warning
+    names the remedy.
     """
     global _blas
     if _blas is None:
@@ -62,10 +62,10 @@ def default_budget_bytes() -> int:
 
 
 def backend_missing() -> bool:
-    """Whether MLX lacks a backend and cannot be imported: on Linux its own wheel has none."""
+    """Whether MLX lacks a backend and cannot be imported: on Linux the `mlx` wheel itself has none."""
     if not sys.platform.startswith("linux") or _has_library():
         return False
-    try:  # somebody's own build may be one library
+    try:  # a custom build may be a single library
         import mlx.core  # noqa: F401
     except ImportError:
         return True
@@ -73,7 +73,7 @@ def backend_missing() -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """The machine, as a measurement must name it: processor, cores, memory, system, versions, BLAS."""
+    """The machine's description for measurements: processor, cores, memory, system, versions, BLAS."""
     from importlib import metadata
 
     def version(name: str) -> str | None:
@@ -98,7 +98,7 @@ def machine() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -130,14 +130,14 @@ def _load() -> Blas:
         raise UserError(f"MEBP_BLAS={wanted}: {problem}")
     if "mlx.core" in sys.modules:
         if _global_cblas():
-            return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
-        note = "mlx.core was imported before mebp_mlx, so its slow built-in BLAS stays: import mebp_mlx first"
+            return Blas("preloaded", None, "a BLAS was loaded before mebp_mlx")
+        note = "mlx.core was imported before mebp_mlx, so its slow built-in BLAS is used: import mebp_mlx first"
         warnings.warn(note, RuntimeWarning, stacklevel=2)
         return Blas("reference", None, note)
     if wanted:
         return Blas("custom", wanted, "named by MEBP_BLAS")
     if _global_cblas():
-        return Blas("preloaded", None, "a BLAS was in the process before mebp_mlx")
+        return Blas("preloaded", None, "a BLAS was loaded before mebp_mlx")
     problems = []
     for name, find in (("MKL", _mkl_files), ("OpenBLAS", _openblas_files)):
         for path in find():  # OpenBLAS only if MKL is missing: the search starts a process
@@ -145,11 +145,11 @@ def _load() -> Blas:
                 _settle_mkl()
             problem = _open_global(path)
             if problem is None:
-                return Blas(name, path, "loaded before MLX in place of its built-in BLAS")
+                return Blas(name, path, "loaded before MLX to replace its built-in BLAS")
             if os.path.isabs(path):  # it exists, so the reason is worth reporting
                 problems.append(f"{path}: {problem}")
     if any(glob.glob(str(folder.parent / "mlx_cuda*")) for folder in _mlx_folders()):
-        return Blas("reference", None, "none is needed: MLX computes on the GPU")
+        return Blas("reference", None, "not needed: MLX computes on the GPU")
     if not _has_library():
         return Blas("reference", None, NO_BACKEND)
     note = f"no fast BLAS found, matrix products will be 20-50 times slower; remedy: {REMEDY}"
@@ -171,11 +171,11 @@ def _has_library() -> bool:
 def _settle_mkl() -> None:
     """Settings that MKL reads when it is loaded; the user's own values are kept.
 
-    MKL_CBWR: without it results may change with the alignment of the operands and with the number of
-    threads (seen: [1, 896] x [896, 151] on 1 and 2 threads), and then a recomputed or resumed step would
-    not be bit-equal. AUTO,STRICT costs no measurable time.
-    KMP_BLOCKTIME: by default a worker thread spins for 200 ms after each product, on a core that the rest
-    of a step needs; 1 ms keeps the wall time and takes a quarter off the processor time (200 -> 150 ms a round).
+    MKL_CBWR: without it results may depend on the alignment of the operands and on the number of threads (seen:
+    [1, 896] x [896, 151] on 1 and 2 threads), so a recomputed or resumed step would not be bit-equal. AUTO,STRICT costs
+    no measurable time.
+    KMP_BLOCKTIME: by default a worker thread spins for 200 ms after each product, on a core that the rest of a step
+    needs; with 1 ms the wall time is the same and the processor time a quarter lower (200 -> 150 ms a round).
     MKL_INTERFACE_LAYER: MLX passes 32-bit sizes.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -184,7 +184,7 @@ def _settle_mkl() -> None:
 
 
 def _open_global(path: str) -> str | None:
-    """Loads a shared library into the global symbol scope; returns what went wrong, or None."""
+    """Loads a shared library into the global symbol scope; returns the reason for a failure, or None."""
     try:
         library = ctypes.CDLL(path)  # local first: a library without cblas must not leave symbols behind
         if not hasattr(library, "cblas_sgemm"):
@@ -200,9 +200,9 @@ def _global_cblas() -> bool:
 
 
 def _mkl_files() -> list[str]:
-    """Every libmkl_rt of PyPI's `mkl`, newest first."""
+    """All libmkl_rt files of PyPI's `mkl`, newest first."""
     paths = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
-    if not paths:  # a --user or --target install: importlib.metadata is not cheap, so only now
+    if not paths:  # a --user or --target install; last, because importlib.metadata is slow
         from importlib import metadata
 
         try:
@@ -218,7 +218,7 @@ def _openblas_files() -> list[str]:
     local = glob.glob(os.path.join(sys.prefix, "lib", "libopenblas*.so*"))
     names = sorted(local, key=_version, reverse=True) + list(_OPENBLAS_NAMES)
     if sys.platform.startswith("linux") and not any(map(_loads, names)):
-        from ctypes.util import find_library  # starts ldconfig or a compiler: the last resort
+        from ctypes.util import find_library  # last, because it starts ldconfig or a compiler
 
         other = find_library("openblas")
         if other:

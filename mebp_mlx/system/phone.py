@@ -1,6 +1,6 @@
-"""Device profiles: an app's memory on a phone, its published rates; and this machine's thermal state.
+"""Device profiles (an app's memory on a phone, published rates), and this machine's thermal state.
 
-The rates are estimates from public sources, and are printed with every projection made from them.
+The rates are estimates from public sources and are printed with every projection that uses them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Phone:
-    """bandwidth: bytes a second; flops: operations a second by item size; budget_bytes: of an app."""
+    """A phone. bandwidth: bytes per second; flops: {item size in bytes: operations per second}; budget_bytes: an app's
+    memory.
+    """
 
     name: str
     chip: str
@@ -28,9 +30,9 @@ class Phone:
         """The assumptions, as sentences."""
         return (
             f"{self.chip}: {self.bandwidth / 1e9:.1f} GB/s, {self.flops[4] / 1e12:.2f} TFLOP/s in 32 bits and "
-            f"{self.flops[2] / 1e12:.2f} in 16, published estimates of peaks",
-            f"an app has {self.budget_bytes / 1e9:g} GB (the system does not say how much it grants)",
-            "no wired memory, no thermal throttling, flash never waited for",
+            f"{self.flops[2] / 1e12:.2f} in 16 bits, published estimates of peak rates",
+            f"an app has {self.budget_bytes / 1e9:g} GB (the system does not report how much it grants)",
+            "no wired memory, no thermal throttling, no waiting for flash",
         )
 
 
@@ -43,9 +45,9 @@ THROTTLED = THERMAL_STATES[2:]
 
 
 def thermal_state(platform: str = sys.platform, load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
-    """NSProcessInfo.thermalState through the Objective-C runtime (macOS 10.10.3 and later); None elsewhere.
+    """NSProcessInfo.thermalState through the Objective-C runtime (macOS 10.10.3 and later); None on other systems.
 
-    Its documented values are 0 to 3. The system throttles from `serious` on.
+    The documented values are 0 to 3. The system throttles from `serious` on.
     """
     if platform != "darwin":
         return None

@@ -1,7 +1,7 @@
-"""`python -m mebp_mlx.system.rates`: this machine's rate of matrix products and of memory, as JSON.
+"""`python -m mebp_mlx.system.rates`: measures this machine's rates of matrix products and memory; prints JSON.
 
-A process of its own: its arrays are no part of a training run's footprint. Best of a few repeats, because a roofline
-needs the peak.
+It runs in its own process, so that its arrays do not count in a training run's footprint. It reports the best of
+several repeats, because a roofline needs peak rates.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ COPY_BYTES = 256 << 20
 
 
 def measure(repeats: int = 7) -> dict[str, Any]:
-    """{"blas", "dtype", "flops", "memory_bytes"}: operations a second of [256 x 2,048] x [2,048 x 8,192], and bytes a
-    second of a copy, read and written counted.
+    """{"blas", "dtype", "flops", "memory_bytes"}: operations per second of [256 x 2,048] x [2,048 x 8,192], and bytes
+    per second of a copy, counting reads and writes.
     """
     dtype = compute_dtype("auto", "")
     n, k, m = PRODUCT
@@ -48,7 +48,7 @@ def _gpu_copy_s(repeats: int) -> float:
 
 
 def _cpu_copy_s(repeats: int) -> float:
-    """By all cores: MLX's own element-wise operations use one."""
+    """The time of a copy on all cores; MLX's own element-wise operations use only one."""
     source, target = np.ones(COPY_BYTES // 4, np.float32), np.zeros(COPY_BYTES // 4, np.float32)
     n_threads = machine()["cores"]
     parts = [slice(*ends) for ends in pairwise(np.linspace(0, len(source), n_threads + 1, dtype=int).tolist())]

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a command: a closed pipe, a full device, a terminal without Unicode."""
+"""Keeps a command running if output fails: a closed pipe, a full device, a terminal without Unicode."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def forgiving_output() -> Iterator[None]:
-    """Inside the context, once a write to sys.stdout or sys.stderr fails, all further output there is dropped."""
+    """Within the context, after a write to sys.stdout or sys.stderr fails, all further output to it is dropped."""
     before = sys.stdout, sys.stderr
-    # None where the descriptor was closed at the start.
+    # A stream is None if its descriptor was closed at the start.
     sys.stdout, sys.stderr = (ForgivingStream(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # the interpreter would fail on it at exit
+            stream.flush()  # otherwise the interpreter would fail at exit
         sys.stdout, sys.stderr = before
 
 

@@ -1,4 +1,4 @@
-"""Sizes as text."""
+"""Formats sizes as text."""
 
 from __future__ import annotations
 

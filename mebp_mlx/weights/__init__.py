@@ -1,1 +1,1 @@
-"""Weights on disk: read through mapped files, written a tensor at a time, quantized, fetched from a hub."""
+"""Weights on disk: memory-mapped reading, streamed writing, and downloads from the hub."""

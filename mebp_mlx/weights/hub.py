@@ -1,6 +1,6 @@
-"""Models and data by name: a folder, "bundled", or a hub id.
+"""Resolves the names of models and data: a folder, "bundled", or a hub id.
 
-The training process does not import huggingface_hub: `python -m mebp_mlx.weights.hub` is the child that downloads.
+The training process does not import huggingface_hub: downloads run in a child, `python -m mebp_mlx.weights.hub`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.child import ChildFailure, answer, one_line, run_child
 
-# The same files as mlx-lm asks for, so that each finds the other's download complete; no *.py is ever run.
+# The files that mlx-lm requests, so that each program finds the other's download complete; no *.py is ever run.
 MODEL_PATTERNS = (
     "*.json",
     "model*.safetensors",
@@ -35,16 +35,16 @@ MODEL_PATTERNS = (
 SPLITS = ("train", "valid", "test")
 DATA_PATTERNS = tuple(f"{folder}{split}.jsonl" for folder in ("", "data/") for split in SPLITS)
 COLUMNS = ("prompt", "completion", "text", "messages", "tools")  # the order of RowOptions.columns
-# mlx-lm's slices of a set of `hf_dataset`, and the names of its columns by the keys of a row here
+# mlx-lm's default slices for a set in `hf_dataset`, and the row key for each of its *_feature options
 SLICES = {"train": "train[:80%]", "valid": "train[-10%:]", "test": None}
 FEATURES = {"prompt": "prompt", "completion": "completion", "text": "text", "chat": "messages"}
 SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DATASET = re.compile(rf"{_HUB_ID.pattern}(:[\w.-]+)?")  # with the part of it that load_dataset calls its name
+_DATASET = re.compile(rf"{_HUB_ID.pattern}(:[\w.-]+)?")  # with the configuration, load_dataset's `name`
 
 
 def cache_folder() -> Path:
-    """$MEBP_CACHE_DIR, or `mebp_mlx/tokens` in the user's cache folder of this platform."""
+    """$MEBP_CACHE_DIR, or `mebp_mlx/tokens` in the user's cache folder on this platform."""
     if chosen := os.environ.get("MEBP_CACHE_DIR"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
@@ -57,9 +57,9 @@ def cache_folder() -> Path:
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: `name` is "bundled", a local folder, or a hub id (downloaded to its cache).
+    """The folder of a model: `name` is "bundled", a local folder, or a hub id (downloaded to the hub's cache).
 
-    Raises UserError naming --model when there is no such folder or model, or it lacks config.json or weights.
+    Raises UserError naming --model if there is no such folder or model, or it lacks config.json or weights.
     """
     if name == "bundled":
         from mebp_mlx import bundled
@@ -72,12 +72,10 @@ def resolve_model(name: str) -> Path:
 
 
 def resolve_data(name: str, columns: Sequence[str] = COLUMNS, split: str = "train") -> Path:
-    """The folder that holds a split's file: `name` is "bundled", a local folder, or the hub id of a dataset.
+    """The folder that contains a split's file: `name` is "bundled", a local folder, or the hub id of a dataset.
 
-    columns: those to keep of a dataset in another format.
-
-    A dataset without JSONL files is converted through the optional `datasets` library, and so is one part of
-    a dataset ("Salesforce/wikitext:wikitext-2-raw-v1").
+    columns: the columns to keep when a dataset is converted. A dataset without JSONL files is converted with the
+    optional `datasets` library, and so is a dataset's configuration ("Salesforce/wikitext:wikitext-2-raw-v1").
     Raises UserError naming --data.
     """
     if name == "bundled":
@@ -88,16 +86,16 @@ def resolve_data(name: str, columns: Sequence[str] = COLUMNS, split: str = "trai
     if not name or not folder.exists():
         return Path(_from_hub(name, flag="--data", kind="dataset", patterns=DATA_PATTERNS, columns=columns))
     if not folder.is_dir():
-        raise UserError(f"--data {name}: is a file; name the folder that holds {split}.jsonl")
+        raise UserError(f"--data {name}: is a file; name the folder that contains {split}.jsonl")
     if not (folder / f"{split}.jsonl").is_file():
-        raise UserError(f"--data {name}: the folder holds no {split}.jsonl")
+        raise UserError(f"--data {name}: the folder contains no {split}.jsonl")
     return folder
 
 
 def resolve_sets(sets: Sequence[Mapping[str, Any]]) -> Path:
-    """The folder of mlx-lm's `hf_dataset`: slices of one or several datasets, one after another, as JSONL.
+    """The folder of mlx-lm's `hf_dataset`: slices of one or more datasets, concatenated, as JSONL.
 
-    Each set: path, and perhaps config (of load_dataset), *_split (SLICES) and *_feature (FEATURES).
+    Each set has path and, optionally, config (for load_dataset), *_split (SLICES) and *_feature (FEATURES).
     Raises UserError naming the set.
     """
     request = {"sets": [dict(each) for each in sets], "cache": str(cache_folder())}
@@ -109,17 +107,17 @@ def resolve_sets(sets: Sequence[Mapping[str, Any]]) -> Path:
 
 def _checked_model(folder: Path, name: str) -> Path:
     if not folder.is_dir():
-        raise UserError(f"--model {name}: is a file; name the folder that holds config.json and the weights")
+        raise UserError(f"--model {name}: is a file; name the folder that contains config.json and the weights")
     if not (folder / "config.json").is_file():
-        raise UserError(f"--model {name}: the folder {folder} holds no config.json")
+        raise UserError(f"--model {name}: the folder {folder} contains no config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         config = {}  # the config's reader reports it in more detail
     if isinstance(config, dict) and "model_file" in config:
-        raise UserError(f"{folder / 'config.json'}: model_file: no code of a model's folder is ever run")
+        raise UserError(f"{folder / 'config.json'}: model_file: no code from a model's folder is ever run")
     if not any(file.is_file() for file in folder.glob("model*.safetensors")):
-        raise UserError(f"--model {name}: the folder {folder} holds no weights (model*.safetensors)")
+        raise UserError(f"--model {name}: the folder {folder} contains no weights (model*.safetensors)")
     return folder
 
 
@@ -156,11 +154,11 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
     where = f"{request['flag']} {request['name']}"
     if part:
         return {"folder": str(_convert_dataset(name, where, where, cache, request["columns"], part))}
-    folder, problem = None, f"{where}: the dataset holds no train.jsonl"
+    folder, problem = None, f"{where}: the dataset contains no train.jsonl"
     try:
         folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=request["patterns"]))
     except GatedRepoError as error:
-        raise UserError(f"{where}: is gated: accept its terms on its page of the hub, then `hf auth login`") from error
+        raise UserError(f"{where}: is gated: accept its terms on its hub page, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{where}: no such folder, and no such {kind} on the hub (a private one needs `hf auth login`)"
@@ -180,11 +178,11 @@ def _download(request: dict[str, Any], _progress: Callable[[Any], None]) -> dict
 
 
 def _load_dataset(where: str, problem: str, *names: str, **how: Any) -> Any:
-    """Loads a dataset with the `datasets` library. Raises UserError; it begins with `problem` if it does not exist."""
+    """Loads a dataset with the `datasets` library. Raises UserError, which begins with `problem` if that is missing."""
     try:
         from datasets import load_dataset
     except ImportError as error:
-        remedy = "`pip install datasets` to have other formats converted, or give a folder with train.jsonl"
+        remedy = "`pip install datasets` to convert other formats, or name a folder with train.jsonl"
         raise UserError(f"{problem}: {remedy}") from error
     try:
         return load_dataset(*names, **how)
@@ -193,7 +191,7 @@ def _load_dataset(where: str, problem: str, *names: str, **how: Any) -> Any:
 
 
 def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
-    """Writes mlx-lm's `hf_dataset`, set after set, as JSONL with one name for each kind of column."""
+    """Writes the sets of mlx-lm's `hf_dataset`, one after another, as JSONL with uniform column names."""
     chosen: dict[str, list[tuple[Any, dict[str, str]]]] = {}
     for each in sets:
         where = f"hf_dataset {each['path']}"
@@ -210,7 +208,7 @@ def _convert_sets(sets: Sequence[dict[str, Any]], cache: Path) -> Path:
 
 
 def _kind_of_columns(names: Sequence[str], columns: dict[str, str], where: str) -> dict[str, str]:
-    """{key of a row: column} of the kind that mlx-lm would take a set for."""
+    """{key of a row: column}, for the kind that mlx-lm would choose for a set with these column names."""
     for keys in (("prompt", "completion"), ("chat",), ("text",)):
         if all(columns[key] in names for key in keys):
             return {FEATURES[key]: columns[key] for key in keys} | {"tools": "tools"}
@@ -229,10 +227,7 @@ def _fingerprint(rows: Any) -> str:
 def _convert_dataset(
     name: str, where: str, problem: str, cache: Path, columns: Sequence[str] = COLUMNS, part: str = ""
 ) -> Path:
-    """Write the splits of a dataset of any format as JSONL.
-
-    part: of the dataset, "" for a dataset of one part.
-    """
+    """Writes the splits of a dataset in any format as JSONL. part: the dataset's configuration, "" for the default."""
     splits = _load_dataset(where, problem, name, *([part] if part else []))
     chosen: dict[str, Any] = {}
     for split, rows in splits.items():
@@ -252,9 +247,9 @@ def _convert_dataset(
 
 
 def _write_folder(parts: Mapping[str, Iterable[dict[str, Any]]], stem: str, state: Any, cache: Path) -> Path:
-    """Streams the rows of each split as JSONL into a folder that gets its name when complete, unless it exists.
+    """Streams the rows of each split as JSONL into a folder, which is renamed when complete; does nothing if it exists.
 
-    state: what the rows depend on. Rows of blank text are left out.
+    state: everything that the rows depend on. Rows of blank text are skipped.
     """
     folder = cache / f"{stem}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
     if (folder / "train.jsonl").is_file():
@@ -270,19 +265,19 @@ def _write_folder(parts: Mapping[str, Iterable[dict[str, Any]]], stem: str, stat
         try:
             os.rename(made, folder)
         except OSError:
-            if not (folder / "train.jsonl").is_file():  # another process was not faster
+            if not (folder / "train.jsonl").is_file():  # not just because another process was faster
                 raise
     return folder
 
 
 def _is_blank(row: dict[str, Any]) -> bool:
-    """Whether a row is only blank text, like WikiText's empty lines."""
+    """Whether a row is nothing but blank text, like WikiText's empty lines."""
     values = list(row.values())
     return len(values) == 1 and isinstance(values[0], str) and not values[0].strip()
 
 
 def _without_nulls(value: Any) -> Any:
-    """Columns have one type for all rows: what a row does not have is null there, and absent in JSONL."""
+    """Removes null entries: columns have one type for all rows, so `datasets` fills a row's missing keys with null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Safetensors as named views over memory-mapped files.
+"""Reads safetensors as named views over memory-mapped files.
 
-Opening reads the headers alone. Bytes enter anonymous memory only where MLX copies from a view (model/base.py: Tensor);
-the mapped pages stay clean file pages that the system can drop at any time. Maps are shared
-and read-only: macOS would make private, writable ones the process's own memory as their pages are read.
+Opening reads only the headers. Bytes enter anonymous memory only when MLX copies from a view (model/base.py: Tensor);
+the mapped pages stay clean file pages, which the system can drop at any time. Maps are shared and read-only: macOS
+would count the pages of private, writable maps as the process's own memory once they are read.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .zero_copy import adopt
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# safetensors name -> (numpy type of a view, MLX type). numpy has no bfloat16: its bits are viewed as uint16.
-# The 16- and 64-bit integers and BOOL are here for the buffers that some checkpoints carry along.
+# safetensors name -> (numpy type of a view, MLX type). numpy has no bfloat16, so its bits are viewed as uint16.
+# The 16- and 64-bit integers and BOOL occur only in unused buffers of some checkpoints.
 DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
     "F32": (np.dtype("<f4"), mx.float32),
     "F16": (np.dtype("<f2"), mx.float16),
@@ -47,7 +47,7 @@ DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The place of a tensor: `offset` counts bytes from the start of `file`."""
+    """The location of a tensor: `offset` counts bytes from the start of `file`."""
 
     name: str
     dtype: str  # a safetensors name: "F32", "F16", "BF16", "U32", "U8", "I8", "I32" ...
@@ -58,16 +58,16 @@ class TensorInfo:
 
     @property
     def mlx_dtype(self) -> mx.Dtype:
-        """The dtype of an MLX array of it."""
+        """The dtype of an MLX array with this tensor's values."""
         return DTYPES[self.dtype][1]
 
     @property
     def not_adoptable(self) -> str | None:
-        """Why MLX cannot adopt the mapped bytes (Metal); None if it can."""
+        """The reason why MLX cannot adopt the mapped bytes (on Metal); None if it can."""
         item_bytes = self.mlx_dtype.size
         if not self.n_bytes:
             return "empty"
-        if self.offset % item_bytes:  # kernels want items on multiples of their size
+        if self.offset % item_bytes:  # kernels require items aligned to their size
             return f"not {item_bytes}-byte aligned"
         return None
 
@@ -75,9 +75,9 @@ class TensorInfo:
 class MappedWeights:
     """The tensors of a `.safetensors` file, or of a folder with `model*.safetensors` (single or sharded).
 
-    `names` is in file order: shard by shard, by offset. Every inconsistency of headers raises
-    UserError naming the file (and the tensor) here, so that no later read can be out of range. adopt: whether
-    in_place() gives the mapped pages to MLX where it can take them (weights/zero_copy.py).
+    `names` is in file order: shard by shard, by offset. The constructor checks all headers and raises UserError naming
+    the file (and the tensor), so that no later read can be out of range. adopt: whether in_place() lets MLX adopt the
+    mapped pages where possible (weights/zero_copy.py).
     """
 
     names: tuple[str, ...]
@@ -109,7 +109,7 @@ class MappedWeights:
         return len(self._infos)
 
     def rename(self, prefixes: Mapping[str, str]) -> None:
-        """Renames tensors: a name that begins with a key begins with the key's value instead."""
+        """Renames tensors: in names that begin with a key of `prefixes`, the key is replaced by its value."""
         for old, new in prefixes.items():
             for name in [name for name in self._infos if name.startswith(old)]:
                 renamed = new + name.removeprefix(old)
@@ -128,7 +128,7 @@ class MappedWeights:
         self.names = tuple(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor. UserError if there is none of that name."""
+        """The dtype, shape and location of a tensor. Raises UserError if there is no tensor of that name."""
         try:
             return self._infos[name]
         except KeyError:
@@ -136,9 +136,9 @@ class MappedWeights:
             raise UserError(f"{where}: no tensor named {_one_line(name)}") from None
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array over the map, nothing copied; bfloat16 appears as uint16.
+        """The tensor as a read-only array over the map, without a copy; bfloat16 appears as uint16.
 
-        A tensor that does not begin on a multiple of its item size is a view as well, of unaligned data.
+        A tensor that is not aligned to its item size gives a view of unaligned data.
         """
         info = self.info(name)
         dtype = DTYPES[info.dtype][0]
@@ -156,8 +156,8 @@ class MappedWeights:
     def in_place(self, name: str) -> mx.array | None:
         """The whole tensor over its mapped pages, without a copy; None if it must be copied.
 
-        Adopted at the first call and kept until `close`. MLX gives an array's memory to a result (astype, 1 + w)
-        when nothing else refers to it; with this reference there is always something else, also for a slice.
+        Adopted at the first call and kept until `close`. MLX reuses an array's memory for a result (astype, 1 + w) if
+        nothing else refers to it; the reference kept here prevents that, also for a slice.
         """
         info = self.info(name)
         if not self.adopt or info.not_adoptable:
@@ -168,7 +168,7 @@ class MappedWeights:
         return self._adopted[name]
 
     def placement(self, names: Iterable[str]) -> dict[str | None, list[TensorInfo]]:
-        """These tensors grouped by the reason for copying them; None: adopted, or would be where MLX adopts pages."""
+        """These tensors grouped by the reason for copying them; None: adopted, or adoptable on a Metal GPU."""
         tensors: dict[str | None, list[TensorInfo]] = {}
         for name in names:
             info = self.info(name)
@@ -179,7 +179,7 @@ class MappedWeights:
         return tensors
 
     def advise(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Asks the kernel to read these rows soon (madvise WILLNEED). Uses no MLX: safe in any thread."""
+        """Asks the kernel to read these rows soon (madvise WILLNEED). Does not use MLX, so it is safe in any thread."""
         info = self.info(name)
         if not info.n_bytes or not self._maps or not hasattr(mmap, "MADV_WILLNEED"):
             return
@@ -190,19 +190,19 @@ class MappedWeights:
             start = min(max(start, 0), n_rows)
             stop = n_rows if stop is None else min(max(stop, start), n_rows)
             first, n_bytes = info.offset + start * row_bytes, (stop - start) * row_bytes
-        page_start = first - first % mmap.PAGESIZE  # madvise wants the beginning of a page
+        page_start = first - first % mmap.PAGESIZE  # madvise requires a page boundary
         if n_bytes:
-            # only advice: a map closed meanwhile or a refusing file system is no reason to stop
+            # only advice: a map that was closed meanwhile, or a file system without support, is not an error
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self._maps[info.file].madvise(mmap.MADV_WILLNEED, page_start, first + n_bytes - page_start)
 
     @property
     def file_bytes(self) -> dict[Path, int]:
-        """The size of each mapped file when it was opened."""
+        """The size of each mapped file at the time it was opened."""
         return {file: len(mapped) for file, mapped in self._maps.items()}
 
     def check_sizes(self) -> None:
-        """Raises UserError if a file has shrunk: reading beyond its end is SIGBUS, and its last page has zeros."""
+        """Raises UserError if a file has shrunk: reads beyond its last page raise SIGBUS, reads within give zeros."""
         for file, mapped in self._maps.items():
             if (n_bytes := mapped.size()) < len(mapped):
                 raise UserError(f"{file}: was {len(mapped)} bytes, is {n_bytes} bytes: cut short while it was in use")
@@ -210,19 +210,19 @@ class MappedWeights:
     def close(self) -> None:
         """Releases the maps. Views and adopted arrays that are still referenced keep their own map alive.
 
-        From then on nothing protects such an adopted array from being overwritten: drop them first.
+        After that nothing protects such an adopted array from being overwritten, so drop these arrays first.
         """
         self._adopted.clear()
         maps, self._maps = self._maps, {}
         for mapped in maps.values():
-            with contextlib.suppress(BufferError):  # a view is alive; the map goes with it
+            with contextlib.suppress(BufferError):  # a view is alive and will release the map
                 mapped.close()
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files to open, in order: those that an index names, unless none of them is there and others are.
+    """The files to open, in order: those that the index names or, if none of these exists, all others.
 
-    Some conversions keep the index of their source, which names none of the files that exist. What an index says of
+    Some conversions keep the index of their source, which names none of the files that exist. The index's list of
     tensors is not used: the files' own headers list them all.
     """
     if path.is_file():
@@ -236,7 +236,7 @@ def _shards(path: Path) -> list[Path]:
         if not missing:
             return named
         if len(missing) < len(named) or not files:
-            raise UserError(f"{index}: names {missing[0].name}, which is missing")
+            raise UserError(f"{index}: lists {missing[0].name}, which is missing")
     if not files:
         raise UserError(f"{path}: no model*.safetensors in this folder")
     return files
@@ -252,13 +252,13 @@ def _read_index(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file not in ("", ".", "..") and file == os.path.basename(file)
         if not plain or "\0" in file or len(file.encode(errors="surrogatepass")) > 255:
-            raise UserError(f"{index}: tensor {_one_line(name)} has no plain file name")
+            raise UserError(f"{index}: the file of tensor {_one_line(name)} is not a plain file name")
     return weight_map
 
 
 def _open_shard(file: Path) -> tuple[mmap.mmap, list[TensorInfo]]:
     """Maps one file and checks its whole header."""
-    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+    if file.exists() and not file.is_file():  # opening a pipe would block forever
         raise UserError(f"{file}: is not a file")
     try:
         with open(file, "rb") as handle:
@@ -311,12 +311,12 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int, file_bytes:
     if not _naturals(shape, 2**31) or len(shape) > 32 or prod(max(n, 1) for n in shape) >= 2**48:
         raise fail("its shape is not a list of sizes that MLX can hold")
     if not _naturals(offsets, 2**63) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail("its data_offsets are not a range")
+        raise fail("its data_offsets are not a valid range")
     n_bytes = prod(shape) * DTYPES[dtype][0].itemsize
     if offsets[1] - offsets[0] != n_bytes:
-        raise fail(f"{dtype} {shape} takes {n_bytes} bytes, its data_offsets hold {offsets[1] - offsets[0]}")
+        raise fail(f"{dtype} {shape} takes {n_bytes} bytes, but its data_offsets span {offsets[1] - offsets[0]}")
     if data_start + offsets[1] > file_bytes:
-        raise fail(f"ends {data_start + offsets[1] - file_bytes} bytes after the file does: truncated?")
+        raise fail(f"ends {data_start + offsets[1] - file_bytes} bytes beyond the end of the file: truncated?")
     return TensorInfo(name, dtype, tuple(shape), n_bytes, file, data_start + offsets[0])
 
 

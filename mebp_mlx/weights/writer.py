@@ -1,6 +1,6 @@
-"""Safetensors files whose data begins on a page.
+"""Writes safetensors files whose data begins on a page boundary.
 
-A file is written in pieces, a model's of a few rows and a checkpoint's of an array, so nothing here holds more.
+A file is written in pieces, a few rows of a model or one array of a checkpoint at a time, so memory use is small.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, value: Array) -> Entry:
-        """The entry of an array, which is not evaluated."""
+        """The entry for an array, without evaluating it."""
         return cls(name, _dtype_name(value), tuple(value.shape))
 
     @property
@@ -45,13 +45,13 @@ class Entry:
 
 
 class Shard:
-    """Writes a new safetensors file, as a context manager. Its tensors are named in the order given.
+    """A context manager that writes a new safetensors file.
 
-    file: open, empty and binary; it stays open. metadata: of the header, over {"format": "mlx"}.
+    file: an open, empty binary file, which stays open. metadata: header metadata, added to {"format": "mlx"}.
 
-    The header is padded with spaces so that the data begins on a page. Tensors of whole pages come first, so each
-    of them begins on a page, too; the others follow, larger items first, so each lies on a multiple of its item
-    size. There are no holes, which the format forbids.
+    The header is padded with spaces so that the data begins on a page. Tensors of whole pages come first, so each of
+    them begins on a page, too; the others follow, larger items first, so each is aligned to its item size. There are
+    no holes, which the format forbids.
     """
 
     def __init__(self, file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
@@ -68,13 +68,13 @@ class Shard:
         text = f"{{{','.join(header)}}}".encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         self._begins = {name: 8 + len(text) + begin for name, begin in begins.items()}
-        self._ends = dict(self._begins)  # up to where each tensor is written
+        self._ends = dict(self._begins)  # the end of the written part of each tensor
         self._file = file
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(8 + len(text) + offset)
 
     def append(self, name: str, rows: Array) -> None:
-        """Writes the next rows of a tensor; contiguous ones are not copied."""
+        """Writes the next rows of a tensor; contiguous rows are not copied."""
         entry = self._entries[name]
         assert _dtype_name(rows) == entry.dtype, (name, rows.dtype)
         flat = rows.reshape(-1)
@@ -90,7 +90,7 @@ class Shard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """On success, checks that every tensor is complete and flushes the file to the disk."""
+        """On success, checks that every tensor is complete and flushes the file to disk."""
         if kind is None:
             for name, entry in self._entries.items():
                 assert self._ends[name] == self._begins[name] + entry.n_bytes, name
@@ -98,7 +98,7 @@ class Shard:
 
 
 def _member(name: str, value: dict[str, Any]) -> str:
-    """Encodes a JSON object in parts: all of a header at once would take ten times its size."""
+    """Encodes one member of a JSON object: encoding a whole header at once would take ten times its size."""
     return f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}"
 
 
@@ -107,17 +107,17 @@ def _dtype_name(value: Array) -> str:
 
 
 def _place(entry: Entry) -> int:
-    """0 for whole pages, then by size of item; the sort keeps the order given among equals."""
+    """The sort key of a tensor: 0 for whole pages, then by item size, largest first; the sort is stable."""
     return 0 if entry.n_bytes % PAGE_BYTES == 0 else 9 - DTYPES[entry.dtype].size
 
 
 def write_arrays(
     path: Path, arrays: Mapping[str, Array], when: str, flag: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replaces a safetensors file by these arrays, one after the other and without a copy: it takes no memory.
+    """Replaces a safetensors file by these arrays, written one after another without a copy.
 
-    Raises NonFiniteLoss naming `when`, and leaves the file as it was, when a value is NaN or infinite; UserError naming
-    `flag` when the disk refuses.
+    Raises NonFiniteLoss naming `when`, and leaves the file unchanged, if a value is NaN or infinite; UserError naming
+    `flag` if writing fails.
     """
 
     def write(file: BinaryIO) -> None:
@@ -125,7 +125,7 @@ def write_arrays(
         with Shard(file, [Entry.of(name, arrays[name]) for name in names], metadata) as shard:
             for name in names:
                 if not _is_finite(arrays[name]):
-                    raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state stays as it is")
+                    raise NonFiniteLoss(f"{name} is no longer finite after {when}; the last good state is unchanged")
                 shard.append(name, arrays[name])
 
     write_atomically(path, write, flag)
