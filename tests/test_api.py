@@ -1,4 +1,4 @@
-"""From Python: README's example, training with callbacks, adapters in and out, and models by name."""
+"""The Python interface: README's example, training with callbacks, saving and loading adapters, models by name."""
 
 from __future__ import annotations
 

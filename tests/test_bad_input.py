@@ -1,4 +1,4 @@
-"""What a user can get wrong: exit code 2, one line that names it, and nothing is written."""
+"""Bad input ends with exit code 2 and one line that names it; nothing is written."""
 
 from __future__ import annotations
 

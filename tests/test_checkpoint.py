@@ -1,4 +1,4 @@
-"""What a run keeps on disk: it comes back bit for bit, and a bad or foreign state is refused by name."""
+"""Saved runs are restored bit for bit; a bad or foreign state is refused by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: s
 
 
 def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
-    """Also from a file that MLX's own writer made, as earlier versions did."""
+    """Also from a file of MLX's writer, which earlier versions used."""
     rng = np.random.default_rng(seed)
     values = mx.array(rng.standard_normal((40, 103)), mx.float32)
     arrays = {
@@ -233,7 +233,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
 def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
     check_unused(tmp_path)
     check_unused(tmp_path / "new" / "folder")
-    for name in (RUN, LOG):  # of a run that ended before its first save
+    for name in (RUN, LOG):  # left by a run that ended before its first save
         (tmp_path / name).write_text("x")
     check_unused(tmp_path)
     (tmp_path / "file").write_text("x")

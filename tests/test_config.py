@@ -1,4 +1,4 @@
-"""Options: where a value comes from, what is refused, and how the refusal reads."""
+"""Options: sources of values, refused values, and error messages."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_a_size_without_a_unit_is_refused_with_a_hint(tmp_path: Path, key: str, 
     reason = f"{raw} has no unit; did you mean {meant}?"
     assert refusal(flag, raw) == f"{flag}: {reason}"
     assert refusal("-c", path) == f"{path}:2: {key}: {reason}"
-    saved = TrainConfig.from_args([], saved={**TrainConfig().to_dict(), key: 300})  # bytes, as a run saves them
+    saved = TrainConfig.from_args([], saved={**TrainConfig().to_dict(), key: 300})  # in bytes, as in a saved run
     assert getattr(saved, key) == 300
 
 

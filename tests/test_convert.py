@@ -1,4 +1,4 @@
-"""Converted checkpoints: mlx-lm's own bits, any reader's format, whole or not there, whatever the source."""
+"""Converted checkpoints have mlx-lm's bits in a standard format, and are complete or absent, for every source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = {
     "affine 5": ("--bits", "5", "--group-size", "32"),
     "affine 6": ("--bits", "6", "--group-size", "32"),
 }
-# Relative RMS error of the weights, about what the format's step allows on normal weights.
+# Relative RMS error of normal weights, about the limit that the format's step size implies.
 ERRORS = {"affine 4": 0.10, "affine 8": 0.008, "symmetric": 0.11, "mxfp4": 0.13, "mxfp8": 0.035, "nvfp4": 0.11}
 ERRORS |= {"affine 2": 0.5, "affine 3": 0.22, "affine 5": 0.05, "affine 6": 0.025}
 
@@ -117,7 +117,7 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
 def test_what_is_in_the_format_already_is_copied(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
-    """Packing it again would add the format's error a second time."""
+    """Quantizing it again would add the format's error twice."""
     assert run(source, tmp_path / "one", *FORMATS[format_name]) == 0
     assert "copied" not in capsys.readouterr().out
     assert run(tmp_path / "one", tmp_path / "two", *FORMATS[format_name]) == 0

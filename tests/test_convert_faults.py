@@ -24,7 +24,7 @@ def source(tmp_path: Path, seed: int) -> Path:
 
 
 def start_and_hold(command: list[str], folder: Path) -> tuple[subprocess.Popen[str], int]:
-    """A conversion to `out` that waits with its first line after its first file, until its output is read."""
+    """Starts a conversion to `out` that blocks on its output after its first file, until the output is read."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -75,7 +75,7 @@ def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A matrix of 64 MB in float32: its rows come and go."""
+    """The matrix has 64 MB in float32; only some rows are in memory."""
     config = packed_config("llama")
     config.update(num_hidden_layers=1, hidden_size=1024, vocab_size=16384, head_dim=64, intermediate_size=4096)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)

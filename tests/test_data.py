@@ -1,4 +1,4 @@
-"""Token rows: the order of batches and resuming in it, the cache, the child process, and bad folders."""
+"""Token rows: the order of batches, resuming, the cache, the child process, and bad folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Tokenize in this process instead of a child (seconds less); the list gathers the requests that ran."""
+    """Tokenizes in this process instead of a child (saves seconds); the list collects the requests."""
     requests: list[dict[str, Any]] = []
 
     def run(_module: Any, request: dict[str, Any], **_: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The doctor on a checkpoint, and what it measures for the owner of a Mac."""
+"""The doctor's report on a checkpoint, and its measurements for a Mac."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _rows(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict
 
 
 def _bytes(folder: Path, shift: int) -> dict[str, int]:
-    """What the headers say, of the tensors that the model uses."""
+    """The bytes of the tensors that the model uses, from the headers."""
     weights, actual = MappedWeights(folder), dict[str, int]()
     for info in map(weights.info, weights.names):
         if info.name != "vision_tower.patch.weight":

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy on any rows: mlx-lm's own, whatever the file and the budget."""
+"""Loss, perplexity and accuracy on any rows equal mlx-lm's, for every file and budget."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(
 
 
 def test_the_whole_process_stays_within_the_budget(tmp_path: Path) -> None:
-    """Exit 3 where the measured peak has passed it."""
+    """Exit code 3 if the measured peak exceeds it."""
     adapters = make_adapters(tmp_path / "adapters", Path(bundled.MODEL_DIR))
     command = [sys.executable, "-m", "mebp_mlx.evaluate", "--model", "bundled", "--adapter-path", str(adapters)]
     more = ["--data", "bundled", "--test-batches", "2", "--memory-budget", "60MB"]

@@ -1,4 +1,4 @@
-"""Adapters for other programs: PEFT computes the same loss from them, llama.cpp's format holds the same products."""
+"""Exported adapters: PEFT computes the same loss, and llama.cpp's format contains the same products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(adapters: Path, out: Path, *more: str) -> int:
 
 
 def deltas(folder: Path, model: Path) -> dict[str, np.ndarray]:
-    """s (A B)^T of every pair, float64 [out, in], by the matrix's name."""
+    """s (A B)^T of every pair, float64 [out, in], by matrix name."""
     lora = adapters_of(folder, model)
     actual = {}
     for layer in Model(model).spec.layers:
@@ -44,7 +44,7 @@ def test_peft_computes_the_same_loss(tmp_path: Path, family: str, seed: int) -> 
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    # mlx-lm rounds gemma's factor of the embeddings to bfloat16, transformers does not: sqrt(36) is the same in both.
+    # mlx-lm rounds gemma's embedding factor to bfloat16, transformers does not; sqrt(36) is exact in both.
     width = {"hidden_size": 36} if family == "gemma3_text" else {}
     model = write_model(tmp_path / "model", CONFIGS[family] | width, seed=seed)
     adapters = make_adapters(tmp_path / "adapters", model, num_layers=2)
@@ -202,14 +202,14 @@ def test_the_gguf_file_holds_the_same_products(tmp_path: Path, family: str) -> N
 
 
 def neighbours(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows i and i + head_dim / 2 of every head next to each other."""
+    """Reorders rows: i and i + head_dim / 2 of every head become neighbours."""
     order = [head + half + i for head in range(0, len(rows), head_dim) for i in range(head_dim // 2)
              for half in (0, head_dim // 2)]  # fmt: skip
     return rows[order]
 
 
 def test_llama_cpps_rotation_of_the_new_order_is_ours(tmp_path: Path) -> None:
-    """llama.cpp rotates neighbours, MLX's traditional rope: attention's scores are the same."""
+    """llama.cpp rotates neighbouring rows, like MLX's traditional rope; attention scores are equal."""
     from mebp_mlx.export.gguf import interleaved
 
     rng = np.random.default_rng(0)

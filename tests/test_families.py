@@ -1,4 +1,4 @@
-"""What a family asks for beside its equations: names, default LoRA keys, newer configs, limits."""
+"""Families besides their equations: tensor names, default LoRA keys, newer configs, limits."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_layers_without_rope_must_be_listed_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
 def test_a_kernel_in_torchs_layout_is_the_same_model(tmp_path: Path, name: str) -> None:
-    """Qwen 3.5's norms are stored as weight - 1 there, but for that of the gated delta net."""
+    """In torch's layout Qwen 3.5's norms are stored as weight - 1, except for the gated delta net's norm."""
     ours, theirs = (write_model(tmp_path / folder, CONFIGS[name]) for folder in ("ours", "theirs"))
     path = theirs / "model.safetensors"
     tensors: Any = mx.load(str(path))

@@ -1,4 +1,4 @@
-"""Greedy text, streamed, against a loop that keeps no cache; decompressed once; and what goes wrong on the way."""
+"""Streamed greedy text equals that of a loop without a cache; decompressing once; errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_adapters(folder: Path, config: dict[str, Any], rank: int = 3) -> Path:
 
 
 def greedy(model_path: Path, adapter_path: Path | None, n_tokens: int) -> str:
-    """The text of the most likely tokens, each from a forward pass over all tokens so far."""
+    """The text of the most likely tokens, each from a forward pass over all previous tokens."""
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(str(model_path), adapter_path=str(adapter_path) if adapter_path else None)[:2]
@@ -192,7 +192,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         assert said.out == ""
 
 
-# The child that samples for training
+# The child process that samples during training
 
 
 def test_the_child_streams_both_texts(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:

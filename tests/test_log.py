@@ -1,4 +1,4 @@
-"""The log: valid JSON whatever happens, one line a report, and rich on terminals only."""
+"""The log: always valid JSON, one line per report, and rich only on terminals."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_resuming_appends_and_cuts_half_a_line(tmp_path: Path) -> None:
     assert last_event(tmp_path, "test") is None
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
         log.event("start")
-    assert [event["event"] for event in events(tmp_path)] == ["start"]  # a new run keeps nothing
+    assert [event["event"] for event in events(tmp_path)] == ["start"]  # a new run starts with an empty log
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The emulator of Metal kernels: correct kernels pass, planted faults are found, MLX's signature is equalled."""
+"""The emulator of Metal kernels: correct kernels pass, planted faults are found, signatures equal MLX's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.metal_on_cpu.words import HEADER, LOG_SUM_EXP, WORDS, WORDS_HEADER
 
 SANITIZERS = ("address", "thread", "address,undefined")
 ORDERS = (0, 1, 2)
-TOLERANCE = 1e-5  # beyond the error of the same sum in float32, relative to the largest value
+TOLERANCE = 1e-5  # in addition to the error of the same sum in float32, relative to the largest value
 
 
 def need(sanitize: str = "") -> None:
@@ -39,7 +39,7 @@ def need(sanitize: str = "") -> None:
 
 
 def row_sums(source: str, seed: int, sanitize: str = "", order: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the kernel returns, the sums in float64, and in float32."""
+    """(the kernel's result, the sums in float64, the sums in float32)."""
     n_rows, n = 3, 100
     x = np.random.default_rng(seed).uniform(0.5, 1.5, (n_rows, n)).astype(np.float32)
     out = np.full(n_rows, np.nan, np.float32)
@@ -49,7 +49,7 @@ def row_sums(source: str, seed: int, sanitize: str = "", order: int = 0) -> tupl
 
 
 def matmul(source: str, seed: int, sanitize: str = "", order: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the kernel returns for x [M, K] and w [N, K] in half, the product in float64, and in float32."""
+    """For x [M, K] and w [N, K] in half: (the kernel's result, the product in float64, the product in float32)."""
     m, n, k = 13, 21, 19
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((m, k)).astype(np.float16), rng.standard_normal((n, k)).astype(np.float16)
@@ -71,7 +71,7 @@ def matmul_text(source: str) -> str:
 
 
 def is_close(result: tuple[np.ndarray, np.ndarray, np.ndarray]) -> bool:
-    """The rule for every kernel: its error is at most that of the reference in float32, and a tolerance."""
+    """The rule for every kernel: its error is at most that of the float32 reference plus a tolerance."""
     out, exact, reference = result
     return bool(np.abs(out - exact).max() <= np.abs(reference - exact).max() + TOLERANCE * np.abs(exact).max())
 
@@ -223,7 +223,7 @@ def test_a_call_takes_what_mlx_takes() -> None:
     total, count = kernel(
         inputs=[mx.arange(12, dtype=mx.float32).reshape(4, 3).T, 2.0],
         grid=(12, 1, 1),
-        threadgroup=(256, 1, 1),  # more than the grid, as MLX allows
+        threadgroup=(256, 1, 1),  # larger than the grid, as MLX allows
         output_shapes=[(1,), ()],
         output_dtypes=[mx.float32, mx.uint32],
         init_value=0,
