@@ -24,32 +24,32 @@ ROOT = Path(mebp_mlx.__file__).parent
 
 def _imported(file: Path, package: list[str]) -> set[str]:
     """The names of the layers that a file imports from."""
-    rooms = set()
+    layers = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            rooms |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "mebp_mlx"}
+            layers |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "mebp_mlx"}
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             path = [*base, *(node.module or "").split(".")] if node.module else base
             if path[:1] == ["mebp_mlx"]:
-                rooms |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
-    return rooms
+                layers |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
+    return layers
 
 
 def test_no_import_points_up() -> None:
     files = [(file, file.relative_to(ROOT).parts[0]) for file in [ROOT / "errors.py", *ROOT.glob("*/**/*.py")]]
     files = [
-        (file, room) for file, room in files if file.name != "__main__.py"
+        (file, layer) for file, layer in files if file.name != "__main__.py"
     ]  # a command, like the modules directly in the package
     files += [(file, "kernels") for file in (ROOT.parent / "kernels").glob("*.py")]
     up = []
-    for file, room in files:
-        room = room.removesuffix(".py")
-        if room in ORDER or room in FREE:
-            below = set(ORDER[ORDER.index(room) :] if room in ORDER else ()) | FREE
-            below |= COMMAND if room == "training" else set()
-            package = ["mebp_mlx", room] if file.parent != ROOT else ["mebp_mlx"]
-            up += [f"{room}/{file.name} -> {target}" for target in sorted(_imported(file, package) - below)]
+    for file, layer in files:
+        layer = layer.removesuffix(".py")
+        if layer in ORDER or layer in FREE:
+            below = set(ORDER[ORDER.index(layer) :] if layer in ORDER else ()) | FREE
+            below |= COMMAND if layer == "training" else set()
+            package = ["mebp_mlx", layer] if file.parent != ROOT else ["mebp_mlx"]
+            up += [f"{layer}/{file.name} -> {target}" for target in sorted(_imported(file, package) - below)]
     assert not up
 
 

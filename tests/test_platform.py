@@ -1,4 +1,4 @@
-"""The BLAS that MLX gets, said and overridden; bit-equal products; the allocator; the machine's description."""
+"""The BLAS that MLX uses, reported and overridden; bit-equal products; the allocator; the machine's description."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answer(code: str, *arguments: str, **environment: str) -> Any:
 
 WHICH = "import json, mebp_mlx.system.machine as p; b = p.load_blas(); print(json.dumps([b.name, b.path, b.note]))"
 
-# A process in which nothing was found yet, to be told what there is to find.
+# A process that has not searched for a BLAS yet; the test sets what it finds.
 UNDECIDED = """
 import json, os, sys, warnings
 import mebp_mlx.system.machine as platform
@@ -148,7 +148,7 @@ print(json.dumps(digests))
 
 @with_mkl
 def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_threads() -> None:
-    """Recomputed blocks and resumed runs see the same values at other addresses."""
+    """Recomputed blocks and resumed runs have the same values at other addresses."""
     one, two = (answer(PRODUCTS, MKL_NUM_THREADS=n, MKL_DYNAMIC="FALSE") for n in "12")
     assert [case for case, actual in one.items() if len(actual) != 1] == []
     assert one == two
@@ -178,7 +178,7 @@ def test_the_machine_is_described_in_json() -> None:
 @linux
 @pytest.mark.parametrize("how", ["-m", "import"])
 def test_mlx_without_a_backend_is_told_in_one_line(tmp_path: Path, how: str) -> None:
-    (tmp_path / "mlx").mkdir()  # in the place of the real one, and as empty as PyPI's on Linux
+    (tmp_path / "mlx").mkdir()  # replaces the real package, and is as empty as PyPI's on Linux
     (tmp_path / "mlx" / "__init__.py").touch()
     command = ["-m", "mebp_mlx.train"] if how == "-m" else ["-c", "import mebp_mlx"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}

@@ -1,4 +1,4 @@
-"""Packing of rows: MLX's own bits where there are any, and the nearest code of the symmetric grid."""
+"""Quantizing rows: the same bits as MLX if it has the format; otherwise the nearest code of the symmetric grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
 
 def random_rows(seed: int, dtype: mx.Dtype, n_rows: int = 67, n_in: int = 384) -> mx.array:
-    """Normal rows whose groups of 32 have scales far apart; one of them is zero."""
+    """Normal rows whose groups of 32 have very different scales; one group is zero."""
     rng = np.random.default_rng(seed)
     spread = np.exp(rng.normal(-2, 1.5, (n_rows, n_in // 32))).repeat(32, axis=1)
     values = rng.standard_normal((n_rows, n_in)) * spread
@@ -73,7 +73,7 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
     actual = unpacked(parts, packing)
     wide = scales.repeat(group_size, axis=1)
     nearest = np.min([np.abs(q * wide - truth) for q in range(-half, half)], axis=0)
-    rounding = 2 * half * np.abs(wide) * 2.0**-23  # of the reader, in float32
+    rounding = 2 * half * np.abs(wide) * 2.0**-23  # of the reader in float32
     assert not (np.abs(actual - truth) > nearest + rounding).any(), f"seed {seed}"
     assert (actual[3, :128] == 0).all()
     groups = truth.reshape(len(truth), -1, group_size)
@@ -81,7 +81,7 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
     kept = np.where(
         highest > -lowest, actual.reshape(groups.shape).max(axis=-1), actual.reshape(groups.shape).min(axis=-1)
     )
-    normal = np.abs(scales) >= float(mx.finfo(dtype).smallest_normal)  # a division by 8 loses nothing then
+    normal = np.abs(scales) >= float(mx.finfo(dtype).smallest_normal)  # so that a division by 8 is exact
     assert np.array_equal(kept[normal], np.where(highest > -lowest, highest, lowest)[normal]), f"seed {seed}"
 
 

@@ -1,4 +1,4 @@
-"""A save that was cut off anywhere is completed by --resume, in the folder that is named."""
+"""--resume completes a save that was interrupted at any point, in the given folder."""
 
 from __future__ import annotations
 

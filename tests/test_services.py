@@ -1,4 +1,4 @@
-"""--report-to: numbers reach every service, its library stays out of the training process, and failures end nothing."""
+"""--report-to: numbers reach every service, its library is not in the training process, failures do not end the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.runs import arguments, child, contents, events, refused
 
 pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
-# A library that writes each call into a file; `{name}` is what it is called.
+# A library named `{name}` that writes each call into a file.
 _LIBRARY = """
 import json, os
 def _note(*what):
@@ -45,7 +45,7 @@ class SummaryWriter:
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that libraries of this test write into; they are found under tmp_path/libraries."""
+    """The file that this test's libraries write to; the libraries are in tmp_path/libraries."""
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "libraries"))
     monkeypatch.syspath_prepend(str(tmp_path / "libraries"))
@@ -112,7 +112,7 @@ def test_a_service_that_ends_is_told_once_and_the_run_goes_on(
 
 
 def test_ctrl_c_leaves_a_service_whole(home: Path, tmp_path: Path, seen: Path) -> None:
-    """The signal of a terminal goes to the whole group of processes; the child is in none of ours."""
+    """A terminal sends its signal to the whole process group; the child is not in ours."""
     library(tmp_path, "wandb", at_log="import time; time.sleep(0.2)")
     libraries = str(tmp_path / "libraries")
     script = (

@@ -1,4 +1,4 @@
-"""What a file or an option asks for is checked before anything of that size is made: one line, exit code 2."""
+"""Sizes from files and options are checked before memory is allocated: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_sizes_of_config_json(home: Path, model_path: Path, case: str) -> None:
 def test_sizes_of_config_json_are_checked_before_a_library_reads_them(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers makes a list as long as num_hidden_layers says."""
+    """transformers makes a list of num_hidden_layers entries."""
     shutil.copytree(home / "model", tmp_path / "model")
     config = json.loads((home / "model" / "config.json").read_text())
     monkeypatch.setattr("mebp_mlx.training.inputs.prepare", None)

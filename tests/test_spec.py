@@ -1,4 +1,4 @@
-"""config.json against the checkpoint: what is refused, and how it is said."""
+"""config.json and the checkpoint: refused contradictions and their messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--resume-adapter-file: a new run goes on from adapters of ours or mlx-lm's, or says which options would."""
+"""--resume-adapter-file: a new run starts from our adapters or mlx-lm's, or reports the options that match."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 def test_the_first_step_is_the_one_that_continuing_makes(home: Path, tmp_path: Path) -> None:
-    """With an optimizer that keeps nothing and one row, the two runs are the same to the bit."""
+    """With a stateless optimizer and one row, the two runs are bit-equal."""
     data = write_rows(tmp_path / "data", [{"text": "the cat sat on the mat"}], "train")
     first, new = tmp_path / "first", tmp_path / "new"
     same = ["--data", str(data), "--optimizer", "sgd", "--seed", "3"]
@@ -45,7 +45,7 @@ def test_other_data_rate_and_optimizer_and_an_exact_resume(home: Path, tmp_path:
 
 
 def test_mlx_lms_adapters_go_on_at_their_own_loss(home: Path, tmp_path: Path) -> None:
-    """A file that mlx-lm's own layers wrote, without a config of ours."""
+    """A file that mlx-lm's layers wrote, without our config."""
     pytest.importorskip("mlx_lm")
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model

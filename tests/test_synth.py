@@ -1,4 +1,4 @@
-"""Synthetic models: mlx-lm loads them strictly, they have the real sizes, and nothing half-written is left."""
+"""Synthetic models: mlx-lm loads them strictly, sizes are the real ones, and no partial output remains."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_mlx_lm_loads_every_family_strictly(tmp_path: Path, name: str, bits: int
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_mlx_lm_finds_every_parameter_of_the_real_shapes(tmp_path: Path, name: str) -> None:
-    """Names and shapes alone: the files have holes for data, and nothing is evaluated."""
+    """Only names and shapes: the files are sparse, and nothing is evaluated."""
     folder = write_model(name, tmp_path / "model", sparse=True)
     model = load(folder, lazy=True)
     assert len(model.layers) == model_config(name).get("text_config", model_config(name))["num_hidden_layers"]
@@ -177,7 +177,7 @@ def test_fewer_layers(tmp_path: Path) -> None:
     folder = write_model(model_config(TINY["gemma3"], 1), tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"] == 1
     assert len(load(folder).layers) == 1
-    assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is left alone
+    assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is not changed
 
 
 def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:

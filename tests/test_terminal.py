@@ -1,4 +1,4 @@
-"""A printed line never ends a command: closed pipes, full devices, terminals without Unicode."""
+"""Printing never ends a command: closed pipes, full devices, terminals without Unicode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 def run(
     home: Path, out: Path, shell: str, more: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command's exit code goes to $OUT.code: a pipe has that of its last part."""
+    """Writes the command's exit code to $OUT.code, because a pipe returns that of its last command."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Block-by-block updates equal the optimizer's own on the whole tree."""
+"""Block-by-block updates equal the optimizer's update of the whole tree."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_step_however_many_blocks(tmp_path: Path, name: str, how: dict[str, 
 
 
 def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) -> None:
-    """A lazy update: the block's new values and states, and the step. Otherwise nothing is left to be done."""
+    """A lazy update returns the block's new values and states, and the step; otherwise nothing is left to evaluate."""
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     for how in ({}, {"park": True}, {"park": True, "is_lazy": True}):
         updater = Updater(optim.AdamW(1e-2), lora, **how, arena_dir=tmp_path)
@@ -97,7 +97,7 @@ def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) ->
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_after_a_lazy_step_no_gradient_is_held(tmp_path: Path, clip: float | None, seed: int) -> None:
-    """Nor old values: what was gathered is applied by the end of the step, not when it is next looked at."""
+    """Nor old values: accumulated gradients are applied at the end of the step, not when they are next read."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=0))
     lora, rng = mebp_mlx.init_lora(model, rank=100), np.random.default_rng(seed)
     updater = Updater(optim.AdamW(1e-2), lora, is_lazy=True, gather=True, max_grad_norm=clip)

@@ -1,4 +1,4 @@
-"""Mapped weights: the bytes that a writer wrote, nothing else read, and every damaged file refused by name."""
+"""Mapped weights: the written bytes are read, and nothing else; damaged files are refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.weight_files import DTYPES, random_tensor, random_tensors, raw_file, 
 pytestmark = pytest.mark.quick
 
 
-# What was written is read
+# Reading
 
 
 @pytest.mark.parametrize("layout", ["file", "folder", "sharded", "sharded without index"])
@@ -172,7 +172,7 @@ print(opened, touched, footprint_bytes() - start)
     assert 19_000_000 <= copied <= 23_000_000
 
 
-# What is damaged is refused
+# Columns
 
 
 def test_columns_copy_only_themselves(tmp_path: Path) -> None:
