@@ -32,7 +32,7 @@ print(json.dumps([after_round, mx.get_cache_memory()]))
 """
 
 
-def test_what_stays_does_not_add_up() -> None:
+def test_freed_memory_does_not_accumulate() -> None:
     """Ten rounds of seven sizes would add up to 2 GB; the heap may keep the size of the largest, and some gaps."""
     done = subprocess.run([sys.executable, "-c", ROUNDS], stdout=subprocess.PIPE, text=True, check=True)
     after_round, cache_bytes = json.loads(done.stdout)

@@ -97,7 +97,7 @@ def test_errors_are_raised(home: Path, tmp_path: Path, tokens_made_here: None) -
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_are_saved_and_loaded_as_mlx_lm_does(home: Path, tmp_path: Path, kind: str) -> None:
+def test_adapters_are_saved_and_loaded_as_in_mlx_lm(home: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("mlx_lm")
     model = mebp_mlx.open_model(home / "model")
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, num_layers=1, fine_tune_type=kind)

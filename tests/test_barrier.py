@@ -60,7 +60,7 @@ def _walk(grain: str | None, patch: pytest.MonkeyPatch) -> tuple[Barrier, list[t
     return barrier, recorded.calls
 
 
-def test_what_is_evaluated_when(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_grain_evaluates_at_its_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = [f"{block}{tile} " for block in "ab" for tile in "12"]
     barrier, calls = _walk("op", monkeypatch)
     assert calls == [("wait", f"{kind}{tile}") for tile in tiles for kind in "pvt"]
@@ -86,7 +86,7 @@ def test_what_is_evaluated_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [] and barrier.is_lazy and barrier.n_waits == 0
 
 
-def test_what_was_submitted_may_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitted_arrays_may_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     barrier, recorded = Barrier("block"), Recorded(monkeypatch)
     barrier.tile(recorded.array("a"))
     barrier.finish()
@@ -123,7 +123,7 @@ def _plan(grain: str, **more: Any) -> Plan:
 
 
 @pytest.mark.parametrize("logits_block_bytes", [8 << 20, 64_000])
-def test_a_step_waits_once_a_block_and_pass(tmp_path: Path, logits_block_bytes: int, seed: int) -> None:
+def test_a_step_waits_once_per_block_and_pass(tmp_path: Path, logits_block_bytes: int, seed: int) -> None:
     model, lora, batch = _as_on_a_gpu(tmp_path, seed)
     plan = _plan("block", head_block_bytes=None, logits_block_bytes=logits_block_bytes)
     n_chunks = math.ceil(model.spec.V / plan.vocabulary_chunk(B * T, 0, 2))
@@ -156,7 +156,7 @@ def test_no_grain_waits_less_than_a_coarser_one(tmp_path: Path, seed: int) -> No
 
 @pytest.mark.parametrize("need_dx", [True, False])
 @pytest.mark.parametrize("grain", ["tile", "block"])
-def test_two_chunks_of_logits_exist_at_most(tmp_path: Path, grain: str, need_dx: bool, seed: int) -> None:
+def test_at_most_two_chunks_of_logits_exist(tmp_path: Path, grain: str, need_dx: bool, seed: int) -> None:
     """For any vocabulary size: a chunk is submitted when the previous one is complete."""
     model, lora, batch = _as_on_a_gpu(tmp_path, seed, V=16_000)
     plan = _plan(grain, head_block_bytes=None, logits_block_bytes=600_000)

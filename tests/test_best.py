@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_count(
 
 
 @pytest.mark.parametrize("missing", [["adapters.safetensors"], ["adapter_config.json"], []])
-def test_a_save_of_best_that_was_cut_off_is_completed(
+def test_an_interrupted_save_of_best_is_completed(
     home: Path, tmp_path: Path, losses_as_listed: None, monkeypatch: pytest.MonkeyPatch, missing: list[str]
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -118,7 +118,7 @@ def test_a_save_of_best_that_was_cut_off_is_completed(
     same_files(parts, whole)
 
 
-def test_a_finished_run_whose_best_was_cut_off_is_completed_too(
+def test_an_interrupted_save_of_best_is_completed_for_a_finished_run(
     home: Path, tmp_path: Path, losses_as_listed: None
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -134,7 +134,7 @@ def test_patience_needs_validations(home: Path, tmp_path: Path, capsys: pytest.C
     assert said.startswith("--patience: there are no validations")
 
 
-def test_a_loss_that_is_not_lower_by_enough_is_no_better() -> None:
+def test_a_loss_lower_by_less_than_min_delta_is_not_better() -> None:
     best = Best(min_delta=0.1, patience=2)
     assert [best.observe(loss, i) for i, loss in enumerate((3.0, 2.95, 2.85, float("nan"), 2.80))] == [
         True, False, True, False, False,

@@ -162,7 +162,7 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_read(
+def test_a_forward_pass_computes_every_value_once_and_releases_it_when_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, lora = _model(tmp_path, name)
@@ -178,7 +178,7 @@ def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_rea
 
 @pytest.mark.parametrize("need_dx", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
+def test_backward_requests_kept_values_and_recomputes_the_rest(
     tmp_path: Path, name: str, need_dx: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every policy: kept values are not recomputed, only values without a product with an MLP matrix are computed
@@ -230,7 +230,7 @@ def _needed(trained: frozenset[str], need_dx: bool) -> set[str]:
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
 @pytest.mark.parametrize("need_dx", [False, True])
-def test_every_trained_placement_visits_only_what_it_must(
+def test_backward_visits_only_needed_projections_for_every_placement(
     tmp_path: Path, name: str, need_dx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = _model(tmp_path, name)
@@ -253,7 +253,7 @@ def test_every_trained_placement_visits_only_what_it_must(
 
 @pytest.mark.parametrize("grain", ["op", "block"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_no_product_is_made_below_the_lowest_trained_projection(
+def test_no_product_is_computed_below_the_lowest_trained_projection(
     tmp_path: Path, grain: str, first: int, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Blocks below it are not visited and keep nothing; in its own block no cotangent below it is computed."""
@@ -276,7 +276,7 @@ def test_no_product_is_made_below_the_lowest_trained_projection(
     assert watched.visited.count("q") == TILES * (1 - first)
 
 
-def test_policies_are_narrowed_to_what_is_read(tmp_path: Path) -> None:
+def test_policies_keep_only_values_that_are_read(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).mkdir()
         model, _ = _model(tmp_path / name, name)

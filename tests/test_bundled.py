@@ -119,7 +119,7 @@ def loaded() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def test_chat_tokens_are_single_and_text_comes_back(loaded: tuple[Any, Any]) -> None:
+def test_chat_tokens_are_single_and_text_round_trips(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
     asked, answer = pairs("valid")[0]
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

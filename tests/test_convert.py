@@ -62,7 +62,7 @@ def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, se
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_errors_are_reported_and_are_the_formats(
+def test_reported_errors_are_those_of_the_format(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
     assert run(source, tmp_path / "out", *FORMATS[format_name]) == 0
@@ -88,7 +88,7 @@ def _linears(model: Model) -> list[Any]:
     [(bits, "affine", group) for bits, group in ((4, 64), (8, 32), (2, 32), (3, 64), (5, 64), (6, 32))]
     + [(4, "mxfp4", 32), (8, "mxfp8", 32), (4, "nvfp4", 16)],
 )
-def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
+def test_the_bits_equal_mlxs(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
     config = json.loads((source / "config.json").read_text())
     how = ("--bits", str(bits), "--mode", mode, "--group-size", str(group))
     assert run(source, tmp_path / "out", *how) == 0
@@ -114,7 +114,7 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
 
 
 @pytest.mark.parametrize("format_name", ["affine 4", "affine 3", "mxfp4", "nvfp4"])
-def test_what_is_in_the_format_already_is_copied(
+def test_tensors_already_in_the_format_are_copied(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
     """Quantizing it again would add the format's error twice."""
@@ -143,7 +143,7 @@ SOURCES: dict[str, tuple[mx.Dtype, dict[str, Any] | None]] = {
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3"])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: int) -> None:
+def test_keep_changes_only_positions(tmp_path: Path, name: str, kind: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     dtype, quantization = SOURCES[kind]
@@ -169,7 +169,7 @@ def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: i
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_dequantized_it_is_what_the_packed_weights_are(tmp_path: Path, kind: str, seed: int) -> None:
+def test_dequantized_weights_equal_the_packed_ones(tmp_path: Path, kind: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     dtype, quantization = SOURCES[kind]
@@ -232,7 +232,7 @@ def test_without_a_name_the_result_is_mlx_model(tmp_path: Path, source: Path, mo
     assert convert.main(["--model", str(source)]) == 2  # nothing is overwritten
 
 
-def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keep_reports_its_result(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(source, tmp_path / "out", "--mode", "keep") == 0
     text = capsys.readouterr().out
     assert "format    as it was, every tensor aligned" in text and "error" not in text and "packed" not in text
@@ -240,7 +240,7 @@ def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.Capt
     assert before == after.partition(", ")[0]
 
 
-def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> None:
+def test_files_are_page_aligned_blocks_for_every_reader(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     config = packed_config("gemma3")
     config["text_config"].update(hidden_size=256, intermediate_size=512)
@@ -269,7 +269,7 @@ def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> No
     assert n_aligned > 8
 
 
-def test_tokenizer_files_come_along_and_unknown_tensors_stay_behind(
+def test_tokenizer_files_are_copied_and_unknown_tensors_are_not(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = dict(mx.load(str(source / "model.safetensors")))

@@ -39,7 +39,7 @@ def start_and_hold(command: list[str], folder: Path) -> tuple[subprocess.Popen[s
     return process, reading
 
 
-def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     config = packed_config("llama")
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
@@ -59,7 +59,7 @@ def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -
     Model(out).weights.close()
 
 
-def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_removes_its_files(tmp_path: Path) -> None:
     config = packed_config("llama")
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
@@ -134,7 +134,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "new").exists() and time.perf_counter() - began < 10
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_that_is_nan_is_named(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = dict(mx.load(str(source / "model.safetensors")))
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = mx.where(mx.arange(tensors[name].shape[1]) == 3, mx.nan, tensors[name]).astype(mx.bfloat16)

@@ -77,14 +77,14 @@ def test_attention_of_a_block_of_queries(
             assert float(mx.abs(part.astype(mx.float64) - expected).max()) <= 4e-6 * floor, f"seed {seed}"
 
 
-def test_a_logit_that_is_no_number_stays_visible() -> None:
+def test_a_nan_score_reaches_the_output() -> None:
     q = mx.ones((1, 1, 3, 8))
     k = mx.array(np.where(np.arange(24).reshape(1, 1, 3, 8) == 9, np.nan, 1).astype(np.float32))
     a = np.asarray(forward(_heads(None), q, k, mx.ones((1, 1, 3, 8)), 0, 0))
     assert not np.isnan(a[0, 0]).any() and np.isnan(a[0, 1:]).all()
 
 
-def test_numpy_takes_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_serves_only_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, half = mx.zeros(3), mx.zeros(3, mx.bfloat16)
     assert cpu.serves(x) and cpu.serves(x, x) and not cpu.serves(half) and not cpu.serves(x, half)
     with cpu.off():

@@ -31,7 +31,7 @@ def test_unpacked_rows_are_bit_equal_to_dequantize(
 
 
 @pytest.mark.parametrize("T, C", [(1, 1), (3, 70_000), (257, 33)])
-def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) -> None:
+def test_in_place_online_softmax_equals_the_reference(T: int, C: int, seed: int) -> None:
     """To float32's rounding, compared with float64, over three chunks with targets in, before and after each chunk."""
     rng = np.random.default_rng(seed)
     z = rng.normal(0, 10, (T, 3 * C)).astype(np.float32)
@@ -52,7 +52,7 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
     assert np.array_equal(np.asarray(state[2]), picked), f"seed {seed}"
 
 
-def test_a_logit_that_is_no_number_stays_one() -> None:
+def test_a_nan_logit_stays_nan() -> None:
     z = mx.array([[0.0, float("nan")], [float("inf"), 1.0]])
     step = cpu.online_softmax(z, *SoftmaxState.start(2, 1, need_dh=False).softmax, mx.array([0, 1]), 0)
     assert np.isnan(np.asarray(step.total)).all()

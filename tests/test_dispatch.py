@@ -52,7 +52,7 @@ def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
     assert block["non_view"] <= NON_VIEWS
 
 
-def test_waits_copies_and_writes_are_seen(tmp_path: Path) -> None:
+def test_waits_copies_and_writes_are_counted(tmp_path: Path) -> None:
     """Each counter increases when the engine does what it counts."""
     case = _case(tmp_path, "qwen2", 3, "adamw")
     lazy = step.total(step.count(case)["stages"])
@@ -77,7 +77,7 @@ def test_nodes_are_those_of_an_unevaluated_graph() -> None:
     assert not nodes_of([y])
 
 
-def test_mlx_lms_own_graph(tmp_path: Path) -> None:
+def test_mlx_lms_graph_is_counted(tmp_path: Path) -> None:
     """It has the same products as ours except in the head, and its phases add up; checkpointing recomputes blocks."""
     config = packed_config("qwen2") | PACKED | {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 128}
     plain, again = (step.mlx_lm(config, 24, "sgd", how) for how in step.MLX_LM.values())

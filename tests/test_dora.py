@@ -168,7 +168,7 @@ def test_dora_trains_by_forward_passes_alone(home: Path, tmp_path: Path, tokens_
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "lion", "muon"])
 @pytest.mark.parametrize("is_lazy", [False, True])
-def test_lora_plus_is_an_optimizer_of_its_own_for_every_b(
+def test_lora_plus_equals_a_separate_optimizer_for_every_b(
     tmp_path: Path, optimizer: str, is_lazy: bool, seed: int
 ) -> None:
     write_model(tmp_path, CONFIGS["llama"], seed=1)

@@ -104,7 +104,7 @@ def test_packed_products_give_the_same_gradients(tmp_path: Path, quantization: d
     assert abs(losses[0] - losses[1]) <= 1e-5 * losses[1]
 
 
-def test_a_packing_that_mlx_cannot_multiply_by_is_decompressed(tmp_path: Path, seed: int) -> None:
+def test_packings_without_a_packed_product_are_decompressed(tmp_path: Path, seed: int) -> None:
     """5-bit matrices have packed products, matrices with other group sizes do not; unpacked matrices never do."""
     folder = _folder(tmp_path, "qwen2", seed, {**FOUR_BIT, "model.layers.0.self_attn.q_proj": False})
     model = mebp_mlx.open_model(folder, weights="packed")
@@ -173,7 +173,7 @@ def test_a_float32_lora_promotes_nothing(
 
 
 @pytest.mark.parametrize("grain, weights", [("op", "decompressed"), ("block", "packed")])
-def test_float16_loses_nothing_where_there_are_many_labels(tmp_path: Path, grain: str, weights: str, seed: int) -> None:
+def test_float16_is_accurate_with_many_labels(tmp_path: Path, grain: str, weights: str, seed: int) -> None:
     """A token's share of a mean over many labels is below float16's range, so the sum is differentiated instead."""
     config = packed_config("qwen2") | {"num_hidden_layers": 2}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=FOUR_BIT, dtype=mx.bfloat16)

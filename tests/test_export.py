@@ -83,7 +83,7 @@ def test_a_multimodal_models_names_are_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
-def test_the_layout_is_pefts_and_comes_back_bit_by_bit(tmp_path: Path, family: str) -> None:
+def test_the_layout_is_pefts_and_round_trips_bit_by_bit(tmp_path: Path, family: str) -> None:
     model = write_model(tmp_path / "model", CONFIGS[family])
     adapters = make_adapters(tmp_path / "adapters", model, num_layers=2, keys=["self_attn.v_proj", "mlp.up_proj"])
     assert run(adapters, tmp_path / "peft", "--peft") == 0
@@ -140,7 +140,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
         ({"r": 5}, "the model and rank 5 ask for [5, "),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_by_name(
+def test_adapters_other_than_plain_lora_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_model(tmp_path / "model", CONFIGS["qwen2"])
@@ -152,7 +152,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(
     assert not (tmp_path / "back").exists()
 
 
-def test_modules_that_are_not_the_models_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_that_the_model_lacks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model", CONFIGS["qwen2"])
     assert run(make_adapters(tmp_path / "adapters", model), tmp_path / "peft", "--peft") == 0
     file = tmp_path / "peft" / "adapter_model.safetensors"
@@ -208,7 +208,7 @@ def neighbours(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return rows[order]
 
 
-def test_llama_cpps_rotation_of_the_new_order_is_ours(tmp_path: Path) -> None:
+def test_llama_cpps_rotation_of_reordered_rows_equals_ours(tmp_path: Path) -> None:
     """llama.cpp rotates neighbouring rows, like MLX's traditional rope; attention scores are equal."""
     from mebp_mlx.export.gguf import interleaved
 

@@ -74,7 +74,7 @@ def resumes_exactly(home: Path, tmp_path: Path, out: Path, model: Path) -> None:
     assert losses(out)[-1] == losses(whole)[-1]
 
 
-def test_weights_cut_between_two_passes_are_told_with_their_sizes(home: Path, tmp_path: Path) -> None:
+def test_weights_cut_between_two_passes_are_reported_with_their_sizes(home: Path, tmp_path: Path) -> None:
     code, lines, out, model = run_in_child(home, tmp_path, CUT_BETWEEN)
     n_bytes = (home / "model" / "model.safetensors").stat().st_size
     (line,) = lines

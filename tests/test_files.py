@@ -36,7 +36,7 @@ def _on_macos(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> list[tuple
     return asked
 
 
-def test_it_is_taken_here() -> None:
+def test_space_is_reserved_on_this_system() -> None:
     with tempfile.TemporaryFile() as file:
         files.reserve(file.fileno(), N_BYTES)
         about = os.fstat(file.fileno())
@@ -44,7 +44,7 @@ def test_it_is_taken_here() -> None:
 
 
 @pytest.mark.parametrize("answers", [[0], [errno.ENOSPC, 0], [errno.EINVAL, errno.ENOTSUP]])
-def test_macos_in_one_piece_in_pieces_or_not_at_all(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
+def test_macos_reserves_one_piece_or_several_or_fails(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
     asked = _on_macos(monkeypatch, answers)
     with tempfile.TemporaryFile() as file:
         files.reserve(file.fileno(), N_BYTES)

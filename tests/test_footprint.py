@@ -61,7 +61,7 @@ def test_a_shared_writable_map_is_not_counted(tmp_path: Path) -> None:
     del mapped
 
 
-def test_a_spike_of_20_ms_is_seen() -> None:
+def test_a_spike_of_20_ms_is_detected() -> None:
     with PeakMeter() as meter:
         time.sleep(0.05)
         before = meter.peak_bytes
@@ -89,7 +89,7 @@ def test_samples_come_every_few_milliseconds(monkeypatch: pytest.MonkeyPatch) ->
     assert gaps.max() <= meter.longest_gap_s
 
 
-def test_a_computation_is_watched_while_it_runs() -> None:
+def test_a_computation_is_sampled_while_it_runs() -> None:
     """Samples are taken while another thread of this process runs native code."""
     with PeakMeter() as meter:
         before = meter.peak_bytes
@@ -151,7 +151,7 @@ def test_reset_forgets_the_peak() -> None:
         assert high - 80 * MB <= meter.peak_bytes <= high - 60 * MB
 
 
-def test_the_peak_stands_still_after_the_context_and_can_start_again() -> None:
+def test_the_peak_is_fixed_after_the_context_and_can_restart() -> None:
     meter = PeakMeter()
     with meter:
         pass

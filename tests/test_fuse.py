@@ -52,7 +52,7 @@ def test_the_fused_model_is_the_model_with_adapters(tmp_path: Path, name: str, s
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | None, seed: int) -> None:
+def test_results_in_16_bits_are_correctly_rounded(tmp_path: Path, dtype: str, bits: int | None, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     how = None if bits is None else {"group_size": 32, "bits": bits}
@@ -83,7 +83,7 @@ def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | No
 
 
 @pytest.mark.parametrize("mode, bits", [("affine", 4), ("affine", 5), ("mxfp4", 4)])
-def test_only_what_was_trained_is_packed_anew(tmp_path: Path, mode: str, bits: int, seed: int) -> None:
+def test_only_trained_matrices_are_quantized_again(tmp_path: Path, mode: str, bits: int, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     how = {"group_size": 32, "bits": bits, "mode": mode}
@@ -123,7 +123,7 @@ def trained(home: Path, out: Path, rate: float) -> Path:
     return out
 
 
-def test_4_bits_that_lose_what_was_learned_are_refused(
+def test_quantization_to_4_bits_that_loses_the_gain_is_refused(
     packed_home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = trained(packed_home, tmp_path / "adapters", 1e-4)

@@ -54,7 +54,7 @@ CASES = [(None, None, False), (0.0, None, False), (-1e4, None, False), (None, 0.
 
 @pytest.mark.parametrize("g, beta, one_key", CASES)
 @pytest.mark.parametrize("T", [1, 17, 64, 130])
-def test_outputs_and_gradients_are_the_recurrences(
+def test_outputs_and_gradients_equal_the_recurrences(
     T: int, g: float | None, beta: float | None, one_key: bool, seed: int
 ) -> None:
     inputs, rng = _inputs(T, seed, g, beta, one_key), np.random.default_rng(seed + 1)
@@ -91,7 +91,7 @@ def test_the_triangular_inverse_is_exact_where_powers_overflow() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (2, 3, 7), (5,)])
-def test_a_convolution_in_tiles_is_the_whole_one(cuts: tuple[int, ...], seed: int) -> None:
+def test_a_convolution_in_tiles_equals_the_whole_one(cuts: tuple[int, ...], seed: int) -> None:
     rng, T, K, D = np.random.default_rng(seed), 11, 4, 6
     w, x, dy = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((K, D), (2, T, D), (2, T, D)))
     zeros = mx.zeros((2, K - 1, D))

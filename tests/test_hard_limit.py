@@ -38,6 +38,6 @@ def test_a_step_stays_under_the_limit(tmp_path: Path, shape: str) -> None:
     assert result["peak_mb"] <= LIMITS_MB[shape]
 
 
-def test_the_limit_bites(tmp_path: Path) -> None:
+def test_the_limit_is_enforced(tmp_path: Path) -> None:
     folder = write_model(model_config("qwen2.5-0.5b", 1), tmp_path / "model", sparse=True)
     assert isinstance(run_case(folder, 60), str)

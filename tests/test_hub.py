@@ -63,7 +63,7 @@ def test_local_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "no-slash", "/no/such/folder", "./no/such", "a/b/c", "org/..", "org/a b", "org/"])
-def test_what_is_neither_a_folder_nor_a_hub_name(name: str) -> None:
+def test_names_that_are_neither_folders_nor_hub_names_are_refused(name: str) -> None:
     assert message(resolve_model, name).startswith(f"--model {name}: no such folder, and not the name of a model")
     assert message(resolve_data, name).startswith(f"--data {name}: no such folder, and not the name of a dataset")
 

@@ -204,7 +204,7 @@ def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
 @pytest.mark.skipif(mx.metal.is_available(), reason="the signature is MLX's own on Metal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_emulated_signature_is_mlxs_own(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
+def test_the_emulated_signature_equals_mlxs(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
     check(name, "signature")
     group_size = trust.KERNELS[name].group_sizes[0]
     (call, verbose), arrays = _call(name, dtype, group_size)

@@ -182,7 +182,7 @@ TEMPLATES: dict[str, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("kind", INPUTS)
-def test_the_signature_is_mlx_own(kind: str, body: str, template: str) -> None:
+def test_the_signature_equals_mlxs(kind: str, body: str, template: str) -> None:
     x, atomic = INPUTS[kind], kind == "matrix"
     arguments: dict[str, Any] = dict(name="probe", input_names=["x", "y"], output_names=["out", "flags"])
     arguments |= dict(source=BODIES[body], header="inline float twice(float a) { return 2 * a; }\n")
@@ -210,7 +210,7 @@ def test_the_signature_is_mlx_own(kind: str, body: str, template: str) -> None:
     assert ours.text == generated_by_mlx(call, x, y)
 
 
-def test_a_call_takes_what_mlx_takes() -> None:
+def test_a_call_accepts_the_same_arguments_as_mlx() -> None:
     """Strides of a transposed input, an initial value, atomics, a 0-d output, and a number as input."""
     need()
     body = """
@@ -232,7 +232,7 @@ def test_a_call_takes_what_mlx_takes() -> None:
     assert total.dtype == mx.float32 and count.shape == ()
 
 
-def test_what_is_not_written_is_nan() -> None:
+def test_unwritten_outputs_are_nan() -> None:
     need()
     kernel = metal_kernel("k", ["x"], ["out"], "if (thread_position_in_grid.x == 1) out[1] = T(x[0]);")
     for dtype in (mx.float32, mx.float16, mx.bfloat16):

@@ -165,7 +165,7 @@ def test_long_sequences_and_more_state_take_more_but_little(real_blocks: dict[st
 
 
 @pytest.mark.quick
-def test_what_a_probe_does_not_see_is_added() -> None:
+def test_memory_outside_the_probe_is_added() -> None:
     """Kept values of further blocks, optimizer state in memory, and all gradients if they are accumulated."""
 
     class Five:
@@ -199,7 +199,7 @@ def test_what_a_probe_does_not_see_is_added() -> None:
     }
 
 
-def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
+def test_a_probe_changes_nothing(tmp_path: Path, seed: int) -> None:
     """Parameters and optimizer state do not change, and no array is left."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["gemma3_text"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=3, dropout=0.1)
@@ -244,7 +244,7 @@ def test_gradients_are_the_same_with_the_smallest_plan(
 
 
 @pytest.mark.quick
-def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
+def test_a_plan_is_restored_from_its_record(tmp_path: Path) -> None:
     """Through JSON, with any other entries in the record; an incomplete record gives no plan."""
     rng = np.random.default_rng(0)
     names = sorted(SAVE_PRODUCTS)
@@ -344,7 +344,7 @@ def test_a_dry_run_needs_no_tokenizer(
 
 
 @pytest.mark.quick
-def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
+def test_an_exceeded_budget_is_reported_once(tmp_path: Path) -> None:
     class Meter:
         peak_bytes = 90 * MB
 

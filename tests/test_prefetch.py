@@ -16,7 +16,7 @@ from mebp_mlx.weights.safetensors import MappedWeights
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_asks_for_every_block_and_the_head(
+def test_a_step_prefetches_every_block_and_the_head(
     tmp_path: Path, packed: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

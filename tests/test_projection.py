@@ -60,7 +60,7 @@ class Executed:
 )
 @pytest.mark.parametrize("name, packed", [("qwen2", True), ("qwen3", False), ("gemma3_text", False)])
 @pytest.mark.parametrize("more", [{}, {"num_layers": 1}, {"keys": ["self_attn.v_proj", "mlp.down_proj"]}], ids=str)
-def test_counted_products_are_those_that_a_step_makes(
+def test_counted_products_equal_those_of_a_step(
     tmp_path: Path,
     name: str,
     packed: bool,
@@ -98,7 +98,7 @@ def test_counted_products_are_those_that_a_step_makes(
     assert counted["backward"].arena_bytes >= written_bytes > 0.5 * counted["forward"].arena_bytes
 
 
-def test_a_zeroth_order_step_is_its_forward_passes(tmp_path: Path, seed: int) -> None:
+def test_a_zeroth_order_step_counts_its_forward_passes(tmp_path: Path, seed: int) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2)
     actual = {}
@@ -131,7 +131,7 @@ def test_counting_evaluates_nothing(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before <= 1_000_000
 
 
-def test_what_is_counted_of_a_graph() -> None:
+def test_a_graphs_products_and_bytes_are_counted() -> None:
     def run(x: mx.array, w: mx.array) -> list[mx.array]:
         return [mx.exp(x @ w), mx.addmm(x[:, :2], x, w)]
 
@@ -189,7 +189,7 @@ def test_training_as_a_phone(
     mx.set_cache_limit(before)
 
 
-def test_a_budget_of_ones_own_wins() -> None:
+def test_an_explicit_budget_overrides_the_devices() -> None:
     assert TrainConfig(device="a17-pro").budget_bytes == PHONE.budget_bytes
     assert TrainConfig(device="a17-pro", memory_budget="200MB").budget_bytes == 200_000_000
     assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None

@@ -50,7 +50,7 @@ def test_mxfp4_is_bit_equal_to_mx_quantize(dtype: mx.Dtype, seed: int) -> None:
     ("mode", "bits"), [*(("affine", bits) for bits in BITS["affine"]), ("symmetric", 4), ("symmetric", 8)]
 )
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_readers_of_affine_weights_see_what_unpacked_says(
+def test_readers_of_affine_weights_get_the_dequantized_values(
     mode: str, bits: int, group_size: int, dtype: mx.Dtype, seed: int
 ) -> None:
     parts = pack(random_rows(seed, dtype), packing := Packing(bits, group_size, mode))
@@ -86,7 +86,7 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_symmetric_weights_once_more_changes_nothing(bits: int, seed: int) -> None:
+def test_quantizing_symmetric_weights_again_changes_nothing(bits: int, seed: int) -> None:
     packing = Packing(bits, 64, "symmetric")
     parts = pack(random_rows(seed, mx.float32), packing)
     again = pack(mx.array(unpacked(parts, packing)), packing)
@@ -96,9 +96,7 @@ def test_packing_symmetric_weights_once_more_changes_nothing(bits: int, seed: in
 
 @pytest.mark.parametrize("distribution", ["normal", "laplace", "uniform"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_the_symmetric_grid_is_better_than_one_that_is_even_on_both_sides(
-    distribution: str, group_size: int, seed: int
-) -> None:
+def test_the_symmetric_grid_is_better_than_one_with_equal_sides(distribution: str, group_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = getattr(rng, distribution)(-1 if distribution == "uniform" else 0, 1, (256, 512)).astype(np.float32)
     packing = Packing(4, group_size, "symmetric")

@@ -104,7 +104,7 @@ def pass_the_budget_at(patch: pytest.MonkeyPatch, iteration: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ["mebp", "mezo"])
-def test_a_passed_budget_saves_stops_with_3_and_is_resumed_exactly(
+def test_a_run_over_budget_saves_stops_with_3_and_is_resumed_exactly(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -128,7 +128,7 @@ def test_a_passed_budget_saves_stops_with_3_and_is_resumed_exactly(
             assert np.array(ours[key]).tobytes() == np.array(theirs[key]).tobytes(), key
 
 
-def test_a_passed_budget_may_be_told_and_gone_on_with(
+def test_a_run_over_budget_may_only_warn(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_a_passed_budget_may_be_told_and_gone_on_with(
     assert {path.name for path in (tmp_path / "last").iterdir()} == FILES
 
 
-def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_one_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
     """Otherwise a resumed run could exceed a budget that the run kept: optimizer state is two copies of LoRA."""
     model = mebp_mlx.open_model(home / "model")
     config = train.TrainConfig(rank=2000)
@@ -212,7 +212,7 @@ def test_an_offloaded_run_is_resumed_exactly(home: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("budget", ["none", "4GB"])
-def test_a_resumed_run_takes_the_plan_that_it_had(
+def test_a_resumed_run_uses_its_previous_plan(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
 ) -> None:
     """Other block sizes change the last bits; the test uses a plan that no version would choose today."""
@@ -239,7 +239,7 @@ def test_a_resumed_run_takes_the_plan_that_it_had(
     assert taken[2] == taken[0]
 
 
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
+def test_a_longer_run_continues_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(home, whole, "--iters", "8")) == 0
     assert train.main(arguments(home, parts, "--iters", "4")) == 0
@@ -248,7 +248,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Pa
     assert [e for e in losses(parts) if e[0] == "train"] == [e for e in losses(whole) if e[0] == "train"]
 
 
-def test_an_interrupt_during_accumulation_gives_up_the_update(
+def test_an_interrupt_during_accumulation_drops_the_update(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The partly accumulated gradients are dropped, and recomputed after --resume."""
@@ -323,7 +323,7 @@ def test_a_killed_run_resumes_from_its_last_save(home: Path, tmp_path: Path, mon
     assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
 
 
-def test_resuming_a_finished_run_says_so(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_finished_run_is_reported(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert train.main(arguments(home, out)) == 0
     before = contents(out)
@@ -359,6 +359,6 @@ def test_resume_needs_the_same_rows(home: Path, tmp_path: Path, capsys: pytest.C
     assert train.main([*argv, "--data", str(tmp_path / "moved"), "--resume", "--iters", "9"]) == 0
 
 
-def test_resume_where_nothing_is(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_a_saved_run_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, arguments(home, tmp_path / "none", "--resume")).startswith("--resume: nothing is saved")
     assert not (tmp_path / "none").exists()

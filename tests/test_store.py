@@ -33,7 +33,7 @@ def _holds(store: Store, layer: int, name: str, number: float) -> bool:
 
 @pytest.mark.parametrize("memory_bytes", [None, 4 * PAGE_BYTES])
 @pytest.mark.parametrize("grain", ["op", "block"])
-def test_no_file_where_everything_fits(
+def test_there_is_no_file_if_everything_fits(
     tmp_path: Path, grain: str, memory_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_base, "Arena", None)  # creating one would fail
@@ -72,7 +72,7 @@ def test_room_is_counted_in_whole_pages(tmp_path: Path, size: int, held: int) ->
     assert store.held_bytes == held * PAGE_BYTES
 
 
-def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted(tmp_path: Path) -> None:
+def test_a_block_that_is_one_graph_is_written_when_the_next_is_submitted(tmp_path: Path) -> None:
     barrier = Barrier("block")
     store = Store(barrier, 0, tmp_path)
     store.reserve(3, PAGE_BYTES)
@@ -93,7 +93,7 @@ def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 0])
-def test_what_is_taken_is_the_takers_alone(tmp_path: Path, memory_bytes: int | None) -> None:
+def test_taken_values_belong_to_the_caller(tmp_path: Path, memory_bytes: int | None) -> None:
     store = Store(Barrier("op"), memory_bytes, tmp_path)
     store.reserve(2, PAGE_BYTES)
     store.put(0, "g.0", 0, _value(7))
@@ -116,7 +116,7 @@ def test_a_forgotten_block_is_not_in_memory(tmp_path: Path) -> None:
     assert store.get(1, "x", 0) is None and _holds(store, 0, "x", 0) and _holds(store, 2, "x", 2)
 
 
-def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
+def test_a_larger_batch_needs_a_larger_file_and_a_full_disk_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -139,7 +139,7 @@ def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
 @pytest.mark.parametrize("saved", [SAVE_PRODUCTS, SAVE_INPUTS], ids=["products", "inputs"])
 @pytest.mark.parametrize("grain", ["op", "stage", "tile", "block"])
 @pytest.mark.parametrize("name, weights", [("gemma3_text", "decompressed"), ("qwen2", "packed")])
-def test_a_step_keeps_what_was_counted(
+def test_a_step_keeps_the_predicted_bytes(
     tmp_path: Path, name: str, weights: str, grain: str, saved: frozenset[str], seed: int
 ) -> None:
     """In memory, in the file, and in both: the bytes that the plan predicted, to the page."""
@@ -166,7 +166,7 @@ def test_a_step_keeps_what_was_counted(
 
 
 @pytest.mark.parametrize("grain", ["op", "block"])
-def test_blocks_that_are_packed_differently_keep_differently_much(tmp_path: Path, grain: str, seed: int) -> None:
+def test_blocks_with_different_packing_keep_different_sizes(tmp_path: Path, grain: str, seed: int) -> None:
     """The MLP's width is split according to its weights' packing, and every part fills its own pages."""
     config = packed_config("qwen2") | {"intermediate_size": 1088}
     quantization = {"group_size": 32, "bits": 4, "model.layers.1.mlp.down_proj": False}
@@ -180,7 +180,7 @@ def test_blocks_that_are_packed_differently_keep_differently_much(tmp_path: Path
         mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
 
 
-def test_a_batch_longer_than_the_reserved_one_has_its_own_room(tmp_path: Path, seed: int) -> None:
+def test_a_batch_longer_than_the_reserved_one_gets_its_own_space(tmp_path: Path, seed: int) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2)
     engine = BackpropEngine(model, lora, plan=Plan("op", kept_bytes=0), arena_dir=tmp_path)

@@ -180,7 +180,7 @@ def test_fewer_layers(tmp_path: Path) -> None:
     assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is not changed
 
 
-def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_model(TINY["qwen2"], tmp_path / "model")  # empty: fine
     before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
@@ -194,7 +194,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
         write_model(TINY["llama"], tmp_path / "file" / "inside")
 
 
-def test_too_full_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
     with pytest.raises(UserError, match="GB"):
         write_model(TINY["llama"], tmp_path / "model")
@@ -232,7 +232,7 @@ def test_a_failure_half_way_leaves_nothing(
         ({"shape": {"model_type": "gpt2"}}, "gpt2"),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+def test_invalid_options_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     options = dict(options)
     with pytest.raises(UserError, match=named):
         config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
@@ -246,7 +246,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_writes_a_model_and_says_so_in_json(tmp_path: Path) -> None:
+def test_the_command_writes_a_model_and_reports_it_in_json(tmp_path: Path) -> None:
     done = command("gemma3-1b", str(tmp_path / "model"), "--layers", "1", "--bits", "2", "--group-size", "128")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

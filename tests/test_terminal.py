@@ -31,7 +31,7 @@ def run(
 
 
 @pytest.mark.parametrize("shell", ["| true", "| head -1", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-"])
-def test_a_run_ends_whoever_reads(home: Path, tmp_path: Path, shell: str) -> None:
+def test_a_run_ends_with_any_reader(home: Path, tmp_path: Path, shell: str) -> None:
     if "/dev/full" in shell and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     out = tmp_path / "out"

@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [("chat", "text", False), ("plain", "text", False), ("sentencepiece", "text", False)]
     + [("chat", kind, mask) for kind in ("prompt", "messages") for mask in (False, True)],
 )
-def test_tokens_and_labels_are_mlx_lms(
+def test_tokens_and_labels_equal_mlx_lms(
     models: dict[str, Path], tmp_path: Path, seed: int, model: str, kind: str, mask_prompt: bool
 ) -> None:
     from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
@@ -140,9 +140,7 @@ def with_template(folder: Path, template: str) -> Path:
 
 @pytest.mark.parametrize("answer", ["yes", "a long enough answer", "<", "<think>so</think>no", "\nodd\n", "0", "x"])
 @pytest.mark.parametrize("train_on", ["completion", "assistant"])
-def test_an_answer_is_labelled_whole_where_only_the_prompt_for_it_thinks(
-    tmp_path: Path, answer: str, train_on: str
-) -> None:
+def test_an_answer_is_fully_labelled_if_only_its_prompt_thinks(tmp_path: Path, answer: str, train_on: str) -> None:
     """mlx-lm counts the prompt's tokens, and leaves as many of the answer's without labels."""
     model = with_template(tmp_path / "thinker", THINKER)
     write_rows(tmp_path, [{"prompt": "a", "completion": answer}])
@@ -204,7 +202,7 @@ PARTS = CHAT_TEMPLATE.replace(
 )
 
 
-def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Path], tmp_path: Path) -> None:
+def test_content_may_be_parts_if_the_template_accepts_them(models: dict[str, Path], tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     rows = [{"messages": [{**TURN, "content": parts}, {**REPLY, "content": [{"type": "text", "text": "hi"}]}]}]
     model = with_template(tmp_path / "parts", PARTS)
@@ -224,7 +222,7 @@ def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Pa
         tokenize_rows(tmp_path, model)
 
 
-def test_keys_of_rows_have_the_names_that_are_given(models: dict[str, Path], tmp_path: Path) -> None:
+def test_keys_of_rows_may_have_other_names(models: dict[str, Path], tmp_path: Path) -> None:
     names = {"prompt_feature": "q", "completion_feature": "a", "chat_feature": "talk", "text_feature": "body"}
     plain = [{"prompt": "one", "completion": "two"}, {"messages": [TURN, REPLY]}, {"text": "three"}]
     named = [{"q": "one", "a": "two"}, {"talk": [TURN, REPLY]}, {"body": "three"}]
@@ -318,7 +316,7 @@ def test_bad_rows_of_the_validation_split_name_its_file(models: dict[str, Path],
         tokenize_rows(tmp_path, models["chat"])
 
 
-def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
+def test_a_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     model = write_tokenizer(tmp_path / "small", chat=False)
     write_rows(tmp_path, [{"text": "a b"}])
     for config in ({"vocab_size": 60}, {"text_config": {"vocab_size": 60}}):

@@ -46,7 +46,7 @@ def ends_the_same(home: Path, out: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.usefixtures("tokens_made_here")
-def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on(
+def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_can_resume(
     home: Path, tmp_path: Path, whole: tuple[Path, Faults], capsys: pytest.CaptureFixture[str], part: int
 ) -> None:
     out, number = tmp_path / "run", 1 + part * (whole[1].n_writes - 1) // 3
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.usefixtures("tokens_made_here")
-def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+def test_too_little_disk_space_is_reported_before_the_first_step(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, free = tmp_path / "run", shutil.disk_usage(tmp_path)

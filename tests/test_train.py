@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 @pytest.mark.parametrize("engine", ["mebp", "whole-graph", "mezo"])
-def test_a_run_writes_what_it_promises(
+def test_a_run_writes_its_files_and_log(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
     out = tmp_path / "out"
@@ -67,7 +67,7 @@ def test_adapters_give_the_same_loss_in_mlx_lm(home: Path, tmp_path: Path) -> No
     assert abs(ours - sum_of_theirs / n_tokens) <= 1e-4 * ours
 
 
-def test_validation_and_training_start_at_the_models_own_loss(home: Path, tmp_path: Path) -> None:
+def test_validation_and_training_start_at_the_models_loss(home: Path, tmp_path: Path) -> None:
     """B starts at zero, so the first losses of every engine are the frozen model's."""
     first = {}
     for engine in ("mebp", "whole-graph"):
@@ -153,7 +153,7 @@ def test_the_training_process_imports_no_tokenizer_library(home: Path, tmp_path:
     assert "--- before" in printed and "--- after" in printed, printed + errors
 
 
-def test_a_checkpoint_that_cannot_be_adopted_is_told_once(
+def test_a_checkpoint_that_cannot_be_adopted_is_reported_once(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only if the device adopts pages (MLX's CPU backend does not); aligned tensors are not mentioned."""

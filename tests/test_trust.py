@@ -76,7 +76,7 @@ def test_a_good_kernel_is_checked_once_and_used(monkeypatch: pytest.MonkeyPatch,
     [(_no_rescaling, "output 0 is off by"), (_does_not_compile, ".*error:.*int_")],
     ids=["wrong", "compile"],
 )
-def test_a_bad_kernel_is_warned_of_once_and_replaced(
+def test_a_bad_kernel_is_reported_once_and_replaced(
     change: Any, reason: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
@@ -98,7 +98,7 @@ def test_off_never_builds_a_kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -
     assert not any(calls.n.values())
 
 
-def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_on_skips_the_check(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("MEBP_KERNELS", "on")
     calls = _Calls(monkeypatch)
     with running(change=_no_rescaling, pretend=True):
@@ -108,7 +108,7 @@ def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> Non
     assert not np.allclose(np.asarray(actual), np.asarray(_reference(seed)), rtol=2e-2)
 
 
-def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_compares_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault needs more columns than the first-use sample has, so only this mode detects it."""
     monkeypatch.setenv("MEBP_KERNELS", "check")
 
@@ -145,7 +145,7 @@ def test_an_unknown_impl_is_an_error(impl: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_engine_takes_the_kernels(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_the_engine_uses_the_kernels(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Forward-only passes use the loss kernel on packed rows without logits; steps use the online softmax."""
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
     folder = write_model(
@@ -176,7 +176,7 @@ def _doctor(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_works_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, table = _doctor(capsys)
     assert code == 0 and table.endswith("all that applies here works\n")
     code, text = _doctor(capsys, "--json")
@@ -189,7 +189,7 @@ def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("change, code", [(None, 0), (_no_rescaling, 1), (_does_not_compile, 1)])
-def test_doctor_looks_at_every_kernel(
+def test_doctor_checks_every_kernel(
     change: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "KERNEL_SIZES", {})

@@ -89,7 +89,7 @@ def test_names_are_in_file_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_what_lies_outside_a_matrix_is_an_error(tmp_path: Path, bits: int | None) -> None:
+def test_indices_outside_a_matrix_are_an_error(tmp_path: Path, bits: int | None) -> None:
     packing = None if bits is None else {"group_size": 32, "bits": bits}
     model = Model(write_model(tmp_path / "model", packed_config("qwen2"), quantization=packing))
     linear = model.spec.layers[0].linears["down"]
@@ -147,7 +147,7 @@ def test_a_view_outlives_close(tmp_path: Path) -> None:
         Tensor(weights, "x")[...]
 
 
-def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path: Path) -> None:
+def test_mapped_bytes_are_not_footprint_and_rows_load_only_themselves(tmp_path: Path) -> None:
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(raw_file({"x": {"dtype": "BF16", "shape": [20_000, 2000], "data_offsets": [0, 80_000_000]}}))
         file.write(bytes(80_000_000))

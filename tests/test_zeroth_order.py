@@ -50,7 +50,7 @@ def _flat(values: dict[str, mx.array]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["mezo", "kzoo"])
-def test_estimate_is_the_slope_along_the_noise(tmp_path: Path, name: str, seed: int) -> None:
+def test_the_estimate_is_the_directional_derivative_along_the_noise(tmp_path: Path, name: str, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
     before = lora.parameters()
     _, exact = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets)
@@ -65,7 +65,7 @@ def test_estimate_is_the_slope_along_the_noise(tmp_path: Path, name: str, seed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mean_of_many_estimates_turns_to_the_gradient(tmp_path: Path, name: str, seed: int) -> None:
+def test_the_mean_of_many_estimates_converges_to_the_gradient(tmp_path: Path, name: str, seed: int) -> None:
     """For d parameters and n directions the cosine is about sqrt(n / (n + d)), which grows with the root of n."""
     model, lora, batch = _setup(tmp_path, seed, keys=["self_attn.v_proj"])
     _, exact = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets)
@@ -142,7 +142,7 @@ def test_hizoo_keeps_what_the_published_alpha_adds(tmp_path: Path, seed: int) ->
 
 
 @pytest.mark.parametrize("pro", [False, True])
-def test_kzoo_is_its_start_and_k_numbers(tmp_path: Path, pro: bool, seed: int) -> None:
+def test_kzoos_state_is_its_start_and_k_numbers(tmp_path: Path, pro: bool, seed: int) -> None:
     """Up to the rounding of float32 sums: a few ulps per step."""
     model, lora, batch = _setup(tmp_path, seed)
     start, rate, n_steps = lora.parameters(), 1e-3, 12
@@ -173,7 +173,7 @@ def test_kzoo_pro_prefers_large_slopes(seed: int) -> None:
     assert pool.magnitudes[1] == zo.HISTORY_CLIP
 
 
-def test_fzoo_does_not_feel_the_scale_of_the_loss(tmp_path: Path, seed: int) -> None:
+def test_fzoo_is_invariant_to_the_scale_of_the_loss(tmp_path: Path, seed: int) -> None:
     _, lora, _ = _setup(tmp_path, seed)
     losses = np.random.default_rng(seed).normal(3, 0.1, 9)
     actual = []
@@ -272,7 +272,7 @@ def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_reported_loss_is_at_the_weights_or_says_where(tmp_path: Path, name: str, seed: int) -> None:
+def test_a_reported_loss_is_at_the_weights_or_names_its_point(tmp_path: Path, name: str, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
     estimator = make_estimator(name, lora, seed=seed, eps=0.1)
     engine = ZerothOrderEngine(model, lora, estimator)
