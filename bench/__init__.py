@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench` lists them. Each prints a table, and JSON as its last line."""
+"""Measurements: `python -m bench` lists them. Each prints a table, then one line of JSON."""

@@ -1,6 +1,6 @@
 """Lists the benches, and runs one by name: `python -m bench [NAME [options]]`; `python -m bench NAME --help`.
 
-Each prints a table, and JSON as its last line. bench/README.md says what they measure and where results are.
+Each prints a table, then one line of JSON. bench/README.md describes the benches and their results.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Any
 
 from bench import report
 
-# The paper's tables and figures, and the comparison with mlx-lm: what `all` runs, in this order. (module, one line)
+# The paper's tables and figures, and the comparison with mlx-lm; `all` runs them in this order. (module, one line)
 RESULTS = {
     "step_table": ("step", "the paper's table: memory and time per step, five shapes, MeZO and MeBP"),
     "sequence_length": ("step", "memory and time per step by sequence length"),
-    "decompression": ("micro", "share of decompression in a step; decompressed against packed products"),
+    "decompression": ("micro", "share of decompression in a step; products of decompressed and packed weights"),
     "per_layer": ("phases", "Figure 2: memory and time of a step, phase by phase"),
     "convergence": ("learning", "Figure 1: learning curves of exact gradients and MeZO"),
     "zo_variants": ("learning", "Figure 3: learning curves of MeZO, K-ZOO, HiZOO and FZOO"),
-    "projection": ("projection", "the iPhone proxy: projected time per step, against the paper's"),
-    "versus": ("versus", "time and memory against mlx-lm's trainer and whole-graph checkpointing"),
+    "projection": ("projection", "the iPhone proxy: projected time per step, compared with the paper's"),
+    "versus": ("versus", "time and memory, compared with mlx-lm's trainer and whole-graph checkpointing"),
 }
 MEASUREMENTS = {
-    "step": ("step", "footprint and time of a step against two forward passes, real shapes"),
+    "step": ("step", "footprint and time of a step, compared with two forward passes, real shapes"),
     "scaling": ("step", "footprint by number of layers and by sequence length"),
     "hard_limit": ("step", "a step under an operating-system limit on private memory (Linux)"),
     "case": ("case", "one training case in this process: footprint, time, plan"),
-    "plan_check": ("plan_check", "predicted against measured peak footprint"),
-    "parity": ("parity", "gradients against mlx-lm's own models, family by family"),
-    "flags": ("flags", "mlx_lm.lora's options beside ours, each tried on both parsers"),
-    "dispatch": ("dispatch.__main__", "what a GPU would see of a step: waits, submissions, graph nodes, copies"),
-    "profile": ("profile", "time of a step stage by stage, and the speed of its products"),
-    "in_memory": ("versus", "a step against mlx-lm's model decompressed in memory"),
-    "head": ("micro", "the head over its two matrix products"),
+    "plan_check": ("plan_check", "predicted and measured peak footprint"),
+    "parity": ("parity", "gradients compared with mlx-lm's models, by family"),
+    "flags": ("flags", "mlx_lm.lora's options compared with mebp_mlx's, each tried on both parsers"),
+    "dispatch": ("dispatch.__main__", "counts of a step on a GPU: waits, submissions, graph nodes, copies"),
+    "profile": ("profile", "time of a step by stage, and the speed of its products"),
+    "in_memory": ("versus", "a step compared with mlx-lm's model, decompressed in memory"),
+    "head": ("micro", "the head compared with its two matrix products"),
     "head_backward": ("projection", "why the head's gradient has no kernel of its own: bytes and operations"),
-    "blas": ("micro", "matrix products with the BLAS that is loaded and with MLX's own"),
-    "torture": ("torture.__main__", "stopped runs, full disks and damaged files: what is lost, and what is said"),
+    "blas": ("micro", "matrix products with the loaded BLAS and with MLX's own"),
+    "torture": ("torture.__main__", "stopped runs, full disks and damaged files: lost data and error messages"),
     "open_cost": ("micro", "time and footprint of opening a checkpoint"),
 }
 TOOLS = {
     "all": ("__main__", "all results, one after the other; with --quick in minutes"),
-    "draw": ("__main__", "draws the picture of a result again from its CSV: draw NAME --out DIR"),
+    "draw": ("__main__", "redraws the picture of a result from its CSV: draw NAME --out DIR"),
     "synth": ("synth", "writes a model of a real shape with random weights: synth SHAPE DIR"),
     "bundled": ("bundled.__main__", "makes the bundled model and data (not a measurement)"),
 }
@@ -53,13 +53,13 @@ BENCHES = {**RESULTS, **MEASUREMENTS, **TOOLS}
 
 
 def run_all(argv: Sequence[str]) -> int:
-    """Every result, one after the other: NAME.csv, NAME.json and NAME.png under --out.
+    """Runs all results, one after the other: NAME.csv, NAME.json and NAME.png under --out.
 
-    A bench that fails does not stop the others; the exit code is 1 then.
+    If a bench fails, the others still run and the exit code is 1.
     """
     parser = report.parser("all", run_all.__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(RESULTS), default=list(RESULTS), help="some of them")
-    parser.add_argument("--without", nargs="+", choices=list(RESULTS), default=[], help="all but these")
+    parser.add_argument("--only", nargs="+", choices=list(RESULTS), default=list(RESULTS), help="run only these")
+    parser.add_argument("--without", nargs="+", choices=list(RESULTS), default=[], help="run all but these")
     options = parser.parse_args(argv)
     more = ["--quick"] if options.quick else []
     more += [] if options.out is None else ["--out", str(options.out)]
@@ -85,7 +85,7 @@ def run_all(argv: Sequence[str]) -> int:
 
 
 def _run(command: list[str]) -> tuple[int, dict[str, Any]]:
-    """Exit code, and the object on the last line; the lines before it are passed on."""
+    """(exit code, JSON object on the last line); the earlier lines are printed."""
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -102,7 +102,7 @@ def _run(command: list[str]) -> tuple[int, dict[str, Any]]:
 
 
 def draw(argv: Sequence[str]) -> None:
-    """Draws NAME.png again from NAME.csv and NAME.json in the folder --out; measures nothing."""
+    """Redraws NAME.png from NAME.csv and NAME.json in the folder --out; measures nothing."""
     pictures = [*RESULTS, "dispatch"]
     parser = report.Parser("draw", draw.__doc__)
     parser.add_argument("name", metavar="NAME", choices=pictures, help=", ".join(pictures))

@@ -1,8 +1,8 @@
 """`python -m bench.case MODEL`: one training case in this process, on random tokens; JSON on the last line.
 
 Other benches start it for every case, because a peak footprint belongs to a process. The first step is reported
-separately: the system allocates the pages of the file for kept values then. `Stepper` is the set-up that all benches
-share: model, LoRA, plan, engine and updater made as `mebp_mlx.train` makes them.
+separately, because it includes allocating the pages of the file of kept values. `Stepper` is the setup that all benches
+share: it makes model, LoRA, plan, engine and updater in the same way as `mebp_mlx.train`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ SAVED = {"products": SAVE_PRODUCTS, "inputs": SAVE_INPUTS}
 
 
 class Stepper:
-    """Makes the steps of one run, on given batches or on a random one.
+    """Runs training steps, on given batches or on a random one.
 
-    options: of TrainConfig. model: a folder or an open model. n_tokens: of the longest row; n_evaluated: of the longest
-    row that is only evaluated. known: a plan to use if it fits. saved: "products" or "inputs", in place of what the
-    plan saves. n_updates: of the run, for learning-rate schedules. Raises UserError, BudgetError.
+    options: fields of TrainConfig. model: a folder or an open model. n_tokens: length of the longest row; n_evaluated:
+    length of the longest row that is only evaluated. known: a plan to use if it fits. saved: "products" or "inputs",
+    replaces the plan's kept values. n_updates: total updates, for learning-rate schedules. Raises UserError,
+    BudgetError.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Stepper:
 
     @property
     def n_parameters(self) -> int:
-        """Of trainable parameters."""
+        """The number of trainable parameters."""
         return sum(int(value.size) for value in self.lora.parameters().values())
 
     @property
     def plan_record(self) -> dict[str, Any] | None:
-        """The plan and its prediction as JSON; None for an engine without a plan."""
+        """The plan and its prediction as JSON; None if the engine has no plan."""
         return None if self.planned is None else plan_record(self.planned)
 
     def step(self, number: int, batch: Batch | None = None) -> float:
@@ -102,7 +103,7 @@ class Stepper:
         return loss
 
     def timed_step(self, number: int) -> float:
-        """Seconds of a step on the random batch."""
+        """Runs a step on the random batch; returns its seconds."""
         began_s = time.perf_counter()
         self.step(number)
         return time.perf_counter() - began_s
@@ -113,15 +114,15 @@ class Stepper:
 
 
 def random_batch(V: int, B: int, T: int, seed: int = 0) -> Batch:
-    """Random tokens and targets [B, T], all of them labels."""
+    """Random tokens and targets, int32 [B, T]; every target is a label."""
     tokens, targets = np.random.default_rng(seed).integers(0, V, (2, B, T)).astype(np.int32)
     return Batch(tokens, targets, rows=("random",) * B, n_labels=tokens.size)
 
 
 def measure(folder: str | Path, n_tokens: int, n_steps: int, forwards: bool = False, **options: Any) -> dict[str, Any]:
-    """Peak footprint in MB, planning included, and seconds per step of `n_steps` steps after a first one; batch 1.
+    """Peak footprint in MB, including planning, and seconds per step of `n_steps` steps after a first one; batch 1.
 
-    forwards: two forward passes with the same code after each step. options: of Stepper.
+    forwards: also runs two forward passes of the same code after each step. options: arguments of Stepper.
     """
     before_bytes = footprint_bytes()
     with PeakMeter() as meter:
@@ -167,7 +168,7 @@ def measure(folder: str | Path, n_tokens: int, n_steps: int, forwards: bool = Fa
 
 
 def add_memory_budget(parser: argparse.ArgumentParser, default: str | None = "min", shown: str | None = None) -> None:
-    """--memory-budget, with the trainer's values. shown: describes the default where it is no value."""
+    """Adds --memory-budget, with the trainer's values. shown: describes a default that is not a value."""
 
     def value(text: str) -> str:
         try:
@@ -181,22 +182,22 @@ def add_memory_budget(parser: argparse.ArgumentParser, default: str | None = "mi
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """--device, --memory-budget and --limit-mb."""
-    shown = "impose this phone's memory for an app; report the roofline's bound on its chip"
+    """Adds --device, --memory-budget and --limit-mb."""
+    shown = "limit memory as for an app on this phone; report the roofline bound of its chip"
     parser.add_argument("--device", choices=list(DEVICES), help=shown)
     add_memory_budget(parser, None, "min, or an app's memory with --device")
-    shown = "limit on the process's private memory, reserved or used (RLIMIT_DATA, Linux only)"
+    shown = "limit the process's private memory, reserved or used (RLIMIT_DATA, Linux only)"
     parser.add_argument("--limit-mb", type=positive, metavar="MB", help=shown)
 
 
 def limit_flags(options: argparse.Namespace) -> list[object]:
-    """The same, for a child's command line."""
+    """These options as arguments of a child process."""
     given = {"--device": options.device, "--memory-budget": options.memory_budget, "--limit-mb": options.limit_mb}
     return [word for flag, value in given.items() if value is not None for word in (flag, value)]
 
 
 def plan_line(plan: dict[str, Any] | None) -> str:
-    """A plan's record in one line."""
+    """One line that describes a plan's record."""
     if plan is None:
         return "none"
     weights = "whole" if plan["weight_block_bytes"] is None else f"{plan['weight_block_bytes'] >> 10:,} KiB"
@@ -208,7 +209,7 @@ def plan_line(plan: dict[str, Any] | None) -> str:
 
 
 def _restart_under(limit_mb: int, argv: Sequence[str]) -> None:
-    """Limits private memory and starts this process anew, so that the limit holds for interpreter and imports."""
+    """Limits private memory and re-executes this process, so that the limit includes interpreter and imports."""
     import resource
 
     if not sys.platform.startswith("linux"):
@@ -225,12 +226,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", default="mebp", choices=["mebp", *ZEROTH_ORDER])
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--tokens", type=positive, default=256, help="T (default: 256)")
-    parser.add_argument("--steps", type=int, default=10, help="steps in the medians, after a first one; 0: that one")
+    parser.add_argument("--steps", type=int, default=10, help="steps in the medians, after a first one; may be 0")
     parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--saved", choices=list(SAVED), help="values kept for the backward pass (default: the plan's)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--forwards", action="store_true", help="two forward passes after each step, for comparison")
-    how.add_argument("--by-phase", action="store_true", help="time and memory of each phase (bench/phases.py)")
+    how.add_argument("--forwards", action="store_true", help="run two forward passes after each step, for comparison")
+    how.add_argument("--by-phase", action="store_true", help="measure time and memory of each phase (bench/phases.py)")
     add_limits(parser)
     given = vars(parser.parse_args(argv))
     if given["limit_mb"] is not None:

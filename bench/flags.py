@@ -1,7 +1,7 @@
-"""mlx_lm.lora's options beside ours, each tried on both parsers: `python -m bench.flags`.
+"""mlx_lm.lora's options compared with mebp_mlx's, each tried on both parsers: `python -m bench.flags`.
 
-A row for every flag and YAML key that mlx_lm.lora reads, found in its parser, its defaults and its source: the same,
-another default, taken without effect, or refused with the reason.
+There is a row for every flag and YAML key that mlx_lm.lora reads, found in its parser, its defaults and its source:
+same, different default, accepted without effect, or refused with a reason.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mebp_mlx.config import TrainConfig
 from mebp_mlx.errors import UserError
 from mebp_mlx.options import describe
 
-OLDER = {"lora_layers": 8, "use_dora": True, "wandb": "project"}  # of mlx-lm's before 0.2x, still in YAML files
-# What cannot be made up from a type.
+OLDER = {"lora_layers": 8, "use_dora": True, "wandb": "project"}  # options of mlx-lm before 0.2x, still in YAML files
+# Values for options whose type does not imply a valid value.
 _SAMPLES: dict[str, Any] = {
     "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1, "keys": ["self_attn.q_proj"]},
     "lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 100], "warmup": 10, "warmup_init": 1e-7},
@@ -39,9 +39,9 @@ _SAMPLES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One option. flag: its flag, "" for a YAML key alone; theirs, ours: defaults; verdict: what giving it does here.
+    """One option. flag: its flag, "" if it is only a YAML key; theirs, ours: defaults; verdict: its effect in mebp_mlx.
 
-    A default of mlx-lm's that is None or empty stands for what its source does then.
+    If mlx-lm's default is None or empty, its source decides the value.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Row:
 
     @property
     def is_known(self) -> bool:
-        """Whether giving it is not answered with "no such option"."""
+        """Whether mebp_mlx has the option, even if it refuses its value."""
         return "no such option" not in self.verdict and "unknown key" not in self.verdict
 
     @property
     def differs(self) -> bool:
-        """Whether it is an option of both with two defaults."""
+        """Whether both have the option, with different defaults."""
         is_set = isinstance(self.theirs, (bool, int, float, str)) or bool(self.theirs and any(self.theirs.values()))
         return self.verdict.startswith("same") and is_set and self.theirs != self.ours
 
@@ -72,7 +72,7 @@ def rows() -> list[Row]:
 
 
 def _read_by_source(lora: Any) -> list[str]:
-    """The keys that mlx-lm's training and its data sets read."""
+    """The keys that mlx-lm's training and data sets read."""
     from mlx_lm.tuner import datasets
 
     source = "".join(inspect.getsource(f) for f in (lora.train_model, lora.evaluate_model, lora.run))
@@ -97,7 +97,7 @@ def _row(name: str, action: argparse.Action | None, theirs: Any) -> Row:
 
 
 def _values(name: str, action: argparse.Action | None, theirs: Any) -> Sequence[Any]:
-    """What is tried: every choice, or one value of the option's type."""
+    """The values to try: every choice, or one value of the option's type."""
     if name in _SAMPLES or name in OLDER:
         return [_SAMPLES.get(name, OLDER.get(name))]
     if action is None:
@@ -110,14 +110,14 @@ def _values(name: str, action: argparse.Action | None, theirs: Any) -> Sequence[
 
 
 def _taken_by_mlx_lm(argv: list[str]) -> None:
-    """Raises where mlx-lm's own parser does not take it."""
+    """Raises SystemExit if mlx-lm's parser refuses the arguments."""
     from mlx_lm import lora
 
     lora.build_parser().parse_args(argv)
 
 
 def _tried(name: str, argv: list[str], file: dict[str, Any] | None) -> str:
-    """What our command says to it."""
+    """The response of mebp_mlx's command line: same, no effect, or refused."""
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
         if file is not None:
@@ -151,7 +151,7 @@ def _our_default(name: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     report.Parser("flags", __doc__).parse_args(argv)
     options = rows()
-    print("| option | mlx-lm's default | ours | given here |\n|---|---|---|---|")
+    print("| option | mlx-lm's default | mebp_mlx's default | effect in mebp_mlx |\n|---|---|---|---|")
     for row in options:
         name = f"`{row.flag}`" if row.flag else f"`{row.name}:`"
         theirs, ours = (f"`{json.dumps(value)}`" for value in (row.theirs, row.ours))

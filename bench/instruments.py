@@ -1,4 +1,4 @@
-"""Times the engine from outside: its functions are wrapped, and what they return is evaluated immediately.
+"""Times the engine from outside: its functions are wrapped, and their results evaluated immediately.
 
 The time of a stage excludes the stages inside it.
 """
@@ -18,7 +18,7 @@ from mebp_mlx.training.update import Updater
 
 
 class Clock:
-    """Seconds by stage, each without the stages inside it; floating-point operations of stages with matrix products."""
+    """Seconds by stage, without the stages inside it; floating-point operations of stages with matrix products."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -32,7 +32,7 @@ class Clock:
         began_s = time.perf_counter()
         try:
             value = run()
-            mx.eval(value)  # arrays, also in tuples and lists; other values are ignored
+            mx.eval(value)  # evaluates arrays, also in tuples and lists; ignores other values
         finally:
             passed_s = time.perf_counter() - began_s
             own_s = passed_s - self._inner.pop()
@@ -50,7 +50,7 @@ class Wraps:
         self._undo: list[tuple[Any, str, Any]] = []
 
     def wrap(self, clock: Clock, owner: Any, name: str, label: Callable[..., str] | str) -> None:
-        """Times owner.name as `label` or label(*its arguments), which are evaluated first, outside of the time."""
+        """Times owner.name as `label` or label(*arguments). The arguments are evaluated first and not timed."""
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ class Wraps:
         self.replace(owner, name, wrapped)
 
     def replace(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
-        """Replaces owner.name by `new` until `remove`, except where a graph is built only to be counted or traced."""
+        """Replaces owner.name by `new` until `remove`, except for graphs that are only counted or traced."""
         original = getattr(owner, name)
 
         def chosen(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ class Wraps:
 class Phases(Wraps):
     """The phase of a step that the engine is in: `emb`, `f0` to `fN`, `head`, `bN` to `b0`.
 
-    around(label, run) runs each phase. An update belongs to its block's backward, or to the phase before it.
+    around(label, run) runs each phase. An update belongs to its block's backward, or to the previous phase.
     """
 
     def __init__(self, around: Callable[[str, Callable[[], Any]], Any]):

@@ -1,9 +1,9 @@
 """Learning curves of several methods on the same data: convergence and zo_variants (`python -m bench NAME`).
 
-The learning rate of a method is the best of a small grid: every method gets the same number of trials, each with the
-same number of forward passes, and is scored by the loss on validation rows. Curves use the test rows and other seeds;
-a seed sets LoRA's initial values, the order of the data and the noise. A step of MeBP counts as two forward passes: its
-backward pass makes as many products with the weights as a forward pass does.
+The learning rate of a method is the best of a small grid, by the loss on validation rows: every method gets the same
+number of trials with the same number of forward passes. Curves use the test rows and other seeds; a seed sets LoRA's
+initial values, the order of the data and the noise. A step of MeBP counts as two forward passes, because its backward
+pass has as many products with the weights as a forward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mebp_mlx.errors import NonFiniteLoss, UserError
 from mebp_mlx.model.base import Model
 from mebp_mlx.weights.hub import resolve_model
 
-GRID_SEED = 1000  # of the trials; no curve uses it
+GRID_SEED = 1000  # the seed of the trials; no curve uses it
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Method:
     color: str
 
 
-# Five rates each, about a factor of 3 apart. eps is the trainer's default for all of them; the steps of Adam and FZOO
-# do not grow with the gradient.
+# Five rates per method, about a factor of 3 apart. eps is the trainer's default for all methods; the step sizes of Adam
+# and FZOO do not depend on the size of the gradient.
 METHODS = {
     "mebp": Method("MeBP (exact), Adam", "mebp", "adam", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 2, "C1"),
     "mezo": Method("MeZO", "mezo", "sgd", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), 2, "C0"),
@@ -53,17 +53,21 @@ METHODS = {
 
 
 def add_options(parser: argparse.ArgumentParser, grid_passes: int) -> None:
-    """The options of both benches."""
+    """Adds the options of both benches."""
     defaults = TrainConfig()
     parser.add_argument("--model", default=defaults.model, help="folder, hub id, or `bundled`")
     parser.add_argument(
         "--data", default=defaults.data, help="folder, hub id (org/name or org/name:part), or `bundled`"
     )
-    parser.add_argument("--mask-prompt", action="store_true", help="train on the answers alone")
+    parser.add_argument("--mask-prompt", action="store_true", help="train only on the answers")
     parser.add_argument("--batch-size", type=report.positive, default=4)
     parser.add_argument("--max-seq-length", type=report.positive, default=256)
-    parser.add_argument("--eval-batches", type=int, default=15, help="of validation and test rows; -1: all")
-    parser.add_argument("--rates", type=report.positive, default=5, help="learning rates to try, around the middle one")
+    parser.add_argument(
+        "--eval-batches", type=int, default=15, help="number of batches of validation and test rows; -1: all"
+    )
+    parser.add_argument(
+        "--rates", type=report.positive, default=5, help="number of learning rates to try, around the middle one"
+    )
     parser.add_argument("--seeds", type=report.positive, default=3, help="runs per method")
     parser.add_argument(
         "--grid-passes", type=report.positive, default=grid_passes, help="forward passes per trial of a rate"
@@ -90,11 +94,11 @@ class Task:
     ) -> Iterator[dict[str, Any]]:
         """Trains, and yields loss and accuracy on `rows` after each number of steps in `marks` (0: before the first).
 
-        seconds: of training alone. A loss that is not finite ends the run with a loss of infinity.
+        seconds: training only. If a loss is not finite, the run ends with a loss of infinity.
         """
         longest, evaluated = (int(each.lengths.max()) - 1 for each in (self.data.train, rows))
         n_updates = max(1, n_steps)
-        with contextlib.redirect_stdout(None):  # the same plan for every run of a method
+        with contextlib.redirect_stdout(None):  # every run of a method prints the same plan
             sizes: dict[str, Any] = {"n_evaluated": evaluated, "n_updates": n_updates, "iters": n_updates}
             how: dict[str, Any] = {"engine": method.engine, "optimizer": method.optimizer, "learning_rate": rate}
             stepper = Stepper(self.model, longest, batch_size=self.batch_size, seed=seed, **sizes, **how)
@@ -121,7 +125,7 @@ class Task:
             stepper.close()
 
     def choose_rate(self, name: str, n_passes: int) -> list[dict[str, Any]]:
-        """One trial of about n_passes forward passes for each rate of a method's grid; `best` marks the chosen one."""
+        """One trial of about n_passes forward passes for each rate of a method's grid; `best` marks the chosen rate."""
         method = METHODS[name]
         n_steps = max(1, n_passes // method.passes)
         trials: list[dict[str, Any]] = []
@@ -142,7 +146,7 @@ class Task:
         return trials
 
     def curves(self, name: str, rate: float, n_steps: int, n_seeds: int) -> list[dict[str, Any]]:
-        """The points of `n_seeds` runs, on the test rows."""
+        """Runs a method with `n_seeds` seeds; returns the points of its curves on the test rows."""
         method, rows = METHODS[name], []
         for seed in range(n_seeds):
             for point in self.run(method, rate, seed, n_steps, self.test, marks_up_to(n_steps)):
@@ -159,7 +163,7 @@ class Task:
 
 
 def marks_up_to(n_steps: int) -> list[int]:
-    """0, a few steps about a factor of 1.5 apart, and the last; with 100, where the paper states its finding."""
+    """0, steps growing by a factor of 1.25 to 1.5, the last step, and 100, the step of the paper's finding."""
     marks, at = {0, n_steps, *([100] if n_steps >= 100 else [])}, 1.0
     while at < n_steps:
         marks.add(round(at))
@@ -168,19 +172,19 @@ def marks_up_to(n_steps: int) -> list[int]:
 
 
 def convergence(argv: Sequence[str]) -> None:
-    """The paper's Figure 1: exact gradients against MeZO on the same data, by steps, forward passes and seconds.
+    """The paper's Figure 1: exact gradients and MeZO on the same data, by steps, forward passes and seconds.
 
     Offline by default: the bundled model on the bundled text. With a network, on the paper's data:
 
         python -m bench convergence --model mlx-community/Qwen2.5-0.5B-4bit --data Salesforce/wikitext:wikitext-2-raw-v1
 
     (needs `datasets`). The paper's finding on WikiText-2: first order improves clearly within 100 steps; zeroth order
-    hardly moves in 1,000 and is still behind after 100,000.
+    hardly improves in 1,000 and is still behind after 100,000.
     """
     parser = report.parser("convergence", convergence.__doc__)
     add_options(parser, grid_passes=2000)
-    parser.add_argument("--steps", type=report.positive, default=200, help="of exact gradients")
-    parser.add_argument("--zo-steps", type=report.positive, default=1000, help="of MeZO")
+    parser.add_argument("--steps", type=report.positive, default=200, help="steps of exact gradients")
+    parser.add_argument("--zo-steps", type=report.positive, default=1000, help="steps of MeZO")
     options = parser.parse_args(argv)
     if options.quick:
         options.steps, options.zo_steps, options.seeds, options.grid_passes, options.eval_batches = 25, 50, 2, 12, 4
@@ -189,15 +193,17 @@ def convergence(argv: Sequence[str]) -> None:
 
 
 def zo_variants(argv: Sequence[str]) -> None:
-    """The paper's Figure 3: MeZO, K-ZOO, HiZOO and FZOO with the same number of forward passes; and exact gradients.
+    """The paper's Figure 3: MeZO, K-ZOO, HiZOO and FZOO with the same number of forward passes, and exact gradients.
 
-    HiZOO's alpha is its authors' 1e-8, with which it is MeZO at a higher price; K-ZOO's pool has 4,096 seeds; FZOO
-    takes 8 directions per step.
+    HiZOO's alpha is its authors' 1e-8, which makes it a slower MeZO; K-ZOO's pool has 4,096 seeds; FZOO uses 8
+    directions per step.
     """
     parser = report.parser("zo_variants", zo_variants.__doc__)
     add_options(parser, grid_passes=720)
-    parser.add_argument("--passes", type=report.positive, default=720, help="forward passes of every run but MeBP's")
-    parser.add_argument("--steps", type=report.positive, default=100, help="of exact gradients")
+    parser.add_argument(
+        "--passes", type=report.positive, default=720, help="forward passes per run of the zeroth-order methods"
+    )
+    parser.add_argument("--steps", type=report.positive, default=100, help="steps of exact gradients")
     options = parser.parse_args(argv)
     if options.quick:
         options.steps, options.passes, options.seeds, options.grid_passes, options.eval_batches = 25, 54, 2, 18, 4
@@ -220,7 +226,7 @@ def best_rate(trials: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def run_all(task: Task, n_steps: dict[str, int], options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """(trials of the learning rates, points of the curves) of every method in n_steps."""
+    """Returns (trials of the learning rates, points of the curves) of every method in n_steps."""
     trials: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for name, steps in n_steps.items():
@@ -230,7 +236,7 @@ def run_all(task: Task, n_steps: dict[str, int], options: argparse.Namespace) ->
 
 
 def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """A line for each method: loss at the start, early and at the end, and passes to the first method's early loss.
+    """A row for each method: losses at the start, early and at the end; passes to the first method's early loss.
 
     Early: after 100 steps or, in shorter runs, after the first method's last step.
     """
@@ -288,7 +294,7 @@ def _passes_to(own: Sequence[dict[str, Any]], loss: float) -> int | None:
 
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Loss and accuracy against steps, forward passes and seconds: medians over the seeds, bands from 20 to 80 %."""
+    """Loss and accuracy against steps, forward passes and seconds: medians over the seeds, bands of 20 to 80 %."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", sharex="col")
     columns = (("step", "steps"), ("passes", "forward passes (2 per step of MeBP)"), ("seconds", "seconds of training"))
@@ -305,7 +311,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
                 axes.set_ylabel(what)
     losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
     start = max(row["loss"] for row in rows if row["step"] == 0)
-    panels[0, 0].set_ylim(top=min(max(losses), 1.15 * start) + 0.1)  # a run that diverges would flatten the others
+    panels[0, 0].set_ylim(top=min(max(losses), 1.15 * start) + 0.1)  # a diverging run would flatten the other curves
     panels[1, 0].legend(fontsize=7, loc="upper left")
     title = f"{options.model} model, {options.data} data, {options.batch_size} rows per step, {options.seeds} seeds"
     figure.suptitle(title)
@@ -313,7 +319,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 
 
 def _draw_curve(axes: Any, method: Method, rows: report.Rows, column: str, value: str) -> None:
-    """A method's line and band of `value` against `column`."""
+    """Draws a method's line and band of `value` against `column`."""
     steps = sorted({row["step"] for row in rows})
     grouped = [[row for row in rows if row["step"] == step] for step in steps]
     x = [report.spread([row[column] for row in group])["median"] for group in grouped]

@@ -31,7 +31,7 @@ from mebp_mlx.system.machine import load_blas, machine
 from mebp_mlx.testing.synth import SHAPES
 from mebp_mlx.weights.safetensors import MappedWeights
 
-PAPER_SHARE = (0.32, 0.42)  # of decompression in a step, on an iPhone
+PAPER_SHARE = (0.32, 0.42)  # share of decompression in a step on an iPhone, from the paper
 HEAD_ROWS = 8192
 BLAS_SHAPE = (256, 896, 4864)  # T, D, F of Qwen2.5-0.5B
 
@@ -40,7 +40,7 @@ BLAS_SHAPE = (256, 896, 4864)  # T, D, F of Qwen2.5-0.5B
 
 
 def measure_head(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
-    """Median seconds of the head and of its products, the median of their ratio, and the MB that the head adds."""
+    """Median seconds of the head and of its products, their median ratio, and the MB that the head adds."""
     model, plan = mebp_mlx.open_model(folder), Plan()
     D, V = model.spec.D, model.spec.V
     rng = np.random.default_rng(0)
@@ -77,8 +77,8 @@ def measure_head(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
             mx.eval(step)
         return (time.perf_counter() - began_s) * V / (V // chunk * chunk)
 
-    products()  # the BLAS allocates buffers, which are no part of the head
-    trim_heap()  # of what the set-up has left
+    products()  # the BLAS allocates its buffers, which do not belong to the head
+    trim_heap()  # releases the memory that the setup has freed
     with PeakMeter() as meter:
         before_bytes = meter.now_bytes
         with meter.phase("head"):
@@ -99,10 +99,10 @@ def measure_head(folder: Path, n_tokens: int, repeats: int) -> dict[str, float]:
 
 
 def head(argv: Sequence[str]) -> None:
-    """The head, forward and backward in one pass, against its two matrix products alone at the same BLAS's speed.
+    """The head, forward and backward in one pass, compared with its two matrix products alone, with the same BLAS.
 
-    Both are timed in one process, interleaved. The footprint is what the head adds. One vocabulary-sized 4-bit matrix
-    with random weights; the bare products have the size of one chunk, which stays in the cache.
+    Both are timed in one process, interleaved. The footprint is the memory that the head adds. The 4-bit matrix has the
+    vocabulary's size and random weights; the bare products use one chunk of it, which stays in the cache.
     """
     parser = report.Parser("head", head.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
@@ -122,15 +122,17 @@ def head(argv: Sequence[str]) -> None:
 
 
 def decompression(argv: Sequence[str]) -> None:
-    """Decompression: its share of a step, and decompressing then multiplying against products of packed weights.
+    """Decompression: its share of a step; decompressing and multiplying, compared with products of packed weights.
 
-    The share: a step of MeBP by phase on random weights (bench/phases.py); the head's single pass is separate. The
-    products: y = x W^T with each of a shape's projections and the first rows of its head, W in 4 bits, both ways
-    interleaved in one process. On a GPU packed products are the engine's default.
+    The share comes from a step of MeBP by phase on random weights (bench/phases.py); the head's single pass is
+    separate. The products are y = x W^T with each of a shape's projections and the first rows of its head, W in 4 bits;
+    both methods are interleaved in one process. On a GPU the engine uses packed products by default.
     """
     parser = report.parser("decompression", decompression.__doc__)
     parser.add_argument("--shapes", nargs="+", default=["qwen2.5-0.5b", "gemma3-1b"], choices=list(SHAPES))
-    parser.add_argument("--layers", type=report.positive, default=3, help="blocks of each shape; heads are whole")
+    parser.add_argument(
+        "--layers", type=report.positive, default=3, help="number of blocks of each shape; heads are complete"
+    )
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--batches", type=report.positive, nargs="+", default=[1, 32, 256], help="rows of x")
     parser.add_argument("--steps", type=report.positive, default=3, help="repeats, after a first one")
@@ -166,7 +168,7 @@ def decompression(argv: Sequence[str]) -> None:
 
 
 def _shares(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Shares of read, decompress, compute and save in the blocks' forward, their backward, and the head."""
+    """The shares of read, decompress, compute and save in the blocks' forward, their backward, and the head."""
     shares = []
     for kind, part in (("f", "blocks forward"), ("b", "blocks backward"), ("h", "head")):
         rows: list[dict[str, Any]] = [row for row in phases if row["phase"].startswith(kind)]
@@ -177,7 +179,7 @@ def _shares(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare(folder: Path, batches: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Times of x W^T for each matrix of a block, the head's first rows, and each number of rows of x; interleaved."""
+    """Interleaved times of x W^T for each matrix of a block and the head's first rows, by the number of rows of x."""
     ways = [mebp_mlx.open_model(folder, "float32", weights) for weights in ("decompressed", "packed")]
     spec, rows = ways[0].spec, []
     matrices = {**spec.layers[0].linears, "head": spec.head}
@@ -209,12 +211,12 @@ def _seconds(model: Model, linear: Linear, n_rows: int, x: mx.array) -> float:
 
 
 def draw_decompression(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Left: how each part of a step spends its time. Right: packed over decompressed, by rows of x."""
+    """Left: shares of the time in each part of a step. Right: ratio of packed to decompressed time, by rows of x."""
     shares, products = [r for r in rows if "part" in r], [r for r in rows if "matrix" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     names = [f"{row['shape']}\n{row['part']}" for row in shares]
     total = [0.0] * len(shares)
-    for part in sorted(SPLITS, key=lambda name: name != "decompress"):  # first, so that its end is its share
+    for part in sorted(SPLITS, key=lambda name: name != "decompress"):  # drawn first, so that its end shows its share
         values = [100 * row[part] for row in shares]
         left.barh(names, values, left=total, color=SPLIT_COLORS[part], label=part)
         total = [low + value for low, value in zip(total, values, strict=True)]
@@ -229,7 +231,9 @@ def draw_decompression(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, 
             ratios = [row["ratio"]["median"] for row in own if row["rows_of_x"] == n]
             right.plot([n] * len(ratios), ratios, "o", color=f"C{number}", alpha=0.5, markersize=4)
         medians = [statistics.median(r["ratio"]["median"] for r in own if r["rows_of_x"] == n) for n in options.batches]
-        right.plot(options.batches, medians, "-", color=f"C{number}", label=f"{shape}: a dot per matrix, the median")
+        right.plot(
+            options.batches, medians, "-", color=f"C{number}", label=f"{shape}: one dot per matrix, line: median"
+        )
     right.axhline(1, color="k", linewidth=0.6)
     right.set_xscale("log", base=2)
     right.set_yscale("log")
@@ -244,7 +248,7 @@ def draw_decompression(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, 
 
 
 def measure_blas(seconds: float) -> dict[str, Any]:
-    """GFLOP/s of float32 products of BLAS_SHAPE for about `seconds`, and the footprint that the first one adds."""
+    """Times float32 products of BLAS_SHAPE for about `seconds`: GFLOP/s, and the footprint that the first one adds."""
     n, k, m = BLAS_SHAPE
     x, w = mx.random.normal((n, k)), mx.random.normal((k, m))
     mx.eval(x, w)
@@ -273,12 +277,12 @@ def measure_blas(seconds: float) -> dict[str, Any]:
 
 
 def blas(argv: Sequence[str]) -> None:
-    """The matrix product under a training step, with the BLAS that mebp_mlx loads and with the one in MLX's wheel.
+    """The speed of matrix products with the BLAS that mebp_mlx loads and with the one in MLX's wheel.
 
-    Each case is a process of its own, because a BLAS must be chosen before `mlx.core` is imported.
+    Each case has its own process, because the BLAS must be chosen before `mlx.core` is imported.
     """
     parser = report.Parser("blas", blas.__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per case (default: 2)")
     options = parser.parse_args(argv)
     cases = []
     for environment in (dict(os.environ), os.environ | {"MEBP_BLAS": "off"}):
@@ -296,7 +300,7 @@ def blas(argv: Sequence[str]) -> None:
 
 
 def measure_open(folder: str) -> dict[str, Any]:
-    """Milliseconds and footprint of MappedWeights(folder), then milliseconds of reading a row of each tensor."""
+    """Milliseconds and footprint of MappedWeights(folder), and milliseconds of reading a row of each tensor."""
     before_bytes, began_s = footprint_bytes(), time.perf_counter()
     weights = MappedWeights(folder)
     open_ms = (time.perf_counter() - began_s) * 1e3
@@ -309,9 +313,9 @@ def measure_open(folder: str) -> dict[str, Any]:
 
 
 def open_cost(argv: Sequence[str]) -> None:
-    """Time and footprint of opening a checkpoint of Gemma-3-4B's size; the files hold headers, and holes for data.
+    """Time and footprint of opening a checkpoint of Gemma-3-4B's size, whose files are sparse except for their headers.
 
-    Each repetition is a process of its own, so no file has been mapped before.
+    Each repetition has its own process, so no file has been mapped before.
     """
     parser = report.Parser("open_cost", open_cost.__doc__)
     parser.add_argument("--shape", default="gemma3-4b", choices=list(SHAPES))
@@ -340,7 +344,7 @@ BENCHES: dict[str, report.Bench] = {
     "decompression": decompression,
     "blas": blas,
     "open_cost": open_cost,
-    # In this process, for `blas` and `open_cost`.
+    # Run by `blas` and `open_cost` in child processes.
     "blas_here": lambda argv: print(json.dumps(measure_blas(float(argv[0])))),
     "open_here": lambda argv: print(json.dumps(measure_open(argv[0]))),
 }

@@ -1,6 +1,6 @@
-"""The largest relative error of loss and LoRA gradients against mlx-lm, by family: `python -m bench.parity`.
+"""The largest relative error of loss and LoRA gradients, compared with mlx-lm, by family: `python -m bench.parity`.
 
-Small random models in float32. The reference is mlx-lm's own model class under MLX's autograd.
+Models are small, random and float32. The reference is mlx-lm's model class under MLX's autograd.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUANTIZATIONS = {"float32": None, "4-bit": {"group_size": 32, "bits": 4}, "8-bit
 
 
 def errors(family: str, quantization: dict[str, Any] | None, seed: int) -> dict[str, float]:
-    """The error of each plan on one random model."""
+    """The error of each plan for one random model."""
     config = CONFIGS[family] if quantization is None else packed_config(family)
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "model", config, seed=seed, quantization=quantization)
@@ -44,7 +44,7 @@ def errors(family: str, quantization: dict[str, Any] | None, seed: int) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("parity", __doc__)
-    parser.add_argument("--seeds", type=report.positive, default=3, help="random models per row (default: 3)")
+    parser.add_argument("--seeds", type=report.positive, default=3, help="number of random models per row (default: 3)")
     options = parser.parse_args(argv)
     print(f"{'family':20}{'weights':>9}" + "".join(f"{name:>20}" for name in PLANS))
     worst: dict[str, dict[str, float]] = {}
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _largest(values: list[float]) -> float:
-    """NaN if any is NaN."""
+    """The maximum; NaN if any value is NaN."""
     return float("nan") if any(value != value for value in values) else max(values)
 
 

@@ -1,16 +1,17 @@
 """The paper's Figure 2: memory and time of a training step, phase by phase: `python -m bench.phases`.
 
-Phases: `emb`, `f0` to `fN`, `head`, `bN` to `b0`; the passes of a zeroth-order step are added up. A case is a process
-of its own (`bench.case --by-phase`) with three kinds of steps:
+Phases: `emb`, `f0` to `fN`, `head`, `bN` to `b0`; the passes of a zeroth-order step are added up. Each case runs in its
+own process (`bench.case --by-phase`) with three kinds of steps:
 
-- timed as a whole, phase by phase;
-- for memory: the C heap is trimmed after each phase, because glibc keeps what a phase has freed and the footprint would
-  never fall; recorded are the footprint's peak within a phase, the footprint at its end, and the peak of MLX's arrays;
-- split: every read, decompression and kept value is evaluated and timed on its own. Their sum is a little higher.
+- timed: each phase as a whole;
+- memory: the footprint's peak within a phase, the footprint at its end, and the peak of MLX's arrays are recorded. The
+  C heap is trimmed after each phase; otherwise glibc would keep freed memory and the footprint would never fall;
+- split: every read, decompression and kept value is evaluated and timed separately. The sum is slightly higher.
 
 read: weights copied out of the mapped files. decompress: quantized weights to the compute dtype; affine weights on a
-CPU come straight from the map, so waiting for their pages counts here. save: values kept and fetched, in memory or in
-the file. compute: everything else, with the update: a block's in its backward, a zeroth-order one in `head`.
+CPU are read from the map in this stage, so it includes waiting for their pages. save: storing and fetching kept values,
+in memory or in the file. compute: everything else and the update, which belongs to a block's backward or, for
+zeroth-order engines, to `head`.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ PAGE = Path(__file__).with_name("phases.html")
 def measure(folder: Path, n_tokens: int, n_steps: int, **options: Any) -> dict[str, Any]:
     """{"phases": rows in order, "step_ms", "split_step_ms", "peak_mb", ...} of `n_steps` steps of each kind.
 
-    Times in ms, sizes in MB. options: of Stepper.
+    Times in ms, sizes in MB. options: arguments of Stepper.
     """
     before_bytes = footprint_bytes()
     with PeakMeter() as meter:
         stepper = Stepper(folder, n_tokens, **{"optimizer": "sgd", **options})
-        stepper.step(0)  # the system allocates the pages of the file for kept values
+        stepper.step(0)  # allocates the pages of the file of kept values
         step_s, times = [], _Times()
         for number in range(n_steps):
             times.seconds.append({})
@@ -88,7 +89,7 @@ def measure(folder: Path, n_tokens: int, n_steps: int, **options: Any) -> dict[s
 
 
 def _in_phases(stepper: Stepper, number: int, around: Callable[[str, Callable[[], Any]], Any]) -> float:
-    """Seconds of a step; `around` runs each phase."""
+    """Runs a step, each phase through `around`; returns its seconds."""
     phases = Phases(around)
     try:
         return stepper.timed_step(number)
@@ -97,7 +98,7 @@ def _in_phases(stepper: Stepper, number: int, around: Callable[[str, Callable[[]
 
 
 class _Times:
-    """Seconds of whole phases, step by step."""
+    """The seconds of each phase, per step."""
 
     def __init__(self) -> None:
         self.seconds: list[dict[str, float]] = []
@@ -111,7 +112,7 @@ class _Times:
 
 
 class _Memory:
-    """Of each phase: the peak of MLX's arrays, and the footprint at its end (its peak is in the meter)."""
+    """The peak of MLX's arrays in each phase, and the footprint at its end (the meter has the footprint's peak)."""
 
     def __init__(self, meter: PeakMeter):
         self.meter = meter
@@ -138,7 +139,7 @@ def trim_heap() -> None:
 
 
 def _split(stepper: Stepper, number: int) -> Clock:
-    """Seconds by "phase|part" of one step."""
+    """Runs one step; returns its seconds by "phase|part"."""
     clock, inside = Clock(), Wraps()
     phases = Phases(lambda phase, run: clock.timed(f"{phase}|compute", run))
     for owner, names, part in (
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_page(rows: report.Rows, options: Any) -> None:
-    """per_layer.html: the picture as a page that opens offline and shows a phase's parts under the pointer."""
+    """per_layer.html: the picture as a page that works offline and shows a phase's parts under the pointer."""
     _, about = report.read(options.out, "per_layer")
     labels = {case: label for case, (label, _) in CASES.items()}
     data = {"title": _title(options), "machine": report.machine_label(about), "labels": labels, "rows": rows}
@@ -205,7 +206,7 @@ HEADS = ["case", "phases", "number", "ms", "share of step", "peak MB", "arrays M
 
 
 def _lines(case: str, result: dict[str, Any]) -> list[list[Any]]:
-    """A line for each kind of phase: the time of all its phases, and the share of each part in it."""
+    """A row for each kind of phase: the total time of its phases, and the share of each part."""
     lines = []
     for kind, what in (("e", "embedding"), ("f", "blocks forward"), ("h", "head"), ("b", "blocks backward")):
         rows: list[dict[str, Any]] = [row for row in result["phases"] if row["phase"].startswith(kind)]
@@ -221,7 +222,7 @@ def _lines(case: str, result: dict[str, Any]) -> list[list[Any]]:
 
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Memory above, time by part below, on one axis: the longest list of phases."""
+    """Memory above, time by part below; the x axis is the longest list of phases."""
     cases = {case: [row for row in rows if row["case"] == case] for case in CASES}
     cases = {case: own for case, own in cases.items() if own}
     order = max(([row["phase"] for row in own] for own in cases.values()), key=len)
@@ -240,7 +241,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 
 
 def _draw_memory(axes: Any, cases: dict[str, list[Any]], order: list[str]) -> None:
-    """Lines: the footprint's peaks; dotted, the peaks of MLX's arrays."""
+    """Lines: peaks of the footprint; dotted lines: peaks of MLX's arrays."""
     for case, own in cases.items():
         x = [order.index(row["phase"]) for row in own]
         axes.plot(x, [row["peak_mb"] for row in own], ".-", markersize=3, color=COLORS[case], label=CASES[case][0])
@@ -252,7 +253,7 @@ def _draw_memory(axes: Any, cases: dict[str, list[Any]], order: list[str]) -> No
 
 
 def _draw_time(axes: Any, cases: dict[str, list[Any]], order: list[str]) -> None:
-    """Bars by part, a bar per case; the head's are cut off, and their sums written beside them."""
+    """One bar per case, split by part; the head's bars are cut off and labelled with their sums."""
     from matplotlib.patches import Patch
 
     width, tallest = 0.84 / len(cases), 0.0

@@ -1,8 +1,8 @@
-"""Predicted against measured peak footprint over a grid of cases: `python -m bench.plan_check`.
+"""Predicted and measured peak footprints over a grid of cases: `python -m bench.plan_check`.
 
-Each case is a process of its own. It predicts its peak as training does, by a probe before the first step, trains a few
-steps and compares. Models have a real shape's width, random weights and few blocks: with their number the footprint
-grows only by LoRA parameters and by values kept in memory.
+Each case runs in its own process. It predicts its peak in the same way as training, with a probe before the first step,
+then trains a few steps and compares. Models have a real shape's width, random weights and few blocks: each further
+block adds only its LoRA parameters and its values kept in memory to the footprint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL = {
 BLOCKS: dict[str, dict[str, Any]] = {
     "default": {},
     "small": SMALL,
-    # As the search would choose: kept values and optimizer state in files.
+    # Kept values and optimizer state in files, as the search would choose.
     "small on disk": {**SMALL, "kept_bytes": 0, "offload_state": True},
     "lazy": {"grain": "block"},
 }
@@ -36,7 +36,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and with which plan; with a --memory-budget, policy and blocks are not used."""
+    """A training case and its plan; with a --memory-budget, `policy` and `blocks` are not used."""
 
     shape: str
     T: int
@@ -59,7 +59,7 @@ class Case:
 
 
 def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
-    """One case in this process: bytes predicted and measured by phase, and MLX's count of its arrays."""
+    """Runs a case in this process: bytes predicted and measured by phase, and MLX's count of its arrays."""
     from bench.case import SAVED, Stepper  # isort: skip  (before mlx: it loads the BLAS)
     import mlx.core as mx
 
@@ -125,7 +125,7 @@ def grid(quick: bool) -> list[Case]:
     cases += [Case(shape, T, budget=budget) for shape, T, budget in (*budgets, (gemma, 1024, "100MB"))]
     cases += [Case(shape, 256, optimizer="adamw", budget="min") for shape in (small, wide, gemma)]
     cases += [Case(small, 256, 4, budget="min"), Case(small, 256, engine="mezo", budget="min")]
-    # Metal's defaults; slow on a CPU, therefore short.
+    # Metal's defaults; few tokens, because they are slow on a CPU.
     cases += [Case(small, 48, dtype="bfloat16", weights=weights) for weights in ("packed", "decompressed")]
     cases += [Case(small, 48, weights="packed")]
     cases += [Case(shape, 256, budget="min", layers=layers) for shape, layers in ((small, 24), (gemma, 26))]  # whole
@@ -134,11 +134,11 @@ def grid(quick: bool) -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("plan_check", __doc__)
-    parser.add_argument("--quick", action="store_true", help="three cases")
-    parser.add_argument("--match", default="", metavar="TEXT", help="only cases whose line contains TEXT")
+    parser.add_argument("--quick", action="store_true", help="run only three cases")
+    parser.add_argument("--match", default="", metavar="TEXT", help="run only cases whose line contains TEXT")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # folder and Case as JSON, in this process
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # folder, and Case as JSON; runs it in this process
     options = parser.parse_args(argv)
     if options.case:
         print(json.dumps(measure(options.case[0], Case(**json.loads(options.case[1])))))

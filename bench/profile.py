@@ -1,7 +1,7 @@
-"""How a training step spends its time, stage by stage, and the speed of its products: `python -m bench.profile`.
+"""The time of a training step by stage, and the speed of its products: `python -m bench.profile`.
 
 The engine is timed from outside (bench/instruments.py). The time of a stage excludes the stages inside it; the time of
-a product includes its block of the LoRA pair. "bare" is the speed of a product of the same shape alone.
+a product includes its block of the LoRA pair. "bare" is the speed of an isolated product of the same shape.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ STAGES: list[tuple[Any, str, str]] = [
 
 
 class Instruments(Wraps):
-    """A clock around every stage."""
+    """Times every stage."""
 
     def __init__(self, clock: Clock):
         super().__init__()
@@ -85,7 +85,7 @@ class Instruments(Wraps):
         self._product(Input, "cotangent", "dx = g W", lambda source: source.linear)
 
     def _product(self, owner: Any, name: str, what: str, linear_of: Callable[[Any], LoraLinear | None]) -> None:
-        """Times owner.name(..., start, stop, ...) as a product of the projection; None: it makes no product."""
+        """Times owner.name(..., start, stop, ...) as a product of the projection; None: it has no product."""
         original, clock = getattr(owner, name), self.clock
 
         def wrapped(work: Any, *args: Any) -> Any:
@@ -124,9 +124,9 @@ def bare_gflops(shape: tuple[int, int, int], transposed: bool, repeats: int = 7)
 
 
 def profile(folder: Path, n_tokens: int, repeats: int, **options: Any) -> dict[str, Any]:
-    """{"step": ..., "forward": ...}: ms per call by stage, and of the whole without instruments.
+    """{"step": ..., "forward": ...}: ms per call by stage, and in total without instruments.
 
-    options: of Stepper.
+    options: arguments of Stepper.
     """
     stepper = Stepper(folder, n_tokens, **options)
 
@@ -161,7 +161,7 @@ def profile(folder: Path, n_tokens: int, repeats: int, **options: Any) -> dict[s
 
 
 def _clocked(stepper: Stepper, run: Callable[[], None], repeats: int, n_products: int) -> Clock:
-    """`repeats` runs with a clock around every stage; n_products: of the head, in one run."""
+    """Times every stage in `repeats` runs; n_products: the head's products in one run."""
     clock = Clock()
     instruments = Instruments(clock)
     try:
@@ -179,7 +179,7 @@ def _clocked(stepper: Stepper, run: Callable[[], None], repeats: int, n_products
 
 
 def _rows(clock: Clock, repeats: int, bare: dict[tuple[tuple[int, int, int], bool], float]) -> list[dict[str, Any]]:
-    """A row for each stage, the longest first. bare: GFLOP/s of bare products by shape, measured once each."""
+    """A row for each stage, longest first. bare: GFLOP/s of bare products by shape; each shape is measured once."""
     total_s = sum(clock.seconds.values())
     rows = []
     for stage, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):

@@ -1,4 +1,4 @@
-"""What a step or the head should take on a phone's chip, counted, not measured: projection and head_backward."""
+"""The time of a step or the head on a phone's chip, counted and not measured: projection and head_backward."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mebp_mlx.testing.synth import SHAPES, write_model
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
 ENGINES = ("mezo", "mebp")
-HEADS = ["shape", "engine", "GFLOP", "GB", "bound s", "at its efficiency", "paper s", "error", "ours s"]
+HEADS = ["shape", "engine", "GFLOP", "GB", "bound s", "predicted s", "paper s", "error", "ours s"]
 
 
 def projection(argv: Sequence[str]) -> None:
     """The iPhone proxy: the time of a step on a phone's chip, from counted operations and bytes.
 
-    For each of the paper's shapes and each engine: the roofline's bound at the chip's published peaks, in 16 bits with
-    packed weights; the time at the efficiency that the paper's own MeZO step of Qwen2.5-0.5B has on that chip (this one
-    figure predicts the nine others, with the paper's policy; the errors are the proxy's own); and our step with saved
-    products at the same efficiency. With --measured DIR (results of step_table and per_layer), times of this machine
-    are scaled by the ratio of the two rooflines, for the whole step and by phase.
+    For each of the paper's shapes and each engine it prints the roofline bound at the chip's published peak rates, in
+    16 bits with packed weights; the time at the efficiency of the paper's MeZO step of Qwen2.5-0.5B on that chip (this
+    efficiency predicts the nine other steps, with the paper's policy; the errors are the proxy's); and the time of our
+    step with saved products at the same efficiency. With --measured DIR (results of step_table and per_layer), this
+    machine's times are scaled by the ratio of the two rooflines, for the whole step and by phase.
     """
     options = _options(argv)
     phone = DEVICES[options.device]
@@ -43,7 +43,7 @@ def projection(argv: Sequence[str]) -> None:
     rates = Rates(phone.flops[2], phone.bandwidth)
     efficiency = efficiency_of(workloads[CALIBRATED_BY[0]], rates)
     if options.tokens != 256:
-        efficiency = math.nan  # the paper has one length
+        efficiency = math.nan  # the paper's steps have 256 tokens
     cases = [(shape, engine) for shape in options.shapes for engine in ENGINES]
     rows = [row_of(shape, engine, workloads[shape], rates, efficiency) for shape, engine in cases]
     print("\n".join(f"assumed    {text}" for text in phone.assumptions))
@@ -71,12 +71,14 @@ def _options(argv: Sequence[str]) -> Any:
     parser.add_argument("--measured", type=Path, help="folder with this machine's step_table.csv and per_layer.csv")
     options = parser.parse_args(argv)
     if options.measured is not None and not (options.measured / "step_table.csv").is_file():
-        parser.error(f"--measured {options.measured}: has no step_table.csv (python -m bench step_table --out DIR)")
+        parser.error(
+            f"--measured {options.measured}: contains no step_table.csv (python -m bench step_table --out DIR)"
+        )
     return options
 
 
 def workloads_of(shape: str, n_tokens: int, dtype: str = "bfloat16", weights: str = "packed") -> dict[str, Workload]:
-    """The workload of each engine, from the shape's headers alone."""
+    """The workload of each engine, from the shape's file headers only."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(shape, Path(scratch) / "model", sparse=True)
         model = mebp_mlx.open_model(folder, dtype, weights)
@@ -95,13 +97,13 @@ def counted(workloads: dict[str, Workload], engine: str, policy: str) -> dict[st
 
 
 def efficiency_of(workloads: dict[str, Workload], rates: Rates) -> float:
-    """The share of the roofline's speed at which the paper's step of CALIBRATED_BY runs."""
+    """The speed of the paper's step of CALIBRATED_BY, relative to the roofline."""
     shape, engine = CALIBRATED_BY
     return bound_s(counted(workloads, engine, "the paper's"), rates) / report.PAPER[shape][f"{engine}_s"]
 
 
 def row_of(shape: str, engine: str, workloads: dict[str, Workload], rates: Rates, efficiency: float) -> dict[str, Any]:
-    """A shape's step with an engine: counts, bounds, and the times at that efficiency beside the paper's."""
+    """A shape's step with an engine: counts, bounds, the times at this efficiency, and the paper's time."""
     ours, theirs = counted(workloads, engine, "ours"), counted(workloads, engine, "the paper's")
     total = sum(ours.values(), Work())
     paper_s = report.PAPER[shape][f"{engine}_s"]
@@ -130,7 +132,7 @@ def _line(row: dict[str, Any]) -> list[Any]:
 
 
 class _Scaled:
-    """Times of this machine, each multiplied by the ratio of its bound on the phone to its bound here: `rows`."""
+    """`rows`: this machine's times, multiplied by the ratio of the phone's bound to this machine's bound."""
 
     def __init__(self, folder: Path, workloads: dict[str, dict[str, Workload]], rates: Rates):
         self.workloads, self.rates = workloads, rates
@@ -183,7 +185,7 @@ class _Scaled:
 
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Bars: the paper's seconds, predicted ones, and ours at the same efficiency; MeZO left, MeBP right."""
+    """Bars: the paper's seconds, the predicted ones, and ours at the same efficiency; left MeZO, right MeBP."""
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
     series = (
         ("paper_s", "the paper, measured", "0.55"),
@@ -194,7 +196,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
         own = [row for row in rows if row["engine"] == engine]
         for number, (key, label, color) in enumerate(series):
             if engine == "mezo" and key == "ours_s":
-                continue  # MeZO has one policy: forward passes
+                continue  # MeZO saves nothing, so both policies are equal
             at = [place + 0.27 * (number - 1) for place in range(len(own))]
             axes.bar(at, [row[key] for row in own], 0.27, label=label, color=color)
         axes.set_xticks(range(len(own)), [row["shape"] for row in own], rotation=20, ha="right")
@@ -210,7 +212,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 # ----------------------------------------------------------------------------------------------- the head's gradient
 
 THREADGROUP_BYTES = 32 << 10  # Metal's limit for a threadgroup
-TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: h, weights and then logits
+TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # linear_cross_entropy.metal's tiles: h, weights and then logits
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ GPUS = (Gpu("A17 Pro", 2.15e12, 51.2e9), Gpu("M2 (10 cores)", 3.6e12, 100e9))
 
 @dataclass(frozen=True)
 class Way:
-    """operations: multiplications and additions; n_bytes: through device memory; threadgroup_bytes: per threadgroup."""
+    """operations: multiplications and additions; n_bytes: device memory traffic; threadgroup_bytes: per threadgroup."""
 
     name: str
     operations: float
@@ -239,18 +241,18 @@ class Way:
 
     @property
     def groups_per_core(self) -> int:
-        """Threadgroups that share 32 KB, at least one."""
+        """The number of threadgroups that fit into 32 KB, at least one."""
         return max(1, THREADGROUP_BYTES // self.threadgroup_bytes)
 
 
 def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
-    """The three ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
+    """The three methods for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
     weights = V * D * (4 / 8 + 2 * item_bytes / 64)
     rows, logits = T * D, T * V
     chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
     n_chunks = math.ceil(V / chunk)
     two_products = 4.0 * T * V * D
-    # z written and read, p written and read; the sum of [T, D] read and written for every chunk.
+    # z and p are written and read; the sum [T, D] is read and written for every chunk.
     a_bytes = 2 * weights + 4 * logits * item_bytes + 2 * n_chunks * rows * 4 + n_chunks * rows * item_bytes
     columns = (THREADGROUP_BYTES - TILES_BYTES) // (4 * ROWS) // 8 * 8
     slices = math.ceil(D / columns)
@@ -273,14 +275,14 @@ def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
 
 
 def head_backward(argv: Sequence[str]) -> None:
-    """Why the head's dh has no kernel of its own: bytes and operations of three ways, and bounds on two GPUs.
+    """Why the head's dh has no kernel of its own: bytes and operations of three methods, and bounds on two GPUs.
 
         A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
-        B  one kernel that sums 32 rows of dh in threadgroup memory: as many columns of dh as fit at a time, and all
-           logits computed again for each such slice
+        B  one kernel that sums 32 rows of dh in threadgroup memory, in slices of as many columns as fit; all logits are
+           recomputed for each slice
         C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
 
-    Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
+    Nothing is timed. The rates are published; a bound is the larger of operations / rate and bytes / bandwidth.
     """
     parser = report.Parser("head_backward", head_backward.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")

@@ -1,8 +1,8 @@
-"""What all benches share: command lines, child processes, printed tables, and files (CSV, context, PNG) under --out.
+"""Shared by all benches: command lines, child processes, printed tables, and files (CSV, context, PNG) under --out.
 
-A row is a dict of what was varied and what was measured; `spread` turns repeated measurements into a median with its
-20th and 80th percentiles. NAME.csv holds the rows, NAME.json the context (machine, versions, command, date, settings),
-NAME.png the picture, which `python -m bench draw NAME --out DIR` draws again from the other two.
+A row is a dict of settings and measurements; `spread` turns repeated measurements into a median with the 20th and 80th
+percentiles. NAME.csv holds the rows, NAME.json the context (machine, versions, command, date, settings), and NAME.png
+the picture, which `python -m bench draw NAME --out DIR` redraws from the other two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Rows = Sequence[Mapping[str, Any]]
 
 # The paper's device table (iPhone 15 Pro Max, A17 Pro; T = 256, batch 1, rank 8, means of 10 steps): LoRA parameters,
-# seconds per step and MB of MeZO and MeBP.
+# seconds per step and peak MB of MeZO and MeBP.
 PAPER: dict[str, dict[str, float]] = {
     "qwen2.5-0.5b": {"lora": 4_399_104, "mezo_s": 2.68, "mebp_s": 3.85, "mezo_mb": 319, "mebp_mb": 320},
     "qwen2.5-1.5b": {"lora": 9_232_384, "mezo_s": 5.47, "mebp_s": 9.09, "mezo_mb": 452, "mebp_mb": 460},
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m bench {name}", description=inspect.cleandoc(doc or ""), formatter_class=how)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The options; `command`: what was typed, for the context file."""
+        """The options, and `command`: the command line, for the context file."""
         options = super().parse_args(args, namespace)
         options.command = shlex.join([*self.prog.split(), *map(_name_alone, sys.argv[1:] if args is None else args)])
         return options
@@ -68,12 +68,12 @@ def parser(name: str, doc: str | None) -> Parser:
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """--models, for benches on random weights."""
+    """Adds --models, for benches on random weights."""
     parser.add_argument("--models", type=Path, help="keep the random models in this folder (default: a temporary one)")
 
 
 def positive(text: str) -> int:
-    """argparse's type of a number of steps, tokens, rounds or seeds."""
+    """An argparse type: a number of steps, tokens, rounds or seeds, at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
@@ -84,7 +84,7 @@ Bench = Callable[[Sequence[str]], object]
 
 
 def pick(benches: Mapping[str, Bench], argv: Sequence[str] | None, default: str | None = None) -> object:
-    """Runs the bench that the first argument names, or the default one, with the other arguments."""
+    """Runs the bench named by the first argument, or the default one, with the remaining arguments."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0] in benches:
         return benches[given[0]](given[1:])
@@ -94,7 +94,7 @@ def pick(benches: Mapping[str, Bench], argv: Sequence[str] | None, default: str 
 
 
 def run(main: Callable[[], object]) -> NoReturn:
-    """Runs `main` and ends the process: 0 or the exit code that it returns, 2 for a user's mistake."""
+    """Runs `main` and ends the process with its exit code (default 0), or with 2 after a UserError."""
     from mebp_mlx.errors import UserError
 
     try:
@@ -107,7 +107,7 @@ def run(main: Callable[[], object]) -> NoReturn:
 
 
 def refuse(error: object) -> NoReturn:
-    """Ends the process for a user's mistake: one line on stderr, exit code 2."""
+    """Ends the process with one line on stderr and exit code 2."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -116,7 +116,7 @@ def refuse(error: object) -> NoReturn:
 
 
 def model_of(shape: str, models: Path, layers: int | None = None, *, sparse: bool = False) -> Path:
-    """The folder in `models` of a random model of a shape, cut to `layers` blocks; written if missing."""
+    """The folder in `models` of a shape's random model, cut to `layers` blocks; written if missing."""
     from mebp_mlx.testing.synth import model_config, write_model
 
     folder = models / (shape if layers is None else f"{shape}-{layers}")
@@ -128,7 +128,7 @@ def model_of(shape: str, models: Path, layers: int | None = None, *, sparse: boo
 def run_module(module: str, *arguments: object, may_fail: bool = False) -> dict[str, Any]:
     """Runs `python -m module` in its own process and returns the JSON object on its last line; stderr is passed on.
 
-    Where it fails, this process ends with the same exit code; or, with may_fail, {"error": its last line} is returned.
+    If it fails, this process ends with the same exit code or, with may_fail, returns {"error": its last line}.
     """
     command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if may_fail else None, text=True)
@@ -136,7 +136,7 @@ def run_module(module: str, *arguments: object, may_fail: bool = False) -> dict[
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
     if done.returncode:
-        if done.returncode not in (2, 130):  # the child has said why
+        if done.returncode not in (2, 130):  # the child has printed the reason
             print(f"error: python -m {module} failed with exit code {done.returncode}", file=sys.stderr)
         raise SystemExit(abs(done.returncode))
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -188,7 +188,7 @@ def _shown(value: Any) -> str:
 def publish(name: str, options: argparse.Namespace, rows: Rows, draw: Callable | None = None, **more: Any) -> None:
     """Writes NAME.csv, NAME.json and NAME.png under --out, and prints the rows with their context as one JSON line.
 
-    draw(plt, rows, options) returns the figure, and a note for its corner or "". more: short facts for the context.
+    draw(plt, rows, options) returns the figure and a note for its corner ("" for none). more: entries of the context.
     """
     about = {"bench": name, **_context(options), **more}
     if options.out is not None:
@@ -220,7 +220,7 @@ def _context(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _context_text(about: Mapping[str, Any]) -> str:
-    """JSON with one line for each fact."""
+    """JSON with one line per entry."""
     lines = []
     for name, value in about.items():
         text = json.dumps(value)
@@ -232,14 +232,14 @@ def _context_text(about: Mapping[str, Any]) -> str:
 
 
 def _name_alone(value: Any) -> Any:
-    """The last part of an absolute path: a user's folders stay out of the files."""
+    """The last part of an absolute path, so that the files do not reveal a user's folders."""
     if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value)):
         return Path(value).name
     return value
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where files have changed since; None outside a checkout."""
+    """The checkout's commit, with a + if files have changed since; None outside a checkout."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
@@ -248,7 +248,7 @@ def _commit() -> str | None:
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A CSV row: nested keys are joined by dots; what is neither text nor a number becomes JSON."""
+    """A CSV row: nested keys are joined by dots; values that are neither text nor numbers become JSON."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):
@@ -283,7 +283,7 @@ def _nested(flat: Mapping[str, str]) -> dict[str, Any]:
 
 
 def draw_again(name: str, folder: Path, draw: Callable) -> None:
-    """NAME.png in `folder`, from its NAME.csv and NAME.json."""
+    """Redraws NAME.png in `folder` from its NAME.csv and NAME.json."""
     try:
         rows, about = read(folder, name)
     except FileNotFoundError as error:
@@ -292,7 +292,7 @@ def draw_again(name: str, folder: Path, draw: Callable) -> None:
 
 
 def save_picture(draw: Callable, rows: Rows, options: argparse.Namespace, path: Path, about: Mapping[str, Any]) -> None:
-    """Writes a PNG with the machine's line under it; without matplotlib one line says that there is none."""
+    """Writes a PNG with a line about the machine; without matplotlib it only prints a notice."""
     try:
         import matplotlib
     except ImportError:
@@ -312,7 +312,7 @@ def save_picture(draw: Callable, rows: Rows, options: argparse.Namespace, path: 
 
 
 def machine_label(about: Mapping[str, Any]) -> str:
-    """One line for a picture's corner: chip, cores, system, MLX, BLAS."""
+    """The line in a picture's corner: chip, cores, system, MLX, BLAS."""
     machine = about["machine"]
     system = f"{machine['cores']} cores, {machine['os'].split()[0]}"
     return f"{machine['chip']}, {system}, MLX {machine['mlx']}, {machine['blas']}"

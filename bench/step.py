@@ -1,8 +1,8 @@
 """Footprint and time of whole training steps: step, step_table, sequence_length, scaling, hard_limit.
 
-Models have real shapes and random weights; batch 1, LoRA on seven projections. Each case is a process of its own
-(bench/case.py), measured as a whole: interpreter and planning are included. The first step is not in the medians. The
-paper's figures are from an iPhone 15 Pro Max: memory and ratios compare, seconds do not.
+Models have real shapes and random weights; batch 1, LoRA on seven projections. Each case runs in its own process
+(bench/case.py), which is measured as a whole, with the interpreter and planning. Medians exclude the first step. The
+paper's figures are from an iPhone 15 Pro Max: memory and ratios are comparable, seconds are not.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from bench.case import add_limits, limit_flags, plan_line
 from mebp_mlx.system.phone import DEVICES
 from mebp_mlx.testing.synth import SHAPES
 
-REQUIRED_MB = {1024: 160, 4096: 320, 8192: 512}  # what the project requires of qwen2.5-0.5b, by T
+REQUIRED_MB = {1024: 160, 4096: 320, 8192: 512}  # the limits of this project for qwen2.5-0.5b, by T
 
 
 def _add_shapes(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     names = ", ".join(default)
-    shown = f"of {', '.join(SHAPES)} (default: {names})"
+    shown = f"one or more of {', '.join(SHAPES)} (default: {names})"
     parser.add_argument("--shapes", nargs="+", default=list(default), choices=list(SHAPES), metavar="SHAPE", help=shown)
 
 
 def _cases(folder: Path, options: Any, *flags: Sequence[object], may_fail: bool = False) -> Iterator[dict[str, Any]]:
-    """The results of a model's cases, one for each list of flags; each plan is printed."""
+    """Yields the results of a model's cases, one for each list of flags; prints each plan."""
     for given in flags:
         result = report.run_module("bench.case", folder, *given, *limit_flags(options), may_fail=may_fail)
         if "error" not in result:
@@ -38,7 +38,7 @@ def _cases(folder: Path, options: Any, *flags: Sequence[object], may_fail: bool 
 
 
 def step(argv: Sequence[str]) -> None:
-    """A training step against two forward passes of the same code, which is what MeZO needs."""
+    """A training step, compared with two forward passes of the same code (MeZO needs two)."""
     parser = report.Parser("step", step.__doc__)
     _add_shapes(parser, ["qwen2.5-0.5b"])
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
@@ -46,7 +46,7 @@ def step(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--rank", type=report.positive, default=8)
     parser.add_argument("--steps", type=report.positive, default=5, help="steps in the medians, after a first one")
-    parser.add_argument("--no-forwards", action="store_true", help="steps alone, without the ratio")
+    parser.add_argument("--no-forwards", action="store_true", help="measure only steps, without the ratio")
     report.add_models(parser)
     add_limits(parser)
     options = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def step(argv: Sequence[str]) -> None:
 def hard_limit(argv: Sequence[str]) -> int:
     """One step of each shape under an operating-system limit on the process's private memory (Linux only).
 
-    RLIMIT_DATA counts private writable memory that is reserved, used or not: never less than the footprint.
+    RLIMIT_DATA counts reserved private writable memory, used or not, so it is never below the footprint.
     """
     parser = report.Parser("hard_limit", hard_limit.__doc__)
     _add_shapes(parser, ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "gemma3-1b", "gemma3-4b", "qwen2.5-7b"])
@@ -82,7 +82,7 @@ def hard_limit(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     rows, lines = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        for shape in options.shapes:  # all weights are zero: sizes depend on shapes alone, and no file takes room
+        for shape in options.shapes:  # all weights are zero, so the sparse files need no disk space
             folder = report.model_of(shape, Path(scratch), options.layers, sparse=True)
             for result in _cases(folder, options, ["--tokens", options.tokens, "--steps", 0], may_fail=True):
                 rows.append({"shape": shape, "limit_mb": options.limit_mb, **result})
@@ -97,9 +97,11 @@ def scaling(argv: Sequence[str]) -> None:
     """Peak footprint by number of layers and by sequence length, with and without the LoRA parameters."""
     parser = report.Parser("scaling", scaling.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=report.positive, nargs="*", default=[3, 6, 12, 24], help="at T = 256")
+    parser.add_argument(
+        "--layers", type=report.positive, nargs="*", default=[3, 6, 12, 24], help="numbers of layers at T = 256"
+    )
     parser.add_argument("--tokens", type=report.positive, nargs="*", default=[256, 1024, 4096, 8192])
-    parser.add_argument("--depth", type=report.positive, help="layers of the cases over --tokens (default: all)")
+    parser.add_argument("--depth", type=report.positive, help="layers of the --tokens cases (default: all)")
     parser.add_argument("--rank", type=report.positive, default=8)
     add_limits(parser)
     options = parser.parse_args(argv)
@@ -115,7 +117,7 @@ def scaling(argv: Sequence[str]) -> None:
                 depth = n_layers or "all"
                 rows.append({"layers": depth, "peak_less_lora_mb": less_lora, **result})
                 lines.append([depth, T, result["peak_mb"], less_lora, required, result["first_step_s"]])
-    print(report.table(["layers", "T", "peak MB", "less LoRA MB", "required MB", "step s"], lines))
+    print(report.table(["layers", "T", "peak MB", "MB without LoRA", "required MB", "step s"], lines))
     print(json.dumps({"bench": "scaling", "command": options.command, "results": rows}))
 
 
@@ -153,7 +155,7 @@ TABLE_HEADS = ["shape", "LoRA", "MeZO MB", "paper", "MeBP MB", "paper", "MeZO s"
 
 def _table_line(rows: report.Rows, shape: str) -> list[Any]:
     mezo, mebp = (next(r for r in rows if r["shape"] == shape and r["engine"] == e) for e in ("mezo", "mebp"))
-    whole = mebp["layers"] == "all"  # the paper has no other models
+    whole = mebp["layers"] == "all"  # the paper has only whole models
     paper = report.PAPER.get(shape, {}) if whole else {}
     seconds = [row["step_s"]["median"] for row in (mezo, mebp)]
     paper_ratio = paper["mebp_s"] / paper["mezo_s"] if paper else None
@@ -162,7 +164,7 @@ def _table_line(rows: report.Rows, shape: str) -> list[Any]:
 
 
 def draw_table(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Bars: peak memory beside the paper's; MeBP's time over MeZO's beside the paper's."""
+    """Bars: peak memory, and MeBP's time divided by MeZO's, next to the paper's."""
     figure, (memory, ratio) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[3, 2])
     places = range(len(options.shapes))
     lines = [_table_line(rows, shape) for shape in options.shapes]
@@ -191,7 +193,7 @@ def draw_table(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 
 
 def sequence_length(argv: Sequence[str]) -> None:
-    """Peak footprint and time per step of MeBP by sequence length, beside a re-measurement of the paper's."""
+    """Peak footprint and time per step of MeBP by sequence length, compared with a re-measurement of the paper's."""
     parser = report.parser("sequence_length", sequence_length.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
     parser.add_argument("--layers", type=report.positive, help="number of blocks (default: all)")
@@ -239,7 +241,7 @@ def draw_lengths(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
         ticks = sorted({*T, *paper})
         axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=30)
         axes.minorticks_off()
-        axes.set_xlabel("tokens in the sequence")
+        axes.set_xlabel("tokens per sequence")
     figure.suptitle(f"{options.shape}{', 2 blocks' if options.quick else ''}, batch 1, rank 8, SGD")
     return figure, "random weights"
 

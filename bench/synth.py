@@ -1,4 +1,4 @@
-"""Write a model of a real shape with random weights, as mlx-lm lays it out: `python -m bench.synth SHAPE DIR`."""
+"""Writes a model of a real shape with random weights, in mlx-lm's layout: `python -m bench.synth SHAPE DIR`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", metavar="DIR", help="new or empty folder")
     parser.add_argument("--bits", type=int, default=4, help="2-8: affine quantization; 16: none (default 4)")
     parser.add_argument("--group-size", type=int, default=64, help="weights per scale (default 64)")
-    parser.add_argument("--dtype", default="bfloat16", help=f"of unquantized tensors: {', '.join(DTYPES)}")
-    parser.add_argument("--layers", type=int, help="number of blocks (default: all of the real model's)")
+    parser.add_argument("--dtype", default="bfloat16", help=f"dtype of unquantized tensors: {', '.join(DTYPES)}")
+    parser.add_argument("--layers", type=int, help="number of blocks (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     began_s = time.perf_counter()

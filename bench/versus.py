@@ -1,4 +1,4 @@
-"""Ours against mlx-lm's trainer and whole-graph checkpointing: versus and in_memory (`python -m bench NAME`)."""
+"""Comparisons with mlx-lm's trainer and whole-graph checkpointing: versus and in_memory (`python -m bench NAME`)."""
 
 from __future__ import annotations
 
@@ -43,20 +43,22 @@ Timed = list[tuple[float, float]]  # (loss, seconds) of each step
 
 
 def versus(argv: Sequence[str]) -> None:
-    """Ours, mlx-lm's trainer with packed and with decompressed weights, and whole-graph checkpointing in two orders.
+    """mebp_mlx, mlx-lm's trainer with packed and decompressed weights, and whole-graph checkpointing in two orders.
 
-    All use the same initial LoRA values, rows, precision (float32), optimizer (Adam) and BLAS. Each run is a process of
-    its own; the contestants are interleaved for a few rounds, so a busy machine affects all of them. All compute exact
+    All use the same initial LoRA values, rows, precision (float32), optimizer (Adam) and BLAS. Each run has its own
+    process; the contestants are interleaved for a few rounds, so a busy machine affects all of them. All compute exact
     gradients, so their losses after N steps must agree.
 
-        python -m bench.versus                                     # the bundled model on its text
-        python -m bench.versus --shape qwen2.5-0.5b --layers 4     # a real shape's blocks and head, random weights
+        python -m bench versus                                     # the bundled model on its text
+        python -m bench versus --shape qwen2.5-0.5b --layers 4     # a real shape's blocks and head, random weights
     """
     parser = report.parser("versus", versus.__doc__)
     _add_run(parser)
     parser.add_argument("--model", default="bundled", help="folder, hub id, or `bundled`")
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights and tokens instead of --model and --data")
-    parser.add_argument("--layers", type=report.positive, help="blocks of --shape (default: all)")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="use random weights and tokens instead of --model and --data"
+    )
+    parser.add_argument("--layers", type=report.positive, help="number of blocks of --shape (default: all)")
     parser.add_argument("--rounds", type=report.positive, default=3)
     parser.add_argument("--without", nargs="*", default=[], choices=list(CASES), help="contestants to leave out")
     options = parser.parse_args(argv)
@@ -84,7 +86,7 @@ def versus(argv: Sequence[str]) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """The options of a run, for the bench and for its contestants."""
+    """Adds the options of a run, for the bench and its contestants."""
     parser.add_argument("--data", default="bundled", help="folder, hub id, or `bundled`")
     parser.add_argument("--steps", type=report.positive, default=20)
     parser.add_argument("--batch-size", type=report.positive, default=4)
@@ -129,9 +131,9 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
 
 
 def rows_of(path: Path, data: str, vocabulary: int, shape: tuple[int, int]) -> np.ndarray:
-    """int32 [n_rows, T + 1]: the training texts end to end, cut to one length, so that no graph is traced twice.
+    """int32 [n_rows, T + 1]: the concatenated training texts, cut to one length, so that no graph is traced twice.
 
-    shape: (n_rows, T). Random tokens for a model without a tokenizer.
+    shape: (n_rows, T). If the model has no tokenizer, the tokens are random.
     """
     n_rows, n_tokens = shape
     if not has_tokenizer(path):
@@ -148,7 +150,7 @@ def rows_of(path: Path, data: str, vocabulary: int, shape: tuple[int, int]) -> n
 
 
 def with_engine(stepper: Stepper, rows: np.ndarray) -> Iterator[float]:
-    """The loss of each step of one of our engines."""
+    """Runs the steps of one of our engines; returns loss and seconds of each."""
     size = stepper.config.batch_size
     for step, first in enumerate(range(0, len(rows), size)):
         part = rows[first : first + size]
@@ -157,7 +159,7 @@ def with_engine(stepper: Stepper, rows: np.ndarray) -> Iterator[float]:
 
 
 def with_mlx_lm(path: Path, lora: Lora, rows: np.ndarray, batch_size: int, in_memory: bool) -> Timed:
-    """The losses and times of mlx-lm's own trainer."""
+    """Runs mlx-lm's trainer; returns loss and seconds of each step."""
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
@@ -230,7 +232,7 @@ def _timed(losses: Iterator[float], now: Callable[[], float] = time.perf_counter
 
 
 def contestant(argv: Sequence[str]) -> None:
-    """One run of `versus` in this process; JSON on the last line."""
+    """Runs one contestant of `versus` in this process; JSON on the last line."""
     parser = report.Parser("versus contestant", contestant.__doc__)
     parser.add_argument("model", help="folder, hub id, or `bundled`")
     parser.add_argument("--case", required=True, choices=list(CASES))
@@ -241,7 +243,7 @@ def contestant(argv: Sequence[str]) -> None:
 
 
 def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> dict[str, Any]:
-    """Medians of seconds and of the ratio; the two losses and the largest difference of the first step's gradients."""
+    """Median seconds and ratio; the two losses and the largest gradient difference of the first step."""
     default_cache_bytes = mx.set_cache_limit(OUR_CACHE_BYTES)
     stepper = Stepper(folder, n_tokens, rank=rank, optimizer="sgd")
     theirs = mlx_lm_model(folder, stepper.lora)
@@ -300,10 +302,10 @@ def measure_in_memory(folder: Path, n_tokens: int, rank: int, n_steps: int) -> d
 
 
 def in_memory(argv: Sequence[str]) -> None:
-    """Our step against mlx-lm's own model, decompressed in memory and without checkpointing.
+    """Our step, compared with mlx-lm's model, decompressed in memory and without checkpointing.
 
-    Both run in one process, interleaved, with the same BLAS, batch and LoRA: exact gradients of seven projections and
-    an update by SGD. mlx-lm keeps every weight in float32, all values of the graph, and MLX's default buffer cache.
+    Both run interleaved in one process with the same BLAS, batch and LoRA: exact gradients of seven projections and an
+    SGD update. mlx-lm keeps every weight in float32, all values of the graph, and MLX's default buffer cache.
     """
     parser = report.Parser("in_memory", in_memory.__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=list(SHAPES))
@@ -311,7 +313,7 @@ def in_memory(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--rank", type=report.positive, default=8)
     parser.add_argument("--steps", type=report.positive, default=3)
-    parser.add_argument("--model", type=Path, help="folder of an existing model (default: one of --shape)")
+    parser.add_argument("--model", type=Path, help="folder of an existing model (default: a random one of --shape)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or report.model_of(options.shape, Path(scratch), options.layers)

@@ -1,1 +1,1 @@
-"""The tests mirror the package."""
+"""Tests; the files mirror the package."""

@@ -1,4 +1,4 @@
-"""Folders of random adapters for small models, and what mlx-lm's own model makes of them."""
+"""Folders of random adapters for small models, and their loss in mlx-lm's model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_adapters(
     num_layers: int = -1,
     **about: Any,
 ) -> Path:
-    """A folder of random adapters of a model."""
+    """Writes a folder of random adapters for a model."""
     model = mebp_mlx.open_model(model_path)
     lora = mebp_mlx.init_lora(model, rank=rank, scale=scale, keys=keys, num_layers=num_layers)
     randomize_lora(lora, seed=5, spread=spread)
@@ -37,7 +37,7 @@ def make_adapters(
 
 
 def mlx_lm_loss(model_path: Path, adapters: Path | None, rows: list[list[int]]) -> float:
-    """The mean loss over all tokens but each row's first, by mlx-lm's own model in float32."""
+    """The mean loss over all tokens except each row's first, computed by mlx-lm's model in float32."""
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 

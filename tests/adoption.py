@@ -1,6 +1,6 @@
-"""Adoption of mapped pages, emulated on the CPU backend: memory that MLX takes for its own and that cannot be written.
+"""Zero-copy use of mapped pages, emulated on the CPU backend: MLX receives memory that is write-protected.
 
-What Metal would do to such memory unseen (a result written into the file's pages) ends the process here. Linux only.
+On Metal MLX could write a result into the file's pages unnoticed; in the emulation this ends the process. Linux only.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mebp_mlx.testing.tiny import random_batch, randomize_lora
 from mebp_mlx.weights.safetensors import MappedWeights
 
 _M_MMAP_THRESHOLD, _SETTLED_BYTES = -3, allocator._MMAP_BYTES
-_IS_MMAPPED = 2  # in the word before a block of glibc's
+_IS_MMAPPED = 2  # in the word before a block of glibc's heap
 _libc = ctypes.CDLL(None, use_errno=True)
 _heap: list[mx.array] = []
 
 
 def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
-    """In the place of mx.from_dlpack: whole read-only pages -> uint8, as MLX on Metal documents it.
+    """Replaces mx.from_dlpack: whole read-only pages -> uint8, as documented for MLX on Metal.
 
-    The array's memory is a copy of them that the system lets nobody write; MLX thinks it as large as the pages, which
-    decides whether it may give it to a result.
+    The array's memory is a write-protected copy of the pages. MLX sees a buffer of the pages' size; this size decides
+    whether MLX may reuse it for a result.
     """
     source = np.frombuffer(pages, np.uint8)
     if copy is not False or not pages.readonly or not source.size or source.size % PAGE_BYTES:
@@ -45,7 +45,7 @@ def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
     padded = _in_a_map_of_its_own(source.size + mmap.PAGESIZE)
     whole = np.frombuffer(memoryview(padded), np.uint8)
     address = whole.ctypes.data
-    allocated = ctypes.c_size_t.from_address(address - 8)  # where MLX's CPU allocator notes the size
+    allocated = ctypes.c_size_t.from_address(address - 8)  # where MLX's CPU allocator stores the size
     assert allocated.value == whole.size
     allocated.value = source.size
     skip = -address % mmap.PAGESIZE
@@ -58,22 +58,22 @@ def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
 
 
 def _in_a_map_of_its_own(n_bytes: int) -> mx.array:
-    """uint8 [n_bytes] outside the heap, so that all of it is gone once it is freed, protected or not."""
+    """uint8 [n_bytes] outside the heap, so that all of it is unmapped when freed, protected or not."""
     allocator.settle()
     _libc.mallopt(_M_MMAP_THRESHOLD, mmap.PAGESIZE)
     while True:
         array = mx.zeros(n_bytes, mx.uint8)
         mx.eval(array)
-        block = np.frombuffer(memoryview(array), np.uint8).ctypes.data - 8  # MLX notes the size before its memory
+        block = np.frombuffer(memoryview(array), np.uint8).ctypes.data - 8  # MLX stores the size before its memory
         if ctypes.c_size_t.from_address(block - 8).value & _IS_MMAPPED:
             break
-        _heap.append(array)  # another thread may free some of the heap at any time: what came from it stays taken
+        _heap.append(array)  # another thread may free heap memory at any time, so memory from the heap stays allocated
     _libc.mallopt(_M_MMAP_THRESHOLD, _SETTLED_BYTES)
     return array
 
 
 def place(file: Path, shift: int) -> None:
-    """Rewrites a safetensors file so that its data begins `shift` bytes behind a page, and fills its last page."""
+    """Rewrites a safetensors file: its data begins `shift` bytes after a page boundary, and its last page is filled."""
     raw = file.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     header, data = raw[8:end], raw[end:]
@@ -83,10 +83,10 @@ def place(file: Path, shift: int) -> None:
 
 
 def read_and_step(folder: Path, seed: int, plans: dict[str, Plan]) -> dict[str, Any]:
-    """Every tensor read, computed with and read again, then two steps; all of it against copies, bit by bit.
+    """Reads every tensor, computes with it, reads it again, then runs two steps; compares with copies, bit by bit.
 
-    The plan is chosen, by measuring, for the first checkpoint of a family, and kept in `plans` for its others.
-    Returns {"adopted": names of adopted tensors, "copied": {name: why}}.
+    The plan is measured for the first checkpoint of a family, and reused from `plans` for its others. Returns
+    {"adopted": names of adopted tensors, "copied": {name: reason}}.
     """
     model, plain = (mebp_mlx.open_model(folder, "bfloat16", "packed") for _ in range(2))
     weights = model.weights
@@ -130,7 +130,7 @@ def _step(model: Model, seed: int, tokens: np.ndarray, targets: np.ndarray, plan
 
 
 def main(how: str, seed: int, folders: list[str]) -> None:
-    """Prints what `read_and_step` finds of each folder. how: "kept", or "dropped" to adopt anew at every read."""
+    """Prints the result of `read_and_step` for each folder. how: "kept", or "dropped" to adopt again at every read."""
     mx.from_dlpack = from_dlpack
     if how == "dropped":
         keep = MappedWeights.in_place

@@ -13,8 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-# One thread a process, children included: the matrices here are small, and threads that wait for one another take
-# three times as long on a busy machine. The BLAS reads this when it is loaded.
+# One thread per process, also in children: the matrices are small, and threads that wait for each other take three
+# times as long on a busy machine. The BLAS reads this when it is loaded.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
@@ -22,36 +22,36 @@ import mebp_mlx  # noqa: E402, F401  (the BLAS must be loaded before mlx.core)
 
 import mlx.core as mx  # noqa: E402  # isort: skip
 
-# The same examples in every run, as with `seed` below.
+# Every run uses the same examples, as with `seed` below.
 _examples = "default" if os.environ.get("MEBP_TEST_SEED") == "fresh" else "same"
 hypothesis.settings.register_profile("same", derandomize=True, database=None)
 hypothesis.settings.load_profile(_examples)
 
-# Bit-equality and float64 references need the CPU backend; MEBP_TEST_DEVICE=gpu tries the same tests on Metal.
+# Bit-equality and float64 references need the CPU backend; MEBP_TEST_DEVICE=gpu runs the same tests on Metal.
 mx.set_default_device(mx.gpu if os.environ.get("MEBP_TEST_DEVICE") == "gpu" else mx.cpu)
 
 
 @pytest.fixture(autouse=True)
 def _alone_or_with_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Under pytest-xdist, tests marked `alone` wait until the other processes of the session are between two tests."""
+    """Under pytest-xdist, tests marked `alone` run while the session's other processes are between two tests."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
     how = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
-    with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:  # the session's own folder
+    with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:  # the session's folder
         fcntl.flock(lock, how)  # until the file is closed
         yield
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A test's own seed, the same in every run; MEBP_TEST_SEED=N sets it, MEBP_TEST_SEED=fresh draws a new one."""
+    """The test's seed, the same in every run; MEBP_TEST_SEED=N sets it, MEBP_TEST_SEED=fresh draws a new one."""
     chosen = os.environ.get("MEBP_TEST_SEED")
     if chosen == "fresh":
         value = secrets.randbelow(2**31)
     else:
         value = int(chosen) if chosen else zlib.crc32(request.node.nodeid.encode()) % 2**31
-    print(f"MEBP_TEST_SEED={value}")  # shown with a failure
+    print(f"MEBP_TEST_SEED={value}")  # shown if the test fails
     return value
 
 
@@ -65,14 +65,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tokens_made_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize in this process: a child would import transformers once more for every test."""
+    """Tokenizes in this process, because a child would import transformers again for every test."""
     from tests.runs import tokenize_here
 
     tokenize_here(home, monkeypatch)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of Metal kernels and what was checked of them, from the tests that passed."""
+    """Prints the table of Metal kernels and their checks, from the tests that passed."""
     counts: dict[tuple[str, str], int] = {}
     for report in terminalreporter.stats.get("passed", []):
         for key, value in getattr(report, "user_properties", []):

@@ -1,4 +1,4 @@
-"""Runs the project's Metal kernels: on Metal where it is, else their real source through tests/metal_on_cpu."""
+"""Runs the project's Metal kernels: on Metal if it exists, otherwise their sources in tests/metal_on_cpu."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SOURCES = {name: kernels.sources[name] for name in kernels.KERNELS}
 def running(
     seed: int = 0, sanitize: str = "", change: Callable[[str], str] | None = None, pretend: bool = False
 ) -> Iterator[None]:
-    """Kernels run inside: on Metal, or emulated with that order of threads and sanitizer.
+    """A context that runs kernels on Metal, or emulated with the given order of threads and sanitizer.
 
-    change: replaces each kernel's source text; pretend: calls without `impl` find Metal too.
+    change: replaces each kernel's source text; pretend: calls without `impl` also find Metal.
     """
     on_metal = mx.metal.is_available()
     if not on_metal and (reason := metal_on_cpu.why_not(sanitize)):

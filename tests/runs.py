@@ -1,4 +1,4 @@
-"""Small runs of the command for tests: a model with a tokenizer, rows of text, and what a run left behind."""
+"""Small runs of the command for tests: a model with a tokenizer, rows of text, and the results of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ["the", "cat", "sat", "on", "mat", "and", "looked", "at", "moon", "what"
 
 
 def write_home(home: Path) -> Path:
-    """A folder with `model` and `data`: a random model of two layers, 40 + 6 + 4 rows of 2 to 11 words."""
+    """Writes a folder with `model` and `data`: a random model of two layers, 40 + 6 + 4 rows of 2 to 11 words."""
     write_tokenizer(home / "model", chat=True)
     write_model(home / "model", CONFIGS["qwen3"] | {"vocab_size": 320, "num_hidden_layers": 2}, seed=3)
     rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def write_home(home: Path) -> Path:
 
 
 def tokenize_here(home: Path, patch: pytest.MonkeyPatch) -> None:
-    """Token files go to `home` and are made in this process: a child takes seconds to import its libraries."""
+    """Writes token files to `home`, in this process, because a child takes seconds to import its libraries."""
     patch.setenv("MEBP_CACHE_DIR", str(home / "cache"))
     patch.setattr(dataset, "run_child", lambda arguments, request, **_: tokenize.tokenize(request))
 
@@ -58,7 +58,7 @@ def arguments(home: Path, out: Path, *more: str) -> list[str]:
 
 
 def child(*command: str, **options: Any) -> subprocess.Popen[str]:
-    """`python COMMAND` with both outputs captured."""
+    """Runs `python COMMAND` and captures both outputs."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *command],
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """The one line on stderr with which the command refuses (exit code 2), without `error: `."""
+    """The one line on stderr of a command that ends with exit code 2, without `error: `."""
     capsys.readouterr()
     assert train.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -96,12 +96,12 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 
 def listen_to_signals(patch: pytest.MonkeyPatch) -> None:
-    """Runs handle signals even where pytest itself was started with them ignored (nohup, `&`)."""
+    """Runs handle signals even if pytest was started with them ignored (nohup, `&`)."""
     patch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, iteration: int) -> None:
-    """Ctrl-C while the given iteration runs."""
+    """Sends Ctrl-C during the given iteration."""
     listen_to_signals(patch)
     advance = run_log.RunLog.advance
 

@@ -1,4 +1,4 @@
-"""Adopted pages are never written: MLX gives an input's memory to a result unless something else refers to it."""
+"""Adopted pages are never written, although MLX reuses an input's memory if nothing else refers to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.runs import child
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation knows glibc and MLX's CPU wheel")
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3", "qwen3_moe")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-SHIFTS = (0, 2, 1)  # bytes from a page: all is aligned; 16-bit numbers are; nothing is
+SHIFTS = (0, 2, 1)  # bytes after a page boundary: all tensors aligned; only 16-bit ones; none
 
 
 def _write(folder: Path, family: str, dtype: str, shift: int, seed: int) -> Path:
@@ -59,7 +59,7 @@ def test_reads_casts_and_steps_write_into_no_adopted_page(tmp_path: Path, family
 @linux
 @pytest.mark.parametrize("family, dtype", [("qwen2", "float16"), ("gemma3_text", "bfloat16")])
 def test_the_emulation_catches_a_write(tmp_path: Path, family: str, dtype: str, seed: int) -> None:
-    """The same reads without the reference that is kept: a result lands in the pages, and the process dies."""
+    """Without the reference that is kept, the same reads write a result into the pages, and the process dies."""
     folder = _write(tmp_path / "model", family, dtype, 0, seed)
     code, said, _ = _run("dropped", seed, folder)
     assert code == -signal.SIGSEGV and not said
@@ -118,7 +118,7 @@ def test_a_tensor_is_adopted_once_and_its_pages_go_with_close(
 def test_the_last_page_of_a_file_is_adopted_where_the_system_maps_it_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Always on Apple silicon, whose pages are as large; here if nothing but the page's last 4 KiB is missing."""
+    """Always on Apple silicon with its 16 KiB pages; on 4 KiB pages only if just the last 4 KiB are missing."""
     monkeypatch.setattr(mx, "from_dlpack", adoption.from_dlpack)
     path = tmp_path / "model.safetensors"
     value = mx.arange(2 * adopt.PAGE_BYTES, dtype=mx.uint32).astype(mx.uint8)
@@ -136,7 +136,7 @@ def test_the_last_page_of_a_file_is_adopted_where_the_system_maps_it_whole(
 
 
 def test_without_metal_rows_are_copied(tmp_path: Path, seed: int) -> None:
-    """MLX's CPU backend refuses to adopt; nobody notices but the memory."""
+    """MLX's CPU backend refuses to adopt; only the memory use changes."""
     path = tmp_path / "model.safetensors"
     value = mx.array(np.random.default_rng(seed).standard_normal((500, 100)), mx.float32)
     mx.save_safetensors(str(path), {"w": value})

@@ -1,4 +1,4 @@
-"""What freed arrays leave behind after memory.settle()."""
+"""The memory that freed arrays leave behind after memory.settle()."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ print(json.dumps([after_round, mx.get_cache_memory()]))
 """
 
 
-def test_what_stays_does_not_add_up() -> None:
-    """Ten rounds of seven sizes would add up to 2 GB; the heap may keep what the largest needed, and some gaps."""
+def test_freed_memory_does_not_accumulate() -> None:
+    """Ten rounds of seven sizes would add up to 2 GB; the heap may keep the size of the largest, and some gaps."""
     done = subprocess.run([sys.executable, "-c", ROUNDS], stdout=subprocess.PIPE, text=True, check=True)
     after_round, cache_bytes = json.loads(done.stdout)
     largest_bytes = 2 * 9000 * 1024 * 4

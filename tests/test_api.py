@@ -1,4 +1,4 @@
-"""From Python: README's example, training with callbacks, adapters in and out, and models by name."""
+"""The Python interface: README's example, training with callbacks, saving and loading adapters, models by name."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_run_resumes_with_its_own_options(home: Path, tmp_path: Path, tokens_m
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_are_saved_and_loaded_as_mlx_lm_does(home: Path, tmp_path: Path, kind: str) -> None:
+def test_adapters_are_saved_and_loaded_as_in_mlx_lm(home: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("mlx_lm")
     model = mebp_mlx.open_model(home / "model")
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, num_layers=1, fine_tune_type=kind)

@@ -16,11 +16,11 @@ from mebp_mlx.system.pages import PAGE_BYTES
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_what_is_put_comes_back_to_the_bit(tmp_path: Path, dtype: mx.Dtype, seed: int) -> None:
+def test_stored_values_are_restored_bit_for_bit(tmp_path: Path, dtype: mx.Dtype, seed: int) -> None:
     rng = np.random.default_rng(seed)
     arena = Arena(40 * PAGE_BYTES, tmp_path)
     shapes = [(1, 1, 1), (3, 5, 7), (2, 33, 40), (1, 4096)]
-    for _ in range(2):  # a cleared arena is as good as new
+    for _ in range(2):  # a cleared arena works like a new one
         arena.clear()
         arrays = [mx.array(rng.standard_normal(s), mx.float32).astype(dtype) for s in shapes]
         arrays.append(arrays[1].swapaxes(0, 2))  # not contiguous

@@ -1,4 +1,4 @@
-"""What a user can get wrong: exit code 2, one line that names it, and nothing is written."""
+"""Bad input ends with exit code 2 and one line that names it; nothing is written."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ NO_MEMORY = [
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}"[:40])
-def test_memory_that_cannot_be_had_is_one_line(
+def test_a_failed_allocation_is_one_line(
     home: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -163,7 +163,7 @@ def test_other_errors_keep_their_traceback(home: Path, tmp_path: Path, monkeypat
             train.main(arguments(home, tmp_path / "out"))
 
 
-def test_a_row_without_labels_is_counted_and_all_rows_so_is_an_error(
+def test_rows_without_labels_are_counted_and_refused_if_there_are_no_others(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = {"prompt": "what", "completion": "it is the moon"}

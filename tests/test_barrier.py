@@ -1,4 +1,4 @@
-"""Barriers: what is evaluated when, for every grain, and how often a step waits."""
+"""Barriers: the evaluations of every grain, and the number of waits in a step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, w
 
 
 class Recorded:
-    """What is evaluated, in order: ("wait" | "submit", the arrays' names)."""
+    """Records evaluations in order: ("wait" | "submit", the arrays' names)."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.calls: list[tuple[str, str]] = []
         self.names: dict[int, str] = {}
-        self.kept: list[mx.array] = []  # an id belongs to one array as long as it lives
+        self.kept: list[mx.array] = []  # an id is unique while its array lives
         plain_eval, plain_async_eval = mx.eval, mx.async_eval
 
         def recorded(kind: str, run: Any) -> Any:
@@ -48,7 +48,7 @@ class Recorded:
 
 
 def _walk(grain: str | None, patch: pytest.MonkeyPatch) -> tuple[Barrier, list[tuple[str, str]]]:
-    """Two blocks of two tiles, each of a piece p, a value v and an output t."""
+    """Two blocks of two tiles, each with a piece p, a value v and an output t."""
     barrier, recorded = Barrier(grain), Recorded(patch)
     for block in "ab":
         for tile in "12":
@@ -60,7 +60,7 @@ def _walk(grain: str | None, patch: pytest.MonkeyPatch) -> tuple[Barrier, list[t
     return barrier, recorded.calls
 
 
-def test_what_is_evaluated_when(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_grain_evaluates_at_its_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = [f"{block}{tile} " for block in "ab" for tile in "12"]
     barrier, calls = _walk("op", monkeypatch)
     assert calls == [("wait", f"{kind}{tile}") for tile in tiles for kind in "pvt"]
@@ -86,7 +86,7 @@ def test_what_is_evaluated_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [] and barrier.is_lazy and barrier.n_waits == 0
 
 
-def test_what_was_submitted_may_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitted_arrays_may_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     barrier, recorded = Barrier("block"), Recorded(monkeypatch)
     barrier.tile(recorded.array("a"))
     barrier.finish()
@@ -107,7 +107,7 @@ B, T = 2, 150  # three tiles
 
 
 def _as_on_a_gpu(tmp_path: Path, seed: int, V: int = 1000) -> tuple[Any, Any, Any]:
-    """bfloat16, packed weights: a GPU's path, on the CPU."""
+    """A GPU's defaults on the CPU: bfloat16, packed weights."""
     config = packed_config("qwen3") | {"vocab_size": V, "num_hidden_layers": 4}
     quantization = {"group_size": 32, "bits": 4}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=quantization, dtype=mx.bfloat16)
@@ -123,7 +123,7 @@ def _plan(grain: str, **more: Any) -> Plan:
 
 
 @pytest.mark.parametrize("logits_block_bytes", [8 << 20, 64_000])
-def test_a_step_waits_once_a_block_and_pass(tmp_path: Path, logits_block_bytes: int, seed: int) -> None:
+def test_a_step_waits_once_per_block_and_pass(tmp_path: Path, logits_block_bytes: int, seed: int) -> None:
     model, lora, batch = _as_on_a_gpu(tmp_path, seed)
     plan = _plan("block", head_block_bytes=None, logits_block_bytes=logits_block_bytes)
     n_chunks = math.ceil(model.spec.V / plan.vocabulary_chunk(B * T, 0, 2))
@@ -132,13 +132,13 @@ def test_a_step_waits_once_a_block_and_pass(tmp_path: Path, logits_block_bytes: 
     for step in range(2):
         before, submitted = engine.barrier.n_waits, engine.barrier.n_submissions
         engine.step(batch, step=step, micro=0, n_labels=B * T, sink=lambda g: None)
-        # The loss itself is one more.
+        # The loss is one more wait.
         assert engine.barrier.n_waits - before <= 2 * model.spec.L + n_chunks + 1
-        # A tile of the forward and the backward pass each, and the head's chunks.
+        # One wait per tile of the forward and the backward pass, and per chunk of the head.
         assert engine.barrier.n_submissions - submitted == 2 * 3 * model.spec.L + n_chunks
     before = engine.barrier.n_waits
     engine.evaluate(batch)
-    # Not less either: a chunk's logits, and a block's values, are memory until it is done.
+    # Fewer waits would hold more memory: a chunk's logits and a block's values live until it is evaluated.
     assert model.spec.L + n_chunks - 1 <= engine.barrier.n_waits - before <= model.spec.L + n_chunks + 1
     engine.close()
 
@@ -156,8 +156,8 @@ def test_no_grain_waits_less_than_a_coarser_one(tmp_path: Path, seed: int) -> No
 
 @pytest.mark.parametrize("need_dx", [True, False])
 @pytest.mark.parametrize("grain", ["tile", "block"])
-def test_two_chunks_of_logits_exist_at_most(tmp_path: Path, grain: str, need_dx: bool, seed: int) -> None:
-    """However large the vocabulary is: a chunk is submitted when the one before it is done."""
+def test_at_most_two_chunks_of_logits_exist(tmp_path: Path, grain: str, need_dx: bool, seed: int) -> None:
+    """For any vocabulary size: a chunk is submitted when the previous one is complete."""
     model, lora, batch = _as_on_a_gpu(tmp_path, seed, V=16_000)
     plan = _plan(grain, head_block_bytes=None, logits_block_bytes=600_000)
     work = Pass(model, plan, lora)
@@ -177,7 +177,7 @@ def test_two_chunks_of_logits_exist_at_most(tmp_path: Path, grain: str, need_dx:
 
 @pytest.mark.parametrize("grain", ["tile", "block"])
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, grain: str, seed: int) -> None:
-    """Where kept values are in the file: what is under way is two blocks at most, however many there are."""
+    """If kept values are in the file, at most two blocks are in progress, for any number of blocks."""
     peaks = []
     for n_layers in (3, 8):
         config = packed_config("qwen3") | {"num_hidden_layers": n_layers}

@@ -1,4 +1,4 @@
-"""What the benches share: percentiles, tables and files; learning curves; contestants that train alike."""
+"""Benches: percentiles, tables and files; learning curves; contestants with equal losses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_files_hold_the_rows_once_and_a_context(tmp_path: Path, capsys: pytest.C
     assert report.read(tmp_path / "new", "some") == (rows, context)
 
 
-def test_values_come_back_from_the_rows(tmp_path: Path) -> None:
+def test_rows_are_restored_from_their_files(tmp_path: Path) -> None:
     row = {"none": None, "true": True, "inf": math.inf, "number": -0.25, "text": "2 blocks", "all": "all", "n": 3}
     report.publish("some", argparse.Namespace(out=tmp_path), [row])
     assert report.read(tmp_path, "some")[0] == [row]
@@ -96,7 +96,7 @@ def test_a_users_mistake_is_one_line(arguments: list[str], capsys: pytest.Captur
     assert ended.value.code == 2 and line.startswith("error: ")
 
 
-def test_tables_put_numbers_to_the_right() -> None:
+def test_tables_align_numbers_on_the_right() -> None:
     assert report.table(["what", "n"], [["a", 1_000], ["long", None]]) == "what      n\na     1,000\nlong      -"
 
 
@@ -111,12 +111,12 @@ def test_a_case_of_the_step_table(tmp_path: Path) -> None:
     assert actual["ratio"]["median"] > 0 and actual["forward_peak_mb"] > 1 and not actual["plan"]["offload_state"]
 
 
-def test_a_stepper_takes_a_known_plan_and_refuses_what_cannot_be(tmp_path: Path) -> None:
+def test_a_stepper_takes_a_known_plan_and_refuses_an_impossible_budget(tmp_path: Path) -> None:
     folder, plan = write_model(tmp_path / "model", CONFIGS["qwen2"]), Plan(saved=SAVE_INPUTS, kept_bytes=0)
     stepper = Stepper(folder, 12, known=plan, batch_size=2, memory_budget="none")
     assert stepper.planned is not None and stepper.planned.plan == plan
     first = stepper.step(0)
-    assert stepper.batch.tokens.shape == (2, 12) and stepper.step(1) != first  # it has learned
+    assert stepper.batch.tokens.shape == (2, 12) and stepper.step(1) != first  # the loss has fallen
     stepper.close()
     with pytest.raises(UserError, match="--memory-budget"):
         Stepper(folder, 12, memory_budget="1MB")
@@ -147,7 +147,7 @@ def test_a_case_of_the_plan_check(tmp_path: Path, blocks: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
 def test_the_profiles_products_are_those_of_a_step(tmp_path: Path, name: str) -> None:
-    """All matrices are trained and all products kept: each one is multiplied by once forward and once backward."""
+    """All matrices are trained and all products kept: each matrix has one forward and one backward product."""
     folder = write_model(tmp_path / "model", CONFIGS[name])
     stepper = Stepper(folder, 70, known=Plan(token_block=64), memory_budget="none", rank=2)
     clock = Clock()
@@ -165,7 +165,7 @@ def test_the_profiles_products_are_those_of_a_step(tmp_path: Path, name: str) ->
     stepper.close()
 
 
-def test_wraps_leave_a_graph_alone_that_is_only_counted(tmp_path: Path) -> None:
+def test_wraps_ignore_a_graph_that_is_only_counted(tmp_path: Path) -> None:
     stepper = Stepper(write_model(tmp_path / "model", CONFIGS["qwen2"]), 12, memory_budget="none")
     seen: list[str] = []
     phases = Phases(lambda phase, run: (seen.append(phase), run())[1])
@@ -191,8 +191,8 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> learning.Task:
     return learning.Task(parser.parse_args([*arguments, "--max-seq-length", "32", "--eval-batches", "2"]))
 
 
-def test_learning_curves_begin_alike_and_count_their_passes(task: learning.Task) -> None:
-    """LoRA's B starts at zero: before the first step every method and seed has the frozen model's loss."""
+def test_learning_curves_start_equal_and_count_their_passes(task: learning.Task) -> None:
+    """LoRA's B starts at zero, so before the first step every method and seed has the frozen model's loss."""
     rows = [row for name in learning.METHODS for row in task.curves(name, 1e-4, 2, 2)]
     starts = {(row["loss"], row["accuracy"]) for row in rows if row["step"] == 0}
     assert len(starts) == 1
@@ -200,7 +200,7 @@ def test_learning_curves_begin_alike_and_count_their_passes(task: learning.Task)
         assert row["passes"] == row["step"] * learning.METHODS[row["method"]].passes
         assert math.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1
     ends = {name: {r["loss"] for r in rows if r["method"] == name and r["step"] == 2} for name in learning.METHODS}
-    assert all(len(losses) == 2 for losses in ends.values())  # another seed is another run
+    assert all(len(losses) == 2 for losses in ends.values())  # runs differ by seed
     assert len(learning.summary(rows, list(learning.METHODS)).splitlines()) == 1 + len(learning.METHODS)
 
 
@@ -212,7 +212,7 @@ def test_a_rate_is_the_best_of_its_trials(task: learning.Task, monkeypatch: pyte
     assert learning.best_rate(trials, "hizoo") == learning.METHODS["hizoo"].rates[2]
 
 
-def test_a_run_that_diverges_is_a_curve_that_ends(task: learning.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_of_a_diverging_run_ends(task: learning.Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> float:
         raise NonFiniteLoss("loss is nan")
 
@@ -227,8 +227,8 @@ def test_marks_are_in_order_and_have_both_ends(n_steps: int) -> None:
     assert (100 in marks) == (n_steps >= 100) and len(marks) <= 30
 
 
-def test_all_contestants_train_alike(tmp_path: Path) -> None:
-    """The same rows, start, optimizer: the loss of the fourth step is everybody's, and mlx-lm's trainer is real."""
+def test_all_contestants_have_the_same_losses(tmp_path: Path) -> None:
+    """With the same rows, initial values and optimizer, all contestants have the same loss in the fourth step."""
     command = [sys.executable, "-m", "bench.versus", "--quick", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(run.stdout.splitlines()[-1])["rows"]
@@ -239,9 +239,9 @@ def test_all_contestants_train_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", phases.CASES)
-def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, name: str) -> None:
+def test_phases_are_in_order_and_add_up_to_the_step(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["qwen2"] | {"num_hidden_layers": 3})
-    budget = f"{footprint_bytes() // 1_000_000 + 80}MB"  # this process has run other tests
+    budget = f"{footprint_bytes() // 1_000_000 + 80}MB"  # memory of earlier tests in this process
     actual = phases.measure(folder, 24, 3, rank=2, memory_budget=budget, **phases.CASES[name][1])
     backward = [] if name == "mezo" else ["b2", "b1", "b0"]
     names = [row["phase"] for row in actual["phases"]]
@@ -252,7 +252,7 @@ def test_phases_come_in_order_and_make_up_the_step(tmp_path: Path, name: str) ->
         assert row["end_mb"] <= row["peak_mb"] <= actual["peak_mb"] + 0.1
         assert min(row["split_ms"].values()) >= 0 < row["split_ms"]["compute"]
     saved = sum(row["split_ms"]["save"] for row in actual["phases"])
-    assert (saved == 0) == (name == "mezo")  # without a backward nothing is kept
+    assert (saved == 0) == (name == "mezo")  # without a backward pass nothing is kept
 
 
 def test_the_page_of_phases_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_packed_and_decompressed_products_are_both_timed(tmp_path: Path) -> None
         assert row["decompress_ms"]["median"] > 0 and row["packed_ms"]["median"] > 0
 
 
-def test_all_goes_on_after_one_that_fails(
+def test_all_continues_after_a_failing_bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "RESULTS", {"not_there": ("none", "no such bench")} | command.RESULTS)
@@ -297,8 +297,8 @@ def test_all_goes_on_after_one_that_fails(
     assert {path.name for path in tmp_path.iterdir()} >= {"projection.csv", "projection.json"}
 
 
-def test_the_projection_misses_the_paper_by_what_the_measurements_say() -> None:
-    """And is right where it is calibrated: the figures of bench/MEASUREMENTS.md come from here."""
+def test_the_projections_errors_are_those_of_the_measurements() -> None:
+    """It is exact for the case of its calibration; bench/MEASUREMENTS.md quotes these figures."""
     workloads = {shape: projection.workloads_of(shape, 256) for shape in report.PAPER}
     phone = DEVICES["a17-pro"]
     rates = Rates(phone.flops[2], phone.bandwidth)
@@ -309,5 +309,5 @@ def test_the_projection_misses_the_paper_by_what_the_measurements_say() -> None:
     errors = {(row["shape"], row["engine"]): row["error"] for row in rows}
     assert abs(errors.pop((shape, engine))) < 1e-3 and 0.04 < efficiency < 0.05
     assert 0.2 < np.mean(np.abs(list(errors.values()))) < 0.3 and max(errors.values()) == errors["qwen2.5-3b", "mezo"]
-    for row in rows:  # what is saved is not made again
+    for row in rows:  # saved values are not recomputed
         assert row["ours_s"] == pytest.approx(row["paper_policy_s"]) or row["ours_s"] < row["paper_policy_s"]

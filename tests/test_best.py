@@ -1,4 +1,4 @@
-"""best/ holds the adapters of the lowest validation loss, and --patience ends a run, whatever stops and goes on."""
+"""best/ holds the adapters with the lowest validation loss, and --patience ends a run, also after interruptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FALLING_THEN_RISING = {0: 5.0, 2: 4.0, 4: 3.9, 6: 4.2, 8: 4.1, 10: 1.0, 12: 0.5}
 
 @pytest.fixture
 def losses_as_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validations take the losses of FALLING_THEN_RISING; what they measure is measured all the same."""
+    """Validations run as usual, but report the losses of FALLING_THEN_RISING."""
     evaluate = Trainer.evaluate
 
     def listed(self: Trainer, kind: str, iteration: int, *more: Any) -> float | None:
@@ -83,7 +83,7 @@ def test_patience_ends_the_run(
 def test_a_resumed_run_keeps_count(
     home: Path, tmp_path: Path, losses_as_listed: None, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Interrupted before, in and after the validation that is the best one, and in those that are worse."""
+    """Interrupted before, during and after the best validation, and during worse ones."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(options(home, whole, "--patience", "2")) == 0
     with monkeypatch.context() as patch:
@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_count(
 
 
 @pytest.mark.parametrize("missing", [["adapters.safetensors"], ["adapter_config.json"], []])
-def test_a_save_of_best_that_was_cut_off_is_completed(
+def test_an_interrupted_save_of_best_is_completed(
     home: Path, tmp_path: Path, losses_as_listed: None, monkeypatch: pytest.MonkeyPatch, missing: list[str]
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -118,7 +118,7 @@ def test_a_save_of_best_that_was_cut_off_is_completed(
     same_files(parts, whole)
 
 
-def test_a_finished_run_whose_best_was_cut_off_is_completed_too(
+def test_an_interrupted_save_of_best_is_completed_for_a_finished_run(
     home: Path, tmp_path: Path, losses_as_listed: None
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -134,7 +134,7 @@ def test_patience_needs_validations(home: Path, tmp_path: Path, capsys: pytest.C
     assert said.startswith("--patience: there are no validations")
 
 
-def test_a_loss_that_is_not_lower_by_enough_is_no_better() -> None:
+def test_a_loss_lower_by_less_than_min_delta_is_not_better() -> None:
     best = Best(min_delta=0.1, patience=2)
     assert [best.observe(loss, i) for i, loss in enumerate((3.0, 2.95, 2.85, float("nan"), 2.80))] == [
         True, False, True, False, False,

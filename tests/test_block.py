@@ -1,4 +1,4 @@
-"""A block's equations: what is asked for, what is kept, and what is given up, whatever the policy."""
+"""A block's equations: requested, kept and released values, for every policy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _policies(seed: int, names: frozenset[str]) -> Iterator[frozenset[str]]:
 
 
 class Watched:
-    """What is computed while it watches: values by name, and products with frozen matrices and their operations."""
+    """Records the computed values by name, and the products with frozen matrices and their operations."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.values: Counter[str] = Counter()
@@ -100,7 +100,7 @@ class Watched:
 
 
 class Kept(Store):
-    """A store that knows what it was asked for."""
+    """A store that records its requests."""
 
     def __init__(self) -> None:
         super().__init__(Barrier("op"), None)
@@ -121,7 +121,7 @@ class Kept(Store):
 def _there_and_back(
     model: Any, lora: Any, plan: Plan, watched: Watched | None = None, need_dx: bool = True
 ) -> tuple[Kept, dict[str, mx.array], list[mx.array]]:
-    """Block 1 forward and backward: its store, gradients and dx. What is watched is the backward pass."""
+    """Runs block 1 forward and backward; returns its store, gradients and dx. Only the backward pass is recorded."""
     work, kept, layer = Pass(model, plan, lora), Kept(), model.spec.layers[1]
     names = kept_names(plan, model.spec.layers[0])
     x = [mx.random.normal((B, stop - start, model.spec.D), key=mx.random.key(1)) for start, stop in plan.tiles(T)]
@@ -138,7 +138,7 @@ def _there_and_back(
 @pytest.mark.parametrize("grain", ["op", "block"])
 @pytest.mark.parametrize("name", ALL)
 def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, name: str, grain: str, seed: int) -> None:
-    """To the byte, in MLX's own count, without the garbage collector's help."""
+    """To the byte, by MLX's count, without garbage collection."""
     model, lora = _model(tmp_path, name)
     layer, n_bytes = model.spec.layers[1], B * T * model.spec.D * 4
     gc.collect()
@@ -150,7 +150,7 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
             x = [mx.zeros((B, stop - start, model.spec.D)) for start, stop in plan.tiles(T)]
             mx.eval(x)
             mx.synchronize()
-            before = mx.get_active_memory() - n_bytes  # x is given up, unless it is kept
+            before = mx.get_active_memory() - n_bytes  # x is released, unless it is kept
             y = work.forward(layer, x, kept, kept_names(plan, model.spec.layers[0]))
             mx.eval(y)
             work.barrier.finish()
@@ -164,7 +164,7 @@ def test_after_a_forward_pass_only_kept_values_and_y_are_left(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_read(
+def test_a_forward_pass_computes_every_value_once_and_releases_it_when_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, lora = _model(tmp_path, name)
@@ -180,11 +180,11 @@ def test_a_forward_pass_computes_every_value_once_and_gives_it_up_when_it_is_rea
 
 @pytest.mark.parametrize("need_dx", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_backward_asks_for_what_is_kept_and_computes_the_rest_again(
+def test_backward_requests_kept_values_and_recomputes_the_rest(
     tmp_path: Path, name: str, need_dx: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is kept: nothing that is kept is computed again, nothing is computed twice but what costs no product
-    with a matrix of the MLP, nothing is kept that nobody asks for, and gradients are the same to the bit."""
+    """For every policy: kept values are not recomputed, only values without a product with an MLP matrix are computed
+    twice, every kept value is requested, and gradients are bit-equal."""
     model, lora = _model(tmp_path, name)
     watched, reference = Watched(monkeypatch), None
     for saved in _policies(seed, BLOCKS[model.spec.layers[0].block].names):
@@ -211,17 +211,17 @@ def test_saving_projections_repeats_no_product_with_a_frozen_matrix(
     watched = Watched(monkeypatch)
     kept, _, _ = _there_and_back(model, lora, _plan(SAVE_PROJECTIONS), watched)
     assert watched.products == {"matmul_t": 7 * TILES}
-    # The last product, d, is read by nobody unless its output is normed.
+    # The last product, d, is not read unless its output is normed.
     assert ("d" in kept.put_names) is (name == "gemma3_text")
     _there_and_back(model, lora, _plan(SAVE_INPUTS), watched)
-    # All but d; then, as the MLP's backward has given everything up, what x1 is made of, q and o, once more. A norm of
-    # keys needs them before their rotation: k again. gemma3 needs d for its norm: gate, up and down.
+    # All but d; the MLP's backward releases everything, so the inputs of x1 (q and o) are recomputed. A norm of keys
+    # needs them before rotation, so k is recomputed. gemma3 needs d for its norm: gate, up and down.
     n_forward = {"qwen2": 8, "qwen3": 9, "gemma3_text": 12}[name]
     assert watched.products == {"matmul": n_forward * TILES, "matmul_t": 7 * TILES}
 
 
 def _needed(trained: frozenset[str], need_dx: bool) -> set[str]:
-    """Projections whose backward must run, from the flow of the loss's gradient alone."""
+    """The projections whose backward must run, derived only from the flow of the loss's gradient."""
     visited = {"mlp"}
     if need_dx or trained & {"q", "k", "v", "o"}:
         visited.add("o")
@@ -232,7 +232,7 @@ def _needed(trained: frozenset[str], need_dx: bool) -> set[str]:
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
 @pytest.mark.parametrize("need_dx", [False, True])
-def test_every_trained_placement_visits_only_what_it_must(
+def test_backward_visits_only_needed_projections_for_every_placement(
     tmp_path: Path, name: str, need_dx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = _model(tmp_path, name)
@@ -248,17 +248,17 @@ def test_every_trained_placement_visits_only_what_it_must(
             products = watched.products["matmul_t"] // TILES
             if need_dx:
                 assert products == 7
-            else:  # dL/dm if the gate's or anything's below is of use, dL/dh2 of gate and up, dL/da
+            else:  # dL/dm if anything from the gate down needs it, dL/dh2 of gate and up, dL/da
                 inner, below = trained != {"down"}, bool(trained & {"q", "k", "v", "o"})
                 assert products == inner + 2 * below + bool(trained & {"q", "k", "v"}), sorted(trained)
 
 
 @pytest.mark.parametrize("grain", ["op", "block"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_no_product_is_made_below_the_lowest_trained_projection(
+def test_no_product_is_computed_below_the_lowest_trained_projection(
     tmp_path: Path, grain: str, first: int, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Of blocks below it nothing is kept or visited, and below it in its own block no cotangent is made."""
+    """Blocks below it are not visited and keep nothing; in its own block no cotangent below it is computed."""
     model, lora = _model(tmp_path, "qwen2", num_layers=2 - first, keys=["mlp.down_proj"])
     watched, stores = Watched(monkeypatch), []
     put = Store.put
@@ -269,7 +269,7 @@ def test_no_product_is_made_below_the_lowest_trained_projection(
     asked: list[set[str]] = []
     engine.step(batch, step=0, micro=0, n_labels=B * T, sink=lambda g: asked.append(set(g)))  # type: ignore[arg-type]
     engine.close()
-    # Of block 1, where it is not the lowest: all seven; of the lowest: none. The head's matrix is in one piece.
+    # Block 1: all seven if it is not the lowest block, otherwise none. The head's matrix is in one piece.
     n_head = len(range(0, model.spec.V, engine.plan.vocabulary_chunk(B * T, 0, 4)))
     assert watched.products["matmul_t"] == n_head + 7 * TILES * (1 - first)
     assert set(stores) == set(range(first, 2))
@@ -278,7 +278,7 @@ def test_no_product_is_made_below_the_lowest_trained_projection(
     assert watched.visited.count("q") == TILES * (1 - first)
 
 
-def test_policies_are_narrowed_to_what_is_read(tmp_path: Path) -> None:
+def test_policies_keep_only_values_that_are_read(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).mkdir()
         model, _ = _model(tmp_path / name, name)
@@ -293,7 +293,7 @@ def test_policies_are_narrowed_to_what_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{}, {"checkpoint": True}, {"kept_bytes": 0}], ids=["", "checkpoint", "file"])
 @pytest.mark.parametrize("grain", ["op", "tile", "block"])
 def test_no_reference_cycle_keeps_an_array(tmp_path: Path, grain: str, how: dict[str, Any], seed: int) -> None:
-    """Memory is given back as soon as a step is done, and not when Python next looks for cycles."""
+    """Memory is freed at the end of a step, not when Python next collects cycles."""
     model, lora = _model(tmp_path, "gemma3_text", dropout=0.1)
     plan = Plan(grain, token_block=64, query_block=50, **how)
     engine = BackpropEngine(model, lora, plan=plan, arena_dir=tmp_path)

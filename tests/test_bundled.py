@@ -1,4 +1,4 @@
-"""The bundled model and data: small, whole, disjoint, loadable, above chance; and how their text is made."""
+"""The bundled model and data are small, complete, disjoint, loadable and above chance; their text extraction."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_record_agrees_with_the_files() -> None:
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    """The model as mlx-lm loads it, unpacked to float32 because packed products are slow on a CPU."""
+    """The model as loaded by mlx-lm, decompressed to float32 because packed products are slow on a CPU."""
     import mlx.core as mx
     from mlx_lm import load
     from mlx_lm.utils import dequantize_model
@@ -119,7 +119,7 @@ def loaded() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def test_chat_tokens_are_single_and_text_comes_back(loaded: tuple[Any, Any]) -> None:
+def test_chat_tokens_are_single_and_text_round_trips(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
     asked, answer = pairs("valid")[0]
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -128,7 +128,7 @@ def test_chat_tokens_are_single_and_text_comes_back(loaded: tuple[Any, Any]) -> 
     assert tokenizer.encode(text, add_special_tokens=False) == ids
     assert text == f"<s><|user|>{asked}<|end|><|assistant|>{answer}</s>"
     prompt = list(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False))
-    assert ids[: len(prompt)] == prompt  # what --mask-prompt relies on
+    assert ids[: len(prompt)] == prompt  # --mask-prompt depends on this
     assert ids[-1] == tokenizer.eos_token_id
     for token in ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "</s>"):
         assert len(tokenizer.encode(token, add_special_tokens=False)) == 1

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: it comes back bit for bit, and a bad or foreign state is refused by name."""
+"""Saved runs are restored bit for bit; a bad or foreign state is refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def fresh_run(lora: dict[str, mx.array], optimizer: Any, **engine: mx.array) -> 
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor", "lion", "muon"])
-def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: str) -> None:
+def test_a_restored_state_continues_bit_for_bit(tmp_path: Path, seed: int, name: str) -> None:
     values, optimizer = state_after_updates(name, seed)
     options = TrainConfig(optimizer=name).to_dict()
     checkpoint.save_checkpoint(tmp_path, Checkpoint(values, optimizer.state, 2, options, {}))
@@ -81,8 +81,8 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, seed: int, name: s
         assert same_bits(expected[key], actual[key]), key
 
 
-def test_every_kind_of_array_comes_back(tmp_path: Path, seed: int) -> None:
-    """Also from a file that MLX's own writer made, as earlier versions did."""
+def test_every_kind_of_array_is_restored(tmp_path: Path, seed: int) -> None:
+    """Also from a file of MLX's writer, which earlier versions used."""
     rng = np.random.default_rng(seed)
     values = mx.array(rng.standard_normal((40, 103)), mx.float32)
     arrays = {
@@ -233,7 +233,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
 def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
     check_unused(tmp_path)
     check_unused(tmp_path / "new" / "folder")
-    for name in (RUN, LOG):  # of a run that ended before its first save
+    for name in (RUN, LOG):  # left by a run that ended before its first save
         (tmp_path / name).write_text("x")
     check_unused(tmp_path)
     (tmp_path / "file").write_text("x")
@@ -247,7 +247,7 @@ def test_an_empty_or_missing_folder_is_free_and_a_file_is_not(tmp_path: Path) ->
 # Resuming
 
 
-def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match="--resume: nothing is saved"):
             checkpoint.saved_options(folder)
@@ -297,7 +297,7 @@ FIXED = {
 }  # fmt: skip
 
 
-def test_every_option_of_the_mathematics_is_fixed() -> None:
+def test_every_option_that_affects_results_is_fixed() -> None:
     assert set(TrainConfig().fixed_by_run()) == {*FIXED, "model", "data"}
 
 
@@ -354,7 +354,7 @@ def test_saved_options_follow_run_json_where_they_may_change(tmp_path: Path) -> 
     assert checkpoint.saved_options(tmp_path)["iters"] == TrainConfig().iters
 
 
-def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
+def test_fingerprints_change_with_their_contents(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
     first = model_fingerprint(tmp_path)

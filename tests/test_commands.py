@@ -1,4 +1,4 @@
-"""Commands by every name: console scripts, `mebp-mlx COMMAND` and `python -m`, and what the package shows."""
+"""Every form of the commands (console scripts, `mebp-mlx COMMAND`, `python -m`), and the package's interface."""
 
 from __future__ import annotations
 

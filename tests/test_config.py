@@ -1,4 +1,4 @@
-"""Options: where a value comes from, what is refused, and how the refusal reads."""
+"""Options: sources of values, refused values, and error messages."""
 
 from __future__ import annotations
 
@@ -228,7 +228,9 @@ def test_wrong_yaml_is_named_with_its_line(tmp_path: Path, text: str, line: int,
     assert message.startswith(f"{path}:{line}: {key}:") and reason in message, message
 
 
-def test_what_asks_for_nothing_is_taken_with_one_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_without_effect_are_accepted_with_one_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = "train: true\ngrad_checkpoint: true\nclear_cache_threshold: 0\ntrust_remote_code: false\nuse_dora: false\n"
     path = write(tmp_path, old + "wandb: null\nfine_tune_type: lora\nresume_adapter_file: null\nsome_old_key: null\n")
     flags = ["--train", "--grad-checkpoint", "--clear-cache-threshold", "1GB", "--fine-tune-type", "lora"]
@@ -250,7 +252,7 @@ def test_hf_dataset_takes_the_place_of_data(tmp_path: Path) -> None:
     assert refusal("-c", path, "--data", "rows").startswith("--data: cannot be combined with the hf_dataset of ")
 
 
-def test_what_is_trained_on() -> None:
+def test_mask_prompt_and_train_on_select_the_labels() -> None:
     assert TrainConfig().row_options.train_on == "all"
     assert TrainConfig(mask_prompt=True).row_options.train_on == "completion"
     assert TrainConfig(train_on="assistant").row_options.train_on == "assistant"
@@ -285,16 +287,16 @@ def test_a_tilde_is_the_home_folder_in_every_path(
         ("--q", ["--keys", "--quiet"], None),
     ],
 )
-def test_a_hint_is_given_only_where_it_leads(name: str, known: list[str], meant: str | None) -> None:
+def test_hints_are_given_only_if_they_help(name: str, known: list[str], meant: str | None) -> None:
     assert suggest(name, known) == (f"; did you mean {meant}?" if meant else "")
 
 
-def test_names_of_choices_have_no_case_as_in_mlx_lm() -> None:
+def test_choices_are_case_insensitive_as_in_mlx_lm() -> None:
     assert TrainConfig.from_args(["--optimizer", "AdamW"]).optimizer_name == "adamw"
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2\nb: 3\n", "- 1\n- 2\n", "rank\n", "3: 4\n", "a:\n\t- b\n"])
-def test_what_is_not_a_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
+def test_yaml_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
     assert refusal("-c", path).startswith(f"{path}:")
 
@@ -386,7 +388,7 @@ def test_a_size_without_a_unit_is_refused_with_a_hint(tmp_path: Path, key: str, 
     reason = f"{raw} has no unit; did you mean {meant}?"
     assert refusal(flag, raw) == f"{flag}: {reason}"
     assert refusal("-c", path) == f"{path}:2: {key}: {reason}"
-    saved = TrainConfig.from_args([], saved={**TrainConfig().to_dict(), key: 300})  # bytes, as a run saves them
+    saved = TrainConfig.from_args([], saved={**TrainConfig().to_dict(), key: 300})  # in bytes, as in a saved run
     assert getattr(saved, key) == 300
 
 
@@ -441,7 +443,7 @@ def test_wrong_optimizer_arguments_are_named() -> None:
         learning_rate(TrainConfig(lr_schedule={"name": "cosine_decay", "arguments": [1.0]}), 10)
 
 
-def test_warmup_rises_to_the_rate_and_decay_ends_at_nothing() -> None:
+def test_warmup_rises_to_the_rate_and_decay_ends_at_zero() -> None:
     import mlx.core as mx
 
     n_updates, warmup, peak = 40, 8, 1e-3

@@ -1,4 +1,4 @@
-"""Converted checkpoints: mlx-lm's own bits, any reader's format, whole or not there, whatever the source."""
+"""Converted checkpoints have mlx-lm's bits in a standard format, and are complete or absent, for every source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = {
     "affine 5": ("--bits", "5", "--group-size", "32"),
     "affine 6": ("--bits", "6", "--group-size", "32"),
 }
-# Relative RMS error of the weights, about what the format's step allows on normal weights.
+# Relative RMS error of normal weights, about the limit that the format's step size implies.
 ERRORS = {"affine 4": 0.10, "affine 8": 0.008, "symmetric": 0.11, "mxfp4": 0.13, "mxfp8": 0.035, "nvfp4": 0.11}
 ERRORS |= {"affine 2": 0.5, "affine 3": 0.22, "affine 5": 0.05, "affine 6": 0.025}
 
@@ -65,7 +65,7 @@ def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, se
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_errors_are_reported_and_are_the_formats(
+def test_reported_errors_are_those_of_the_format(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
     assert run(source, tmp_path / "out", *FORMATS[format_name]) == 0
@@ -91,7 +91,7 @@ def _linears(model: Model) -> list[Any]:
     [(bits, "affine", group) for bits, group in ((4, 64), (8, 32), (2, 32), (3, 64), (5, 64), (6, 32))]
     + [(4, "mxfp4", 32), (8, "mxfp8", 32), (4, "nvfp4", 16)],
 )
-def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
+def test_the_bits_equal_mlxs(tmp_path: Path, source: Path, bits: int, mode: str, group: int) -> None:
     config = json.loads((source / "config.json").read_text())
     how = ("--bits", str(bits), "--mode", mode, "--group-size", str(group))
     assert run(source, tmp_path / "out", *how) == 0
@@ -117,10 +117,10 @@ def test_the_bits_are_mlxs_own(tmp_path: Path, source: Path, bits: int, mode: st
 
 
 @pytest.mark.parametrize("format_name", ["affine 4", "affine 3", "mxfp4", "nvfp4"])
-def test_what_is_in_the_format_already_is_copied(
+def test_tensors_already_in_the_format_are_copied(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
-    """Packing it again would add the format's error a second time."""
+    """Quantizing it again would add the format's error twice."""
     assert run(source, tmp_path / "one", *FORMATS[format_name]) == 0
     assert "copied" not in capsys.readouterr().out
     assert run(tmp_path / "one", tmp_path / "two", *FORMATS[format_name]) == 0
@@ -146,7 +146,7 @@ SOURCES: dict[str, tuple[mx.Dtype, dict[str, Any] | None]] = {
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3"])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: int) -> None:
+def test_keep_changes_only_positions(tmp_path: Path, name: str, kind: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     dtype, quantization = SOURCES[kind]
@@ -172,7 +172,7 @@ def test_keep_changes_places_alone(tmp_path: Path, name: str, kind: str, seed: i
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_dequantized_it_is_what_the_packed_weights_are(tmp_path: Path, kind: str, seed: int) -> None:
+def test_dequantized_weights_equal_the_packed_ones(tmp_path: Path, kind: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     dtype, quantization = SOURCES[kind]
@@ -235,7 +235,7 @@ def test_without_a_name_the_result_is_mlx_model(tmp_path: Path, source: Path, mo
     assert convert.main(["--model", str(source)]) == 2  # nothing is overwritten
 
 
-def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keep_reports_its_result(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(source, tmp_path / "out", "--mode", "keep") == 0
     text = capsys.readouterr().out
     assert "format    unchanged, every tensor aligned" in text and "error" not in text and "packed" not in text
@@ -243,7 +243,7 @@ def test_keep_says_what_it_did(tmp_path: Path, source: Path, capsys: pytest.Capt
     assert before == after.partition(", ")[0]
 
 
-def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> None:
+def test_files_are_page_aligned_blocks_for_every_reader(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     config = packed_config("gemma3")
     config["text_config"].update(hidden_size=256, intermediate_size=512)
@@ -272,7 +272,7 @@ def test_files_are_blocks_on_pages_that_every_reader_takes(tmp_path: Path) -> No
     assert n_aligned > 8
 
 
-def test_tokenizer_files_come_along_and_unknown_tensors_stay_behind(
+def test_tokenizer_files_are_copied_and_unknown_tensors_are_not(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = dict(mx.load(str(source / "model.safetensors")))

@@ -24,7 +24,7 @@ def source(tmp_path: Path, seed: int) -> Path:
 
 
 def start_and_hold(command: list[str], folder: Path) -> tuple[subprocess.Popen[str], int]:
-    """A conversion to `out` that waits with its first line after its first file, until its output is read."""
+    """Starts a conversion to `out` that blocks on its output after its first file, until the output is read."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -39,7 +39,7 @@ def start_and_hold(command: list[str], folder: Path) -> tuple[subprocess.Popen[s
     return process, reading
 
 
-def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     config = packed_config("llama")
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
@@ -59,7 +59,7 @@ def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path: Path) -
     Model(out).weights.close()
 
 
-def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_removes_its_files(tmp_path: Path) -> None:
     config = packed_config("llama")
     config.update(num_hidden_layers=25, hidden_size=512, intermediate_size=1536, head_dim=128)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
@@ -75,7 +75,7 @@ def test_interrupted_it_removes_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A matrix of 64 MB in float32: its rows come and go."""
+    """The matrix has 64 MB in float32; only some rows are in memory."""
     config = packed_config("llama")
     config.update(num_hidden_layers=1, hidden_size=1024, vocab_size=16384, head_dim=64, intermediate_size=4096)
     folder = write_model(tmp_path / "source", config, dtype=mx.bfloat16)
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "new").exists() and time.perf_counter() - began < 10
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_that_is_nan_is_named(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = dict(mx.load(str(source / "model.safetensors")))
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = mx.where(mx.arange(tensors[name].shape[1]) == 3, mx.nan, tensors[name]).astype(mx.bfloat16)

@@ -1,4 +1,4 @@
-"""Gates, softmax and attention in numpy against float64, and against the MLX functions they stand in for."""
+"""Gates, softmax and attention in numpy, compared with float64 and the MLX functions that they replace."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(not cpu.is_on(), reason="used on the CPU only")
 
 
 def _error(actual: mx.array, truth: mx.array) -> float:
-    """Largest difference over the largest true value."""
+    """The largest difference divided by the largest true value."""
     expected = np.asarray(truth, np.float64)
     return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("spread", [1.0, 40.0])  # 40: exp overflows, and the gate must not
+@pytest.mark.parametrize("spread", [1.0, 40.0])  # at 40 exp overflows, but the gate must not
 @pytest.mark.parametrize("kind", GATES)
 def test_gates(kind: str, spread: float, seed: int) -> None:
     gate = GATES[kind]
@@ -32,7 +32,7 @@ def test_gates(kind: str, spread: float, seed: int) -> None:
     g, u, c = (rng.standard_normal((7, 6113)) for _ in range(3))
     g *= spread
     truth = [mx.array(v.astype(np.float32)).astype(mx.float64) for v in (g, u, c)]
-    m, dg, du = gate.backward(*truth)  # MLX's own: numpy takes float32 alone
+    m, dg, du = gate.backward(*truth)  # MLX's function, because numpy's takes only float32
     single = [v.astype(mx.float32) for v in truth]
     with cpu.off():
         plain = gate(*single[:2]), *gate.backward(*single)
@@ -62,7 +62,7 @@ def test_attention_of_a_block_of_queries(
     n_keys = high - low
     shapes = [(2, heads, n_queries, width), *[(2, key_heads, n_keys, width)] * 2, (2, n_queries, heads * width)]
     given = [mx.array(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
-    exact = [array.astype(mx.float64) for array in given]  # MLX's own attention: numpy takes float32 alone
+    exact = [array.astype(mx.float64) for array in given]  # MLX's attention, because numpy's takes only float32
     truth = [forward(settings, *exact[:3], start, low), *backward(settings, *exact[:3], start, low, exact[3])]
     mx.eval(truth)
     floor = max(float(mx.abs(part).max()) for part in truth[1:])
@@ -77,21 +77,21 @@ def test_attention_of_a_block_of_queries(
             assert float(mx.abs(part.astype(mx.float64) - expected).max()) <= 4e-6 * floor, f"seed {seed}"
 
 
-def test_a_logit_that_is_no_number_stays_visible() -> None:
+def test_a_nan_score_reaches_the_output() -> None:
     q = mx.ones((1, 1, 3, 8))
     k = mx.array(np.where(np.arange(24).reshape(1, 1, 3, 8) == 9, np.nan, 1).astype(np.float32))
     a = np.asarray(forward(_heads(None), q, k, mx.ones((1, 1, 3, 8)), 0, 0))
     assert not np.isnan(a[0, 0]).any() and np.isnan(a[0, 1:]).all()
 
 
-def test_numpy_takes_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_serves_only_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, half = mx.zeros(3), mx.zeros(3, mx.bfloat16)
     assert cpu.serves(x) and cpu.serves(x, x) and not cpu.serves(half) and not cpu.serves(x, half)
     with cpu.off():
         assert not cpu.serves(x)
         with cpu.off():
             pass
-        assert not cpu.serves(x)  # as the outer one says
+        assert not cpu.serves(x)  # the outer context applies
     assert cpu.serves(x)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert not cpu.serves(x)

@@ -1,4 +1,4 @@
-"""Damaged weight files: each is refused by the name of the file and of the tensor."""
+"""Damaged weight files are refused with the name of the file and the tensor."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_index_with_a_missing_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stale_index_beside_complete_weights_does_not_matter(tmp_path: Path) -> None:
-    """Conversions keep the index of what they converted: other shards, tensors that are gone, or moved."""
+    """Conversions keep the source's index, whose shards and tensors may be missing or moved."""
     tensors = {name: mx.full((2, 2), ord(name)) for name in "abcd"}
     save_sharded(tmp_path, tensors, 2, with_index=True)
     index = tmp_path / INDEX_NAME
@@ -129,7 +129,7 @@ def test_a_stale_index_beside_complete_weights_does_not_matter(tmp_path: Path) -
         assert all(same(Tensor(weights, name)[...], value) for name, value in tensors.items())
 
 
-def test_an_index_decides_which_of_the_files_count(tmp_path: Path) -> None:
+def test_an_index_decides_which_files_are_read(tmp_path: Path) -> None:
     save_sharded(tmp_path, {name: mx.zeros((2, 2)) for name in "abcd"}, 2, with_index=True)
     mx.save_safetensors(str(tmp_path / "model-stray.safetensors"), {"a": mx.ones((2, 2)), "e": mx.ones(3)})
     weights = MappedWeights(tmp_path)
@@ -182,7 +182,7 @@ def mutated(raw: bytes, chance: random.Random) -> bytes:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_a_mutated_file_is_refused_or_read_as_the_format_says(tmp_path: Path, seed: int) -> None:
+def test_a_mutated_file_is_refused_or_read_as_its_format_specifies(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     path = tmp_path / "weights.safetensors"
     rng = np.random.default_rng(seed)
@@ -214,7 +214,7 @@ def test_a_mutated_file_is_refused_or_read_as_the_format_says(tmp_path: Path, se
     try:
         expected = dict(safetensors.deserialize(broken))
     except safetensors.SafetensorError:
-        return  # the reference reader also refuses holes and bytes after the last tensor
+        return  # the reference reader also refuses gaps, and bytes after the last tensor
     assert {name: (weights.info(name).dtype, list(weights.info(name).shape)) for name in weights.names} == {
         name: (tensor["dtype"], list(tensor["shape"])) for name, tensor in expected.items()
     }

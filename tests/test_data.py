@@ -1,4 +1,4 @@
-"""Token rows: the order of batches and resuming in it, the cache, the child process, and bad folders."""
+"""Token rows: the order of batches, resuming, the cache, the child process, and bad folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Tokenize in this process instead of a child (seconds less); the list gathers the requests that ran."""
+    """Tokenizes in this process instead of a child (saves seconds); the list collects the requests."""
     requests: list[dict[str, Any]] = []
 
     def run(_module: Any, request: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _lengths(batch: Any) -> list[int]:
     return [int((row != -100).sum()) for row in batch.targets]
 
 
-def test_starting_at_k_is_skipping_k(some_rows: TokenRows, seed: int) -> None:
+def test_starting_at_k_equals_skipping_k(some_rows: TokenRows, seed: int) -> None:
     for batch_size in (3, 8):
         per_epoch = n_batches_per_epoch(some_rows, batch_size)
         whole = take(batches(some_rows, batch_size, seed), 3 * per_epoch)
@@ -199,7 +199,7 @@ print(sorted({{"transformers", "tokenizers", "mlx_lm", "huggingface_hub", "mlx",
     assert done.stderr == ""
 
 
-def test_progress_is_one_line_that_goes_away(
+def test_progress_is_one_line_that_is_cleared(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[Any] = []

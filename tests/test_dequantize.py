@@ -1,4 +1,4 @@
-"""Decompression by numpy: mx.dequantize's numbers, bit by bit."""
+"""Decompression in numpy equals mx.dequantize, bit by bit."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_unpacked_rows_are_bit_equal_to_dequantize(
 
 
 @pytest.mark.parametrize("T, C", [(1, 1), (3, 70_000), (257, 33)])
-def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) -> None:
-    """To float32's rounding, held against float64, over three chunks with targets in, before and after each."""
+def test_in_place_online_softmax_equals_the_reference(T: int, C: int, seed: int) -> None:
+    """To float32's rounding, compared with float64, over three chunks with targets in, before and after each chunk."""
     rng = np.random.default_rng(seed)
     z = rng.normal(0, 10, (T, 3 * C)).astype(np.float32)
     y = rng.integers(-2, 3 * C, T).astype(np.int32)
@@ -46,13 +46,13 @@ def test_online_softmax_in_place_is_the_references(T: int, C: int, seed: int) ->
     highest = wide.max(axis=1)
     assert np.array_equal(np.asarray(state[0]), highest), f"seed {seed}"
     total = np.exp(wide - highest[:, None]).sum(axis=1)
-    # MLX's own exp shrinks the old total: off by up to 4e-6
+    # MLX's exp rescales the old total, with an error of up to 4e-6
     np.testing.assert_allclose(np.asarray(state[1]), total, rtol=1e-5, err_msg=f"seed {seed}")
     picked = np.where(y >= 0, wide[np.arange(T), np.maximum(y, 0)], 0)
     assert np.array_equal(np.asarray(state[2]), picked), f"seed {seed}"
 
 
-def test_a_logit_that_is_no_number_stays_one() -> None:
+def test_a_nan_logit_stays_nan() -> None:
     z = mx.array([[0.0, float("nan")], [float("inf"), 1.0]])
     step = cpu.online_softmax(z, *SoftmaxState.start(2, 1, need_dh=False).softmax, mx.array([0, 1]), 0)
     assert np.isnan(np.asarray(step.total)).all()

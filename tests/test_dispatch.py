@@ -1,4 +1,4 @@
-"""What a GPU would see of a step: few waits, no weight copied, nothing written; and the bench counts what it says."""
+"""A step on a GPU has few waits, copies no weight and writes nothing; the bench's counts are correct."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from mebp_mlx.testing.synth import SHAPES, write_model
 from mebp_mlx.testing.tiny import PACKED, packed_config
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text")
-FIXED_WAITS, PRODUCTS = 16, 14  # beside two waits a block; of a block: seven projections, forward and backward
-NON_VIEWS = 330  # of a block of qwen2 with SGD, on the CPU; mlx-lm's own has 288
+# Waits besides two per block; products of a block: seven projections, forward and backward.
+FIXED_WAITS, PRODUCTS = 16, 14
+NON_VIEWS = 330  # nodes of a qwen2 block with SGD, on the CPU; mlx-lm's has 288
 
 
 def _case(folder: Path, family: str, n_blocks: int, optimizer: str, **how: Any) -> step.Case:
@@ -31,7 +32,7 @@ def _case(folder: Path, family: str, n_blocks: int, optimizer: str, **how: Any) 
 @pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_on_a_gpu(tmp_path: Path, family: str, optimizer: str) -> None:
-    """The limits of a step with Metal's defaults: two waits a block, a product a projection and direction, no copy."""
+    """A step with Metal's defaults: two waits per block, one product per projection and direction, no copy."""
     actual = step.count(_case(tmp_path, family, 3, optimizer))
     all_of, head = step.total(actual["stages"]), actual["stages"]["head"]["products"]
     assert not (all_of["waits"] > 2 * 3 + FIXED_WAITS), all_of
@@ -42,7 +43,7 @@ def test_a_step_on_a_gpu(tmp_path: Path, family: str, optimizer: str) -> None:
 
 
 def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
-    """What --layers relies on, to the last node."""
+    """--layers depends on this; exact to the node."""
     two, three, five = (step.count(_case(tmp_path, "qwen2", n, "sgd")) for n in (2, 3, 5))
     for name in table._GROWS:
         assert step.extrapolated(two[name], three[name], 2) == five[name]
@@ -51,8 +52,8 @@ def test_every_further_block_costs_the_same(tmp_path: Path) -> None:
     assert block["non_view"] <= NON_VIEWS
 
 
-def test_waits_copies_and_writes_are_seen(tmp_path: Path) -> None:
-    """The counters move where the engine does what they count."""
+def test_waits_copies_and_writes_are_counted(tmp_path: Path) -> None:
+    """Each counter increases when the engine does what it counts."""
     case = _case(tmp_path, "qwen2", 3, "adamw")
     lazy = step.total(step.count(case)["stages"])
     case.plan = dataclasses.replace(case.plan, grain="op", kept_bytes=0, offload_state=True)
@@ -76,12 +77,12 @@ def test_nodes_are_those_of_an_unevaluated_graph() -> None:
     assert not nodes_of([y])
 
 
-def test_mlx_lms_own_graph(tmp_path: Path) -> None:
-    """The same products as ours but the head's, and its phases add up; checkpointing computes a block again."""
+def test_mlx_lms_graph_is_counted(tmp_path: Path) -> None:
+    """It has the same products as ours except in the head, and its phases add up; checkpointing recomputes blocks."""
     config = packed_config("qwen2") | PACKED | {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 128}
     plain, again = (step.mlx_lm(config, 24, "sgd", how) for how in step.MLX_LM.values())
     assert plain["products"] == 3 * PRODUCTS - 3 + 2
-    assert again["products"] == plain["products"] + 3 * 6  # down's output is nobody's input
+    assert again["products"] == plain["products"] + 3 * 6  # down's output needs no recomputation
     assert again["nodes"] > plain["nodes"] > plain["non_view"] > 0
     assert not nodes_of([])
 

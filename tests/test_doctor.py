@@ -1,4 +1,4 @@
-"""The doctor on a checkpoint, and what it measures for the owner of a Mac."""
+"""The doctor's report on a checkpoint, and its measurements for a Mac."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _rows(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict
 
 
 def _bytes(folder: Path, shift: int) -> dict[str, int]:
-    """What the headers say, of the tensors that the model uses."""
+    """The bytes of the tensors that the model uses, from the headers."""
     weights, actual = MappedWeights(folder), dict[str, int]()
     for info in map(weights.info, weights.names):
         if info.name != "vision_tower.patch.weight":
@@ -55,7 +55,7 @@ def _bytes(folder: Path, shift: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("shift", [0, 2, 1])
-def test_what_of_a_model_metal_would_adopt_is_said(
+def test_tensors_that_metal_would_adopt_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: int
 ) -> None:
     folder = _model(tmp_path / "model", shift)
@@ -69,7 +69,7 @@ def test_what_of_a_model_metal_would_adopt_is_said(
 
 @linux
 @pytest.mark.parametrize("shift", [0, 2])
-def test_what_is_adopted_is_said(
+def test_adopted_tensors_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: int, as_on_metal: None
 ) -> None:
     folder = _model(tmp_path / "model", shift)
@@ -80,7 +80,7 @@ def test_what_is_adopted_is_said(
     assert "Metal" not in rows and all("--mode keep" in row["detail"] for what, row in rows.items() if "copied" in what)
 
 
-def test_what_mlx_refuses_is_said(
+def test_tensors_that_mlx_refuses_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def from_dlpack(pages: memoryview, *, copy: bool) -> mx.array:
@@ -93,7 +93,7 @@ def test_what_mlx_refuses_is_said(
     assert refused["state"] == "note" and "keep" not in refused["detail"] and "adopted in place" not in rows
 
 
-def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--model", "nowhere"]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: --model nowhere: ") and said.err.count("\n") == 1 and not said.out
@@ -107,7 +107,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "LOOKS", 3)
 
 
-def test_the_five_measurements_run_here(capsys: pytest.CaptureFixture[str], small: None) -> None:
+def test_the_five_measurements_run_on_every_backend(capsys: pytest.CaptureFixture[str], small: None) -> None:
     rows = list(_rows(capsys, "--probe").values())
     assert len(rows) == 5 and {row["group"] for row in rows} == {"probe"}
     here = device.on_metal()
@@ -120,7 +120,7 @@ def test_the_five_measurements_run_here(capsys: pytest.CaptureFixture[str], smal
 
 
 @linux
-def test_measurements_use_adopted_pages_where_they_are(
+def test_measurements_use_adopted_pages_if_available(
     capsys: pytest.CaptureFixture[str], small: None, as_on_metal: None
 ) -> None:
     rows = list(_rows(capsys, "--probe").values())
@@ -128,7 +128,7 @@ def test_measurements_use_adopted_pages_where_they_are(
     assert rows[3]["figures"] == {"same": True, "adopted": True} and rows[3]["state"] == "ok"
 
 
-def test_other_numbers_at_the_second_read_are_a_failure(
+def test_different_numbers_at_the_second_read_are_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
     read = Tensor.__getitem__
@@ -147,7 +147,7 @@ def test_a_full_disk_ends_the_measurements_in_one_line(
     assert capsys.readouterr().err == "error: --probe: No space left on device\n"
 
 
-def test_what_saves_rely_on_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_that_saves_need_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (works,) = checks.check_saves(tmp_path)
     assert works.state == "ok" and works.figures["save_s"] > 0 and works.figures["free_bytes"] > 0
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""DoRA is mlx-lm's: gradients under autograd, adapters both ways, fused weights; rsLoRA's scale and LoRA+'s rates."""
+"""DoRA equals mlx-lm's: gradients, loading and saving adapters, fused weights; rsLoRA's scale and LoRA+'s rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = 2e-5
 
 
 def moved(lora: Lora, seed: int) -> Lora:
-    """The same with random pairs, and lengths that are a fifth off."""
+    """The LoRA with random pairs, and row norms changed by about a fifth."""
     rng = np.random.default_rng(seed)
     for name, value in sorted(lora.parameters().items()):
         noise = mx.array(rng.standard_normal(value.shape), mx.float32)
@@ -169,7 +169,7 @@ def test_dora_trains_by_forward_passes_alone(home: Path, tmp_path: Path, tokens_
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "lion", "muon"])
 @pytest.mark.parametrize("is_lazy", [False, True])
-def test_lora_plus_is_an_optimizer_of_its_own_for_every_b(
+def test_lora_plus_equals_a_separate_optimizer_for_every_b(
     tmp_path: Path, optimizer: str, is_lazy: bool, seed: int
 ) -> None:
     write_model(tmp_path, CONFIGS["llama"], seed=1)

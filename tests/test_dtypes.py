@@ -1,4 +1,4 @@
-"""What a Mac computes with by default, reached here by options: 16-bit activations, packed weights."""
+"""A Mac's defaults, selected with options: 16-bit activations, packed weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mebp_mlx.system import device
 from mebp_mlx.testing.reference import largest_error, rms_error
 from mebp_mlx.testing.tiny import packed_config, random_batch, randomize_lora, write_model
 
-# Two 16-bit computations of the same gradients, held against float64: at most 6 % farther in 240 draws.
+# Ratio of two 16-bit computations' distances from float64: at most 1.06 in 240 draws.
 CHANCE = 1.25
-FLOAT16 = 0.03  # of all gradients; 0.016 at most in twelve draws
+FLOAT16 = 0.03  # limit for all gradients; at most 0.016 in twelve draws
 FOUR_BIT = {"group_size": 32, "bits": 4}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
@@ -87,7 +87,7 @@ def test_gradients_in_16_bits_are_as_exact_as_autograds(
     loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
     assert all(g.dtype == mx.float32 for g in grads.values())
     truth = _oracle(folder, mx.float64, lora, batch)
-    # MLX's quantized_matmul sums in 16 bits on the CPU, 20 times a matmul's error: autograd's products must do so too.
+    # On the CPU MLX's quantized_matmul sums in 16 bits, with 20 times a matmul's error: autograd must use it as well.
     theirs = _step(make_engine("whole-graph", model, lora), batch)
     assert abs(loss.item() - theirs[0]) <= 1e-2 * theirs[0], f"seed {seed}"
     ours, allowed = rms_error(grads, truth[1]), CHANCE * rms_error(theirs[1], truth[1])
@@ -111,8 +111,8 @@ def test_packed_products_give_the_same_gradients(tmp_path: Path, quantization: d
     assert abs(losses[0] - losses[1]) <= 1e-5 * losses[1]
 
 
-def test_a_packing_that_mlx_cannot_multiply_by_is_decompressed(tmp_path: Path, seed: int) -> None:
-    """5 bits are multiplied packed, groups of another size are not; an unpacked matrix never is."""
+def test_packings_without_a_packed_product_are_decompressed(tmp_path: Path, seed: int) -> None:
+    """5-bit matrices have packed products, matrices with other group sizes do not; unpacked matrices never do."""
     folder = _folder(tmp_path, "qwen2", seed, {**FOUR_BIT, "model.layers.0.self_attn.q_proj": False})
     model = mebp_mlx.open_model(folder, weights="packed")
     assert not model.stays_packed(model.spec.layers[0].linears["q"])
@@ -139,7 +139,7 @@ def test_gradients_are_bit_equal_for_every_policy_in_16_bits(tmp_path: Path, see
 def test_a_float32_lora_promotes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, dropout: float, seed: int
 ) -> None:
-    """bfloat16 at every boundary: values, kept values, block outputs, cotangents; float32 gradients."""
+    """Values, kept values, block outputs and cotangents are bfloat16; gradients are float32."""
     model = mebp_mlx.open_model(_folder(tmp_path, name, seed, FOUR_BIT), "bfloat16", weights)
     lora, batch = _lora(model, seed, dropout=dropout), _Batch(*random_batch(seed, 2, 70, model.spec.V))
     family, seen = BLOCKS[model.spec.layers[0].block], []
@@ -161,7 +161,7 @@ def test_a_float32_lora_promotes_nothing(
     watch("kept", Store, "put", lambda args, _: [(args[2], args[4])])
     watch("y", Pass, "forward", lambda _, tiles: [("", tile) for tile in tiles])
     watch("dy", family, "backward", lambda args, dx: [("in", args[1]), ("out", dx)])
-    # dx of projections of one value is summed before it is rounded: the boundary is where it leaves the sum.
+    # The dx of projections of the same value are summed before rounding, so the dtype is checked after the sum.
     watch("projection", LoraLinear, "backward", lambda args, _: [("in", args[2])])
     watch("projection", family, "linear_backward", lambda _, dx: [("out", dx)])
     watch("mlp", GatedMlp, "backward", in_and_out)
@@ -180,19 +180,19 @@ def test_a_float32_lora_promotes_nothing(
 
 
 @pytest.mark.parametrize("grain, weights", [("op", "decompressed"), ("block", "packed")])
-def test_float16_loses_nothing_where_there_are_many_labels(tmp_path: Path, grain: str, weights: str, seed: int) -> None:
-    """A token's share of a mean over so many labels is below float16's range: the sum is differentiated instead."""
+def test_float16_is_accurate_with_many_labels(tmp_path: Path, grain: str, weights: str, seed: int) -> None:
+    """A token's share of a mean over many labels is below float16's range, so the sum is differentiated instead."""
     config = packed_config("qwen2") | {"num_hidden_layers": 2}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=FOUR_BIT, dtype=mx.bfloat16)
     model = mebp_mlx.open_model(folder, "float16", weights)
     lora, batch = _lora(model, seed), _Batch(*random_batch(seed, 1, 512, model.spec.V, "none"))
-    batch.n_labels *= 1024  # of a step of 1024 such micro-batches
+    batch.n_labels *= 1024  # labels of a step of 1024 such micro-batches
     truth = _oracle(folder, mx.float64, lora, batch)
     loss, grads = _step(BackpropEngine(model, lora, plan=Plan(grain)), batch)
     assert abs(loss - truth[0]) <= 1e-2 * truth[0]
     ours = rms_error(grads, truth[1])
     assert ours <= FLOAT16, f"seed {seed}: {ours}"
-    # Autograd differentiates the mean itself, and shows what that costs.
+    # Autograd differentiates the mean, and shows the loss of accuracy.
     theirs = rms_error(_step(make_engine("whole-graph", model, lora), batch)[1], truth[1])
     assert theirs >= 4 * FLOAT16, f"seed {seed}: {theirs}"
 

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy on any rows: mlx-lm's own, whatever the file and the budget."""
+"""Loss, perplexity and accuracy on any rows equal mlx-lm's, for every file and budget."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def measured(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, dic
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
-def test_losses_are_mlx_lms(tmp_path: Path, tokens_here: None, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_equal_mlx_lms(
+    tmp_path: Path, tokens_here: None, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_tokenizer(tmp_path / "model", chat=False)
     write_model(model, CONFIGS[family] | {"vocab_size": 320}, seed=3)
     write_rows(tmp_path / "data", ROWS, "test")
@@ -89,7 +91,7 @@ def test_a_budget_that_is_too_small_is_refused(
     assert said.startswith("error: --memory-budget: 1.0 MB is too little") and said.count("\n") == 1
 
 
-def test_without_training_the_test_rows_are_all_that_is_needed(
+def test_without_training_only_test_rows_are_needed(
     home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = home / "model", write_rows(tmp_path / "data", ROWS, "test")
@@ -151,7 +153,7 @@ def test_bad_input_is_one_line(
 
 
 def test_the_whole_process_stays_within_the_budget(tmp_path: Path) -> None:
-    """Exit 3 where the measured peak has passed it."""
+    """Exit code 3 if the measured peak exceeds it."""
     adapters = make_adapters(tmp_path / "adapters", Path(bundled.MODEL_DIR))
     command = [sys.executable, "-m", "mebp_mlx.evaluate", "--model", "bundled", "--adapter-path", str(adapters)]
     more = ["--data", "bundled", "--test-batches", "2", "--memory-budget", "60MB"]

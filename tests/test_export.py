@@ -1,4 +1,4 @@
-"""Adapters for other programs: PEFT computes the same loss from them, llama.cpp's format holds the same products."""
+"""Exported adapters: PEFT computes the same loss, and llama.cpp's format contains the same products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(adapters: Path, out: Path, *more: str) -> int:
 
 
 def deltas(folder: Path, model: Path) -> dict[str, np.ndarray]:
-    """s (A B)^T of every pair, float64 [out, in], by the matrix's name."""
+    """s (A B)^T of every pair, float64 [out, in], by matrix name."""
     lora = adapters_of(folder, model)
     actual = {}
     for layer in Model(model).spec.layers:
@@ -44,7 +44,7 @@ def test_peft_computes_the_same_loss(tmp_path: Path, family: str, seed: int) -> 
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    # mlx-lm rounds gemma's factor of the embeddings to bfloat16, transformers does not: sqrt(36) is the same in both.
+    # mlx-lm rounds gemma's embedding factor to bfloat16, transformers does not; sqrt(36) is exact in both.
     width = {"hidden_size": 36} if family == "gemma3_text" else {}
     model = write_model(tmp_path / "model", CONFIGS[family] | width, seed=seed)
     adapters = make_adapters(tmp_path / "adapters", model, num_layers=2)
@@ -83,7 +83,7 @@ def test_a_multimodal_models_names_are_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "gemma4"])
-def test_the_layout_is_pefts_and_comes_back_bit_by_bit(tmp_path: Path, family: str) -> None:
+def test_the_layout_is_pefts_and_round_trips_bit_by_bit(tmp_path: Path, family: str) -> None:
     model, is_wrapped = write_model(tmp_path / "model", CONFIGS[family]), family in ("gemma3", "gemma4")
     q = "v" if family != "gemma4" else "q"
     adapters = make_adapters(tmp_path / "adapters", model, num_layers=2, keys=[f"self_attn.{q}_proj", "mlp.up_proj"])
@@ -141,7 +141,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
         ({"r": 5}, "but the model and rank 5 require [5, "),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_by_name(
+def test_adapters_other_than_plain_lora_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_model(tmp_path / "model", CONFIGS["qwen2"])
@@ -153,7 +153,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(
     assert not (tmp_path / "back").exists()
 
 
-def test_modules_that_are_not_the_models_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_that_the_model_lacks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model", CONFIGS["qwen2"])
     assert run(make_adapters(tmp_path / "adapters", model), tmp_path / "peft", "--peft") == 0
     file = tmp_path / "peft" / "adapter_model.safetensors"
@@ -203,14 +203,14 @@ def test_the_gguf_file_holds_the_same_products(tmp_path: Path, family: str) -> N
 
 
 def neighbours(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows i and i + head_dim / 2 of every head next to each other."""
+    """Reorders rows: i and i + head_dim / 2 of every head become neighbours."""
     order = [head + half + i for head in range(0, len(rows), head_dim) for i in range(head_dim // 2)
              for half in (0, head_dim // 2)]  # fmt: skip
     return rows[order]
 
 
-def test_llama_cpps_rotation_of_the_new_order_is_ours(tmp_path: Path) -> None:
-    """llama.cpp rotates neighbours, MLX's traditional rope: attention's scores are the same."""
+def test_llama_cpps_rotation_of_reordered_rows_equals_ours(tmp_path: Path) -> None:
+    """llama.cpp rotates neighbouring rows, like MLX's traditional rope; attention scores are equal."""
     from mebp_mlx.export.gguf import interleaved
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What a family asks for beside its equations: names, default LoRA keys, newer configs, limits."""
+"""Families besides their equations: tensor names, default LoRA keys, newer configs, limits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_lora_goes_by_default_where_mlx_lm_puts_it(tmp_path: Path, name: str) -> None:
+def test_default_lora_keys_are_mlx_lms(tmp_path: Path, name: str) -> None:
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
@@ -56,7 +56,7 @@ def test_keys_that_a_family_does_not_have_are_refused(tmp_path: Path) -> None:
         mebp_mlx.init_lora(model, keys=["self_attn.q_proj"])
 
 
-def test_the_families_that_work_are_listed_for_one_that_does_not(tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused_with_the_list(tmp_path: Path) -> None:
     folder = _change(write_model(tmp_path / "m", CONFIGS["qwen2"]), model_type="gpt_neox")
     with pytest.raises(UserError, match=r"'gpt_neox' is not supported; supported: qwen2, .*, phi3$"):
         mebp_mlx.open_model(folder)
@@ -67,7 +67,9 @@ def test_the_families_that_work_are_listed_for_one_that_does_not(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name, tied", [("mistral3", False), ("mistral3", True), ("gemma3", True)])
-def test_a_multimodal_checkpoint_by_transformers_names_is_the_same_model(tmp_path: Path, name: str, tied: bool) -> None:
+def test_a_multimodal_checkpoint_with_transformers_names_is_the_same_model(
+    tmp_path: Path, name: str, tied: bool
+) -> None:
     config = json.loads(json.dumps(CONFIGS[name]))
     config["text_config"]["tie_word_embeddings"] = tied
     ours = write_model(tmp_path / "ours", config)
@@ -105,14 +107,14 @@ def test_a_dynamic_rope_ends_where_it_would_depend_on_a_row_s_length(tmp_path: P
         _loss(folder, 13)
 
 
-def test_minicpm_divides_before_a_head_of_its_own_alone(tmp_path: Path) -> None:
+def test_minicpm_divides_only_before_an_untied_head(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", CONFIGS["minicpm"])
     assert mebp_mlx.open_model(folder).spec.head_divisor == 3.0
     tied = mebp_mlx.open_model(_change(folder, tie_word_embeddings=True)).spec
     assert tied.head_divisor == 1.0 and tied.tied
 
 
-def test_tensors_of_other_tasks_and_heads_may_be_there(tmp_path: Path) -> None:
+def test_tensors_of_other_tasks_and_heads_are_allowed(tmp_path: Path) -> None:
     extra = {"mimo": "model.mtp_layers.0.input_proj.weight", "internlm3": "model.layers.0.attention.rope.inv_freq"}
     for name, tensor in extra.items():
         folder = write_model(tmp_path / name, CONFIGS[name])
@@ -131,7 +133,7 @@ def test_layers_without_rope_must_be_listed_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
 def test_a_kernel_in_torchs_layout_is_the_same_model(tmp_path: Path, name: str) -> None:
-    """Qwen 3.5's norms are stored as weight - 1 there, but for that of the gated delta net."""
+    """In torch's layout Qwen 3.5's norms are stored as weight - 1, except for the gated delta net's norm."""
     ours, theirs = (write_model(tmp_path / folder, CONFIGS[name]) for folder in ("ours", "theirs"))
     path = theirs / "model.safetensors"
     tensors: Any = mx.load(str(path))
@@ -145,7 +147,7 @@ def test_a_kernel_in_torchs_layout_is_the_same_model(tmp_path: Path, name: str) 
     mebp_mlx.open_model(theirs)
 
 
-def test_what_lfm2_and_qwen3_5_do_not_have_here_is_refused(tmp_path: Path) -> None:
+def test_unsupported_variants_of_lfm2_and_qwen3_5_are_refused(tmp_path: Path) -> None:
     folder = _change(write_model(tmp_path / "m", CONFIGS["lfm2"]), conv_bias=True)
     with pytest.raises(UserError, match="conv_bias is not supported"):
         mebp_mlx.open_model(folder)

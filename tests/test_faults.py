@@ -1,4 +1,4 @@
-"""Weights that are cut short under a run, and signals that kill it: one line, and the last save is whole."""
+"""Weights truncated during a run, and fatal signals: one line, and the last save is complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.runs import arguments, child, events, losses, refused
 
 pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
-# A run that saves every iteration; `act` is called after iteration 3. argv: the file of weights, then the options.
+# A run that saves every iteration and calls `act` after iteration 3. argv: the weight file, then the options.
 _RUN = """
 import os, signal, sys
 from mebp_mlx import train
@@ -65,7 +65,7 @@ def run_in_child(home: Path, tmp_path: Path, act: str, *more: str) -> tuple[int,
 
 
 def resumes_exactly(home: Path, tmp_path: Path, out: Path, model: Path) -> None:
-    """With the weights as they were the run goes on as if nothing had happened."""
+    """With the original weights, the resumed run equals an uninterrupted one."""
     shutil.copy(home / "model" / "model.safetensors", model)
     assert train.main(["--resume", "--adapter-path", str(out)]) == 0
     whole = tmp_path / "whole"
@@ -74,7 +74,7 @@ def resumes_exactly(home: Path, tmp_path: Path, out: Path, model: Path) -> None:
     assert losses(out)[-1] == losses(whole)[-1]
 
 
-def test_weights_cut_between_two_passes_are_told_with_their_sizes(home: Path, tmp_path: Path) -> None:
+def test_weights_cut_between_two_passes_are_reported_with_their_sizes(home: Path, tmp_path: Path) -> None:
     code, lines, out, model = run_in_child(home, tmp_path, CUT_BETWEEN)
     n_bytes = (home / "model" / "model.safetensors").stat().st_size
     (line,) = lines
@@ -84,7 +84,7 @@ def test_weights_cut_between_two_passes_are_told_with_their_sizes(home: Path, tm
         f"error: {file}: was {n_bytes} bytes, is {n_bytes // 2} bytes: cut short while it was in use; "
         f"what is saved in {out} is the last good state"
     )
-    # Iteration 3 was computed with whole weights, but nobody can know it: what is kept is from before the cut.
+    # Iteration 3 used complete weights, but the run cannot know this, so the last save is from before.
     assert [e["iter"] for e in events(out, "save")] == [1, 2]
     resumes_exactly(home, tmp_path, out, model)
 
@@ -127,7 +127,7 @@ def test_a_fatal_signal_leaves_one_line(
 
 
 def test_a_cut_file_is_not_kept_as_weights(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model opened after the cut is refused as ever; one that only grew is the model that it was."""
+    """A truncated file is refused when a model is opened; a file that only grew still holds the same model."""
     shutil.copytree(home / "model", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     model = mebp_mlx.open_model(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Room for a mapped file: taken on Linux by the system, on macOS by fcntl, which is played here."""
+"""Space for a mapped file is reserved by the system on Linux and by fcntl on macOS, which is simulated."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mebp_mlx.system import files
 pytestmark = pytest.mark.quick
 
 N_BYTES = 5 << 14
-# flags of each call: contiguous and all of it, then all of it
+# flags of the two calls: contiguous and complete, then complete
 CALLS = [(42, 6, 3, 0, N_BYTES, 0), (42, 4, 3, 0, N_BYTES, 0)]
 
 
 def _on_macos(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> list[tuple[int, ...]]:
-    """What fcntl is asked there, each call answered by an error number (0: it works)."""
+    """Records fcntl's requests as on macOS; each call returns the given error number (0: success)."""
     asked: list[tuple[int, ...]] = []
 
     def fcntl(descriptor: int, command: int, fstore: bytes) -> bytes:
-        assert os.fstat(descriptor).st_size == 0  # before the file gets its length
+        assert os.fstat(descriptor).st_size == 0  # before the file's length is set
         asked.append((command, *struct.unpack("=Iiqqq", fstore)))
         if error := answers[len(asked) - 1]:
             raise OSError(error, os.strerror(error))
@@ -36,7 +36,7 @@ def _on_macos(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> list[tuple
     return asked
 
 
-def test_it_is_taken_here() -> None:
+def test_space_is_reserved_on_this_system() -> None:
     with tempfile.TemporaryFile() as file:
         files.reserve(file.fileno(), N_BYTES)
         about = os.fstat(file.fileno())
@@ -44,7 +44,7 @@ def test_it_is_taken_here() -> None:
 
 
 @pytest.mark.parametrize("answers", [[0], [errno.ENOSPC, 0], [errno.EINVAL, errno.ENOTSUP]])
-def test_macos_in_one_piece_in_pieces_or_not_at_all(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
+def test_macos_reserves_one_piece_or_several_or_fails(monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
     asked = _on_macos(monkeypatch, answers)
     with tempfile.TemporaryFile() as file:
         files.reserve(file.fileno(), N_BYTES)
@@ -54,7 +54,7 @@ def test_macos_in_one_piece_in_pieces_or_not_at_all(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("full", ["told", "asked"])
 def test_a_full_disk_on_macos(monkeypatch: pytest.MonkeyPatch, full: str) -> None:
-    """By fcntl; and by the free space on a file system that reserves nothing."""
+    """Detected by fcntl, or by the free space if the file system reserves nothing."""
     _on_macos(monkeypatch, [errno.ENOSPC, errno.ENOSPC if full == "told" else errno.ENOTSUP])
     if full == "asked":
         disk: Any = SimpleNamespace(f_bavail=1, f_frsize=4096)

@@ -1,4 +1,4 @@
-"""Every option of mlx_lm.lora is the same here, has no effect, or is refused with a reason; README has what differs."""
+"""Every option of mlx_lm.lora is the same, has no effect, or is refused with a reason; README lists differences."""
 
 from __future__ import annotations
 

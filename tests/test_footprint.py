@@ -1,4 +1,4 @@
-"""The footprint counts what a process holds and nothing that it could drop; its peaks are seen."""
+"""The footprint counts a process's memory, but no pages that the system could drop; peaks are detected."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SLACK_BYTES = 3 * MB  # the interpreter, the sampling thread, the C heap
 
 
 def filled(n_bytes: int) -> np.ndarray:
-    """Memory straight from the system: a heap would serve it from what earlier tests have freed."""
+    """Memory directly from the system, because a heap would reuse memory that earlier tests have freed."""
     array = np.frombuffer(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    array.fill(1)  # untouched pages would not be memory
+    array.fill(1)  # untouched pages use no memory
     return array
 
 
 def in_child(code: str) -> str:
-    """Runs code in a process of its own, whose heap is not what other tests have left."""
+    """Runs code in its own process, whose heap contains no memory of other tests."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
@@ -61,7 +61,7 @@ def test_a_shared_writable_map_is_not_counted(tmp_path: Path) -> None:
     del mapped
 
 
-def test_a_spike_of_20_ms_is_seen() -> None:
+def test_a_spike_of_20_ms_is_detected() -> None:
     with PeakMeter() as meter:
         time.sleep(0.05)
         before = meter.peak_bytes
@@ -70,7 +70,7 @@ def test_a_spike_of_20_ms_is_seen() -> None:
         del spike
         assert meter.now_bytes - before <= 25 * MB, "the spike must be over before anything is asked for its peak"
         seen = meter.peak_bytes - before
-    # a machine that did not run the sampling thread for 20 ms hides it, and the meter says so
+    # if the sampling thread did not run for 20 ms, the spike is missed, and the meter reports this
     assert seen >= 48 * MB or meter.longest_gap_s > 0.020
 
 
@@ -89,12 +89,12 @@ def test_samples_come_every_few_milliseconds(monkeypatch: pytest.MonkeyPatch) ->
     assert gaps.max() <= meter.longest_gap_s
 
 
-def test_a_computation_is_watched_while_it_runs() -> None:
-    """The samples come while another thread of this process is in native code."""
+def test_a_computation_is_sampled_while_it_runs() -> None:
+    """Samples are taken while another thread of this process runs native code."""
     with PeakMeter() as meter:
         before = meter.peak_bytes
         for _ in range(5):
-            # Memory of its own: a heap that earlier tests have left large would serve it from what it has.
+            # New memory, because the heap may still hold memory of earlier tests.
             pages = mmap.mmap(-1, 50 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             a = np.frombuffer(pages)
             a[:] = 2.0
@@ -120,7 +120,7 @@ def test_every_phase_has_its_own_peak() -> None:
                 del block
         with meter.phase("after"):
             time.sleep(0.01)
-        with meter.phase("small"):  # again, and lower: the higher peak stays
+        with meter.phase("small"):  # a second, lower peak does not replace the first
             time.sleep(0.01)
     rise = {name: (peak - base) / MB for name, peak in meter.phases.items()}
     assert set(rise) == {"outer", "small", "large", "after"}
@@ -151,7 +151,7 @@ def test_reset_forgets_the_peak() -> None:
         assert high - 80 * MB <= meter.peak_bytes <= high - 60 * MB
 
 
-def test_the_peak_stands_still_after_the_context_and_can_start_again() -> None:
+def test_the_peak_is_fixed_after_the_context_and_can_restart() -> None:
     meter = PeakMeter()
     with meter:
         pass
@@ -176,7 +176,7 @@ with PeakMeter() as meter:
     print(time.process_time() - began, meter.now_bytes - before)
 """
     seconds, n_bytes = in_child(code).split()
-    assert float(seconds) <= 0.06  # 1 % is the aim on a quiet machine
+    assert float(seconds) <= 0.06  # the target is 1 % on an idle machine
     assert int(n_bytes) <= 1 * MB
 
 

@@ -1,4 +1,4 @@
-"""Fused models: W + s (A B)^T to the last bit of their format, loadable by mlx-lm; nothing learned is lost unsaid."""
+"""Fused models are W + s (A B)^T to the last bit of their format, loadable by mlx-lm; a loss of gain is reported."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_the_fused_model_is_the_model_with_adapters(tmp_path: Path, name: str, s
     base, with_adapters = _loss(model, None, seed), _loss(model, adapters, seed)
     fused = _loss(tmp_path / "out", None, seed)
     assert abs(fused / with_adapters - 1) <= 1e-5, f"seed {seed}"
-    assert abs(base / with_adapters - 1) > 1e-4, f"seed {seed}"  # so the bound above sees the adapters
+    assert abs(base / with_adapters - 1) > 1e-4, f"seed {seed}"  # so the bound above detects the adapters
     load_model(tmp_path / "out", strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | None, seed: int) -> None:
+def test_results_in_16_bits_are_correctly_rounded(tmp_path: Path, dtype: str, bits: int | None, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     how = None if bits is None else {"group_size": 32, "bits": bits}
@@ -84,7 +84,7 @@ def test_16_bits_are_the_nearest_ones(tmp_path: Path, dtype: str, bits: int | No
 
 
 @pytest.mark.parametrize("mode, bits", [("affine", 4), ("affine", 5), ("mxfp4", 4)])
-def test_only_what_was_trained_is_packed_anew(tmp_path: Path, mode: str, bits: int, seed: int) -> None:
+def test_only_trained_matrices_are_quantized_again(tmp_path: Path, mode: str, bits: int, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     how = {"group_size": 32, "bits": bits, "mode": mode}
@@ -104,13 +104,13 @@ def test_only_what_was_trained_is_packed_anew(tmp_path: Path, mode: str, bits: i
         ("weight", "scales", "biases"), mx.quantize(rows, group_size=32, bits=bits, mode=mode), strict=False
     ):
         same = Tensor(new, f"{linear.name}.{part}")[...] == expected
-        assert np.asarray(same).mean() > 0.98, part  # the sum's last bit may round a code the other way
+        assert np.asarray(same).mean() > 0.98, part  # the sum's last bit may change the rounding of a code
     load_model(tmp_path / "out", strict=True)
 
 
 @pytest.fixture(scope="module")
 def packed_home(home: Path) -> Path:
-    """The home's data, and a model packed in 4 bits."""
+    """`home`'s data, and a model packed in 4 bits."""
     write_tokenizer(home / "packed", chat=True)
     config = packed_config("qwen3") | {"vocab_size": 320, "num_hidden_layers": 2}
     write_model(home / "packed", config, seed=3, quantization={"group_size": 32, "bits": 4}, dtype=mx.bfloat16)
@@ -124,7 +124,7 @@ def trained(home: Path, out: Path, rate: float) -> Path:
     return out
 
 
-def test_4_bits_that_lose_what_was_learned_are_refused(
+def test_quantization_to_4_bits_that_loses_the_gain_is_refused(
     packed_home: Path, tmp_path: Path, tokens_made_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = trained(packed_home, tmp_path / "adapters", 1e-4)
@@ -142,7 +142,7 @@ def test_4_bits_that_lose_what_was_learned_are_refused(
     card = (out / "README.md").read_text()
     assert f"| trained on | {packed_home / 'data'} |" in card and "| labelled tokens trained on | " in card
     assert "| peak footprint of training | " in card and "100.0% of the gain kept" in card and " cores, " in card
-    assert "base_model" not in card  # a folder is no model of the hub
+    assert "base_model" not in card  # a folder is not a model of the hub
 
 
 def test_a_longer_run_survives_packing(
@@ -167,7 +167,7 @@ def test_adapters_that_gain_nothing_are_not_measured(
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Matrices of 64 MB in float32: their rows come and go."""
+    """Matrices have 64 MB in float32; only some rows are in memory."""
     config = packed_config("llama")
     config.update(num_hidden_layers=1, hidden_size=1024, vocab_size=16384, head_dim=64, intermediate_size=16384)
     model = write_model(tmp_path / "model", config, dtype=mx.bfloat16)

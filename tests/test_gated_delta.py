@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks against the plain recurrence in numpy's float64, and its hard cases."""
+"""The chunked gated delta rule, compared with the plain recurrence in float64, and its hard cases."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CASES = [(None, None, False), (0.0, None, False), (-1e4, None, False), (None, 0.
 
 @pytest.mark.parametrize("g, beta, one_key", CASES)
 @pytest.mark.parametrize("T", [1, 17, 64, 130])
-def test_outputs_and_gradients_are_the_recurrences(
+def test_outputs_and_gradients_equal_the_recurrences(
     T: int, g: float | None, beta: float | None, one_key: bool, seed: int
 ) -> None:
     inputs, rng = _inputs(T, seed, g, beta, one_key), np.random.default_rng(seed + 1)
@@ -71,7 +71,7 @@ def test_outputs_and_gradients_are_the_recurrences(
         outputs, state = _recurrence(*inputs)
         return float((outputs * do).sum() + (state * dS).sum())
 
-    # One direction for each input: the quotient of float64 differences is good to about 1e-9.
+    # One direction per input: the float64 difference quotient is accurate to about 1e-9.
     for index, (x, gradient) in enumerate(zip(inputs, gradients, strict=True)):
         direction, eps = rng.normal(size=x.shape), 1e-6
         moved = [[*inputs[:index], x + sign * eps * direction, *inputs[index + 1 :]] for sign in (1, -1)]
@@ -81,7 +81,7 @@ def test_outputs_and_gradients_are_the_recurrences(
 
 
 def test_the_triangular_inverse_is_exact_where_powers_overflow() -> None:
-    """Equal keys and b = 1: the entries stay in [-1, 1], the powers of the matrix do not."""
+    """With equal keys and b = 1 the entries stay in [-1, 1], but the matrix's powers do not."""
     C = 64
     a = mx.tril(mx.ones((C, C)), -1)
     assert _error(gated_delta.unit_lower_inverse(a), np.linalg.inv(np.eye(C) + np.tril(np.ones((C, C)), -1))) < 1e-6
@@ -91,7 +91,7 @@ def test_the_triangular_inverse_is_exact_where_powers_overflow() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (2, 3, 7), (5,)])
-def test_a_convolution_in_tiles_is_the_whole_one(cuts: tuple[int, ...], seed: int) -> None:
+def test_a_convolution_in_tiles_equals_the_whole_one(cuts: tuple[int, ...], seed: int) -> None:
     rng, T, K, D = np.random.default_rng(seed), 11, 4, 6
     w, x, dy = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((K, D), (2, T, D), (2, T, D)))
     zeros = mx.zeros((2, K - 1, D))

@@ -1,4 +1,4 @@
-"""Greedy text, streamed, against a loop that keeps no cache; decompressed once; and what goes wrong on the way."""
+"""Streamed greedy text equals that of a loop without a cache; decompressing once; errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_adapters(folder: Path, config: dict[str, Any], rank: int = 3) -> Path:
 
 
 def greedy(model_path: Path, adapter_path: Path | None, n_tokens: int) -> str:
-    """The text of the most likely tokens, each from a forward pass over all tokens so far."""
+    """The text of the most likely tokens, each from a forward pass over all previous tokens."""
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(str(model_path), adapter_path=str(adapter_path) if adapter_path else None)[:2]
@@ -72,7 +72,7 @@ def greedy(model_path: Path, adapter_path: Path | None, n_tokens: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["chat", "plain"])
-def test_the_text_is_the_likeliest_tokens(folders: dict[str, Path], name: str) -> None:
+def test_the_text_consists_of_the_most_likely_tokens(folders: dict[str, Path], name: str) -> None:
     texts = []
     for adapters in (None, folders["adapters"]):
         pieces = list(Writer(folders[name], adapters).stream(Prompt(PROMPT, 12)))
@@ -81,7 +81,7 @@ def test_the_text_is_the_likeliest_tokens(folders: dict[str, Path], name: str) -
     assert texts[0] != texts[1]
 
 
-def test_the_command_streams_text_to_stdout_alone(
+def test_the_command_streams_only_text_to_stdout(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ["--model", str(folders["plain"]), "--adapter-path", str(folders["adapters"]), "-m", "12"]
@@ -120,7 +120,7 @@ PACKINGS: dict[str, tuple[dict[str, Any] | None, mx.Dtype]] = {
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma4", "qwen3_moe"])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing: str, seed: int) -> None:
+def test_a_decompressed_model_computes_the_same(tmp_path: Path, family: str, packing: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     quantization, dtype = PACKINGS[packing]
@@ -145,7 +145,7 @@ def test_decompressed_it_computes_the_same(tmp_path: Path, family: str, packing:
     assert lines[0].startswith("decompressing the weights once, ") and "products with them are slower" in lines[2]
 
 
-def test_float32_weights_are_left_alone(tmp_path: Path) -> None:
+def test_float32_weights_are_not_changed(tmp_path: Path) -> None:
     from mlx_lm.utils import load_model
 
     model = load_model(write_model(tmp_path / "m", packed_config("qwen2")))[0]
@@ -198,7 +198,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         assert said.out == ""
 
 
-# The child that samples for training
+# The child process that samples during training
 
 
 def test_the_child_streams_both_texts(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +213,7 @@ def test_the_child_streams_both_texts(folders: dict[str, Path], capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_goes_wrong_in_the_child_is_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_in_the_child_are_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, adapters = folders["plain"], folders["adapters"]
     with pytest.raises(UserError, match=r"^--adapter-path /none: no such folder$"):
         sample(plain, "/none", PROMPT, 2)
@@ -224,7 +224,7 @@ def test_what_goes_wrong_in_the_child_is_one_line(folders: dict[str, Path], monk
         sample(plain, adapters, PROMPT)
 
 
-def test_a_run_says_what_its_sample_waits_for_and_that_an_interrupt_loses_nothing(
+def test_a_run_announces_its_sample_and_that_an_interrupt_loses_nothing(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(model=str(folders["plain"]), sample_prompt=PROMPT, memory_budget=500_000_000)

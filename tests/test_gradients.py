@@ -1,4 +1,4 @@
-"""The product's promise: gradients equal autograd's, for every family, placement, mask, packing and policy."""
+"""Gradients equal autograd's, for every family, placement, mask, packing and policy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mebp_mlx.testing.reference import largest_error, mlx_lm_loss_and_grads
 from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 
 TOLERANCE = 1e-5
-# Two float32 results are as far from float64 as chance has it: over 40 ill-conditioned models the ratio of the
-# distances had a median of 1.00 and went from 0.77 to 1.68.
+# The distances of two float32 results from float64 differ randomly: over 40 ill-conditioned models their ratio had a
+# median of 1.00 and a range of 0.77 to 1.68.
 CHANCE = 3
-# 32 rows of a matrix at a time, odd query blocks, 64 positions at a time.
+# Blocks of 32 rows of a matrix, odd query blocks, tiles of 64 positions.
 TINY_BLOCKS = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=5)
 
 
@@ -45,7 +45,7 @@ def _whole_graph(model: object, lora: object, batch: _Batch, **how: object) -> t
 
 
 def _float64(model: Any, lora: Any, batch: _Batch, **how: object) -> tuple[float, dict[str, mx.array]]:
-    """The whole graph's loss and gradients with everything but the last rounding in float64."""
+    """The whole graph's loss and gradients, with everything but the last rounding in float64."""
     model.dtype = mx.float64
     try:
         return _whole_graph(model, lora, batch, **how)
@@ -56,7 +56,7 @@ def _float64(model: Any, lora: Any, batch: _Batch, **how: object) -> tuple[float
 def _assert_as_exact(
     model: Any, lora: Any, batch: _Batch, loss: float, grads: dict[str, mx.array], seed: int, dropout_seed: int
 ) -> None:
-    """With dropout: equal to the whole graph's float32, or no further from float64 than chance."""
+    """With dropout: equal to the whole graph in float32, or as close to float64 up to chance."""
     theirs = _whole_graph(model, lora, batch, seed=dropout_seed)
     if largest_error(loss, grads, *theirs) <= TOLERANCE:
         return
@@ -65,7 +65,7 @@ def _assert_as_exact(
 
 
 def _assert_exact(model: Any, lora: Any, tokens: np.ndarray, targets: np.ndarray, plan: Plan | None, seed: int) -> None:
-    """Ours equals mlx-lm's float32; where the two are further apart, ours is no further from float64 than chance."""
+    """Equal to mlx-lm in float32, or as close to float64 up to chance."""
     theirs = mlx_lm_loss_and_grads(model.path, lora, tokens, targets)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
     if largest_error(loss.item(), grads, *theirs) <= TOLERANCE:
@@ -206,7 +206,7 @@ def test_gradients_for_masks_and_odd_batches(tmp_path: Path, masking: str, B: in
     randomize_lora(lora, seed)
     tokens, targets = random_batch(seed, B, max(T, 2), model.spec.V, masking)
     tokens, targets = tokens[:, -T:], targets[:, -T:]
-    # A single token can be ill-conditioned, so ours is held against autograd's own distance from float64.
+    # A single token can be ill-conditioned, so the tolerance is autograd's distance from float64.
     truth = mlx_lm_loss_and_grads(model.path, lora, tokens, targets, mx.float64)
     theirs = largest_error(*_whole_graph(model, lora, _Batch(tokens, targets)), *truth)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=TINY_BLOCKS)
@@ -346,7 +346,7 @@ def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, see
 def test_gradients_are_bit_equal_for_every_grain_and_store(
     tmp_path: Path, name: str, how: dict, numpy_too: bool, seed: int
 ) -> None:
-    """Every grain with every store, every policy with either: all triples would be twice as many steps."""
+    """Every grain with every store, and every policy with either; all triples would double the number of steps."""
     config = packed_config(name) | {"intermediate_size": 1088, "num_hidden_layers": 3}
     model = _model(tmp_path, config, seed=seed, **how)
     lora = mebp_mlx.init_lora(model, rank=3, dropout=0.2)

@@ -1,4 +1,4 @@
-"""The one-pass head against a float64 cross-entropy."""
+"""The one-pass head, compared with a float64 cross-entropy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_loss_and_dh(N: int, D: int, V: int, chunk: int, size: float, seed: int)
     y = rng.integers(0, V, N)
     losses, dh = _run(h, w, y, chunk)
     true_losses, true_dh = _truth(h, w, y)
-    # Logits carry float32's rounding in proportion to their size, in the loss and in the exponent.
+    # Float32's rounding of a logit is proportional to its size; it affects the loss and the exponent.
     noise = 4e-7 * (1 + np.abs(h.astype(np.float64) @ w.T).max())
     assert np.abs(np.asarray(losses) - true_losses).max() <= 10 * noise, f"seed {seed}"
     assert np.abs(np.asarray(dh) - true_dh).max() <= 20 * noise * np.abs(w).max(), f"seed {seed}"
@@ -50,7 +50,7 @@ def test_loss_and_dh(N: int, D: int, V: int, chunk: int, size: float, seed: int)
 
 @pytest.mark.parametrize("dtype, epsilon", [(mx.float16, 1e-3), (mx.bfloat16, 8e-3)], ids=str)
 def test_16_bit_inputs_accumulate_in_float32(dtype: mx.Dtype, epsilon: float, seed: int) -> None:
-    """The error is that of the plain 16-bit computation, give or take one rounding."""
+    """The error is at most that of the plain 16-bit computation plus one rounding."""
     rng = np.random.default_rng(seed)
     N, D, V = 9, 32, 301
     h = np.asarray(mx.array(rng.standard_normal((N, D)), mx.float32).astype(dtype).astype(mx.float32))

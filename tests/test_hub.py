@@ -1,4 +1,4 @@
-"""Names to folders through the real huggingface_hub code (a cache, a small hub on localhost), and child processes."""
+"""Names are resolved by the real huggingface_hub code (a cache, a small hub on localhost) and child processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_local_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "no-slash", "/no/such/folder", "./no/such", "a/b/c", "org/..", "org/a b", "org/"])
-def test_what_is_neither_a_folder_nor_a_hub_name(name: str) -> None:
+def test_names_that_are_neither_folders_nor_hub_names_are_refused(name: str) -> None:
     assert message(resolve_model, name).startswith(f"--model {name}: no such folder, and not the name of a model")
     assert message(resolve_data, name).startswith(f"--data {name}: no such folder, and not the name of a dataset")
 
@@ -95,7 +95,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no way out of this machine."""
+    """An empty hub cache, and no network."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("MEBP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -128,7 +128,7 @@ def test_neither_cached_nor_reachable(home: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs: one model, one dataset, a gated model."""
+    """The parts of the hub that a download needs: one model, one dataset, a gated model."""
 
     files = MODEL_FILES | {"train.jsonl": '{"text": "a"}\n', "valid.jsonl": "{}", "other.jsonl": "x", "a.parquet": "x"}
     asked: list[str] = []  # noqa: RUF012  (of one test)
@@ -212,7 +212,7 @@ def load_dataset(name, part=None):
 
 
 def library(columns: tuple[str, ...], values: list[Any], split: str = "train") -> str:
-    """The source of a stand-in for the `datasets` library."""
+    """Source text of a stand-in for the `datasets` library."""
     return f"COLUMNS, VALUES, SPLIT = {columns!r}, {values!r}, {split!r}\n{FAKE_DATASETS}"
 
 
@@ -239,7 +239,7 @@ def test_other_formats_are_converted_by_the_datasets_library(
 
 
 def test_one_part_of_a_dataset(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As WikiText's; its blank lines are no rows."""
+    """Like WikiText's; blank lines are not rows."""
     write_files(tmp_path / "fake", {"datasets.py": library(("text",), [])})
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     folder = resolve_data("org/texts:part-2")
@@ -289,7 +289,7 @@ def load_dataset(path, split=None, name=None, **more):
 def test_sets_of_the_hub_are_joined_under_one_name_for_each_key(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """mlx-lm's hf_dataset: slices, its defaults for them, columns by name, the part of a set."""
+    """mlx-lm's hf_dataset: slices and their defaults, columns by name, one part of a set."""
     pairs = {"path": "org/pairs", "prompt_feature": "q", "completion_feature": "a", "config": {"name": "part"}}
     texts = {"path": "org/texts", "text_feature": "body", "train_split": "train", "test_split": "test[:2]"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""The rooms' order: a module imports from its own room and from rooms below it; and how long functions may be."""
+"""The order of the layers: a module imports from its own layer and from lower ones; the length of functions."""
 
 from __future__ import annotations
 
@@ -12,47 +12,49 @@ import mebp_mlx
 
 pytestmark = pytest.mark.quick
 
-# From the top. Modules on the top floor that are no room (train, convert, api ...) stand above all of these.
+# From the top. Modules directly in the package (train, convert, api ...) are above all of these.
 ORDER = [
     "testing", "training", "generation", "export", "data", "planner", "engine", "families", "ops", "model", "kernels",
     "weights", "system",
 ]  # fmt: skip
-FREE = {"errors", "bundled", "version"}  # import nothing above them, and serve everybody
-COMMAND = {"config", "options"}  # a run's options, for training alone
+FREE = {"errors", "bundled", "version"}  # may be imported by every layer, and import nothing above them
+COMMAND = {"config", "options"}  # a run's options, only for training
 ROOT = Path(mebp_mlx.__file__).parent
 
 
 def _imported(file: Path, package: list[str]) -> set[str]:
-    """The rooms that a file imports from, by name."""
-    rooms = set()
+    """The names of the layers that a file imports from."""
+    layers = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            rooms |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "mebp_mlx"}
+            layers |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "mebp_mlx"}
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             path = [*base, *(node.module or "").split(".")] if node.module else base
             if path[:1] == ["mebp_mlx"]:
-                rooms |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
-    return rooms
+                layers |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
+    return layers
 
 
 def test_no_import_points_up() -> None:
     files = [(file, file.relative_to(ROOT).parts[0]) for file in [ROOT / "errors.py", *ROOT.glob("*/**/*.py")]]
-    files = [(file, room) for file, room in files if file.name != "__main__.py"]  # a command, as those on the top floor
+    files = [
+        (file, layer) for file, layer in files if file.name != "__main__.py"
+    ]  # a command, like the modules directly in the package
     files += [(file, "kernels") for file in (ROOT.parent / "kernels").glob("*.py")]
     up = []
-    for file, room in files:
-        room = room.removesuffix(".py")
-        if room in ORDER or room in FREE:
-            below = set(ORDER[ORDER.index(room) :] if room in ORDER else ()) | FREE
-            below |= COMMAND if room == "training" else set()
-            package = ["mebp_mlx", room] if file.parent != ROOT else ["mebp_mlx"]
-            up += [f"{room}/{file.name} -> {target}" for target in sorted(_imported(file, package) - below)]
+    for file, layer in files:
+        layer = layer.removesuffix(".py")
+        if layer in ORDER or layer in FREE:
+            below = set(ORDER[ORDER.index(layer) :] if layer in ORDER else ()) | FREE
+            below |= COMMAND if layer == "training" else set()
+            package = ["mebp_mlx", layer] if file.parent != ROOT else ["mebp_mlx"]
+            up += [f"{layer}/{file.name} -> {target}" for target in sorted(_imported(file, package) - below)]
     assert not up
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports for types alone count, too; a package's __init__ stands for the names that it exports."""
+    """Imports that are only for types count too; a package's __init__ stands for the names that it exports."""
     files = {"mebp_mlx." + ".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.glob("**/*.py")}
     files |= {f"mebp_mlx.kernels.{f.stem}": f for f in (ROOT.parent / "kernels").glob("*.py")}
     edges = {name: _modules(name, file, files) for name, file in files.items()}
@@ -108,7 +110,7 @@ def test_bench_and_tests_do_not_import_each_other() -> None:
 
 
 def test_no_function_is_longer_than_60_lines() -> None:
-    """Ruff holds the other limits: complexity 15, seven parameters (pyproject.toml)."""
+    """Ruff checks the other limits: complexity 15, seven parameters (pyproject.toml)."""
     long = []
     for folder in (ROOT, ROOT.parent / "kernels", ROOT.parent / "bench"):
         for file in folder.rglob("*.py"):

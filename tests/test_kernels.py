@@ -1,4 +1,4 @@
-"""The Metal kernels' real sources, emulated where there is no Metal: exact, in any order of threads, and clean."""
+"""The Metal kernels' real sources, emulated without Metal: exact for every order of threads, and without faults."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.emulated import SOURCES, running
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 ORDERS = [0, 1, 2]
 NAMES = list(SOURCES)
-# What a kernel's error may exceed its reference's by: a few roundings of the dtype, relative to the largest number.
+# A kernel's error may exceed its reference's by a few roundings of the dtype, relative to the largest number.
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
 @pytest.fixture
 def check(record_property: Any) -> Any:
-    """check(kernel, kind): this case counts in the table of kernels and checks at the end of the run."""
+    """check(kernel, kind): counts this case in the table of kernels and checks at the end of the run."""
     return lambda kernel, kind: record_property("kernel_check", (kernel, kind))
 
 
@@ -78,7 +78,7 @@ def test_online_softmax(T: int, C: int, dtype: mx.Dtype, order: int, seed: int, 
 
 
 def _head(rng: np.random.Generator, T: int, V: int, D: int, group: int, dtype: mx.Dtype, symmetric: bool) -> tuple:
-    flat = rng.choice([1.0, D**-0.5])  # peaked logits or flat ones
+    flat = rng.choice([1.0, D**-0.5])  # peaked or flat logits
     h = mx.array(rng.normal(0, flat, (T, D)), mx.float32).astype(dtype)
     packed, scales, biases = mx.quantize(mx.array(rng.normal(0, 1, (V, D)), mx.float32), group_size=group, bits=4)
     scales = scales.astype(dtype)
@@ -144,7 +144,7 @@ def test_linear_cross_entropy_of_the_largest_vocabulary(seed: int, check: Any) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", ["metal", "reference"])
 def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int, check: Any) -> None:
-    """Weighted by the cotangent, zero without a label; no worse than 16 bits of autograd's own."""
+    """Weighted by the cotangent, zero without a label; no worse than autograd in 16 bits."""
     if impl == "metal":
         check("linear_cross_entropy", "gradient")
         check("online_softmax", "gradient of the head")
@@ -168,7 +168,7 @@ def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int,
         mx.eval(actual)
     assert actual.dtype == dtype
     truth = _head_truth(h, *rest, 32)[1] * weights[:, None]
-    # On the CPU the quantized product of 16-bit rows is summed up in 16 bits.
+    # On the CPU the quantized product of 16-bit rows is summed in 16 bits.
     _assert_no_worse(actual, mx.grad(plain)(h), truth, dtype, seed, tolerance=1 if dtype == mx.float32 else 10)
     assert not np.asarray(actual.astype(mx.float32))[np.asarray(rest[-1]) < 0].any()
 
@@ -184,7 +184,7 @@ def test_sanitizers_find_nothing(name: str, sanitize: str, check: Any) -> None:
 
 
 def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
-    """A function of a kernel's array arguments that calls it verbosely, and the arguments."""
+    """(function of a kernel's array arguments that calls it with verbose=True, the arguments)."""
     kernel, source = trust.KERNELS[name], SOURCES[name]
     arguments = kernel.sample(dtype, group_size)
     arrays = [a for a in arguments if isinstance(a, mx.array)]
@@ -204,7 +204,7 @@ def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
 @pytest.mark.skipif(mx.metal.is_available(), reason="the signature is MLX's own on Metal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_emulated_signature_is_mlxs_own(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
+def test_the_emulated_signature_equals_mlxs(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
     check(name, "signature")
     group_size = trust.KERNELS[name].group_sizes[0]
     (call, verbose), arrays = _call(name, dtype, group_size)
@@ -242,7 +242,7 @@ def test_address_spaces(name: str, check: Any) -> None:
 
 
 def _generated(name: str) -> str:
-    """A kernel's whole text, as MLX would compile it for float16 inputs."""
+    """A kernel's complete source, as MLX would compile it for float16 inputs."""
     texts: list[str] = []
 
     def recording(**how: Any) -> Any:
@@ -266,7 +266,7 @@ def _generated(name: str) -> str:
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-# Faults planted into the kernels themselves: the checks above must see each of them.
+# Faults planted in the kernels: the checks above must detect each.
 FAULTS = {
     "online_softmax: no barrier": (BARRIER, "", ""),
     "online_softmax: the old total is not shrunk": ("total[row] * factor", "total[row]", ""),

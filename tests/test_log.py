@@ -1,4 +1,4 @@
-"""The log: valid JSON whatever happens, one line a report, and rich on terminals only."""
+"""The log: always valid JSON, one line per report, and rich only on terminals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_events_are_on_disk_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_null(tmp_path: Path, loss: float) -> None:
+def test_values_that_are_not_finite_are_null(tmp_path: Path, loss: float) -> None:
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
         log.train(10, TrainReport(loss=loss, **REPORT))
         log.evaluation("valid", 10, loss=loss, accuracy=0.25, n_tokens=5, seconds=0.5)
@@ -91,7 +91,7 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     assert len(events(tmp_path)) == 3
 
 
-def test_resuming_appends_and_cuts_half_a_line(tmp_path: Path) -> None:
+def test_resuming_appends_and_removes_an_incomplete_line(tmp_path: Path) -> None:
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
         log.event("start")
     with open(tmp_path / LOG, "a") as file:
@@ -106,7 +106,7 @@ def test_resuming_appends_and_cuts_half_a_line(tmp_path: Path) -> None:
     assert last_event(tmp_path, "test") is None
     with RunLog(tmp_path, n_iters=20, stream=io.StringIO()) as log:
         log.event("start")
-    assert [event["event"] for event in events(tmp_path)] == ["start"]  # a new run keeps nothing
+    assert [event["event"] for event in events(tmp_path)] == ["start"]  # a new run starts with an empty log
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:

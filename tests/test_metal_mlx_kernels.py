@@ -1,6 +1,6 @@
-"""MLX's own Metal kernels, from the headers in its wheel, run in the emulator and are as exact as MLX's CPU backend.
+"""MLX's Metal kernels, from the headers in its wheel, run in the emulator and are as exact as MLX's CPU backend.
 
-The rule is that for every kernel: its error against float64 is at most that of MLX's CPU backend, and a tolerance.
+Every kernel's error against float64 is at most that of MLX's CPU backend plus a tolerance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ORDERS = (0, 1, 2)
 TYPES = {"float": mx.float32, "half": mx.float16, "bfloat16_t": mx.bfloat16}
-TOLERANCE = {"float": 1e-6, "half": 2**-11, "bfloat16_t": 2**-8}  # of the largest value: for 16 bits, one rounding
+TOLERANCE = {
+    "float": 1e-6,
+    "half": 2**-11,
+    "bfloat16_t": 2**-8,
+}  # relative to the largest value: one rounding in 16 bits
 QUANTIZED = ("steel/gemm/gemm", "quantized_utils", "quantized")
 GROUP_SIZE = 64
 
@@ -92,7 +96,7 @@ def test_cross_entropy_and_its_gradient(name: str, seed: int) -> None:
     mx.random.seed(seed)
     n_rows, n, n_threads, dtype = 3, 1003, 96, TYPES[name]
     x = (3 * mx.random.normal((n_rows, n))).astype(dtype)
-    targets = mx.random.randint(-n, n, (n_rows,))  # negative ones count from the end
+    targets = mx.random.randint(-n, n, (n_rows,))  # negative targets count from the end
     cotangent = mx.random.normal((n_rows,))
     columns = np.array(targets) % n
 
@@ -184,7 +188,7 @@ def test_quantized_matmul(function: str, name: str, n_bits: int, sanitize: str, 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_of_two_queries(is_causal: bool, seed: int) -> None:
-    """Function constants, and 1,024 threads in a threadgroup."""
+    """Uses function constants, and 1,024 threads per threadgroup."""
     mx.random.seed(seed)
     n_heads, n_kv_heads, n_keys, width, n_queries = 4, 2, 45, 64, 2
     q = mx.random.normal((1, n_heads, n_queries, width))
@@ -192,7 +196,7 @@ def test_attention_of_two_queries(is_causal: bool, seed: int) -> None:
     scale, group = width**-0.5, n_heads // n_kv_heads
     scores = exactly(q) @ np.repeat(exactly(k), group, 1).swapaxes(-1, -2) * scale
     if is_causal:
-        scores[..., 0, -1] = -np.inf  # the first query sees all keys but the last
+        scores[..., 0, -1] = -np.inf  # the first query attends to all keys but the last
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     exact = weights / weights.sum(-1, keepdims=True) @ np.repeat(exactly(v), group, 1)
     by_mlx = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if is_causal else None)

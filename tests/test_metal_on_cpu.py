@@ -1,4 +1,4 @@
-"""The emulator of Metal kernels: correct kernels pass, planted faults are found, MLX's signature is equalled."""
+"""The emulator of Metal kernels: correct kernels pass, planted faults are found, signatures equal MLX's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.metal_on_cpu.words import HEADER, LOG_SUM_EXP, WORDS, WORDS_HEADER
 
 SANITIZERS = ("address", "thread", "address,undefined")
 ORDERS = (0, 1, 2)
-TOLERANCE = 1e-5  # beyond the error of the same sum in float32, relative to the largest value
+TOLERANCE = 1e-5  # in addition to the error of the same sum in float32, relative to the largest value
 
 
 def need(sanitize: str = "") -> None:
@@ -39,7 +39,7 @@ def need(sanitize: str = "") -> None:
 
 
 def row_sums(source: str, seed: int, sanitize: str = "", order: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the kernel returns, the sums in float64, and in float32."""
+    """(the kernel's result, the sums in float64, the sums in float32)."""
     n_rows, n = 3, 100
     x = np.random.default_rng(seed).uniform(0.5, 1.5, (n_rows, n)).astype(np.float32)
     out = np.full(n_rows, np.nan, np.float32)
@@ -49,7 +49,7 @@ def row_sums(source: str, seed: int, sanitize: str = "", order: int = 0) -> tupl
 
 
 def matmul(source: str, seed: int, sanitize: str = "", order: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the kernel returns for x [M, K] and w [N, K] in half, the product in float64, and in float32."""
+    """For x [M, K] and w [N, K] in half: (the kernel's result, the product in float64, the product in float32)."""
     m, n, k = 13, 21, 19
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((m, k)).astype(np.float16), rng.standard_normal((n, k)).astype(np.float16)
@@ -71,7 +71,7 @@ def matmul_text(source: str) -> str:
 
 
 def is_close(result: tuple[np.ndarray, np.ndarray, np.ndarray]) -> bool:
-    """The rule for every kernel: its error is at most that of the reference in float32, and a tolerance."""
+    """The rule for every kernel: its error is at most that of the float32 reference plus a tolerance."""
     out, exact, reference = result
     return bool(np.abs(out - exact).max() <= np.abs(reference - exact).max() + TOLERANCE * np.abs(exact).max())
 
@@ -182,7 +182,7 @@ TEMPLATES: dict[str, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("kind", INPUTS)
-def test_the_signature_is_mlx_own(kind: str, body: str, template: str) -> None:
+def test_the_signature_equals_mlxs(kind: str, body: str, template: str) -> None:
     x, atomic = INPUTS[kind], kind == "matrix"
     arguments: dict[str, Any] = dict(name="probe", input_names=["x", "y"], output_names=["out", "flags"])
     arguments |= dict(source=BODIES[body], header="inline float twice(float a) { return 2 * a; }\n")
@@ -210,7 +210,7 @@ def test_the_signature_is_mlx_own(kind: str, body: str, template: str) -> None:
     assert ours.text == generated_by_mlx(call, x, y)
 
 
-def test_a_call_takes_what_mlx_takes() -> None:
+def test_a_call_accepts_the_same_arguments_as_mlx() -> None:
     """Strides of a transposed input, an initial value, atomics, a 0-d output, and a number as input."""
     need()
     body = """
@@ -223,7 +223,7 @@ def test_a_call_takes_what_mlx_takes() -> None:
     total, count = kernel(
         inputs=[mx.arange(12, dtype=mx.float32).reshape(4, 3).T, 2.0],
         grid=(12, 1, 1),
-        threadgroup=(256, 1, 1),  # more than the grid, as MLX allows
+        threadgroup=(256, 1, 1),  # larger than the grid, as MLX allows
         output_shapes=[(1,), ()],
         output_dtypes=[mx.float32, mx.uint32],
         init_value=0,
@@ -232,7 +232,7 @@ def test_a_call_takes_what_mlx_takes() -> None:
     assert total.dtype == mx.float32 and count.shape == ()
 
 
-def test_what_is_not_written_is_nan() -> None:
+def test_unwritten_outputs_are_nan() -> None:
     need()
     kernel = metal_kernel("k", ["x"], ["out"], "if (thread_position_in_grid.x == 1) out[1] = T(x[0]);")
     for dtype in (mx.float32, mx.float16, mx.bfloat16):

@@ -1,4 +1,4 @@
-"""Plans: found by measuring, monotone, within their budgets, and close to what a process really takes."""
+"""Plans are measured, monotone, within their budgets, and close to a process's real peak."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MB = 1_000_000
 
 @pytest.fixture(scope="module")
 def real_blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two blocks of real shapes over a small vocabulary, for what does not depend on the head's cost."""
+    """Two blocks of real shapes with a small vocabulary, for tests that do not depend on the head's cost."""
     home = tmp_path_factory.mktemp("blocks")
     for shape in ("qwen2.5-0.5b", "gemma3-1b"):
         write_shape(model_config(shape, 2) | {"vocab_size": 16_384}, home / shape)
@@ -64,7 +64,7 @@ def _named_budget(error: BudgetError) -> int:
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe is a measurement, a little different every time: here a plan's is taken once."""
+    """Measures each plan only once, because a probe's results vary slightly."""
     known: dict[Plan, Probe] = {}
 
     def once(workload: Workload, plan: Plan, arena_dir: Any = None) -> Probe:
@@ -118,7 +118,7 @@ def test_a_budget_takes_the_largest_pieces_that_fit(real_blocks: dict[str, Path]
 
 
 def test_a_known_plan_is_taken_if_it_fits(real_blocks: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over made-up peaks: what this process holds by now could hide the difference between two plans."""
+    """Uses invented peaks, because this process's memory could hide the difference between two plans."""
     monkeypatch.setattr(search, "probe", lambda _, plan, __: Probe({"backward": plan.token_block * MB}, 0, 1000))
     workload = _workload(real_blocks["qwen2.5-0.5b"], T=256)
     known = dataclasses.replace(ladder(workload)[1], saved=SAVE_INPUTS, kept_bytes=12345)
@@ -142,13 +142,13 @@ def test_arena_budget_trades_saved_values_for_recomputation(real_blocks: dict[st
         assert actual.predicted.arena_bytes <= min(budget, known)
         assert actual.plan.saved <= saved and (actual.plan.saved < SAVE_PRODUCTS or budget == full)
         known, saved = actual.predicted.arena_bytes, actual.plan.saved
-    assert saved - {"d"} == SAVE_INPUTS and 0 <= inputs - known <= 100_000  # d is kept by nobody
+    assert saved - {"d"} == SAVE_INPUTS and 0 <= inputs - known <= 100_000  # d is not kept
     with pytest.raises(BudgetError, match="--arena-budget"):
         choose(workload, smallest=True, arena_budget_bytes=known - 1)
 
 
 def test_long_sequences_and_more_state_take_more_but_little(real_blocks: dict[str, Path]) -> None:
-    """Measured, so to the noise of a busy machine."""
+    """Measured, so exact only up to the noise of a busy machine."""
 
     def peak(T: int, **more: Any) -> int:
         workload = _workload(real_blocks["qwen2.5-0.5b"], T=T, **more)
@@ -157,7 +157,7 @@ def test_long_sequences_and_more_state_take_more_but_little(real_blocks: dict[st
     model = mebp_mlx.open_model(real_blocks["qwen2.5-0.5b"])
     estimator = make_estimator("mezo", mebp_mlx.init_lora(model), seed=0, eps=1e-2)
     start_bytes = footprint_bytes()
-    # From small to large: a process never gives back all that it once had.
+    # From small to large, because a process never frees all of its memory.
     peaks = [peak(128, estimator=estimator), peak(128), peak(128, T_eval=512), peak(1024)]
     noise = 15 * MB
     assert all(later >= earlier - noise for earlier, later in pairwise(peaks)), peaks
@@ -165,8 +165,8 @@ def test_long_sequences_and_more_state_take_more_but_little(real_blocks: dict[st
 
 
 @pytest.mark.quick
-def test_what_a_probe_does_not_see_is_added() -> None:
-    """More blocks' kept values, the optimizer's state in memory, all gradients where they are gathered."""
+def test_memory_outside_the_probe_is_added() -> None:
+    """Kept values of further blocks, optimizer state in memory, and all gradients if they are accumulated."""
 
     class Five:
         L = 5
@@ -199,8 +199,8 @@ def test_what_a_probe_does_not_see_is_added() -> None:
     }
 
 
-def test_a_probe_moves_nothing(tmp_path: Path, seed: int) -> None:
-    """Parameters and optimizer state are as they were, and no array is left."""
+def test_a_probe_changes_nothing(tmp_path: Path, seed: int) -> None:
+    """Parameters and optimizer state do not change, and no array is left."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["gemma3_text"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=3, dropout=0.1)
     randomize_lora(lora, seed)
@@ -244,8 +244,8 @@ def test_gradients_are_the_same_with_the_smallest_plan(
 
 
 @pytest.mark.quick
-def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
-    """Through JSON, whatever else stands in the record; one that lacks something is none."""
+def test_a_plan_is_restored_from_its_record(tmp_path: Path) -> None:
+    """Through JSON, with any other entries in the record; an incomplete record gives no plan."""
     rng = np.random.default_rng(0)
     names = sorted(SAVE_PRODUCTS)
     for grain in GRAINS:
@@ -261,7 +261,7 @@ def test_a_plan_comes_back_from_its_record(tmp_path: Path) -> None:
             query_block=int(rng.integers(16, 512)),
             offload_state=bool(rng.integers(2)),
         )
-        workload: Any = None  # it looks at the numbers alone
+        workload: Any = None  # it depends only on the numbers
         record = json.loads(json.dumps(plan_record(Planned(workload, plan, Prediction({"head": 5}), None))))
         assert Plan.from_dict(record) == plan and Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         (tmp_path / "run.json").write_text(json.dumps({"plan": record}))
@@ -298,7 +298,7 @@ def test_dry_run_and_budgets_through_the_command(
         assert train.main(arguments(home, folder, "--memory-budget", "4GB", "--engine", engine)) == 0
         record = json.loads((folder / "run.json").read_text())["plan"]
         assert record["predicted_peak_bytes"] == max(record["predicted_bytes"].values())
-        assert record["arena_bytes"] == 0  # all of it fits in memory
+        assert record["arena_bytes"] == 0  # everything fits in memory
         assert (record["kept_in_memory_bytes"] > 0) == (engine == "mebp")
         assert "predicted peak" in capsys.readouterr().out
     assert train.main(arguments(home, tmp_path / "w", "--engine", "whole-graph", "--dry-run")) == 2
@@ -327,7 +327,7 @@ def test_the_smallest_footprint_can_be_asked_for(
 
 
 def plan_of(config: TrainConfig, model: Any, T: int) -> Planned | None:
-    """What make_plan finds for two rows of T tokens."""
+    """make_plan's plan for two rows of T tokens."""
     return make_plan(config, model, mebp_mlx.init_lora(model), LongestRows(2, T), None)
 
 
@@ -344,11 +344,11 @@ def test_a_dry_run_needs_no_tokenizer(
 
 
 @pytest.mark.quick
-def test_a_broken_budget_is_told_once(tmp_path: Path) -> None:
+def test_an_exceeded_budget_is_reported_once(tmp_path: Path) -> None:
     class Meter:
         peak_bytes = 90 * MB
 
-    job: Any = None  # it looks at the numbers alone
+    job: Any = None  # it depends only on the numbers
     planned = Planned(job, Plan(), Prediction({"head": 80 * MB}), 100 * MB)
     with RunLog(tmp_path, n_iters=10) as log:
         watch = BudgetWatch(planned, Meter(), log, stop=False)  # type: ignore[arg-type]

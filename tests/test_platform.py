@@ -1,4 +1,4 @@
-"""The BLAS that MLX gets, said and overridden; bit-equal products; the allocator; the machine's description."""
+"""The BLAS that MLX uses, reported and overridden; bit-equal products; the allocator; the machine's description."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answer(code: str, *arguments: str, **environment: str) -> Any:
 
 WHICH = "import json, mebp_mlx.system.machine as p; b = p.load_blas(); print(json.dumps([b.name, b.path, b.note]))"
 
-# A process in which nothing was found yet, to be told what there is to find.
+# A process that has not searched for a BLAS yet; the test sets what it finds.
 UNDECIDED = """
 import json, os, sys, warnings
 import mebp_mlx.system.machine as platform
@@ -66,7 +66,7 @@ def test_it_is_loaded_once() -> None:
 
 
 @linux
-def test_off_keeps_the_wheels_own_without_a_word() -> None:
+def test_off_silently_keeps_the_wheels_blas() -> None:
     done = child(WHICH, MEBP_BLAS="off")
     name, path, note = json.loads(done.stdout)
     assert (name, path) == ("reference", None)
@@ -76,7 +76,7 @@ def test_off_keeps_the_wheels_own_without_a_word() -> None:
 
 @linux
 @pytest.mark.parametrize("library", ["/nowhere/libblas.so", "libc.so.6", __file__])
-def test_a_named_library_that_is_none_is_a_user_error(library: str) -> None:
+def test_an_invalid_named_library_is_a_user_error(library: str) -> None:
     done = child(WHICH, MEBP_BLAS=library)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
@@ -85,7 +85,7 @@ def test_a_named_library_that_is_none_is_a_user_error(library: str) -> None:
 
 
 @linux
-def test_none_at_all_warns_once_and_names_the_remedy() -> None:
+def test_a_missing_blas_warns_once_and_names_the_remedy() -> None:
     name, note, warned = answer(UNDECIDED, MEBP_BLAS="off")
     assert name == "reference"
     assert warned == [note]
@@ -93,7 +93,7 @@ def test_none_at_all_warns_once_and_names_the_remedy() -> None:
 
 
 @linux
-def test_a_broken_library_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_broken_library_is_skipped_and_named(tmp_path: Path) -> None:
     broken = tmp_path / "libmkl_rt.so.9"
     broken.write_text("no library")
     name, _, warned = answer(UNDECIDED, str(broken), MEBP_BLAS="off")
@@ -102,7 +102,7 @@ def test_a_broken_library_is_passed_over_and_named(tmp_path: Path) -> None:
 
 
 @linux
-def test_mlx_imported_first_is_told(tmp_path: Path) -> None:
+def test_importing_mlx_first_is_reported(tmp_path: Path) -> None:
     done = child("import mlx.core\n" + WHICH)
     name, _, note = json.loads(done.stdout)
     assert name == "reference"
@@ -118,7 +118,7 @@ def test_mlx_multiplies_with_the_loaded_library() -> None:
 
 
 @with_mkl
-def test_what_the_user_set_for_mkl_stays() -> None:
+def test_the_users_mkl_settings_are_kept() -> None:
     show = "import json, os, mebp_mlx; print(json.dumps([os.environ['MKL_CBWR'], os.environ['KMP_BLOCKTIME']]))"
     assert answer(show, MKL_CBWR="COMPATIBLE", KMP_BLOCKTIME="7") == ["COMPATIBLE", "7"]
 
@@ -148,7 +148,7 @@ print(json.dumps(digests))
 
 @with_mkl
 def test_products_are_bit_equal_wherever_operands_lie_and_for_any_number_of_threads() -> None:
-    """Recomputed blocks and resumed runs see the same values at other addresses."""
+    """Recomputed blocks and resumed runs have the same values at other addresses."""
     one, two = (answer(PRODUCTS, MKL_NUM_THREADS=n, MKL_DYNAMIC="FALSE") for n in "12")
     assert [case for case, actual in one.items() if len(actual) != 1] == []
     assert one == two
@@ -177,8 +177,8 @@ def test_the_machine_is_described_in_json() -> None:
 
 @linux
 @pytest.mark.parametrize("how", ["-m", "import"])
-def test_mlx_without_a_backend_is_told_in_one_line(tmp_path: Path, how: str) -> None:
-    (tmp_path / "mlx").mkdir()  # in the place of the real one, and as empty as PyPI's on Linux
+def test_mlx_without_a_backend_is_reported_in_one_line(tmp_path: Path, how: str) -> None:
+    (tmp_path / "mlx").mkdir()  # replaces the real package, and is as empty as PyPI's on Linux
     (tmp_path / "mlx" / "__init__.py").touch()
     command = ["-m", "mebp_mlx.train"] if how == "-m" else ["-c", "import mebp_mlx"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -189,7 +189,7 @@ def test_mlx_without_a_backend_is_told_in_one_line(tmp_path: Path, how: str) -> 
 
 
 @linux
-def test_no_blas_is_missed_where_mlx_computes_on_cuda(tmp_path: Path) -> None:
+def test_no_blas_is_needed_if_mlx_computes_on_cuda(tmp_path: Path) -> None:
     (tmp_path / "mlx" / "lib").mkdir(parents=True)
     (tmp_path / "mlx_cuda_13-0.32.4.dist-info").mkdir()
     script = UNDECIDED.replace(
@@ -201,7 +201,7 @@ def test_no_blas_is_missed_where_mlx_computes_on_cuda(tmp_path: Path) -> None:
     assert name == "reference" and "GPU" in note and warned == []
 
 
-def test_extras_bring_one_backend_each() -> None:
+def test_every_extra_installs_one_backend() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not any(line.startswith("mlx[") for line in project["dependencies"])

@@ -1,4 +1,4 @@
-"""Predicted peaks against those of processes."""
+"""Predicted peaks, compared with the peaks of processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mebp_mlx.testing.synth import write_model as write_shape
 from tests.runs import child
 
 MB = 1_000_000
-# Of the measured peak, on a machine that may be busy; rather over than under. bench.plan_check has the figures.
+# Relative to the peak measured on a possibly busy machine; too high is better than too low. See bench.plan_check.
 TOO_LOW, TOO_HIGH = -0.10, 0.14
 
 
 @pytest.fixture(scope="module")
 def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of real shapes with two blocks."""
+    """Folders of models of real shapes with two blocks."""
     home = tmp_path_factory.mktemp("shapes")
     for shape in ("qwen2.5-0.5b", "gemma3-1b"):
         write_shape(model_config(shape, 2), home / shape)
@@ -29,7 +29,7 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained in a process of its own, and which plan: one of the ladder, or a budget's."""
+    """A training case in its own process, with a plan of the ladder or of a budget."""
 
     shape: str
     T: int

@@ -1,4 +1,4 @@
-"""Reading ahead asks for the next block's pages, in time, and for nothing else."""
+"""Prefetching requests the next block's pages in time, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mebp_mlx.weights.safetensors import MappedWeights
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_asks_for_every_block_and_the_head(
+def test_a_step_prefetches_every_block_and_the_head(
     tmp_path: Path, packed: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -49,11 +49,11 @@ def test_a_step_asks_for_every_block_and_the_head(
     ]
     wanted = [{n for n in names if "norm" not in n and not n.endswith("proj.bias")} for names in per_block]
     head = {n for n in model.weights.names if n.startswith(model.spec.head.name)}
-    # Forward: the blocks from the second on, then the head; backward: from the last but one to the first.
+    # Forward: the second to the last block, then the head; backward: the last but one to the first.
     turns = [*wanted[1:], head, *wanted[-2::-1]]
     sizes = [len(turn) for turn in turns]
     ends = np.cumsum([0, *sizes])
     assert [set(asked[a:b]) for a, b in pairwise(ends)] == turns and len(asked) == ends[-1]
     assert threading.main_thread().name not in threads
-    assert engine.evaluate(batch)[1] > 0  # after close() too
+    assert engine.evaluate(batch)[1] > 0  # also after close()
     engine.close()

@@ -1,4 +1,4 @@
-"""What a run shows of its rows: with --preview, and their lengths."""
+"""A run's output about its rows: --preview, and their lengths."""
 
 from __future__ import annotations
 

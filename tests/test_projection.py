@@ -1,4 +1,4 @@
-"""The phone's proxy: counted work is the work that is done, memory is imposed, and how warm the machine is."""
+"""The phone proxy: counted work equals executed work, memory limits, and the thermal state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PHONE = DEVICES["a17-pro"]
 
 
 class Executed:
-    """Operations of the matrix products that are really made, by MLX's own functions; attention in numpy's form."""
+    """Counts the operations of executed matrix products, in MLX's functions and in numpy's attention."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.flops, self.packed = 0.0, 0.0
@@ -60,7 +60,7 @@ class Executed:
 )
 @pytest.mark.parametrize("name, packed", [("qwen2", True), ("qwen3", False), ("gemma3_text", False)])
 @pytest.mark.parametrize("more", [{}, {"num_layers": 1}, {"keys": ["self_attn.v_proj", "mlp.down_proj"]}], ids=str)
-def test_counted_products_are_those_that_a_step_makes(
+def test_counted_products_equal_those_of_a_step(
     tmp_path: Path,
     name: str,
     packed: bool,
@@ -69,10 +69,10 @@ def test_counted_products_are_those_that_a_step_makes(
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The frozen matrices', the LoRA pairs', attention's and the head's; forward, again and backward.
+    """Products of frozen matrices, LoRA pairs, attention and the head; forward, recomputed and backward.
 
-    To the operation where no product is made twice with the same inputs: an exported graph has equal parts once only.
-    What it lacks then are scores of recomputed attention and products of r columns.
+    Exact if no product is executed twice with the same inputs, because an exported graph merges equal parts. Otherwise
+    it lacks the scores of recomputed attention and products with r columns.
     """
     quantization = {"group_size": 32, "bits": 4} if packed else None
     folder = write_model(tmp_path / "model", packed_config(name), seed=seed, quantization=quantization)
@@ -83,7 +83,7 @@ def test_counted_products_are_those_that_a_step_makes(
     plan = Plan(saved=saved, token_block=64, query_block=50, kept_bytes=0)
     counted = count(Workload(model, lora, 2, 150), plan)
     engine = make_engine("mebp", model, lora, plan=plan)
-    engine.reserve(2, 150)  # counts kept bytes on a graph of its own
+    engine.reserve(2, 150)  # counts kept bytes on a separate graph
     executed = Executed(monkeypatch)
     engine.step(batch, step=0, micro=0, n_labels=batch.n_labels, sink=lambda _: None)
     written_bytes = engine.store.written_bytes
@@ -98,7 +98,7 @@ def test_counted_products_are_those_that_a_step_makes(
     assert counted["backward"].arena_bytes >= written_bytes > 0.5 * counted["forward"].arena_bytes
 
 
-def test_a_zeroth_order_step_is_its_forward_passes(tmp_path: Path, seed: int) -> None:
+def test_a_zeroth_order_step_counts_its_forward_passes(tmp_path: Path, seed: int) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2)
     actual = {}
@@ -114,12 +114,14 @@ def test_a_zeroth_order_step_is_its_forward_passes(tmp_path: Path, seed: int) ->
     exact = count(Workload(model, lora, 1, 16), Plan(kept_bytes=0))
     assert 2 * exact["forward"].flops == pytest.approx(actual["mezo"]["forward"].flops)
     assert exact["forward"].arena_bytes == exact["backward"].arena_bytes > 0
-    assert exact["head"].flops == pytest.approx(actual["mezo"]["head"].flops)  # two products against one twice
+    assert exact["head"].flops == pytest.approx(
+        actual["mezo"]["head"].flops
+    )  # two products, compared with one product twice
     assert count(Workload(model, lora, 1, 16), Plan(kept_bytes=None))["forward"].arena_bytes == 0
 
 
 def test_counting_evaluates_nothing(tmp_path: Path) -> None:
-    """A graph is built and looked at: no weight is read, no array is made."""
+    """The graph is only built and inspected: no weight is read, no array is allocated."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", packed_config("qwen2")))
     lora = mebp_mlx.init_lora(model, rank=2)
     mx.synchronize()
@@ -129,7 +131,7 @@ def test_counting_evaluates_nothing(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before <= 1_000_000
 
 
-def test_what_is_counted_of_a_graph() -> None:
+def test_a_graphs_products_and_bytes_are_counted() -> None:
     def run(x: mx.array, w: mx.array) -> list[mx.array]:
         return [mx.exp(x @ w), mx.addmm(x[:, :2], x, w)]
 
@@ -143,7 +145,7 @@ def test_what_is_counted_of_a_graph() -> None:
 def test_attention_counts_the_pairs_that_may_see_each_other(
     tmp_path: Path, T: int, window: int | None, seed: int
 ) -> None:
-    """To the key: a query at a time."""
+    """Exact to the key; checked for each query."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     layer = dataclasses.replace(model.spec.layers[0], window=window)
     lora = mebp_mlx.init_lora(model, rank=1)
@@ -187,7 +189,7 @@ def test_training_as_a_phone(
     mx.set_cache_limit(before)
 
 
-def test_a_budget_of_ones_own_wins() -> None:
+def test_an_explicit_budget_overrides_the_devices() -> None:
     assert TrainConfig(device="a17-pro").budget_bytes == PHONE.budget_bytes
     assert TrainConfig(device="a17-pro", memory_budget="200MB").budget_bytes == 200_000_000
     assert TrainConfig(device="a17-pro", memory_budget="none").budget_bytes is None
@@ -196,7 +198,7 @@ def test_a_budget_of_ones_own_wins() -> None:
 
 
 class _Objc:
-    """As much of the Objective-C runtime as is asked for; each function takes attributes, as ctypes' do."""
+    """The used part of the Objective-C runtime; each function accepts attributes, like ctypes functions."""
 
     def __init__(self, state: int):
         def function(run: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Packing of rows: MLX's own bits where there are any, and the nearest code of the symmetric grid."""
+"""Quantizing rows: the same bits as MLX if it has the format; otherwise the nearest code of the symmetric grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATS = [mx.bfloat16, mx.float16, mx.float32]
 
 
 def random_rows(seed: int, dtype: mx.Dtype, n_rows: int = 67, n_in: int = 384) -> mx.array:
-    """Normal rows whose groups of 32 have scales far apart; one of them is zero."""
+    """Normal rows whose groups of 32 have very different scales; one group is zero."""
     rng = np.random.default_rng(seed)
     spread = np.exp(rng.normal(-2, 1.5, (n_rows, n_in // 32))).repeat(32, axis=1)
     values = rng.standard_normal((n_rows, n_in)) * spread
@@ -50,7 +50,7 @@ def test_mxfp4_is_bit_equal_to_mx_quantize(dtype: mx.Dtype, seed: int) -> None:
     ("mode", "bits"), [*(("affine", bits) for bits in BITS["affine"]), ("symmetric", 4), ("symmetric", 8)]
 )
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_readers_of_affine_weights_see_what_unpacked_says(
+def test_readers_of_affine_weights_get_the_dequantized_values(
     mode: str, bits: int, group_size: int, dtype: mx.Dtype, seed: int
 ) -> None:
     parts = pack(random_rows(seed, dtype), packing := Packing(bits, group_size, mode))
@@ -73,7 +73,7 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
     actual = unpacked(parts, packing)
     wide = scales.repeat(group_size, axis=1)
     nearest = np.min([np.abs(q * wide - truth) for q in range(-half, half)], axis=0)
-    rounding = 2 * half * np.abs(wide) * 2.0**-23  # of the reader, in float32
+    rounding = 2 * half * np.abs(wide) * 2.0**-23  # of the reader in float32
     assert not (np.abs(actual - truth) > nearest + rounding).any(), f"seed {seed}"
     assert (actual[3, :128] == 0).all()
     groups = truth.reshape(len(truth), -1, group_size)
@@ -81,12 +81,12 @@ def test_a_symmetric_code_is_the_nearest_for_the_stored_scale(
     kept = np.where(
         highest > -lowest, actual.reshape(groups.shape).max(axis=-1), actual.reshape(groups.shape).min(axis=-1)
     )
-    normal = np.abs(scales) >= float(mx.finfo(dtype).smallest_normal)  # a division by 8 loses nothing then
+    normal = np.abs(scales) >= float(mx.finfo(dtype).smallest_normal)  # so that a division by 8 is exact
     assert np.array_equal(kept[normal], np.where(highest > -lowest, highest, lowest)[normal]), f"seed {seed}"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_symmetric_weights_once_more_changes_nothing(bits: int, seed: int) -> None:
+def test_quantizing_symmetric_weights_again_changes_nothing(bits: int, seed: int) -> None:
     packing = Packing(bits, 64, "symmetric")
     parts = pack(random_rows(seed, mx.float32), packing)
     again = pack(mx.array(unpacked(parts, packing)), packing)
@@ -96,9 +96,7 @@ def test_packing_symmetric_weights_once_more_changes_nothing(bits: int, seed: in
 
 @pytest.mark.parametrize("distribution", ["normal", "laplace", "uniform"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_the_symmetric_grid_is_better_than_one_that_is_even_on_both_sides(
-    distribution: str, group_size: int, seed: int
-) -> None:
+def test_the_symmetric_grid_is_better_than_one_with_equal_sides(distribution: str, group_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = getattr(rng, distribution)(-1 if distribution == "uniform" else 0, 1, (256, 512)).astype(np.float32)
     packing = Packing(4, group_size, "symmetric")

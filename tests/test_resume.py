@@ -1,4 +1,4 @@
-"""A run that was interrupted or killed goes on bit for bit; one that was not the same run is refused."""
+"""An interrupted or killed run resumes bit for bit; a different run is refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert train.main(arguments(home, parts, *length, *more)) == 130
     assert events(parts, "interrupted")[-1]["iter"] == 6
     assert {path.name for path in parts.iterdir()} == FILES
-    # The saved options are those of the run, so nothing has to be said again.
+    # The run's options are saved, so they need not be given again.
     assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
     for name in ("adapters.safetensors", "adapter_config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
@@ -90,7 +90,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def pass_the_budget_at(patch: pytest.MonkeyPatch, iteration: int) -> None:
-    """From the end of the given iteration on the measured peak is far above any budget."""
+    """Makes the measured peak exceed any budget from the end of the given iteration on."""
     passed = False
     advance = run_log.RunLog.advance
 
@@ -104,7 +104,7 @@ def pass_the_budget_at(patch: pytest.MonkeyPatch, iteration: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ["mebp", "mezo"])
-def test_a_passed_budget_saves_stops_with_3_and_is_resumed_exactly(
+def test_a_run_over_budget_saves_stops_with_3_and_is_resumed_exactly(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -128,7 +128,7 @@ def test_a_passed_budget_saves_stops_with_3_and_is_resumed_exactly(
             assert np.array(ours[key]).tobytes() == np.array(theirs[key]).tobytes(), key
 
 
-def test_a_passed_budget_may_be_told_and_gone_on_with(
+def test_a_run_over_budget_may_only_warn(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -137,14 +137,14 @@ def test_a_passed_budget_may_be_told_and_gone_on_with(
         assert capsys.readouterr().out.count("is broken: the footprint reached 1000000.0 MB") == 1
         assert train.main(arguments(home, tmp_path / "free", "--memory-budget", "none")) == 0
     with monkeypatch.context() as patch:
-        pass_the_budget_at(patch, 6)  # in the last iteration: nothing is left to be stopped, and it is still told
+        pass_the_budget_at(patch, 6)  # in the last iteration nothing is left to stop, but the notice is still printed
         assert train.main(arguments(home, tmp_path / "last")) == 3
     assert "iteration 6 of 6 is saved" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "last").iterdir()} == FILES
 
 
-def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
-    """Or a resumed run would pass a budget that the run itself kept: the optimizer's state is two copies of LoRA."""
+def test_a_checkpoint_is_loaded_one_parameter_at_a_time(home: Path, tmp_path: Path) -> None:
+    """Otherwise a resumed run could exceed a budget that the run kept: optimizer state is two copies of LoRA."""
     model = mebp_mlx.open_model(home / "model")
     config = train.TrainConfig(rank=2000)
     lora, optimizer = mebp_mlx.init_lora(model, rank=2000), make_optimizer(config, 9)
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_taken_back_a_parameter_at_a_time(home: Path, tmp_path: 
 
 
 def test_a_save_takes_no_memory(home: Path, tmp_path: Path) -> None:
-    """The optimizer's state goes from its file to the new one; only one array at a time is looked at."""
+    """Optimizer state goes from its file to the new one; only one array at a time is in memory."""
     model = mebp_mlx.open_model(home / "model")
     config = train.TrainConfig(rank=4000)
     lora, optimizer = mebp_mlx.init_lora(model, rank=4000), make_optimizer(config, 9)
@@ -173,7 +173,7 @@ def test_a_save_takes_no_memory(home: Path, tmp_path: Path) -> None:
     largest, whole = max(value.nbytes for value in lora.parameters().values()), updater.parked_bytes
     assert whole > 30 * largest
     mx.synchronize()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # or what was freed before would hide what is taken
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # otherwise memory that was freed before would hide new allocations
         ctypes.CDLL(None).malloc_trim(0)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -212,10 +212,10 @@ def test_an_offloaded_run_is_resumed_exactly(home: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("budget", ["none", "4GB"])
-def test_a_resumed_run_takes_the_plan_that_it_had(
+def test_a_resumed_run_uses_its_previous_plan(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
 ) -> None:
-    """Other pieces would give other last bits; one that no version would choose today shows it."""
+    """Other block sizes change the last bits; the test uses a plan that no version would choose today."""
     out, taken = tmp_path / "out", []
     make_engine = training_train.make_engine
 
@@ -233,13 +233,13 @@ def test_a_resumed_run_takes_the_plan_that_it_had(
     assert taken[1:] == [odd]
     again = json.loads((out / "run.json").read_text())
     assert Plan.from_dict(again["plan"]) == odd
-    # A record that this version does not know is no reason to stop.
+    # An unknown record does not stop the run.
     (out / "run.json").write_text(json.dumps(again | {"plan": {"token_block": 64}}))
     assert train.main(["--resume", "--adapter-path", str(out), "--iters", "9"]) == 0
     assert taken[2] == taken[0]
 
 
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
+def test_a_longer_run_continues_where_a_shorter_one_ended(home: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(home, whole, "--iters", "8")) == 0
     assert train.main(arguments(home, parts, "--iters", "4")) == 0
@@ -248,10 +248,10 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(home: Path, tmp_path: Pa
     assert [e for e in losses(parts) if e[0] == "train"] == [e for e in losses(whole) if e[0] == "train"]
 
 
-def test_an_interrupt_during_accumulation_gives_up_the_update(
+def test_an_interrupt_during_accumulation_drops_the_update(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The half-gathered gradients are dropped and made again after --resume."""
+    """The partly accumulated gradients are dropped, and recomputed after --resume."""
     more = ["--iters", "9", "--grad-accumulation-steps", "3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(home, whole, *more)) == 0
@@ -317,13 +317,13 @@ def test_a_killed_run_resumes_from_its_last_save(home: Path, tmp_path: Path, mon
     assert train.main(arguments(home, whole)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "report", lambda self, iteration, window: 1 / (5 - iteration))
-        with pytest.raises(ZeroDivisionError):  # a bug has its traceback
+        with pytest.raises(ZeroDivisionError):  # a bug leaves its traceback
             train.main(arguments(home, parts, "--save-every", "2"))
     assert train.main(["--resume", "--adapter-path", str(parts)]) == 0
     assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
 
 
-def test_resuming_a_finished_run_says_so(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_finished_run_is_reported(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert train.main(arguments(home, out)) == 0
     before = contents(out)
@@ -359,6 +359,6 @@ def test_resume_needs_the_same_rows(home: Path, tmp_path: Path, capsys: pytest.C
     assert train.main([*argv, "--data", str(tmp_path / "moved"), "--resume", "--iters", "9"]) == 0
 
 
-def test_resume_where_nothing_is(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_a_saved_run_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, arguments(home, tmp_path / "none", "--resume")).startswith("--resume: nothing is saved")
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""A save that was cut off anywhere is completed by --resume, in the folder that is named."""
+"""--resume completes a save that was interrupted at any point, in the given folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "missing", [["adapters.safetensors"], [COPY], ["adapter_config.json"], ["adapters.safetensors", COPY]]
 )
-def test_resume_writes_what_is_missing_of_the_last_save(finished: Path, tmp_path: Path, missing: list[str]) -> None:
+def test_resume_completes_the_last_save(finished: Path, tmp_path: Path, missing: list[str]) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     for name in missing:
@@ -45,7 +45,7 @@ def test_resume_writes_what_is_missing_of_the_last_save(finished: Path, tmp_path
 
 
 @pytest.mark.parametrize("at", ["save_adapters", "save_checkpoint"])
-def test_a_run_stopped_within_a_save_goes_on_bit_for_bit(
+def test_a_run_stopped_within_a_save_continues_bit_for_bit(
     finished: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     out, save = tmp_path / "run", getattr(saving, at)
@@ -69,7 +69,7 @@ def test_a_run_stopped_within_a_save_goes_on_bit_for_bit(
     assert len(events(out, "test")) == 1
 
 
-def test_a_test_that_was_not_reached_is_made_up_for(finished: Path, tmp_path: Path) -> None:
+def test_a_missed_test_is_run_on_resume(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
@@ -109,7 +109,7 @@ def test_a_run_that_saved_nothing_does_not_block_the_corrected_command(
     assert [event["iter"] for event in events(out, "start")] == [0]
 
 
-def test_what_a_killed_save_left_behind_goes(finished: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     (out / ".checkpoint.safetensors.99.partial").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""--report-to: numbers reach every service, its library stays out of the training process, and failures end nothing."""
+"""--report-to: numbers reach every service, its library is not in the training process, failures do not end the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.runs import arguments, child, contents, events, refused
 
 pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
-# A library that writes each call into a file; `{name}` is what it is called.
+# A library named `{name}` that writes each call into a file.
 _LIBRARY = """
 import json, os
 def _note(*what):
@@ -45,7 +45,7 @@ class SummaryWriter:
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that libraries of this test write into; they are found under tmp_path/libraries."""
+    """The file that this test's libraries write to; the libraries are in tmp_path/libraries."""
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "libraries"))
     monkeypatch.syspath_prepend(str(tmp_path / "libraries"))
@@ -57,7 +57,7 @@ def library(tmp_path: Path, name: str, at_init: str = "pass", at_log: str = "pas
     (tmp_path / "libraries" / f"{name}.py").write_text(_LIBRARY.format(name=name, at_init=at_init, at_log=at_log))
 
 
-def test_every_number_reaches_every_service_in_a_process_of_its_own(home: Path, tmp_path: Path, seen: Path) -> None:
+def test_every_number_reaches_every_service_in_its_own_process(home: Path, tmp_path: Path, seen: Path) -> None:
     libraries = ["wandb", "tensorboardX", "trackio", "swanlab"]
     for name in libraries:
         library(tmp_path, name)
@@ -80,7 +80,7 @@ def test_every_number_reaches_every_service_in_a_process_of_its_own(home: Path, 
         assert logged == wanted
 
 
-def test_a_missing_library_is_told_before_anything_happens(
+def test_a_missing_library_is_reported_before_anything_happens(
     home: Path, tmp_path: Path, seen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library(tmp_path, "wandb")
@@ -98,7 +98,7 @@ def test_a_service_that_does_not_start_is_one_line(
     assert contents(tmp_path / "out") == {}
 
 
-def test_a_service_that_ends_is_told_once_and_the_run_goes_on(
+def test_a_service_that_ends_is_reported_once_and_the_run_continues(
     home: Path, tmp_path: Path, seen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library(tmp_path, "wandb", at_log="os._exit(1) if step else None")
@@ -111,8 +111,8 @@ def test_a_service_that_ends_is_told_once_and_the_run_goes_on(
     assert steps[-1] == 12
 
 
-def test_ctrl_c_leaves_a_service_whole(home: Path, tmp_path: Path, seen: Path) -> None:
-    """The signal of a terminal goes to the whole group of processes; the child is in none of ours."""
+def test_ctrl_c_does_not_reach_a_service(home: Path, tmp_path: Path, seen: Path) -> None:
+    """A terminal sends its signal to the whole process group; the child is not in ours."""
     library(tmp_path, "wandb", at_log="import time; time.sleep(0.2)")
     libraries = str(tmp_path / "libraries")
     script = (

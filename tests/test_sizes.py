@@ -1,4 +1,4 @@
-"""What LoRA and an optimizer take is known before they are allocated, and what has no room is never asked for."""
+"""The sizes of LoRA and optimizer state are known before they are allocated; too large ones are never allocated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OF_OPTIMIZERS = {**{name: {"optimizer": name} for name in OPTIMIZERS}, "sgd with
 
 @pytest.mark.parametrize("options", OF_OPTIMIZERS.values(), ids=OF_OPTIMIZERS.keys())
 @pytest.mark.parametrize(("keys", "num_layers"), [(KEYS, -1), (KEYS[1:5], 2)])
-def test_sizes_are_those_of_what_is_then_made(
+def test_predicted_sizes_equal_the_allocated_ones(
     tmp_path: Path, options: dict[str, Any], keys: tuple[str, ...], num_layers: int
 ) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["gemma3_text"]))
@@ -53,11 +53,11 @@ def test_sizes_are_those_of_what_is_then_made(
     assert actual.state == state_bytes(updater.optimizer) - of_the_run
 
 
-def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: Path) -> None:
+def test_sizes_beyond_any_machine_are_computed_without_memory(tmp_path: Path) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
     mx.synchronize()
     before, rank = footprint_bytes(), 2**31 - 1
-    arrays_before = mx.get_active_memory()  # of other tests in this process
+    arrays_before = mx.get_active_memory()  # from other tests in this process
     mx.reset_peak_memory()
     for name in OPTIMIZERS:
         actual = lora_sizes(model.spec, None, -1, rank, make_optimizer(TrainConfig(optimizer=name), 1))
@@ -76,8 +76,10 @@ def test_sizes_of_what_no_machine_holds_are_known_without_any_memory(tmp_path: P
         ("1000000000", ["--memory-budget", "none", "--engine", "whole-graph"], "the machine's memory is"),
     ],
 )
-def test_a_rank_without_room_ends_at_once_with_exit_3(tmp_path: Path, rank: str, more: list[str], what: str) -> None:
-    """On the bundled model, whose LoRA of rank 20,000 takes 1.8 GB. A child shows what the process reached."""
+def test_a_rank_without_space_ends_immediately_with_exit_3(
+    tmp_path: Path, rank: str, more: list[str], what: str
+) -> None:
+    """On the bundled model, whose LoRA of rank 20,000 needs 1.8 GB. A child process reports its peak."""
     script = (
         "import sys; from mebp_mlx import train; from mebp_mlx.system.footprint import PeakMeter\n"
         "with PeakMeter() as meter: code = train.main(sys.argv[1:])\n"
@@ -100,8 +102,8 @@ def test_the_python_interface_refuses_what_the_machine_cannot_hold(tmp_path: Pat
             mebp_mlx.init_lora(model, rank=rank)
 
 
-def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
-    """The optimizer's state with an engine that does not park it, all gradients where they are gathered."""
+def test_the_named_budget_includes_values_kept_in_memory(tmp_path: Path) -> None:
+    """Optimizer state if the engine does not offload it; all gradients if they are accumulated."""
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
 
     def named_mb(**options: Any) -> int:
@@ -114,7 +116,7 @@ def test_the_named_budget_counts_what_stays_in_memory(tmp_path: Path) -> None:
     optimizer = make_optimizer(TrainConfig(), 1)
     sizes = lora_sizes(model.spec, None, -1, 30_000, optimizer)
     base = named_mb(optimizer="sgd")
-    assert abs(named_mb(optimizer="adam") - base) <= 3  # parked in a file
+    assert abs(named_mb(optimizer="adam") - base) <= 3  # offloaded to a file
     more_mb = (sizes.parameters - sizes.block_gradients) / MB
     assert abs(named_mb(max_grad_norm=1.0) - base - more_mb) <= 3
     assert abs(named_mb(grad_accumulation_steps=2) - base - more_mb) <= 3
@@ -147,8 +149,8 @@ def test_no_limit_and_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
 @pytest.mark.usefixtures("tokens_made_here")
-def test_below_every_limit_a_run_is_refused_in_one_line_or_done(home: Path, tmp_path: Path) -> None:
-    assert train.main(arguments(home, tmp_path / "first", "--iters", "1")) == 0  # the tokens are made
+def test_under_every_limit_a_run_completes_or_is_refused_in_one_line(home: Path, tmp_path: Path) -> None:
+    assert train.main(arguments(home, tmp_path / "first", "--iters", "1")) == 0  # fills the token cache
     script = (
         "import resource, sys; from mebp_mlx import train; from mebp_mlx.system.limits import _reserved_bytes\n"
         "limit = _reserved_bytes('VmData') + int(float(sys.argv[1]) * 1e6)\n"

@@ -1,4 +1,4 @@
-"""What a file or an option asks for is checked before anything of that size is made: one line, exit code 2."""
+"""Sizes from files and options are checked before memory is allocated: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_sizes_of_config_json(home: Path, model_path: Path, case: str) -> None:
 def test_sizes_of_config_json_are_checked_before_a_library_reads_them(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers makes a list as long as num_hidden_layers says."""
+    """transformers makes a list of num_hidden_layers entries."""
     shutil.copytree(home / "model", tmp_path / "model")
     config = json.loads((home / "model" / "config.json").read_text())
     monkeypatch.setattr("mebp_mlx.training.inputs.prepare", None)
@@ -111,7 +111,7 @@ def test_sizes_of_a_yaml_file(tmp_path: Path, case: str) -> None:
     assert str(path) in str(refusal.value) and len(str(refusal.value)) < 400
 
 
-def test_aliases_of_a_usual_size_are_read(tmp_path: Path) -> None:
+def test_aliases_of_normal_size_are_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("keys: &k [q_proj, v_proj]\noptimizer_config: {adam: {betas: [0.8, 0.9]}}\n")
     assert read_yaml(str(path)).values["keys"] == ["q_proj", "v_proj"]
@@ -140,7 +140,7 @@ def test_sizes_of_options(given: list[str]) -> None:
     assert len(str(refusal.value)) < 300
 
 
-def test_a_rank_that_no_memory_holds_is_refused_before_it_is_made(home: Path, tmp_path: Path) -> None:
+def test_a_rank_beyond_any_memory_is_refused_before_it_is_allocated(home: Path, tmp_path: Path) -> None:
     assert train.main(arguments(home, tmp_path / "out", "--rank", "1000000000")) == 3
     assert not (tmp_path / "out").exists()
 
@@ -180,14 +180,14 @@ def test_names_longer_than_a_file_system_takes(
 
 
 @pytest.mark.parametrize("name", ["s" * 300, "é" * 200, "..", "a/b", ""])
-def test_shard_names_that_are_no_file_names(home: Path, tmp_path: Path, name: str) -> None:
+def test_shard_names_that_are_not_file_names(home: Path, tmp_path: Path, name: str) -> None:
     model = shutil.copytree(home / "model", tmp_path / "model")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name, "b": "c"}}))
     with pytest.raises(UserError, match=r"index\.json"):
         Model(model)
 
 
-def test_weights_that_are_no_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(home / "model", tmp_path / "model")
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").mkdir()
@@ -238,7 +238,7 @@ def test_names_in_a_checkpoint_that_contradict_each_other(finished: Path, tmp_pa
         load_checkpoint(tmp_path)
 
 
-def test_events_of_the_wrong_type_are_passed_over(finished: Path, tmp_path: Path) -> None:
+def test_events_of_the_wrong_type_are_skipped(finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "run")
     strange = ['{"event":"valid"}', '{"event":["x"]}', '{"event":"save","iter":"x"}', '{"event":"test","iter":[1]}',
                '{"event":"valid","loss":"a"}', '{"event":"train"}', "[" * 5000, DIGITS, "\x00"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""config.json against the checkpoint: what is refused, and how it is said."""
+"""config.json and the checkpoint: refused contradictions and their messages."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ FLOAT_PACKINGS = [
 
 @pytest.mark.parametrize("packing", FLOAT_PACKINGS, ids=lambda packing: packing["mode"])
 @pytest.mark.parametrize("said", ["mode", "quant_method", "nothing", "another mode"])
-def test_the_mode_is_the_tensors_own_however_it_is_said(tmp_path: Path, packing: dict, said: str) -> None:
+def test_the_quantization_mode_is_derived_from_the_tensors(tmp_path: Path, packing: dict, said: str) -> None:
     folder = write_model(tmp_path / "m", packed_config("qwen3"), quantization=packing)
     mode = packing["mode"]
     if said == "quant_method":
@@ -108,7 +108,7 @@ def test_the_mode_is_the_tensors_own_however_it_is_said(tmp_path: Path, packing:
         ("gemma3", "model.layers.0.mlp.up_proj.bias", "up_proj.bias"),
     ],
 )
-def test_a_decoder_tensor_that_nothing_reads_is_refused(tmp_path: Path, name: str, extra: str, file_says: str) -> None:
+def test_unused_decoder_tensors_are_refused(tmp_path: Path, name: str, extra: str, file_says: str) -> None:
     folder = write_model(tmp_path / "m", CONFIGS[name])
     path = folder / "model.safetensors"
     mx.save_safetensors(str(path), {**mx.load(str(path)), extra: mx.ones(5)})  # type: ignore[dict-item]
@@ -117,7 +117,7 @@ def test_a_decoder_tensor_that_nothing_reads_is_refused(tmp_path: Path, name: st
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_computed_here_or_belongs_to_no_decoder_may_be_there(tmp_path: Path) -> None:
+def test_recomputed_and_non_decoder_tensors_are_allowed(tmp_path: Path) -> None:
     extra = {
         "qwen2": ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"],
         "gemma3": ["vision_tower.patch.weight", "multi_modal_projector.norm.weight"],
@@ -164,7 +164,7 @@ def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
     assert (layers[2].rope.base, layers[2].rope.scale) == (9e5, 1 / 8)
 
 
-def test_old_and_new_rope_keys_may_stand_together_if_they_agree(tmp_path: Path) -> None:
+def test_old_and_new_rope_keys_may_coexist_if_they_agree(tmp_path: Path) -> None:
     gemma = write_model(tmp_path / "g", CONFIGS["gemma3_text"])  # with the old keys
     ropes = [layer.rope for layer in mebp_mlx.open_model(gemma).spec.layers]
     nested = {

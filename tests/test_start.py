@@ -1,4 +1,4 @@
-"""--resume-adapter-file: a new run goes on from adapters of ours or mlx-lm's, or says which options would."""
+"""--resume-adapter-file: a new run starts from our adapters or mlx-lm's, or reports the options that match."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.texts import write_rows
 pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
-def test_the_first_step_is_the_one_that_continuing_makes(home: Path, tmp_path: Path) -> None:
-    """With an optimizer that keeps nothing and one row, the two runs are the same to the bit."""
+def test_the_first_step_equals_that_of_a_continued_run(home: Path, tmp_path: Path) -> None:
+    """With a stateless optimizer and one row, the two runs are bit-equal."""
     data = write_rows(tmp_path / "data", [{"text": "the cat sat on the mat"}], "train")
     first, new = tmp_path / "first", tmp_path / "new"
     same = ["--data", str(data), "--optimizer", "sgd", "--seed", "3"]
@@ -44,8 +44,8 @@ def test_other_data_rate_and_optimizer_and_an_exact_resume(home: Path, tmp_path:
     assert (parts / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
 
 
-def test_mlx_lms_adapters_go_on_at_their_own_loss(home: Path, tmp_path: Path) -> None:
-    """A file that mlx-lm's own layers wrote, without a config of ours."""
+def test_mlx_lms_adapters_start_at_their_loss(home: Path, tmp_path: Path) -> None:
+    """A file that mlx-lm's layers wrote, without our config."""
     pytest.importorskip("mlx_lm")
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
@@ -94,7 +94,7 @@ def test_mlx_lms_adapters_go_on_at_their_own_loss(home: Path, tmp_path: Path) ->
         (["--resume-adapter-file", "{home}/model/model.safetensors"], "--resume-adapter-file {home}/model/model"),
     ],
 )
-def test_what_does_not_go_on_is_one_line_with_the_options_that_would(
+def test_mismatched_adapters_are_refused_with_the_matching_options(
     home: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = make_adapters(tmp_path / "start", home / "model", rank=3, scale=2.0)

@@ -1,4 +1,4 @@
-"""Kept values: in memory first, then in the file, written one block behind where a block is one graph."""
+"""Kept values: in memory first, then in the file, written one block later if a block is one graph."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _holds(store: Store, layer: int, name: str, number: float) -> bool:
 
 @pytest.mark.parametrize("memory_bytes", [None, 4 * PAGE_BYTES])
 @pytest.mark.parametrize("grain", ["op", "block"])
-def test_no_file_where_everything_fits(
+def test_there_is_no_file_if_everything_fits(
     tmp_path: Path, grain: str, memory_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_base, "Arena", None)  # making one would fail
+    monkeypatch.setattr(engine_base, "Arena", None)  # creating one would fail
     store = Store(Barrier(grain), memory_bytes, tmp_path)
     store.reserve(4, PAGE_BYTES)
     arrays = [_value(n) for n in range(4)]
@@ -52,10 +52,10 @@ def test_no_file_where_everything_fits(
 
 def test_memory_first_then_the_file(tmp_path: Path) -> None:
     store = Store(Barrier("op"), 2 * PAGE_BYTES, tmp_path)
-    for _ in range(2):  # a cleared store is as good as new
+    for _ in range(2):  # a cleared store works like a new one
         store.clear()
         store.reserve(4, PAGE_BYTES)
-        assert store.arena is not None and store.arena.capacity_bytes == 3 * PAGE_BYTES  # a block more than the rest
+        assert store.arena is not None and store.arena.capacity_bytes == 3 * PAGE_BYTES  # one block more than the rest
         assert [store.put(layer, "x", 0, _value(layer)) for layer in range(4)] == [True, True, False, False]
         assert store.held_bytes == store.written_bytes == 2 * PAGE_BYTES
         assert all(_holds(store, layer, "x", layer) for layer in range(4))
@@ -72,14 +72,14 @@ def test_room_is_counted_in_whole_pages(tmp_path: Path, size: int, held: int) ->
     assert store.held_bytes == held * PAGE_BYTES
 
 
-def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted(tmp_path: Path) -> None:
+def test_a_block_that_is_one_graph_is_written_when_the_next_is_submitted(tmp_path: Path) -> None:
     barrier = Barrier("block")
     store = Store(barrier, 0, tmp_path)
     store.reserve(3, PAGE_BYTES)
     written = []
     for layer in range(3):
         array = _value(layer)
-        assert store.put(layer, "x", 0, array)  # in use until it is written: nobody may work in its memory
+        assert store.put(layer, "x", 0, array)  # in use until written, so its memory must not be reused
         assert store.get(layer, "x", 0) is array
         barrier.block()
         store.write_behind()
@@ -93,7 +93,7 @@ def test_where_a_block_is_one_graph_it_is_written_when_the_next_one_is_submitted
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 0])
-def test_what_is_taken_is_the_takers_alone(tmp_path: Path, memory_bytes: int | None) -> None:
+def test_taken_values_belong_to_the_caller(tmp_path: Path, memory_bytes: int | None) -> None:
     store = Store(Barrier("op"), memory_bytes, tmp_path)
     store.reserve(2, PAGE_BYTES)
     store.put(0, "g.0", 0, _value(7))
@@ -101,7 +101,7 @@ def test_what_is_taken_is_the_takers_alone(tmp_path: Path, memory_bytes: int | N
     taken = store.take(0, "g.0", 0)
     assert taken is not None and np.array_equal(taken, _value(7))
     assert store.take(0, "u.0", 0) is None
-    # In memory nobody has it any more; the file has a copy of its own.
+    # The memory is no longer referenced; the file has its own copy.
     again = store.get(0, "g.0", 0)
     assert again is None if memory_bytes is None else again is not taken and np.array_equal(again, taken)
     assert np.array_equal(store.get(0, "g.0", 1), _value(8))
@@ -116,7 +116,7 @@ def test_a_forgotten_block_is_not_in_memory(tmp_path: Path) -> None:
     assert store.get(1, "x", 0) is None and _holds(store, 0, "x", 0) and _holds(store, 2, "x", 2)
 
 
-def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
+def test_a_larger_batch_needs_a_larger_file_and_a_full_disk_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -139,10 +139,10 @@ def test_a_larger_batch_makes_a_larger_file_and_a_full_disk_is_told(
 @pytest.mark.parametrize("saved", [SAVE_PRODUCTS, SAVE_INPUTS], ids=["products", "inputs"])
 @pytest.mark.parametrize("grain", ["op", "stage", "tile", "block"])
 @pytest.mark.parametrize("name, weights", [("gemma3_text", "decompressed"), ("qwen2", "packed")])
-def test_a_step_keeps_what_was_counted(
+def test_a_step_keeps_the_predicted_bytes(
     tmp_path: Path, name: str, weights: str, grain: str, saved: frozenset[str], seed: int
 ) -> None:
-    """In memory, in the file, and in both: the bytes that the plan knew, to the page."""
+    """In memory, in the file, and in both: the bytes that the plan predicted, to the page."""
     model = mebp_mlx.open_model(
         write_model(tmp_path / "model", packed_config(name), quantization={"group_size": 32, "bits": 4}),
         "float32",
@@ -166,8 +166,8 @@ def test_a_step_keeps_what_was_counted(
 
 
 @pytest.mark.parametrize("grain", ["op", "block"])
-def test_blocks_that_are_packed_differently_keep_differently_much(tmp_path: Path, grain: str, seed: int) -> None:
-    """The MLP's width is cut as its own weights ask for, and every piece fills pages of its own."""
+def test_blocks_with_different_packing_keep_different_sizes(tmp_path: Path, grain: str, seed: int) -> None:
+    """The MLP's width is split according to its weights' packing, and every part fills its own pages."""
     config = packed_config("qwen2") | {"intermediate_size": 1088}
     quantization = {"group_size": 32, "bits": 4, "model.layers.1.mlp.down_proj": False}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=quantization)
@@ -180,7 +180,7 @@ def test_blocks_that_are_packed_differently_keep_differently_much(tmp_path: Path
         mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan)
 
 
-def test_a_batch_longer_than_the_reserved_one_has_its_own_room(tmp_path: Path, seed: int) -> None:
+def test_a_batch_longer_than_the_reserved_one_gets_its_own_space(tmp_path: Path, seed: int) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2)
     engine = BackpropEngine(model, lora, plan=Plan("op", kept_bytes=0), arena_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Synthetic models: mlx-lm loads them strictly, they have the real sizes, and nothing half-written is left."""
+"""Synthetic models: mlx-lm loads them strictly, sizes are the real ones, and no partial output remains."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_mlx_lm_loads_every_family_strictly(tmp_path: Path, name: str, bits: int
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_mlx_lm_finds_every_parameter_of_the_real_shapes(tmp_path: Path, name: str) -> None:
-    """Names and shapes alone: the files have holes for data, and nothing is evaluated."""
+    """Only names and shapes: the files are sparse, and nothing is evaluated."""
     folder = write_model(name, tmp_path / "model", sparse=True)
     model = load(folder, lazy=True)
     assert len(model.layers) == model_config(name).get("text_config", model_config(name))["num_hidden_layers"]
@@ -183,10 +183,10 @@ def test_fewer_layers(tmp_path: Path) -> None:
     folder = write_model(model_config(TINY["gemma3"], 1), tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"] == 1
     assert len(load(folder).layers) == 1
-    assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is left alone
+    assert TINY["gemma3"]["text_config"]["num_hidden_layers"] == 2  # the given dict is not changed
 
 
-def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_model(TINY["qwen2"], tmp_path / "model")  # empty: fine
     before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
@@ -200,7 +200,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
         write_model(TINY["llama"], tmp_path / "file" / "inside")
 
 
-def test_too_full_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
     with pytest.raises(UserError, match="GB"):
         write_model(TINY["llama"], tmp_path / "model")
@@ -238,7 +238,7 @@ def test_a_failure_half_way_leaves_nothing(
         ({"shape": {"model_type": "gpt2"}}, "gpt2"),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+def test_invalid_options_are_refused_by_name(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     options = dict(options)
     with pytest.raises(UserError, match=named):
         config = model_config(options.pop("shape", TINY["qwen2"]), options.pop("layers", None))
@@ -252,7 +252,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_writes_a_model_and_says_so_in_json(tmp_path: Path) -> None:
+def test_the_command_writes_a_model_and_reports_it_in_json(tmp_path: Path) -> None:
     done = command("gemma3-1b", str(tmp_path / "model"), "--layers", "1", "--bits", "2", "--group-size", "128")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""A printed line never ends a command: closed pipes, full devices, terminals without Unicode."""
+"""Printing never ends a command: closed pipes, full devices, terminals without Unicode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 def run(
     home: Path, out: Path, shell: str, more: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command's exit code goes to $OUT.code: a pipe has that of its last part."""
+    """Writes the command's exit code to $OUT.code, because a pipe returns that of its last command."""
     command = [
         sys.executable,
         "-m",
@@ -31,7 +31,7 @@ def run(
 
 
 @pytest.mark.parametrize("shell", ["| true", "| head -1", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-"])
-def test_a_run_ends_whoever_reads(home: Path, tmp_path: Path, shell: str) -> None:
+def test_a_run_ends_with_any_reader(home: Path, tmp_path: Path, shell: str) -> None:
     if "/dev/full" in shell and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Rows as mlx-lm reads them: the same tokens, the same labels; and one clear line for rows that cannot be read."""
+"""Rows have the same tokens and labels as in mlx-lm; unreadable rows give one clear line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_tokenizers(tmp_path_factory.mktemp("models"))
 
 
-# What a row means
+# Tokens and labels of a row
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [("chat", "text", False), ("plain", "text", False), ("sentencepiece", "text", False)]
     + [("chat", kind, mask) for kind in ("prompt", "messages") for mask in (False, True)],
 )
-def test_tokens_and_labels_are_mlx_lms(
+def test_tokens_and_labels_equal_mlx_lms(
     models: dict[str, Path], tmp_path: Path, seed: int, model: str, kind: str, mask_prompt: bool
 ) -> None:
     from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
@@ -114,8 +114,8 @@ def test_rows_that_are_too_long_or_hold_no_label_are_counted(models: dict[str, P
 
 THINKER = CHAT_TEMPLATE.replace(
     "assistant\n{% endif", "assistant\n<think>{% endif"
-)  # only before an answer that is asked for
-FORGETFUL = (  # thinks in every turn but shows it in the last one only
+)  # only before an answer that is requested
+FORGETFUL = (  # thinks in every turn but shows only the last thought
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% if loop.last %}<think>hm</think>\n{% endif %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -123,7 +123,7 @@ FORGETFUL = (  # thinks in every turn but shows it in the last one only
 
 
 def labelled(folder: Path, model: Path, index: int = 0) -> list[str]:
-    """The text of each range that is trained on."""
+    """The text of each labelled range."""
     from mlx_lm.utils import load_tokenizer
 
     tokens, labels = TokenRows(folder / "out", "train").row(index)
@@ -140,15 +140,13 @@ def with_template(folder: Path, template: str) -> Path:
 
 @pytest.mark.parametrize("answer", ["yes", "a long enough answer", "<", "<think>so</think>no", "\nodd\n", "0", "x"])
 @pytest.mark.parametrize("train_on", ["completion", "assistant"])
-def test_an_answer_is_labelled_whole_where_only_the_prompt_for_it_thinks(
-    tmp_path: Path, answer: str, train_on: str
-) -> None:
-    """mlx-lm counts the tokens of the prompt, and leaves as many of the answer without a label."""
+def test_an_answer_is_fully_labelled_if_only_its_prompt_thinks(tmp_path: Path, answer: str, train_on: str) -> None:
+    """mlx-lm counts the prompt's tokens, and leaves as many of the answer's without labels."""
     model = with_template(tmp_path / "thinker", THINKER)
     write_rows(tmp_path, [{"prompt": "a", "completion": answer}])
     counts = tokenize_rows(tmp_path, model, train_on=train_on)["train"]
     (text,) = labelled(tmp_path, model)
-    begins_so = answer.startswith("<think>")  # then the row begins with the prompt, and it is mlx-lm's label
+    begins_so = answer.startswith("<think>")  # then the row begins with the prompt, and the label equals mlx-lm's
     answer = answer.removeprefix("<think>")
     assert text in (f"{answer}<|im_end|>\n", f"\n{answer}<|im_end|>\n")  # the header's line end may merge with one
     assert (counts["n_prompt_differs"], counts["n_unsure"]) == (0 if begins_so else 1, 0)
@@ -204,7 +202,7 @@ PARTS = CHAT_TEMPLATE.replace(
 )
 
 
-def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Path], tmp_path: Path) -> None:
+def test_content_may_be_parts_if_the_template_accepts_them(models: dict[str, Path], tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     rows = [{"messages": [{**TURN, "content": parts}, {**REPLY, "content": [{"type": "text", "text": "hi"}]}]}]
     model = with_template(tmp_path / "parts", PARTS)
@@ -224,7 +222,7 @@ def test_content_may_be_parts_where_the_template_takes_them(models: dict[str, Pa
         tokenize_rows(tmp_path, model)
 
 
-def test_keys_of_rows_have_the_names_that_are_given(models: dict[str, Path], tmp_path: Path) -> None:
+def test_keys_of_rows_may_have_other_names(models: dict[str, Path], tmp_path: Path) -> None:
     names = {"prompt_feature": "q", "completion_feature": "a", "chat_feature": "talk", "text_feature": "body"}
     plain = [{"prompt": "one", "completion": "two"}, {"messages": [TURN, REPLY]}, {"text": "three"}]
     named = [{"q": "one", "a": "two"}, {"talk": [TURN, REPLY]}, {"body": "three"}]
@@ -248,14 +246,14 @@ def test_rows_of_several_kinds_where_sets_were_joined(models: dict[str, Path], t
 
 def test_memory_does_not_grow_with_the_number_of_rows(models: dict[str, Path], tmp_path: Path) -> None:
     peaks = []
-    for n in (50, 100, 1100):  # the first one warms up
+    for n in (50, 100, 1100):  # the first one is a warm-up
         folder = write_rows(tmp_path / str(n), [{"text": "some words " * 40}] * n)
         job = request(folder, models["plain"], folder / "out")
         tracemalloc.start()
         tokenize.tokenize(job)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] - peaks[1] <= 100_000, peaks  # 1,000 rows more are 1 MB even as int32
+    assert peaks[2] - peaks[1] <= 100_000, peaks  # 1,000 more rows are only 1 MB, even as int32
 
 
 # Bad input
@@ -318,7 +316,7 @@ def test_bad_rows_of_the_validation_split_name_its_file(models: dict[str, Path],
         tokenize_rows(tmp_path, models["chat"])
 
 
-def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
+def test_a_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     model = write_tokenizer(tmp_path / "small", chat=False)
     write_rows(tmp_path, [{"text": "a b"}])
     for config in ({"vocab_size": 60}, {"text_config": {"vocab_size": 60}}):

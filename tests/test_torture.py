@@ -1,4 +1,4 @@
-"""The short form of `python -m bench.torture`: stopped runs end as if nothing had been, damaged files are refused."""
+"""A short `python -m bench.torture`: stopped runs end like uninterrupted ones, damaged files are refused."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OPTIONS = ["--iters", "4", "--save-every", "2", "--test", "--memory-budget", "mi
 
 @pytest.fixture(scope="module")
 def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Faults]:
-    """A run without a stop, and its points."""
+    """An uninterrupted run and its points."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, Faults().installed() as faults:
         tokenize_here(home, patch)
-        assert train.main(arguments(home, out, *OPTIONS, "--dry-run")) == 0  # fills the cache of tokens
+        assert train.main(arguments(home, out, *OPTIONS, "--dry-run")) == 0  # fills the token cache
         faults.n_points = faults.n_writes = 0
         assert train.main(arguments(home, out, *OPTIONS)) == 0
     assert faults.n_points > 20 and faults.n_writes > 30
@@ -46,7 +46,7 @@ def ends_the_same(home: Path, out: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.usefixtures("tokens_made_here")
-def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on(
+def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_can_resume(
     home: Path, tmp_path: Path, whole: tuple[Path, Faults], capsys: pytest.CaptureFixture[str], part: int
 ) -> None:
     out, number = tmp_path / "run", 1 + part * (whole[1].n_writes - 1) // 3
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.usefixtures("tokens_made_here")
-def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+def test_too_little_disk_space_is_reported_before_the_first_step(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, free = tmp_path / "run", shutil.disk_usage(tmp_path)
@@ -83,7 +83,7 @@ def test_a_run_killed_within_a_save_ends_bit_equal(
 ) -> None:
     out, number = tmp_path / "run", int(share * whole[1].n_points)
     command = ["-m", "bench.torture.faults", f'{{"kill": {number}}}', *arguments(home, out, *OPTIONS)]
-    process = child(*command)  # MEBP_CACHE_DIR is the tests' own
+    process = child(*command)  # MEBP_CACHE_DIR belongs to the tests
     _, err = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, err
     ends_the_same(home, out, whole[0])
@@ -94,7 +94,7 @@ def test_a_run_killed_within_a_save_ends_bit_equal(
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """Larger ones are refused by the system (EFBIG), as by a disk that fills."""
+    """The system refuses larger files (EFBIG), like a disk that fills up."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_is_one_line_in_every_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model, out, adapters = str(home / "model"), str(tmp_path / "out"), str(whole[0])
-    if name == "train":  # the cache of tokens
+    if name == "train":  # a new token cache, so that tokens are written
         monkeypatch.setenv("MEBP_CACHE_DIR", str(tmp_path / "cache"))
     command: dict[str, Any] = {
         "convert": lambda: convert.main(["--model", model, "--out", out, "--mode", "keep"]),
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_is_one_line_in_every_command(
 
 @pytest.mark.parametrize("name", ["safetensors", "index", "config", "yaml", "adapters", "checkpoint", "log", "rows"])
 def test_a_damaged_file_is_read_or_refused(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any other exception is a failure; memory, hangs and signals are bench.torture's."""
+    """Any other exception fails the test; bench.torture covers memory, hangs and signals."""
     kind, folder = mutants.KINDS[name], tmp_path_factory.mktemp("whole")
     kind.written(folder)
     whole = {file: (folder / file).read_bytes() for file in kind.files}

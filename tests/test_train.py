@@ -1,4 +1,4 @@
-"""The command trains as it promises: files, log, lengths, accumulation, and little in memory."""
+"""The training command: files, log, lengths, accumulation, and small memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tokens_made_here")
 
 
 @pytest.mark.parametrize("engine", ["mebp", "whole-graph", "mezo"])
-def test_a_run_writes_what_it_promises(
+def test_a_run_writes_its_files_and_log(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
     out = tmp_path / "out"
@@ -57,18 +57,18 @@ def test_adapters_give_the_same_loss_in_mlx_lm(home: Path, tmp_path: Path) -> No
     (ours, accuracy), n_tokens = (events(out, "valid")[-1][key] for key in ("loss", "accuracy")), 0
     sum_of_theirs, n_correct = 0.0, 0
     for row in rows:
-        n = len(tokenizer.encode(row["text"]))  # an end token is added, the first has no prediction
+        n = len(tokenizer.encode(row["text"]))  # an end token is added; the first token has no prediction
         tokens = mx.array([*tokenizer.encode(row["text"]), tokenizer.eos_token_id])[None]
         logits = model(tokens[:, :-1])[0]
         picked = mx.take_along_axis(logits - mx.logsumexp(logits, -1, keepdims=True), tokens[0, 1:, None], -1)
         sum_of_theirs, n_tokens = sum_of_theirs - picked.sum().item(), n_tokens + n
         n_correct += (logits.argmax(-1) == tokens[0, 1:]).sum().item()
-    assert abs(accuracy * n_tokens - n_correct) <= 1  # two of the tokens may be as likely as each other
+    assert abs(accuracy * n_tokens - n_correct) <= 1  # two tokens may be equally likely
     assert abs(ours - sum_of_theirs / n_tokens) <= 1e-4 * ours
 
 
-def test_validation_and_training_start_at_the_models_own_loss(home: Path, tmp_path: Path) -> None:
-    """B starts at zero, so every engine's first losses are the frozen model's."""
+def test_validation_and_training_start_at_the_models_loss(home: Path, tmp_path: Path) -> None:
+    """B starts at zero, so the first losses of every engine are the frozen model's."""
     first = {}
     for engine in ("mebp", "whole-graph"):
         out = tmp_path / engine
@@ -101,7 +101,7 @@ def test_epochs_are_passes_over_the_rows(home: Path, tmp_path: Path) -> None:
 
 
 def test_accumulation_is_weighted_by_tokens(home: Path, tmp_path: Path) -> None:
-    """One update from all rows at once equals one from the same rows, one row each, however long they are."""
+    """One update from a batch of all rows equals one from the same rows one by one, for any lengths."""
     texts = ["the cat", "what is the capital of France it is the moon and the mat", "moon", "the cat sat on"]
     write_rows(tmp_path / "data", [{"text": text} for text in texts])
     adapters = []
@@ -153,10 +153,10 @@ def test_the_training_process_imports_no_tokenizer_library(home: Path, tmp_path:
     assert "--- before" in printed and "--- after" in printed, printed + errors
 
 
-def test_a_checkpoint_that_cannot_be_adopted_is_told_once(
+def test_a_checkpoint_that_cannot_be_adopted_is_reported_once(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where pages are adopted, which MLX's CPU backend refuses; what is aligned is not spoken of."""
+    """Only if the device adopts pages (MLX's CPU backend does not); aligned tensors are not mentioned."""
     monkeypatch.setattr(device, "on_metal", lambda: True)
     monkeypatch.setattr(report, "WORTH_ALIGNING_BYTES", 1)
     shutil.copytree(home / "model", tmp_path / "odd")

@@ -1,4 +1,4 @@
-"""Kernels are checked against their references: at first use, by MEBP_KERNELS, in the engine, and in the doctor."""
+"""Kernels are checked against their references: at first use, with MEBP_KERNELS, in the engine and the doctor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _does_not_compile(text: str) -> str:
 
 
 class _Calls:
-    """How often each kernel runs."""
+    """Counts the runs of each kernel."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.n: dict[str, int] = dict.fromkeys(SOURCES, 0)
@@ -76,7 +76,7 @@ def test_a_good_kernel_is_checked_once_and_used(monkeypatch: pytest.MonkeyPatch,
     [(_no_rescaling, "output 0 is off by"), (_does_not_compile, ".*error:.*int_")],
     ids=["wrong", "compile"],
 )
-def test_a_bad_kernel_is_warned_of_once_and_replaced(
+def test_a_bad_kernel_is_reported_once_and_replaced(
     change: Any, reason: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
@@ -98,7 +98,7 @@ def test_off_never_builds_a_kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -
     assert not any(calls.n.values())
 
 
-def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_on_skips_the_check(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("MEBP_KERNELS", "on")
     calls = _Calls(monkeypatch)
     with running(change=_no_rescaling, pretend=True):
@@ -108,8 +108,8 @@ def test_on_asks_for_no_proof(monkeypatch: pytest.MonkeyPatch, seed: int) -> Non
     assert not np.allclose(np.asarray(actual), np.asarray(_reference(seed)), rtol=2e-2)
 
 
-def test_check_looks_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault that the first-use check cannot see: it needs more columns than the sample has."""
+def test_check_compares_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault needs more columns than the first-use sample has, so only this mode detects it."""
     monkeypatch.setenv("MEBP_KERNELS", "check")
 
     def only_long_rows(text: str) -> str:
@@ -145,8 +145,8 @@ def test_an_unknown_impl_is_an_error(impl: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_engine_takes_the_kernels(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Forward-only passes take the loss from packed rows without logits, steps take the online softmax."""
+def test_the_engine_uses_the_kernels(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Forward-only passes use the loss kernel on packed rows without logits; steps use the online softmax."""
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
     folder = write_model(
         tmp_path / "m", packed_config("qwen2"), seed=seed, quantization={"group_size": 32, "bits": 4}, dtype=mx.bfloat16
@@ -162,7 +162,7 @@ def test_the_engine_takes_the_kernels(tmp_path: Path, dtype: str, monkeypatch: p
         loss = mebp_mlx.loss(model, lora, tokens, targets).item()
         assert calls.n["linear_cross_entropy"] > 1 and calls.n["online_softmax"] == 0
         n_before = dict(calls.n)
-        # float32 logits on the CPU stay with numpy: the kernel is for what is not
+        # numpy handles float32 logits on the CPU; the kernel handles the rest
         actual = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
     used = calls.n["online_softmax"] - n_before["online_softmax"]
     assert (used > 1) == (dtype == "bfloat16")
@@ -176,7 +176,7 @@ def _doctor(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_works_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, table = _doctor(capsys)
     assert code == 0 and table.endswith("all that applies here works\n")
     code, text = _doctor(capsys, "--json")
@@ -189,7 +189,7 @@ def test_doctor_here(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("change, code", [(None, 0), (_no_rescaling, 1), (_does_not_compile, 1)])
-def test_doctor_looks_at_every_kernel(
+def test_doctor_checks_every_kernel(
     change: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "KERNEL_SIZES", {})

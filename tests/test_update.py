@@ -1,4 +1,4 @@
-"""Block-by-block updates equal the optimizer's own on the whole tree."""
+"""Block-by-block updates equal the optimizer's update of the whole tree."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     ids=["one by one", "parked", "lazy", "lazy, gathered"],
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_step_however_many_blocks(tmp_path: Path, name: str, how: dict[str, bool], seed: int) -> None:
+def test_an_update_is_one_step_for_any_number_of_blocks(
+    tmp_path: Path, name: str, how: dict[str, bool], seed: int
+) -> None:
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     expected, whole = lora.parameters(), OPTIMIZERS[name]()
     updater = Updater(OPTIMIZERS[name](), lora, **how, arena_dir=tmp_path)
@@ -71,8 +73,8 @@ def test_one_step_however_many_blocks(tmp_path: Path, name: str, how: dict[str, 
         assert np.array_equal(value, wanted[key]), (key, seed)
 
 
-def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) -> None:
-    """A lazy update: the block's new values and states, and the step. Otherwise nothing is left to be done."""
+def test_a_sink_returns_the_arrays_to_evaluate(tmp_path: Path, seed: int) -> None:
+    """A lazy update returns the block's new values and states, and the step; otherwise nothing is left to evaluate."""
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     for how in ({}, {"park": True}, {"park": True, "is_lazy": True}):
         updater = Updater(optim.AdamW(1e-2), lora, **how, arena_dir=tmp_path)
@@ -97,7 +99,7 @@ def test_a_sink_gives_back_what_is_to_be_evaluated(tmp_path: Path, seed: int) ->
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_after_a_lazy_step_no_gradient_is_held(tmp_path: Path, clip: float | None, seed: int) -> None:
-    """Nor old values: what was gathered is applied by the end of the step, not when it is next looked at."""
+    """Nor old values: accumulated gradients are applied at the end of the step, not when they are next read."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=0))
     lora, rng = mebp_mlx.init_lora(model, rank=100), np.random.default_rng(seed)
     updater = Updater(optim.AdamW(1e-2), lora, is_lazy=True, gather=True, max_grad_norm=clip)
@@ -114,7 +116,7 @@ def test_after_a_lazy_step_no_gradient_is_held(tmp_path: Path, clip: float | Non
         assert mx.get_active_memory() - before <= 0.01 * lora_bytes
 
 
-def test_parked_state_is_not_in_memory(tmp_path: Path) -> None:
+def test_offloaded_state_is_not_in_memory(tmp_path: Path) -> None:
     lora = _lora(tmp_path, 0)
     updater = Updater(optim.AdamW(1e-2), lora, park=True, arena_dir=tmp_path)
     assert updater.parked_bytes >= 2 * sum(p.nbytes for p in lora.parameters().values())
@@ -141,7 +143,7 @@ def test_clipping_uses_the_global_norm(tmp_path: Path, limit: float, seed: int) 
         assert np.abs(moved - want).max() <= 1e-5, (key, seed)
 
 
-def test_gathering_adds_micro_batches(tmp_path: Path, seed: int) -> None:
+def test_accumulation_adds_micro_batches(tmp_path: Path, seed: int) -> None:
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
     start = lora.parameters()
     parts = [_gradients(lora, rng) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Mapped weights: the bytes that a writer wrote, nothing else read, and every damaged file refused by name."""
+"""Mapped weights: the written bytes are read, and nothing else; damaged files are refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.weight_files import DTYPES, random_tensor, random_tensors, raw_file, 
 pytestmark = pytest.mark.quick
 
 
-# What was written is read
+# Reading
 
 
 @pytest.mark.parametrize("layout", ["file", "folder", "sharded", "sharded without index"])
@@ -89,7 +89,7 @@ def test_names_are_in_file_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_what_lies_outside_a_matrix_is_an_error(tmp_path: Path, bits: int | None) -> None:
+def test_indices_outside_a_matrix_are_an_error(tmp_path: Path, bits: int | None) -> None:
     packing = None if bits is None else {"group_size": 32, "bits": bits}
     model = Model(write_model(tmp_path / "model", packed_config("qwen2"), quantization=packing))
     linear = model.spec.layers[0].linears["down"]
@@ -147,7 +147,7 @@ def test_a_view_outlives_close(tmp_path: Path) -> None:
         Tensor(weights, "x")[...]
 
 
-def test_mapped_bytes_are_not_footprint_and_rows_bring_only_themselves(tmp_path: Path) -> None:
+def test_mapped_bytes_are_not_footprint_and_rows_load_only_themselves(tmp_path: Path) -> None:
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(raw_file({"x": {"dtype": "BF16", "shape": [20_000, 2000], "data_offsets": [0, 80_000_000]}}))
         file.write(bytes(80_000_000))
@@ -172,7 +172,7 @@ print(opened, touched, footprint_bytes() - start)
     assert 19_000_000 <= copied <= 23_000_000
 
 
-# What is damaged is refused
+# Columns
 
 
 def test_columns_copy_only_themselves(tmp_path: Path) -> None:

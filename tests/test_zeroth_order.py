@@ -1,4 +1,4 @@
-"""Zeroth-order estimates: slopes along noise that is regenerated, directions that converge to the gradient's."""
+"""Zeroth-order estimates: directional derivatives along regenerated noise, whose mean converges to the gradient."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _setup(tmp_path: Path, seed: int, dropout: float = 0.0, keys: list[str] | No
 
 
 def _estimate(model: Any, lora: Lora, batch: _Batch, estimator: Estimator, seed: int, step: int) -> Any:
-    """(loss, {name: estimate}) of one step."""
+    """Returns (loss, {name: estimate}) of one step."""
     actual: dict[str, mx.array] = {}
     engine = ZerothOrderEngine(model, lora, estimator, seed=seed)
     loss = engine.step(batch, step=step, micro=0, n_labels=batch.n_labels, sink=actual.update)
@@ -50,7 +50,7 @@ def _flat(values: dict[str, mx.array]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["mezo", "kzoo"])
-def test_estimate_is_the_slope_along_the_noise(tmp_path: Path, name: str, seed: int) -> None:
+def test_the_estimate_is_the_directional_derivative_along_the_noise(tmp_path: Path, name: str, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
     before = lora.parameters()
     _, exact = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets)
@@ -65,8 +65,8 @@ def test_estimate_is_the_slope_along_the_noise(tmp_path: Path, name: str, seed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mean_of_many_estimates_turns_to_the_gradient(tmp_path: Path, name: str, seed: int) -> None:
-    """For d parameters and n directions the cosine is about sqrt(n / (n + d)): it grows with the root of n."""
+def test_the_mean_of_many_estimates_converges_to_the_gradient(tmp_path: Path, name: str, seed: int) -> None:
+    """For d parameters and n directions the cosine is about sqrt(n / (n + d)), which grows with the root of n."""
     model, lora, batch = _setup(tmp_path, seed, keys=["self_attn.v_proj"])
     _, exact = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets)
     truth, n_steps = _flat(exact), 160
@@ -79,7 +79,7 @@ def test_the_mean_of_many_estimates_turns_to_the_gradient(tmp_path: Path, name: 
         if step + 1 in (n_steps // 4, n_steps):
             cosine = float(total @ truth / np.linalg.norm(total) / np.linalg.norm(truth))
             expected = math.sqrt(n / (n + len(truth)))
-            # fzoo weighs its steps by their own deviations, which costs a little.
+            # fzoo divides each step by its deviation, which lowers the cosine slightly.
             assert 0.6 * expected <= cosine <= 1.35 * expected, f"seed {seed}, n {n}: {cosine} for {expected}"
 
 
@@ -103,7 +103,7 @@ def test_hizoo_without_curvature_is_mezo(tmp_path: Path, seed: int) -> None:
 
 
 def test_hizoo_follows_its_equations(tmp_path: Path, seed: int) -> None:
-    """Two steps against float64, the losses taken at the perturbed parameters themselves."""
+    """Two steps, compared with float64; the losses are those of the perturbed parameters."""
     model, lora, batch = _setup(tmp_path, seed)
     eps, alpha, start = 3e-2, 0.1, lora.parameters()
     estimator = make_estimator("hizoo", lora, seed=seed, eps=eps, alpha=alpha)
@@ -129,21 +129,21 @@ def test_hizoo_follows_its_equations(tmp_path: Path, seed: int) -> None:
 
 
 def test_hizoo_keeps_what_the_published_alpha_adds(tmp_path: Path, seed: int) -> None:
-    """A thousand steps of 1e-8 are seen: beside 1 in float32 each of them would be lost."""
+    """A thousand steps of 1e-8 have an effect, although each would be lost if added to 1 in float32."""
     _, lora, _ = _setup(tmp_path, seed, keys=["self_attn.v_proj"])
     estimator = make_estimator("hizoo", lora, seed=seed, eps=1.0, alpha=1e-8)
     name, value = next(iter(lora.parameters().items()))
     for step in range(1000):
         estimator.begin(step)
-        estimator.observe(np.array([0.0, 2.0, 2.0]))  # bend 2
+        estimator.observe(np.array([0.0, 2.0, 2.0]))  # curvature 2
         estimator.gradient(name, value.shape)
     mean = float(np.asarray(estimator.state()[name]).mean())
     assert abs(mean - 1e-5) <= 3e-6, f"seed {seed}: {mean}"  # 1000 a (2 E z^2 - 1)
 
 
 @pytest.mark.parametrize("pro", [False, True])
-def test_kzoo_is_its_start_and_k_numbers(tmp_path: Path, pro: bool, seed: int) -> None:
-    """Up to the rounding of float32 sums: a few units in the last place for every step."""
+def test_kzoos_state_is_its_start_and_k_numbers(tmp_path: Path, pro: bool, seed: int) -> None:
+    """Up to the rounding of float32 sums: a few ulps per step."""
     model, lora, batch = _setup(tmp_path, seed)
     start, rate, n_steps = lora.parameters(), 1e-3, 12
     estimator = make_estimator("kzoo", lora, seed=seed, eps=1e-2, n_seeds=5, pro=pro)
@@ -173,7 +173,7 @@ def test_kzoo_pro_prefers_large_slopes(seed: int) -> None:
     assert pool.magnitudes[1] == zo.HISTORY_CLIP
 
 
-def test_fzoo_does_not_feel_the_scale_of_the_loss(tmp_path: Path, seed: int) -> None:
+def test_fzoo_is_invariant_to_the_scale_of_the_loss(tmp_path: Path, seed: int) -> None:
     _, lora, _ = _setup(tmp_path, seed)
     losses = np.random.default_rng(seed).normal(3, 0.1, 9)
     actual = []
@@ -185,7 +185,7 @@ def test_fzoo_does_not_feel_the_scale_of_the_loss(tmp_path: Path, seed: int) -> 
     for other in actual[1:]:
         for n, value in actual[0].items():
             np.testing.assert_allclose(other[n], value, rtol=1e-5, atol=1e-6)
-    estimator.observe(np.full(9, 2.0))  # a flat loss has no slope
+    estimator.observe(np.full(9, 2.0))  # a constant loss has derivative zero
     assert not np.asarray(estimator.gradient(n, value.shape)).any()
 
 
@@ -207,7 +207,7 @@ def test_fzoo_follows_its_equation(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_make_one_estimate(tmp_path: Path, name: str, seed: int) -> None:
-    """Two halves of a batch, and a batch without a label after them, give the estimate of the whole batch."""
+    """Two halves of a batch, followed by a batch without labels, give the estimate of the whole batch."""
     model, lora, _ = _setup(tmp_path, seed)
     tokens, targets = random_batch(seed, 4, 9, model.spec.V)
     whole = _Batch(tokens, targets)
@@ -237,7 +237,7 @@ def test_noise_is_regenerated_and_differs_by_step_and_name() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_passes_share_dropout(tmp_path: Path, name: str, seed: int) -> None:
-    """With a tiny eps the losses would differ wildly if their masks did."""
+    """With a tiny eps, different masks would give very different losses."""
     model, lora, batch = _setup(tmp_path, seed, dropout=0.5)
     engine = ZerothOrderEngine(model, lora, make_estimator(name, lora, seed=seed, eps=1e-3), seed=seed)
     engine.step(batch, step=0, micro=0, n_labels=batch.n_labels, sink=lambda g: None)
@@ -251,7 +251,7 @@ def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: int) -> None:
-    """Old values go as the new ones come, block by block."""
+    """Old values are freed block by block as the new ones are computed."""
     model = mebp_mlx.open_model(write_model(tmp_path / "wide", CONFIGS["qwen2"] | {"num_hidden_layers": 6}, seed=seed))
     lora = mebp_mlx.init_lora(model, rank=512)
     lora_bytes = sum(value.nbytes for value in lora.parameters().values())
@@ -272,7 +272,7 @@ def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_reported_loss_is_at_the_weights_or_says_where(tmp_path: Path, name: str, seed: int) -> None:
+def test_a_reported_loss_is_at_the_weights_or_names_its_point(tmp_path: Path, name: str, seed: int) -> None:
     model, lora, batch = _setup(tmp_path, seed)
     estimator = make_estimator(name, lora, seed=seed, eps=0.1)
     engine = ZerothOrderEngine(model, lora, estimator)

@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {"train_on": "all", "max_seq_length": 512, "overlong":
 
 
 def write_tokenizer(folder: Path, *, chat: bool, bos: bool = False, eos: bool = True) -> Path:
-    """A byte-level BPE tokenizer of about 320 pieces, with or without a chat template."""
+    """Writes a byte-level BPE tokenizer of about 320 pieces, with or without a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path, *, chat: bool, bos: bool = False, eos: bool = 
 
 
 def write_sentencepiece(folder: Path) -> Path:
-    """A sentencepiece tokenizer without tokenizer.json, as older llama checkpoints have it."""
+    """Writes a sentencepiece tokenizer without tokenizer.json, as in older llama checkpoints."""
     import sentencepiece
 
     folder.mkdir(parents=True)
@@ -75,7 +75,7 @@ def write_rows(folder: Path, rows: list[Any], split: str = "train") -> Path:
 
 
 def write_tokenizers(root: Path) -> dict[str, Path]:
-    """Model folders that hold nothing but a tokenizer, by what is special about it."""
+    """Model folders that contain only a tokenizer, by the tokenizer's special property."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     load_blas()  # tokenizing in this process imports mlx.core
     return {
@@ -87,13 +87,13 @@ def write_tokenizers(root: Path) -> dict[str, Path]:
 
 
 def request(folder: Path, model: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """What the child is asked for all splits in a folder."""
+    """The child's request for all splits in a folder."""
     files = {path.stem: [str(path), dataset.sha256_of(path)] for path in folder.glob("*.jsonl")}
     return {"rows": {**OPTIONS, **options}, "model_path": str(model), "out": str(out), "files": files}
 
 
 def tokenize_rows(folder: Path, model: Path, **options: Any) -> dict[str, dict[str, int]]:
-    """Token files in `folder / "out"`, made in this process; returns the counts of each split."""
+    """Writes token files to `folder / "out"` in this process; returns the counts of each split."""
     return tokenize.tokenize(request(folder, model, folder / "out", **options))["splits"]
 
 

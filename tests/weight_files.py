@@ -1,4 +1,4 @@
-"""Files of weights for tests: random ones, sharded ones, raw bytes, and what refuses them."""
+"""Weight files for tests: random, sharded, raw bytes, and the check that they are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_tensor(rng: np.random.Generator, dtype: mx.Dtype, shape: tuple[int, .
 
 
 def random_tensors(seed: int) -> dict[str, mx.array]:
-    """Odd sizes, so that most tensors begin where their type would not be aligned."""
+    """Tensors of odd sizes, so that most are not aligned for their type."""
     rng = np.random.default_rng(seed)
     shapes: list[tuple[int, ...]] = [(7, 5), (3,), (2, 3, 5), (), (0, 4), (4, 0), (1,), (11, 1)]
     return {

@@ -1,1 +1,1 @@
-"""Makes the bundled model and data: `python -m bench.bundled`. No measurement; see mebp_mlx/bundled/README.md."""
+"""Makes the bundled model and data: `python -m bench.bundled`. Not a measurement; see mebp_mlx/bundled/README.md."""

@@ -1,11 +1,11 @@
-"""Makes the bundled model and data from the interpreter's documentation strings alone, offline.
+"""Makes the bundled model and data offline, only from the interpreter's documentation strings.
 
     python -m bench.bundled [--out mebp_mlx/bundled] [--minutes 40] [--steps N]
 
-A sentencepiece tokenizer, a small llama model trained in float32, its 4-bit checkpoint as mlx-lm lays it out,
-the fine-tuning rows, and `pretrain.json`, the record of the run. The last printed line is that record's
-summary as JSON. The run is bounded by time: the learning rate follows the elapsed share of --minutes, or of
---steps when given, and only with --steps does a second run repeat the first one.
+The result is a sentencepiece tokenizer, a small llama model trained in float32, its 4-bit checkpoint in mlx-lm's
+layout, the fine-tuning rows, and `pretrain.json`, the record of the run. The last printed line is a summary of the
+record as JSON. Training ends after --minutes, or after --steps if given; the learning rate follows the elapsed share.
+Only runs with --steps are repeatable.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 GROUP_SIZE, BITS = 64, 4
-HELP_SHARE = 0.3  # of the documents, shown as an answer to help(name), so that the chat tokens are known
-FAKE_QUANT_FROM = 0.8  # share of the run after which the forward pass sees 4-bit weights
+HELP_SHARE = 0.3  # share of the documents that are shown as an answer to help(name), to train the chat tokens
+FAKE_QUANT_FROM = 0.8  # share of the run after which the forward pass uses 4-bit weights
 
 
 # ------------------------------------------------------------------------------------------ tokenizer
@@ -121,7 +121,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> sentencepiece.SentencePie
 
 
 def fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
-    """The same tokenizer as the `tokenizers` library lays it out; a merge ranks as what it makes."""
+    """The same tokenizer in the `tokenizers` library's layout; a merge has the rank of its result."""
     pieces = [processor.id_to_piece(i) for i in range(len(processor))]
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
@@ -173,11 +173,11 @@ def fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> dict[str,
 
 # ------------------------------------------------------------------------------------------ training
 
-Document = tuple[np.ndarray, np.ndarray]  # the tokens of an entry: plain, and as an answer to help(name)
+Document = tuple[np.ndarray, np.ndarray]  # an entry's tokens: plain, and as an answer to help(name)
 
 
 def encoded(entries: list[corpus.Entry], processor: sentencepiece.SentencePieceProcessor) -> list[Document]:
-    """Per entry its tokens in both forms, between <s> and </s>."""
+    """The tokens of each entry in both forms, between <s> and </s>."""
     plain = processor.encode([entry.text for entry in entries])
     helped = processor.encode([f"<|user|>help({e.name})<|end|><|assistant|>{e.text}" for e in entries])
     bos, eos = processor.bos_id(), processor.eos_id()
@@ -188,11 +188,11 @@ def encoded(entries: list[corpus.Entry], processor: sentencepiece.SentencePieceP
 
 
 def packed(documents: list[Document], rng: np.random.Generator) -> np.ndarray:
-    """One epoch as rows [n, T + 1]: documents in random order, end to end, cut; the last bit is dropped."""
+    """One epoch as rows [n, T + 1]: documents in random order, concatenated and cut; the rest is dropped."""
     order = rng.permutation(len(documents))
     as_help = rng.random(len(documents)) < HELP_SHARE
     stream = np.concatenate([documents[i][int(as_help[i])] for i in order])
-    stream = np.roll(stream, rng.integers(N_TOKENS))  # other cuts in every epoch
+    stream = np.roll(stream, rng.integers(N_TOKENS))  # different cuts in every epoch
     n_rows = (len(stream) - 1) // N_TOKENS
     rows = np.stack([stream[i * N_TOKENS : i * N_TOKENS + N_TOKENS + 1] for i in range(n_rows)])
     return rng.permutation(rows)
@@ -207,7 +207,7 @@ def endless(documents: list[Document], batch_size: int, seed: int) -> Iterator[n
 
 
 def new_model(seed: int) -> llama.Model:
-    """A fresh float32 model; what is added to the residual stream starts smaller, as is usual."""
+    """A new float32 model; projections into the residual stream start with smaller values."""
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     shrink = 1 / math.sqrt(2 * CONFIG["num_hidden_layers"])
@@ -219,7 +219,7 @@ def new_model(seed: int) -> llama.Model:
 
 
 def fake_quantized(weight: mx.array) -> mx.array:
-    """The weight as the checkpoint will hold it; the gradient passes straight through. Vectors stay."""
+    """The weight as quantized in the checkpoint, with a straight-through gradient. Vectors are not changed."""
     if weight.ndim < 2:
         return weight
     packed_weight, scales, biases = mx.quantize(weight.astype(mx.bfloat16), GROUP_SIZE, BITS)
@@ -229,7 +229,7 @@ def fake_quantized(weight: mx.array) -> mx.array:
 
 @mx.custom_function
 def cross_entropy(logits: mx.array, targets: mx.array) -> Any:
-    """(mean loss in nats, its gradient by the logits), by numpy: its exp is several times MLX's on x86."""
+    """(mean loss in nats, gradient by the logits), in numpy, whose exp is several times faster than MLX's on x86."""
     z = np.array(logits)
     z -= z.max(-1, keepdims=True)
     labels = np.array(targets)[..., None]
@@ -274,9 +274,9 @@ def train(
     options: argparse.Namespace,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Trains until --minutes (or --steps) are over; returns the record: steps, tokens, curve, losses."""
+    """Trains for --minutes (or --steps); returns the record: steps, tokens, curve, losses."""
     peak = options.learning_rate
-    n_ticks, n_warm_up = 1_000, 30  # the schedule's clock is the progress in 1/1000
+    n_ticks, n_warm_up = 1_000, 30  # the schedule's step is the progress in 1/1000
     rise = optim.linear_schedule(0.0, peak, n_warm_up)
     fall = optim.cosine_decay(peak, n_ticks - n_warm_up, peak * 0.02)
     schedule = optim.join_schedules([rise, fall], [n_warm_up])
@@ -334,7 +334,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_rows(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """{split}.jsonl in mlx-lm's "messages" format."""
+    """Writes {split}.jsonl in mlx-lm's "messages" format."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, items in rows.items():
         lines = "".join(json.dumps(item) + "\n" for item in items)
@@ -342,7 +342,7 @@ def write_rows(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 
 def save_quantized(model: llama.Model, folder: Path) -> None:
-    """config.json and model.safetensors (4 bits, bfloat16 scales), as mlx-lm writes them. Changes `model`."""
+    """Writes config.json and model.safetensors (4 bits, bfloat16 scales) in mlx-lm's format. Changes `model`."""
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, GROUP_SIZE, BITS)
     weights = dict(tree_flatten(model.parameters()))
@@ -355,9 +355,9 @@ def save_quantized(model: llama.Model, folder: Path) -> None:
 
 
 def check_saved(folder: Path, valid: np.ndarray, questions: list[str]) -> dict[str, Any]:
-    """Validation loss and greedy answers of the checkpoint as mlx-lm loads it.
+    """Validation loss and greedy answers of the checkpoint, loaded by mlx-lm.
 
-    Its weights are unpacked to float32 first: the CPU's packed products are slow.
+    Its weights are decompressed to float32 first, because packed products are slow on a CPU.
     """
     from mlx_lm import generate, load
     from mlx_lm.utils import dequantize_model
@@ -374,7 +374,7 @@ def check_saved(folder: Path, valid: np.ndarray, questions: list[str]) -> dict[s
 
 
 def install(staged: Path, out: Path) -> None:
-    """Moves each staged file or folder over the one in `out`; old and new content of a folder never mix."""
+    """Replaces each file or folder in `out` by the staged one; old and new contents of a folder never mix."""
     out.mkdir(parents=True, exist_ok=True)
     for item in sorted(staged.iterdir()):
         target = out / item.name
@@ -390,16 +390,16 @@ def install(staged: Path, out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = report.Parser("bundled", __doc__)
     bundled = Path(__file__).resolve().parents[2] / "mebp_mlx" / "bundled"
-    parser.add_argument("--out", type=Path, default=bundled, help="gets model/, data/, pretrain.json")
-    parser.add_argument("--minutes", type=float, default=40.0, help="time of the training loop")
-    parser.add_argument("--steps", type=int, default=0, help="train this many steps instead (repeatable)")
+    parser.add_argument("--out", type=Path, default=bundled, help="folder for model/, data/ and pretrain.json")
+    parser.add_argument("--minutes", type=float, default=40.0, help="minutes of the training loop (default: 40)")
+    parser.add_argument("--steps", type=int, default=0, help="train for this many steps instead, repeatably")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.minutes <= 0 or options.steps < 0 or options.batch_size < 1 or not options.learning_rate > 0:
-        parser.error("--minutes, --batch-size and --learning-rate must be positive, --steps not negative")
+        parser.error("--minutes, --batch-size and --learning-rate must be positive, and --steps at least 0")
 
     def say(line: str) -> None:
         print(line, flush=True)

@@ -1,10 +1,9 @@
 """The text of the bundled model: documentation strings of the running interpreter's standard library.
 
-`entries` collects one `Entry` per documented module, class and function: from the .py files with `ast`
-(nothing is imported), from a fixed list of C modules by import, and from the topics that `help()` shows.
-`make_splits` chooses the objects that fine-tuning asks about and keeps the held-out ones out of the
-pre-training text. Everything is a pure function of the interpreter's version: order follows names, choices
-follow hashes.
+`entries` collects one `Entry` per documented module, class and function: from the .py files with `ast` (nothing is
+imported), from a fixed list of C modules by import, and from the topics that `help()` shows. `make_splits` chooses the
+objects of the fine-tuning questions and excludes the held-out ones from the pre-training text. Everything depends only
+on the interpreter's version: order follows names, choices follow hashes.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SKIPPED_FOLDERS = frozenset(
         "__phello__",
     }
 )
-# C modules and the public names under which people know their contents.
+# C modules, and the modules under which their contents are public.
 C_MODULES = {
     "builtins": "",
     "math": "math",
@@ -167,12 +166,12 @@ def _walk(node: ast.AST, prefix: str, in_class: bool) -> Iterator[Entry]:
                 bases = ", ".join(ast.unparse(base) for base in child.bases)
                 yield Entry(name, "class", f"({bases})" if bases else "", doc)
             yield from _walk(child, name, True)
-        elif isinstance(child, (ast.If, ast.Try)):  # definitions under a platform or import test
+        elif isinstance(child, (ast.If, ast.Try)):  # definitions inside a platform or import check
             yield from _walk(child, prefix, in_class)
 
 
 def source_entries(root: Path) -> Iterator[Entry]:
-    """Entries of the .py files under `root`; files that do not parse are left out."""
+    """Entries of the .py files under `root`; files that cannot be parsed are skipped."""
     for module, path in python_files(root):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -196,7 +195,7 @@ def _c_entry(name: str, obj: Any, owner: Any) -> Entry | None:
 
 
 def c_entries() -> Iterator[Entry]:
-    """Entries of the interpreter's C modules; modules that this build does not have are left out."""
+    """Entries of the interpreter's C modules; modules that this build lacks are skipped."""
     for module_name, public in sorted(C_MODULES.items()):
         try:
             module = importlib.import_module(module_name)
@@ -219,7 +218,7 @@ def c_entries() -> Iterator[Entry]:
 
 
 def topic_entries() -> Iterator[Entry]:
-    """The language reference's chapters as `help("topic")` shows them, cut into pieces at empty lines."""
+    """The chapters of the language reference that `help("topic")` shows, split at empty lines."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for topic in sorted(topics):
         piece: list[str] = []
@@ -238,7 +237,7 @@ def _clean_topic(text: str) -> str:
 
 
 def entries(root: Path | None = None, with_runtime: bool = True) -> list[Entry]:
-    """Entries with a documentation of 20 characters or more, each text once, in a fixed order.
+    """Entries whose documentation has at least 20 characters, without duplicate texts, in a fixed order.
 
     `root` is the folder of .py files (the standard library); `with_runtime` adds C modules and topics.
     """
@@ -260,7 +259,7 @@ def _squeeze(text: str) -> str:
 
 
 def first_sentence(doc: str) -> str:
-    """The first sentence of a documentation string when it is fit to be an answer, else ""."""
+    """The first sentence of a documentation string if it can serve as an answer, else ""."""
     paragraph = _squeeze(doc.split("\n\n")[0])
     if re.match(r"^[\w.]+\(.*\)( ->|:)", paragraph):  # a C docstring that begins with its own signature
         return ""
@@ -282,7 +281,7 @@ def _hash(text: str) -> int:
 
 
 def question(entry: Entry) -> str:
-    """A question about the entry; its phrasing follows from the name."""
+    """A question about the entry; the name determines its phrasing."""
     phrasings = QUESTIONS[entry.kind]
     phrasing = phrasings[_hash("phrasing " + entry.name) % len(phrasings)]
     call = entry.name + (entry.signature if 2 < len(entry.signature) <= 50 else "()")
@@ -301,7 +300,7 @@ class Splits:
 def make_splits(entries: list[Entry], n_train: int = 1_200, n_valid: int = 60, n_test: int = 60) -> Splits:
     """Chooses the objects to ask about. Rows are mlx-lm "messages"; no answer and no object is in two splits.
 
-    An entry whose text contains a held-out answer is left out of `pretrain`, whatever its name.
+    `pretrain` excludes every entry whose text contains a held-out answer.
     """
     by_answer: dict[str, Entry] = {}
     for entry in entries:

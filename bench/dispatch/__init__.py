@@ -1,1 +1,1 @@
-"""What a GPU would see of one optimizer step, counted on any machine: `python -m bench.dispatch SHAPE`."""
+"""Counts of one optimizer step on a GPU, made on any machine: `python -m bench.dispatch SHAPE`."""

@@ -1,16 +1,17 @@
-"""What a GPU would see of one optimizer step, counted on any machine: `python -m bench.dispatch SHAPE`.
+"""Counts of one optimizer step on a GPU, made on any machine: `python -m bench.dispatch SHAPE`.
 
-The step is the real one (engine and updater) on random weights, as Metal runs it by default: 16 bits, packed products,
-adopted pages, grain "block". For each stage it counts blocking evaluations, submissions, graph nodes, packed products,
-bytes copied to MLX and bytes of the file. The graph of mlx-lm's own step is counted too, and never evaluated.
+The step is the real one (engine and updater) on random weights, with Metal's defaults: 16 bits, packed products,
+zero-copy weights, grain "block". For each stage the bench counts blocking evaluations, submissions, graph nodes, packed
+products, bytes copied to MLX, and bytes written to and read from the file. The graph of mlx-lm's step is also counted,
+but never evaluated.
 
-A node is a primitive of the graph that an evaluation gets; "non-view" nodes exclude those that only view memory in
-another way (reshape, slice, transpose ...). On the CPU the fast primitives (rms_norm, rope, attention) are several
-nodes each, for mlx-lm too, where a GPU has one. Without a GPU, packed products and the head's kernel are stand-ins of
-one node with the right shapes, and adopted tensors are constants. With a GPU, products are real; where pages cannot be
-adopted (CUDA), tensors are copied once, before the step.
+A node is a primitive in an evaluated graph; "non-view" nodes exclude views of existing memory (reshape, slice,
+transpose ...). The fast primitives (rms_norm, rope, attention) are one node each on a GPU and several on a CPU, also
+for mlx-lm. Without a GPU, packed products and the head's kernel are stand-ins of one node with the right shapes, and
+zero-copy tensors are constants. With a GPU, products are real; without Metal (CUDA), tensors are copied once before the
+step.
 
-Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block. That is
+Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block. This is
 exact, because the blocks of a shape have the same graph, unless rows are longer than a sliding window (refused).
 """
 
@@ -32,11 +33,17 @@ from mebp_mlx.options import _size as options_size
 from mebp_mlx.system.device import on_gpu, on_metal
 from mebp_mlx.testing.synth import SHAPES, model_config, write_model
 
-_GROWS = ("stages", "names", "kept_bytes", "adopted_tensors", "adopted_bytes")  # with the number of blocks
+_GROWS = (
+    "stages",
+    "names",
+    "kept_bytes",
+    "adopted_tensors",
+    "adopted_bytes",
+)  # counts that grow with the number of blocks
 
 
 def counted(options: argparse.Namespace) -> dict[str, Any]:
-    """`count` for the shape's depth, extrapolated from `options.layers` blocks if fewer; with "peak_bytes", "plan"."""
+    """`count` for all blocks of the shape, extrapolated from `options.layers` if fewer; with "peak_bytes", "plan"."""
 
     def of(n_blocks: int, with_peak: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -60,7 +67,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def limits(
     options: argparse.Namespace, result: dict[str, Any], theirs: dict[str, Any]
 ) -> list[tuple[str, float, float]]:
-    """(what, number, limit) of a step; products and nodes have limits only where a row is one tile."""
+    """(description, number, limit) of a step; products and nodes have limits only if a row is one tile."""
     all_of, depth, head = total(result["stages"]), options.depth, result["stages"]["head"]["products"]
     rows: list[tuple[str, float, float]] = [
         ("blocking evaluations: 2 per block + 16", all_of["waits"], 2 * depth + 16),
@@ -70,19 +77,21 @@ def limits(
     if options.tokens <= result["plan"]["token_block"]:
         most = round(1.15 * theirs["plain"]["non_view"])
         rows.append(("packed products: 14 per block + 4 + the head's", all_of["products"], 14 * depth + 4 + head))
-        rows.append(("non-view nodes: 1.15 of mlx-lm's", all_of["non_view"], most))
+        rows.append(("non-view nodes: 1.15 times mlx-lm's", all_of["non_view"], most))
     if (options.shape, options.tokens) == ("qwen2.5-0.5b", 256):
         peak_mb = max(result["peak_bytes"].values()) / 1e6
-        rows.append(("MLX's peak over LoRA and state, kept values in the file, MB", peak_mb, 60))
+        rows.append(("MLX's peak above LoRA and state, kept values in the file, MB", peak_mb, 60))
     return rows
 
 
 def device() -> str:
-    """What the products ran on."""
+    """The device of the products, and what is emulated."""
     if not on_gpu():
-        return "no GPU: packed products and the head's kernel are stand-ins of one node, adoption is emulated"
+        return "no GPU: packed products and the head's kernel are stand-ins of one node, zero-copy weights are emulated"
     name = mx.device_info().get("device_name", "a GPU")
-    return f"{name}: real products" + ("" if on_metal() else "; adoption emulated, the head's kernel is its reference")
+    return f"{name}: real products" + (
+        "" if on_metal() else "; zero-copy weights are emulated, the head uses its reference kernel"
+    )
 
 
 def _line(name: str, row: dict[str, Any]) -> list[Any]:
@@ -106,12 +115,12 @@ def show(options: argparse.Namespace, result: dict[str, Any], theirs: dict[str, 
     if options.layers < depth:
         extent = f"{options.layers - 1} and {options.layers} blocks counted, the rest extrapolated"
     print(f"{options.shape}, {depth} blocks ({extent}), T = {options.tokens}, {options.optimizer}")
-    print(device() + ("" if on_gpu() else "; rms_norm, rope and attention are several nodes each, mlx-lm's too"))
+    print(device() + ("" if on_gpu() else "; rms_norm, rope and attention are several nodes each, also for mlx-lm"))
     print(report.table(heads, rows))
     mb = {name: round(n_bytes / 1e6, 1) for name, n_bytes in result["peak_bytes"].items()}
-    print(f"adopted once   {result['adopted_tensors']:,} tensors, {result['adopted_bytes'] / 1e6:,.1f} MB")
+    print(f"zero-copy      {result['adopted_tensors']:,} tensors, {result['adopted_bytes'] / 1e6:,.1f} MB")
     print(f"kept values    {result['kept_bytes'] / 1e6:,.1f} MB")
-    print(f"MLX's peak     over LoRA and state, kept values in the file, MB: {mb}")
+    print(f"MLX's peak     above LoRA and state, kept values in the file, MB: {mb}")
     if result["step_s"] is not None:
         print(f"step           {result['step_s']:.4f} s, {options.layers} blocks")
     judged = [(*row, "ok" if row[1] <= row[2] else "over") for row in limits(options, result, theirs)]
@@ -122,7 +131,7 @@ GROUPS = ("forward", "head", "backward", "update")
 
 
 def _by_group(stages: Mapping[str, Mapping[str, Any]], key: str) -> list[int]:
-    """A number by the picture's colours; embedding counts as forward, the rest as update."""
+    """A count for each colour of the picture; "embed" counts as forward, "rest" as update."""
     counts = dict.fromkeys(GROUPS, 0)
     for stage, row in stages.items():
         group = {"embed": "forward", "rest": "update"}.get(stage, stage.partition(":")[0])
@@ -131,7 +140,7 @@ def _by_group(stages: Mapping[str, Mapping[str, Any]], key: str) -> list[int]:
 
 
 def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
-    """Non-view nodes and products beside mlx-lm's; waits and submissions by stage."""
+    """Non-view nodes and products, compared with mlx-lm's; waits and submissions by stage."""
     stages: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         stages.setdefault(row["side"], {})[row["stage"]] = row
@@ -156,7 +165,7 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
         panel.grid(axis="y", visible=False)
     axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     what = f"{options.shape}, {options.depth} blocks, T = {options.tokens}, {options.optimizer}"
-    figure.suptitle(f"One step of {what} (mlx-lm's head is in its phases)")
+    figure.suptitle(f"One step of {what} (mlx-lm's head is part of its phases)")
     return figure, options.products
 
 
@@ -170,17 +179,25 @@ def _size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser("dispatch", __doc__)
     parser.add_argument("shape", metavar="SHAPE", nargs="?", default="qwen2.5-0.5b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=report.positive, default=3, help="blocks to run (default: 3)")
+    parser.add_argument("--layers", type=report.positive, default=3, help="number of blocks to run (default: 3)")
     parser.add_argument("--tokens", type=report.positive, default=256)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
-    parser.add_argument("--kept-bytes", type=_size, help="kept values in memory, the others in a file (default: all)")
-    parser.add_argument("--memory-budget", type=_size, help="use the plan that training would choose; runs all blocks")
+    parser.add_argument(
+        "--kept-bytes",
+        type=_size,
+        help="size of kept values in memory; the others go to a file (default: all in memory)",
+    )
+    parser.add_argument(
+        "--memory-budget", type=_size, help="use the plan that training would choose, and run all blocks"
+    )
     options = parser.parse_args(argv)
     if options.quick:
         options.tokens = min(options.tokens, 64)
     config = model_config(options.shape)
     options.depth = config.get("text_config", config)["num_hidden_layers"]
-    whole = options.memory_budget is not None or options.kept_bytes is not None  # what is kept depends on the depth
+    whole = (
+        options.memory_budget is not None or options.kept_bytes is not None
+    )  # the kept values depend on the number of blocks
     options.layers = options.depth if whole else min(max(2, options.layers), options.depth)
     result = counted(options)
     theirs = {name: mlx_lm(config, options.tokens, options.optimizer, how) for name, how in MLX_LM.items()}

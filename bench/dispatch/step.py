@@ -1,4 +1,4 @@
-"""The step that is counted: our engine with Metal's defaults on stand-ins for a GPU's work, and mlx-lm's graph."""
+"""The counted step: our engine with Metal's defaults and stand-ins for a GPU's work, and mlx-lm's graph."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ MLX_LM = {"plain": False, "checkpointed": True}
 
 @contextlib.contextmanager
 def emulated(allocating: bool = False) -> Iterator[None]:
-    """Stand-ins: for adopting mapped pages without Metal, and for packed products and the head's kernel without a GPU.
+    """Installs stand-ins: for zero-copy weights without Metal; for packed products and the head's kernel without a GPU.
 
-    allocating: the result of a stand-in is allocated, which takes a few nodes; otherwise it is one node.
+    allocating: a stand-in allocates its result, which takes a few nodes; otherwise it is one node.
     """
     evaluate, known = mx.eval, {}
 
     def constant(number: float, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
         key = (number, shape, dtype)
         if key not in known:
-            known[key] = mx.broadcast_to(mx.array(number, dtype), shape)  # one number in memory
+            known[key] = mx.broadcast_to(mx.array(number, dtype), shape)  # stores one number
             evaluate(known[key])
         return known[key]
 
@@ -91,9 +91,9 @@ def emulated(allocating: bool = False) -> Iterator[None]:
 
 
 class Case:
-    """A model of random weights with Metal's defaults, and everything that a step of it needs.
+    """A model with random weights and Metal's defaults, and everything needed for its step.
 
-    budget_bytes: takes the plan that training would choose for it; None: the fastest plan, with `kept_bytes` of kept
+    budget_bytes: the budget of the plan, chosen as in training; None uses the fastest plan, with `kept_bytes` of kept
     values in memory (None: all).
     """
 
@@ -120,7 +120,7 @@ class Case:
                     self.plan = search.choose(self.workload, budget_bytes).plan
             else:
                 fastest = search.ladder(self.workload)[-1]
-                # As training chooses where memory allows.
+                # The choice of training if memory suffices.
                 saved = SAVE_EVERYTHING if kept_bytes is None else fastest.saved
                 self.plan = dataclasses.replace(fastest, saved=saved, kept_bytes=kept_bytes, offload_state=False)
 
@@ -129,7 +129,7 @@ class Case:
 
     @contextlib.contextmanager
     def steps(self, plan: Plan) -> Iterator[tuple[BackpropEngine, Callable[[], None]]]:
-        """An engine with its updater, and a function that makes one step; a first step has been made."""
+        """Yields an engine with its updater, and a function that runs one step; a first step has already run."""
         updater, engine = self._updater(self.lora, plan), BackpropEngine(self.model, self.lora, plan=plan)
 
         def step() -> None:
@@ -178,9 +178,9 @@ def count(case: Case) -> dict[str, Any]:
 
 
 def peak_bytes(case: Case) -> dict[str, int]:
-    """MLX's peak by phase of a step, over LoRA and optimizer state, with kept values in the file.
+    """MLX's peak by phase of a step, above LoRA and optimizer state, with kept values in the file.
 
-    Unfinished work of the phase before counts as well.
+    A phase's peak includes unfinished work of the previous phase.
     """
     peaks: dict[str, int] = {}
 
@@ -205,19 +205,19 @@ def peak_bytes(case: Case) -> dict[str, int]:
 
 
 def total(stages: dict[str, dict[str, int]]) -> dict[str, int]:
-    """The sums over all stages."""
+    """The sum of each count over all stages."""
     return {name: sum(row[name] for row in stages.values()) for name in next(iter(stages.values()))}
 
 
 def extrapolated(fewer: Any, more: Any, n_blocks: int) -> Any:
-    """The numbers for `n_blocks` more blocks than `more` has, given those of one block less (`fewer`)."""
+    """Counts for `n_blocks` blocks in addition to those of `more`, which has one block more than `fewer`."""
     if isinstance(more, dict):
         return {name: extrapolated(fewer.get(name, 0), number, n_blocks) for name, number in more.items()}
     return more + n_blocks * (more - fewer)
 
 
 def mlx_lm(config: dict[str, Any], n_tokens: int, optimizer: str, checkpointed: bool, rank: int = 8) -> dict[str, Any]:
-    """Counts of mlx-lm's own step (its model class, LoRA and loss); the graph is built and never evaluated."""
+    """Counts mlx-lm's step (its model class, LoRA and loss); the graph is built but never evaluated."""
     from mlx_lm.tuner.trainer import grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import _get_classes
@@ -242,7 +242,7 @@ def mlx_lm(config: dict[str, Any], n_tokens: int, optimizer: str, checkpointed: 
     update._state = tree_map(leaf, update.state)
     tokens = leaf(mx.zeros((1, n_tokens), mx.int32))
     layer = type(model.layers[0])
-    with mock.patch.object(layer, "__call__", layer.__call__):  # grad_checkpoint replaces it for the whole class
+    with mock.patch.object(layer, "__call__", layer.__call__):  # grad_checkpoint replaces __call__ of the class
         if checkpointed:
             grad_checkpoint(model.layers[0])
         value_and_grad = nn.value_and_grad(model, lambda m: nn.losses.cross_entropy(m(tokens), tokens).mean())

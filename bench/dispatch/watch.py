@@ -1,4 +1,4 @@
-"""Counts what one optimizer step hands to a GPU: MLX and the engine are watched from outside."""
+"""Counts the work that one optimizer step submits to a GPU; MLX and the engine are watched from outside."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ STAGES = (
     "update",
     "rest",
 )
-_PARTS = dict.fromkeys("qkvo", "projections") | dict.fromkeys("QKa", "attention") | {"d": "MLP"}  # by equation
+# Part by equation name.
+_PARTS = dict.fromkeys("qkvo", "projections") | dict.fromkeys("QKa", "attention") | {"d": "MLP"}
 _NODE = re.compile(r'label ="(\w+)", shape=rectangle')
-_READERS = ("item", "tolist", "__array__", "__bool__", "__float__", "__int__")  # of an array, by Python
-NUMBERS = (  # counts; then bytes copied to MLX (of weights, gathered rows, the file, all else), and of the file
+_READERS = ("item", "tolist", "__array__", "__bool__", "__float__", "__int__")  # methods by which Python reads an array
+# Counts; bytes copied to MLX (weights, gathered rows, the file, all else); bytes written to and read from the file.
+NUMBERS = (
     "waits",
     "submissions",
     "products",
@@ -60,7 +62,7 @@ NUMBERS = (  # counts; then bytes copied to MLX (of weights, gathered rows, the 
 
 
 def nodes_of(arrays: Any) -> Counter[str]:
-    """Primitives, by name, that an evaluation of these arrays (any tree of them) would run."""
+    """The primitives that evaluating these arrays (in any tree) would run, counted by name."""
     leaves = _arrays(arrays)
     text = io.StringIO()
     if leaves:
@@ -69,7 +71,7 @@ def nodes_of(arrays: Any) -> Counter[str]:
 
 
 def non_views(nodes: Counter[str]) -> int:
-    """How many of them are more than another view of memory."""
+    """The number of primitives that are not just views of memory."""
     return sum(n for name, n in nodes.items() if name not in VIEWS)
 
 
@@ -79,7 +81,7 @@ def _arrays(tree: Any) -> list[mx.array]:
 
 
 class Counts:
-    """A step by stage: `numbers` as in NUMBERS, and the nodes of its graph by name."""
+    """Counts of a step by stage: `numbers` with the keys of NUMBERS, and `nodes` of its graph by name."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
@@ -93,15 +95,15 @@ class Counts:
 class Watch:
     """Counts one step from outside: functions of MLX and the engine are wrapped while it is open.
 
-    by_stage: evaluates everything where a stage ends, so that nodes are counted by stage; waits and submissions are
-    then not the step's own.
+    by_stage: evaluates everything at the end of each stage, to count nodes by stage; waits and submissions then differ
+    from the step's own.
     """
 
     def __init__(self, by_stage: bool):
         self.by_stage, self.counts = by_stage, Counts()
         self.now, self.direction, self.copying = "rest", "forward", "other"
         self.paused = False
-        self._known: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()  # evaluated ones
+        self._known: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()  # evaluated arrays
         self._plain_eval = mx.eval
 
     def note(self, what: str, n: int = 1) -> None:
@@ -116,12 +118,12 @@ class Watch:
 
     def _count(self, tree: Any) -> None:
         nodes = nodes_of(tree)
-        nodes["StandIn"] = nodes.pop("Depends", 0)  # the engine uses none itself
+        nodes["StandIn"] = nodes.pop("Depends", 0)  # the engine itself uses no Depends
         self.counts.nodes[self.now] += nodes
 
     @contextlib.contextmanager
     def stage(self, name: str, inputs: Any) -> Iterator[Callable[[Any], None]]:
-        """A stage works on `inputs`; the function that it gets is called with the results."""
+        """A stage that works on `inputs`; call the yielded function with its results."""
         before = self.now
         self.settle(inputs)
         self.now = name
@@ -140,7 +142,7 @@ class Watch:
         self._known.update({id(array): array for array in evaluated})
 
     def read(self, array: Any) -> None:
-        """Numpy or Python reads an array."""
+        """Called when numpy or Python reads an array."""
         if isinstance(array, mx.array) and self._known.get(id(array)) is not array:
             self.note("waits")
             self._count(array)
@@ -148,7 +150,7 @@ class Watch:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Counts]:
-        """Wraps everything."""
+        """Wraps MLX and the engine, and yields the counts."""
         with contextlib.ExitStack() as stack:
 
             def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -192,7 +194,7 @@ class Watch:
                 wrap(mx.array, name, reading)
 
     def _wrap_copies(self, wrap: Callable) -> None:
-        """mx.array in the engine's modules copies a weight's rows or columns, gathered rows, or something else."""
+        """Counts mx.array's copies in the engine: of weights, gathered rows, the file, or anything else."""
 
         def inside(what: str) -> Callable[[Any], Any]:
             def make(plain: Any) -> Any:
@@ -228,7 +230,7 @@ class Watch:
         wrap(Arena, "get", lambda plain: inside("file")(moving("read")(plain)))
 
     def _unseen(self, plain: Any) -> Any:
-        """A function that builds a graph only for its shapes."""
+        """Pauses counting in a function that builds a graph only for its shapes."""
 
         def run(*args: Any) -> Any:
             self.paused = True
@@ -265,7 +267,7 @@ class Watch:
             return make
 
         def part(name: str) -> Callable[[Any], Any]:
-            """A part of a block, in the current direction, with the values that it keeps and sums."""
+            """Wraps a part of a block, in the current direction, including the values that it keeps and sums."""
 
             def make(plain: Any) -> Any:
                 def run(b: Block, *args: Any, **kwargs: Any) -> Any:
@@ -294,7 +296,7 @@ class Watch:
 
 
 class _Core:
-    """mlx.core as the engine's modules see it while a step is watched: arrays made from numpy's are counted."""
+    """Replaces mlx.core in the engine's modules during a watched step, and counts arrays made from numpy arrays."""
 
     def __init__(self, watch: Watch):
         self._watch = watch

@@ -1,1 +1,1 @@
-"""Runs that are stopped in every way and resumed, and damaged files: `python -m bench.torture`."""
+"""Stops and resumes runs in every way, and damages files: `python -m bench.torture`."""

@@ -1,6 +1,6 @@
-"""Runs that are killed, interrupted and starved of disk at every point, and files that are damaged in every way.
+"""Kills and interrupts runs, fills their disks at every point, and damages files in every way.
 
-Each torture is a row: its trials, how many failed, and the first failure. Minutes; starts processes of its own only.
+Each torture gives a row: number of trials, number of failures, and the first failure. Takes minutes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ TORTURES = ("kill", "save-points", "full-disk", "small-disk", "signals", "two-ru
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tortures runs and files: kill -9 at random moments and at every flush and rename of a save, every signal, a disk
-    that is full at every write, two runs on one folder, and mutants of everything that is read.
+    that is full at every write, two runs in one folder, and mutants of every input file.
 
-    Every stopped run must end bit-equal to an uninterrupted one after --resume; every mutant is read or refused by one
-    line. The exit code is 1 when a trial failed.
+    After --resume, every stopped run must be bit-equal to an uninterrupted one; every mutant must be read or refused in
+    one line. The exit code is 1 if a trial failed.
     """
     parser = report.parser("torture", main.__doc__)
-    parser.add_argument("--only", nargs="+", choices=TORTURES, default=TORTURES, help="some of them")
-    parser.add_argument("--trials", type=report.positive, default=100, help="random kills")
-    parser.add_argument("--mutants", type=report.positive, default=1000, help="mutants of each kind of file")
-    parser.add_argument("--steps", type=report.positive, default=5000, help="of the runs whose memory must not grow")
+    parser.add_argument("--only", nargs="+", choices=TORTURES, default=TORTURES, help="run only these")
+    parser.add_argument("--trials", type=report.positive, default=100, help="number of random kills (default: 100)")
+    parser.add_argument(
+        "--mutants", type=report.positive, default=1000, help="mutants per kind of file (default: 1000)"
+    )
+    shown = "steps of the runs whose memory must not grow (default: 5000)"
+    parser.add_argument("--steps", type=report.positive, default=5000, help=shown)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.quick:
@@ -55,7 +58,7 @@ def _tortured(folder: Path, options: Any, every: int) -> Iterable[dict[str, Any]
         "save-points": lambda: (
             wrong for variant in list(runs.VARIANTS)[:2] for wrong in runs.save_points(arena, variant, every)
         ),
-        # A hundred of the writes: most of a thousand are pieces of one array.
+        # About a hundred of the writes: most of the thousand are pieces of one array.
         "full-disk": lambda: runs.full_disks(arena, first, every * max(1, arena.points[first][1] // 100)),
         "small-disk": lambda: runs.small_disk(arena, first, (300, 800, 1500, 3000)),
         "signals": lambda: runs.signals(arena, first, options.seed),

@@ -1,8 +1,8 @@
-"""A training run to which something is done at the n-th flush, rename or write: it is killed, or the disk is full.
+"""A training run that is killed, or whose disk is full, at the n-th flush, rename or write.
 
 `python -m bench.torture.faults PLAN OPTIONS` trains with OPTIONS. PLAN is a JSON object: {"kill": n} kills the process
-before the n-th fsync or rename, {"full": n} lets the n-th write, flush or reservation and all later ones fail with
-ENOSPC; {"count": file} writes both numbers of a whole run into a file. Nothing of this is in the package.
+before the n-th fsync or rename; {"full": n} makes the n-th write, flush or reservation and all later ones fail with
+ENOSPC; {"count": file} writes the totals of a whole run to a file. The package itself contains no such code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mebp_mlx.training import log
 class Faults:
     """Counts a run's flushes and renames (`n_points`) and its writes (`n_writes`).
 
-    kill: before which point the process is killed; full: which write is the first to fail; 0 for neither.
+    kill: the point before which the process is killed; full: the first write that fails; 0 disables either.
     """
 
     def __init__(self, kill: int = 0, full: int = 0) -> None:
@@ -41,14 +41,14 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self) -> None:
-        """Called before everything that a full disk refuses."""
+        """Called before every operation that fails on a full disk."""
         self.n_writes += 1
         if self.full and self.n_writes >= self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextmanager
     def installed(self) -> Iterator[Faults]:
-        """Puts the counting calls in place of the system's."""
+        """Replaces the system's calls by counting ones."""
         faults = self
 
         class CountedIO(io.FileIO):

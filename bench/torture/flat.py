@@ -1,4 +1,4 @@
-"""Thousands of steps of a tiny model, with evaluations, saves and a resume: what grows with them is a leak."""
+"""Thousands of steps of a tiny model, with evaluations, saves and a resume: anything that grows is a leak."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 from bench.report import ROOT
 from mebp_mlx import bundled
 
-MAX_GROWTH_BYTES = 100  # a step
-_SETTLED = 0.2  # of the steps: until then caches fill
+MAX_GROWTH_BYTES = 100  # per step
+_SETTLED = 0.2  # share of the steps that are ignored, because caches fill
 
 
 def write_tiny(folder: Path) -> None:
-    """A model of two layers with the bundled tokenizer."""
+    """Writes a model of two layers with the bundled tokenizer."""
     from mebp_mlx.testing.tiny import CONFIGS, write_model
 
     vocab_size = json.loads((bundled.MODEL_DIR / "config.json").read_text())["vocab_size"]
@@ -30,17 +30,17 @@ def write_tiny(folder: Path) -> None:
 
 
 def trials(folder: Path, n_steps: int) -> Iterator[str | None]:
-    """Steps on rows of all lengths; then as many with evaluations and saves, the second half of them resumed."""
+    """Steps on rows of all lengths; then as many with evaluations and saves, whose second half is resumed."""
     bare = ["--save-every", str(n_steps), "--val-batches", "0"]
     busy = ["--save-every", str(n_steps // 10), "--steps-per-eval", str(n_steps // 10), "--val-batches", "2"]
-    yield _grown(_trained(folder, folder / "bare", n_steps, bare), "steps alone")
+    yield _grown(_trained(folder, folder / "bare", n_steps, bare), "steps only")
     first = _trained(folder, folder / "busy", n_steps // 2, busy)
     yield _grown(first, "with evaluations and saves")
     yield _grown(_trained(folder, folder / "busy", n_steps, [*busy, "--resume"]), "resumed")
 
 
 def _trained(folder: Path, out: Path, n_steps: int, more: list[str]) -> list[dict[str, Any]]:
-    """A run's samples: iteration, footprint_bytes, descriptors and threads."""
+    """A run's samples: iteration, footprint_bytes, and the numbers of open files and threads."""
     options = {"--model": folder / "model", "--data": bundled.DATA_DIR, "--adapter-path": out, "--iters": n_steps}
     options |= {"--batch-size": 1, "--rank": 2, "--max-seq-length": 96, "--steps-per-report": max(1, n_steps // 100)}
     command = [str(part) for pair in options.items() for part in pair]
@@ -63,9 +63,9 @@ def _trained(folder: Path, out: Path, n_steps: int, more: list[str]) -> list[dic
                 counts = {
                     name: len(list((handles / part).iterdir())) for name, part in (("files", "fd"), ("threads", "task"))
                 }
-            except OSError:  # it has just ended, or the system has no /proc
+            except OSError:  # the run has just ended, or the system has no /proc
                 break
-            if counts["files"]:  # none: it has ended, and waits for poll()
+            if counts["files"]:  # no files: the run has ended and waits for poll()
                 samples.append({"iter": report["iter"], "footprint_bytes": report["footprint_bytes"], **counts})
     if process.wait():
         raise RuntimeError(f"the run ended with exit code {process.returncode}")
@@ -73,16 +73,16 @@ def _trained(folder: Path, out: Path, n_steps: int, more: list[str]) -> list[dic
 
 
 def _grown(samples: list[dict[str, Any]], what: str) -> str | None:
-    """What grew; None if nothing did. Prints the figures."""
+    """Describes the growth, or None if there is none. Prints the figures."""
     if len(samples) < 10:
         return f"{what}: too few samples ({len(samples)}): more steps are needed"
     settled = samples[int(len(samples) * _SETTLED) :]
     middle = len(settled) // 2
     early, late = (_mean(part) for part in (settled[:middle], settled[middle:]))
     growth = (late["footprint_bytes"] - early["footprint_bytes"]) / (late["iter"] - early["iter"])
-    halves = (settled[:middle], settled[middle:])  # the smallest of a half: a save has a file open for a moment
+    halves = (settled[:middle], settled[middle:])  # the minimum of each half, because a save briefly opens a file
     counts = {name: tuple(min(sample[name] for sample in half) for half in halves) for name in ("files", "threads")}
-    text = f"{what}: {growth:+.0f} bytes a step; " + ", ".join(f"{n} {a} -> {b}" for n, (a, b) in counts.items())
+    text = f"{what}: {growth:+.0f} bytes per step; " + ", ".join(f"{n} {a} -> {b}" for n, (a, b) in counts.items())
     print(f"flat: {text}", file=sys.stderr, flush=True)
     return text if growth > MAX_GROWTH_BYTES or any(b > a for a, b in counts.values()) else None
 

@@ -1,6 +1,6 @@
-"""Mutants of every file that is read: each must be read, or refused by a UserError, in seconds and little memory.
+"""Mutants of every input file: each must be read, or refused with a UserError, in seconds and with little memory.
 
-A batch of mutants is read in a forked process. What it says through a pipe tells which mutant it was at when it ended.
+A forked process reads a batch of mutants and reports each through a pipe, so the mutant that ends it is known.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10  # for one mutant; more is a hang
-GROWTH_MB = 50  # of the process's memory above what reading the whole file takes
+SECONDS = 10  # per mutant; a longer time is a hang
+GROWTH_MB = 50  # private memory above that of reading the undamaged files
 _GUARD_BYTES = 4 << 30
 _BATCH = 100
 _STRANGE: tuple[Any, ...] = (
@@ -29,7 +29,7 @@ _STRANGE: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Files that are mutated, and how they are read: written(folder) makes them whole, read(folder) may refuse them."""
+    """A kind of file to mutate: written(folder) writes the valid files, read(folder) reads them or raises."""
 
     files: tuple[str, ...]
     written: Callable[[Path], None]
@@ -40,14 +40,14 @@ class Kind:
 
 
 def mutant(content: bytes, rng: random.Random) -> bytes:
-    """The content with one to four changes: as JSON, where it is that, or as bytes."""
+    """The content with one to four changes, made in its JSON value (if it has one) or in its bytes."""
     for _ in range(rng.randint(1, 4)):
         content = (_changed_json(content, rng) if rng.random() < 0.5 else None) or _changed_bytes(content, rng)
     return content
 
 
 def _changed_bytes(content: bytes, rng: random.Random) -> bytes:
-    # Most of a weight file are numbers, which any value may be: its beginning counts.
+    # Most of a weight file is numbers, for which any value is valid: mutate mainly the beginning.
     limit = len(content) if rng.random() < 0.2 else min(len(content), 4096)
     a = rng.randrange(limit + 1)
     b = min(len(content), a + rng.choice((1, 1, 2, 8, 100)))
@@ -66,7 +66,7 @@ def _changed_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _changed_json(content: bytes, rng: random.Random) -> bytes | None:
-    """One value, key or line of a JSON file, JSONL file or safetensors header changed; None where it is none."""
+    """Changes one value, key or line of JSON, JSONL or a safetensors header; None for other content."""
     head, rest = content, b""
     if len(content) > 8 and (n := int.from_bytes(content[:8], "little")) <= len(content) - 8:
         head, rest = content[8 : 8 + n], content[8 + n :]
@@ -103,7 +103,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 def trials(name: str, folder: Path, n_mutants: int, seed: int) -> Iterator[str | None]:
-    """For each mutant of a kind what is wrong with how it is read, or None."""
+    """Yields for each mutant of a kind the fault in reading it, or None."""
     kind = KINDS[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -118,7 +118,7 @@ def trials(name: str, folder: Path, n_mutants: int, seed: int) -> Iterator[str |
 
 
 def _batch(kind: Kind, folder: Path, whole: dict[str, bytes], numbers: range, seed: int) -> list[str | None]:
-    """Results of these mutants, up to one that ended the process."""
+    """The results of these mutants, up to one that ends the process."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -139,7 +139,7 @@ def _batch(kind: Kind, folder: Path, whole: dict[str, bytes], numbers: range, se
 
 
 def _read_all(kind: Kind, folder: Path, whole: dict[str, bytes], numbers: range, seed: int, pipe: int) -> None:
-    """In the forked process."""
+    """Reads the mutants in the forked process, and writes each result to the pipe."""
     from mebp_mlx.errors import UserError
     from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
 
@@ -149,7 +149,7 @@ def _read_all(kind: Kind, folder: Path, whole: dict[str, bytes], numbers: range,
     os.dup2(2, 1)
     for file, content in whole.items():
         (folder / file).write_bytes(content)
-    kind.read(folder)  # imports and caches are not a mutant's memory
+    kind.read(folder)  # so that imports and caches do not count as a mutant's memory
     soft = footprint_bytes() + _GUARD_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (soft, soft))
     for number in numbers:
@@ -185,7 +185,7 @@ def _write_model(folder: Path) -> None:
 
 
 def in_child(write: Callable[[Path], None], folder: Path) -> None:
-    """Writes in another process: one that is to be forked must not have used MLX."""
+    """Writes in a child process, because a process that will be forked must not have used MLX."""
     child = os.fork()
     if not child:
         code = 1

@@ -1,4 +1,4 @@
-"""Runs that are stopped in every way and then resumed: the end must be the uninterrupted run's, bit for bit."""
+"""Stops runs in every way and resumes them: the result must equal the uninterrupted run's, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ VARIANTS = {
     "lion, file": ["--optimizer", "lion", "--memory-budget", "min"],
 }
 _TIMEOUT_S = 120
-# They save and end with this code: a line says that the step is finished first, one what is saved.
+# Signals after which a run saves and ends with this code; one line announces the end, another reports the save.
 _STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 @dataclass
 class Ended:
-    """How a process ended: its exit code, the lines on stderr, and how long it ran."""
+    """The end of a process: its exit code, the lines on stderr, and the seconds it ran."""
 
     code: int
     errors: list[str]
@@ -46,25 +46,25 @@ class Ended:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it says at most one line, and is no crash of Python's."""
+        """Whether it printed at most one line and did not end with a traceback."""
         return len(self.errors) <= 1 and self.code != 1
 
 
 @dataclass
 class Arena:
-    """Where runs are tortured: a model with its data, and for each variant what an uninterrupted run leaves."""
+    """A folder for tortured runs, with a model and data, and the results of an uninterrupted run of each variant."""
 
     folder: Path
     model: Path
     data: Path
     whole: dict[str, Path] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    points: dict[str, tuple[int, int]] = field(default_factory=dict)  # flushes and renames, writes of a whole run
+    points: dict[str, tuple[int, int]] = field(default_factory=dict)  # (flushes and renames, writes) of a whole run
 
     def prepare(self, variant: str) -> None:
-        """Trains without a stop."""
+        """Runs a variant without interruption."""
         out, count = self.folder / f"whole {variant}", self.folder / "count.json"
-        self.end(self.start(variant, out))  # fills the cache of tokens
+        self.end(self.start(variant, out))  # fills the token cache
         shutil.rmtree(out)
         ended = self.end(self.start(variant, out, {"count": str(count)}))
         if ended.code:
@@ -74,7 +74,7 @@ class Arena:
         self.points[variant] = (n_points, n_writes)
 
     def start(self, variant: str, out: Path, plan: dict[str, Any] | None = None) -> subprocess.Popen[str]:
-        """A run in `out`: resumed, if something is saved there."""
+        """Starts a run in `out`; resumes it if `out` contains a save."""
         more = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
         paths = ["--model", str(self.model), "--data", str(self.data), "--adapter-path", str(out)]
         command = ["bench.torture.faults", json.dumps(plan or {}), *paths, *_COMMON, *VARIANTS[variant], *more]
@@ -89,7 +89,7 @@ class Arena:
         )
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Waits for a run; a hang is killed and has code None's stand-in, -9 and a line that says so."""
+        """Waits for a run. A run that hangs is killed and reported with exit code 1 and the line "hangs"."""
         began_s = time.perf_counter()
         try:
             _, err = process.communicate(timeout=_TIMEOUT_S)
@@ -100,13 +100,13 @@ class Arena:
         return Ended(process.returncode, [line for line in err.splitlines() if line], time.perf_counter() - began_s)
 
     def fresh(self) -> Path:
-        """A folder that is not there."""
+        """A path where no folder exists."""
         out = self.folder / "run"
         shutil.rmtree(out, ignore_errors=True)
         return out
 
     def finish(self, variant: str, out: Path) -> str | None:
-        """Resumes to the end; what is wrong with the result, or None."""
+        """Resumes the run to its end; returns the fault of the result, or None."""
         ended = self.end(self.start(variant, out))
         if ended.code or ended.errors:
             return f"does not resume: exit code {ended.code}: {' | '.join(ended.errors[-1:])}"
@@ -114,10 +114,10 @@ class Arena:
 
 
 def difference(whole: Path, out: Path) -> str | None:
-    """What differs between the results of two runs; None if nothing does. Logs and run.json have times in them."""
+    """The difference between the results of two runs, or None; times in logs and run.json may differ."""
     names = {path.name for path in whole.iterdir()}
     if names != (there := {path.name for path in out.iterdir()}):
-        return f"other files: {', '.join(sorted(names ^ there))}"
+        return f"different files: {', '.join(sorted(names ^ there))}"
     for name in sorted(names - {"log.jsonl", "run.json", "checkpoint.safetensors"}):
         if (whole / name).is_file() and (whole / name).read_bytes() != (out / name).read_bytes():
             return f"{name} differs"
@@ -132,11 +132,11 @@ def _events(out: Path) -> set[tuple[str, int]]:
     return {(e["event"], e["iter"]) for e in entries if e["event"] in ("valid", "test", "save", "end")}
 
 
-# Tortures: each yields what is wrong with a trial, or None
+# Tortures: each yields the fault of a trial, or None
 
 
 def random_kills(arena: Arena, n_trials: int, seed: int) -> Iterator[str | None]:
-    """kill -9 at random moments, the first run and once more its resumption."""
+    """kill -9 at random moments: first the run, then its resumption."""
     rng = random.Random(seed)
     for trial in range(n_trials):
         variant, out = list(VARIANTS)[trial % len(VARIANTS)], arena.fresh()
@@ -149,7 +149,7 @@ def random_kills(arena: Arena, n_trials: int, seed: int) -> Iterator[str | None]
 
 
 def save_points(arena: Arena, variant: str, every: int = 1) -> Iterator[str | None]:
-    """kill -9 before each flush and rename of a run by turn."""
+    """kill -9 before each flush and rename, one per run."""
     for number in range(1, arena.points[variant][0] + 1, every):
         out = arena.fresh()
         ended = arena.end(arena.start(variant, out, {"kill": number}))
@@ -158,7 +158,7 @@ def save_points(arena: Arena, variant: str, every: int = 1) -> Iterator[str | No
 
 
 def full_disks(arena: Arena, variant: str, every: int = 1) -> Iterator[str | None]:
-    """The disk is full from the n-th write on, for every n: one line, exit code 2, and the run goes on later."""
+    """The disk is full from the n-th write on, for every n: one line, exit code 2, and the run can be resumed."""
     for number in range(1, arena.points[variant][1] + 1, every):
         out = arena.fresh()
         ended = arena.end(arena.start(variant, out, {"full": number}))
@@ -170,14 +170,14 @@ def full_disks(arena: Arena, variant: str, every: int = 1) -> Iterator[str | Non
 def signals(arena: Arena, variant: str, seed: int) -> Iterator[str | None]:
     """Every signal that ends a process, at a random moment."""
     rng = random.Random(seed)
-    kept = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}  # they stop, not end
+    kept = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}  # they do not end a process
     for number in sorted(signal.valid_signals() - kept):
         if number >= getattr(signal, "SIGRTMIN", 32):
             continue
         out = arena.fresh()
         process = arena.start(variant, out)
         while process.poll() is None and not (out / "run.json").exists():
-            time.sleep(0.01)  # while Python still imports, it answers Ctrl-C by itself
+            time.sleep(0.01)  # during imports Python itself handles Ctrl-C
         time.sleep(rng.uniform(0, 0.5) * arena.seconds[variant])
         process.send_signal(number)
         ended = arena.end(process)
@@ -188,7 +188,7 @@ def signals(arena: Arena, variant: str, seed: int) -> Iterator[str | None]:
 
 
 def two_runs(arena: Arena, variant: str, n_trials: int) -> Iterator[str | None]:
-    """Two runs on one folder at once: one trains, the other is refused by one line."""
+    """Two runs in one folder at the same time: one trains, the other is refused in one line."""
     for trial in range(n_trials):
         out = arena.fresh()
         first = arena.start(variant, out)
@@ -201,7 +201,7 @@ def two_runs(arena: Arena, variant: str, n_trials: int) -> Iterator[str | None]:
 
 
 def small_disk(arena: Arena, variant: str, sizes_kb: tuple[int, ...]) -> Iterator[str | None]:
-    """A real disk that is too small (a tmpfs, as root), then a larger one."""
+    """A real disk (tmpfs, needs root) that is too small, and is then enlarged."""
     for size_kb in sizes_kb:
         mount = arena.folder / "disk"
         mount.mkdir(exist_ok=True)

@@ -1,10 +1,10 @@
-"""Run Metal kernels on a Linux CPU, for tests on machines without Metal.
+"""Runs Metal kernels on a Linux CPU, for tests on machines without Metal.
 
 `metal_kernel` has the signature of `mx.fast.metal_kernel`; `Kernel` runs a `[[kernel]]` of any Metal source. The source
 is compiled as C++ against cpp/shim.h; every GPU thread is a fiber that switches at barriers and simd operations. Thread
-orders (`seed`), address and thread sanitizers (`sanitize`) and clang's address spaces (`lint`) find what a run on a
-real GPU might hide: faults.py lists what was tried. What it cannot show: speed, occupancy, real scheduling, the last
-bits of fast math, and what else Metal's own compiler refuses. Results from here are to be called *emulated*.
+orders (`seed`), address and thread sanitizers (`sanitize`) and clang's address spaces (`lint`) find faults that a run
+on a real GPU might hide; faults.py lists the tested ones. The emulator cannot show speed, occupancy, real scheduling,
+the last bits of fast math, and other errors of Metal's compiler. Its results must be called *emulated*.
 
 Tests skip with `why_not()` (no compiler or no sanitizer runtime) and `why_no_lint()` as reasons. MEBP_CXX names a
 compiler, MEBP_KERNEL_CACHE the folder of compiled kernels.

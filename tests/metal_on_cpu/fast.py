@@ -1,4 +1,4 @@
-"""mx.fast.metal_kernel on the CPU: the signature that MLX writes around a kernel's body, and the call."""
+"""mx.fast.metal_kernel on the CPU: the signature that MLX generates around a kernel's body, and the call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ C_TYPES = {
     "float32": "float",
     "bfloat16": "bfloat16_t",
 }
-FEW_ELEMENTS = 8  # MLX passes inputs of fewer elements in the constant address space
+FEW_ELEMENTS = 8  # MLX passes inputs with fewer elements in the constant address space
 
 _UINT = """dispatch_quadgroups_per_threadgroup dispatch_simdgroups_per_threadgroup quadgroup_index_in_threadgroup
 quadgroups_per_threadgroup simdgroup_index_in_threadgroup simdgroups_per_threadgroup thread_execution_width
@@ -46,7 +46,7 @@ Template = Sequence[tuple[str, Any]]
 
 
 class Signature(NamedTuple):
-    """What MLX generates around a body: the text, the kernel with its template arguments, and what each buffer is."""
+    """MLX's source around a body: the text, the kernel with its template arguments, and each buffer's role."""
 
     text: str
     function: str
@@ -54,7 +54,7 @@ class Signature(NamedTuple):
 
 
 def mlx_include() -> Path:
-    """The folder with MLX's own Metal headers, part of its wheel."""
+    """The folder of MLX's Metal headers, part of its wheel."""
     return next(path for folder in mlx.__path__ if (path := Path(folder) / "include").exists())
 
 
@@ -127,9 +127,9 @@ def metal_kernel(
 ) -> Callable[..., list[mx.array]]:
     """`mx.fast.metal_kernel`, run on the CPU.
 
-    `sanitize` is that of `run.Kernel`, `seed` the order of threads. What a call leaves unwritten reads as NaN (or -1).
-    Returns a function of inputs, template, grid, threadgroup, output_shapes, output_dtypes, init_value and verbose, and
-    that returns MLX arrays. Raises MSLError where the kernel is seen to be wrong.
+    `sanitize` is that of `run.Kernel`, `seed` the order of threads. Unwritten outputs read as NaN (or -1). Returns a
+    function of inputs, template, grid, threadgroup, output_shapes, output_dtypes, init_value and verbose, which returns
+    MLX arrays. Raises MSLError if a fault of the kernel is detected.
     """
     math_mode = {"math_mode": "safe", **(compile_options or {})}
     if len(math_mode) != 1 or math_mode["math_mode"] not in ("safe", "relaxed", "fast"):
@@ -184,7 +184,7 @@ def metal_kernel(
 
 
 def generated_by_mlx(call: Callable[..., Any], *inputs: mx.array) -> str:
-    """The Metal source that MLX itself generates for `call(*inputs)`, one call of a kernel with verbose=True.
+    """The Metal source that MLX generates for `call(*inputs)`, one call of a kernel with verbose=True.
 
     Exporting a function builds its kernels' sources without a GPU, and verbose prints them.
     """
@@ -198,7 +198,7 @@ def generated_by_mlx(call: Callable[..., Any], *inputs: mx.array) -> str:
 
 @contextlib.contextmanager
 def _output_into(descriptor: int) -> Iterator[None]:
-    """What this process prints, C++ included, goes to the file."""
+    """Redirects this process's output, also of C++ code, to the file."""
     sys.stdout.flush()
     before = os.dup(1)
     os.dup2(descriptor, 1)
@@ -215,13 +215,13 @@ def _name(dtype: mx.Dtype) -> str:
 
 
 def _bits(x: mx.array, make_contiguous: bool) -> np.ndarray:
-    """The array as numpy, strides kept unless it is to be made contiguous; bfloat16 as uint16."""
+    """The array as numpy, with its strides unless it must be made contiguous; bfloat16 as uint16."""
     bits = np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
     return np.require(bits, requirements="C") if make_contiguous else bits
 
 
 def _storage(x: np.ndarray) -> np.ndarray:
-    """The memory from an array's first element to its last, whatever its strides; a read-only view."""
+    """The memory from an array's first to its last element, for any strides; a read-only view."""
     if not x.size:
         return np.zeros(0, x.dtype)
     n_items = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) // x.itemsize

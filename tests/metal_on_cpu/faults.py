@@ -1,10 +1,10 @@
-"""Two correct kernels, and faults planted in them: the emulator must find each by the means beside it."""
+"""Two correct kernels, and planted faults: the emulator must find each by the given means."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Sums of rows, whole kernel: 4 simdgroups of a threadgroup reduce a row together.
+# Sums of rows, a complete kernel: the 4 simdgroups of a threadgroup reduce a row together.
 ROW_SUMS = """
 template <typename T> [[kernel]] void row_sums(
     const device T* in [[buffer(0)]], device float* out [[buffer(1)]], constant int& n [[buffer(2)]],
@@ -55,10 +55,10 @@ MATMUL = """
 
 
 class Fault(NamedTuple):
-    """`old` in a correct kernel becomes `new`; the fault is found by `means`, which says `message` (a regex).
+    """`old` in a correct kernel becomes `new`; the fault is found by `means` with `message` (a regex).
 
     Means: "values" (wrong against float64 in one of three thread orders), "orders" (values differ between orders),
-    "run" (the emulator refuses to go on), "compile", "lint", or the name of a sanitizer.
+    "run" (the emulator stops), "compile", "lint", or the name of a sanitizer.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Address spaces: check a kernel with clang's C++ for OpenCL, whose spaces are MSL's (device is __global, ...)."""
+"""Checks a kernel's address spaces with clang's C++ for OpenCL, which has MSL's spaces (device is __global, ...)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OLDEST_CLANG = 15
 KERNEL_TEMPLATE = re.compile(r"template\s*<([^>]*)>\s*(?:inline\s+)?(?=kernel\b)")
 VECTOR_LITERAL = re.compile(r"\b((?:float|half|bfloat|u?int|u?short|u?char|u?long)[234])\(")
 
-# MSL wants an address space on every pointer and reference; OpenCL would take `float* p` as a generic pointer.
+# MSL requires an address space on every pointer and reference; OpenCL treats `float* p` as a generic pointer.
 SCALARS = (
     r"(?:float|half|bfloat|bfloat16_t|float16_t|bool|u?int(?:(?:8|16|32|64)_t)?|u?short|u?char|u?long|size_t)[234]?"
 )
@@ -35,18 +35,16 @@ def _clang() -> str | None:
 
 
 def why_no_lint() -> str | None:
-    """Why `lint` cannot work here, for pytest.skip; None if it can."""
+    """The reason why `lint` cannot run on this machine, for pytest.skip; None if it can."""
     return None if _clang() else f"no clang >= {OLDEST_CLANG}, which checks address spaces"
 
 
 def lint(source: str, template: Mapping[str, object] | None = None) -> list[str]:
-    """One line for each error of a kernel, an empty list if there is none.
+    """One line for each error of a kernel; an empty list if there is none.
 
-    Found are mixed address spaces, writes to constant memory, threadgroup variables outside of kernels, and pointers
-    without a space.
-
-    A kernel that is a template is checked for the given values ("float", 8, True; else float and 8). bfloat passes for
-    float here: rules of types are the run's to check. Includes are left out, so a kernel must stand by itself.
+    It finds mixed address spaces, writes to constant memory, threadgroup variables outside of kernels, and pointers
+    without a space. A template is checked for the given values ("float", 8, True; default: float and 8). bfloat is
+    treated as float, because the run checks types. Includes are ignored, so a kernel must be self-contained.
     """
     name = _clang()
     if name is None:

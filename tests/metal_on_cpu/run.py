@@ -1,4 +1,4 @@
-"""Compile a translated kernel and run it: in this process, or as a program under a sanitizer."""
+"""Compiles a translated kernel and runs it, in this process or as a program under a sanitizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.metal_on_cpu.translate import MSLError, Parameter, translate
 
 CPP = Path(__file__).parent / "cpp"
 COMPILERS = ("clang++-19", "clang++-16", "clang++-15", "clang++", "g++")
-SECONDS_TO_RUN = 120  # a sanitized program that takes longer hangs
+SECONDS_TO_RUN = 120  # a sanitized program that takes longer is treated as hanging
 
 FLAGS = [
     *(
@@ -34,23 +34,23 @@ FLAGS = [
         "-fno-strict-aliasing",
         "-faligned-new",
     ),
-    "-ffp-contract=off",  # a * b + c rounds twice, whatever the CPU
+    "-ffp-contract=off",  # a * b + c rounds twice on every CPU
     "-fexcess-precision=16",  # half rounds after every operation
-    "-ftrivial-auto-var-init=pattern",  # a variable that is read before it is written holds nonsense
+    "-ftrivial-auto-var-init=pattern",  # a variable that is read before it is written has a wrong value
 ]
-GUARD_BYTES = 4096  # around each buffer; NaN bytes that no kernel may touch
+GUARD_BYTES = 4096  # guard of NaN bytes around each buffer, which no kernel may touch
 
-# What a compiler must be able to do: half, and the sanitizer's runtime must be there.
+# Requirements for a compiler: it supports half, and has the sanitizer's runtime.
 PROBE = "int main(int n, char**) { _Float16 h = n; return __builtin_bit_cast(unsigned short, h) == 0; }"
 
 
 def compiler() -> str | None:
-    """The first C++ compiler that is there: MEBP_CXX, or one of COMPILERS."""
+    """The first available C++ compiler: MEBP_CXX, or one of COMPILERS."""
     return next((name for name in (os.environ.get("MEBP_CXX"), *COMPILERS) if name and shutil.which(name)), None)
 
 
 def why_not(sanitize: str = "") -> str | None:
-    """Why kernels cannot run here (with that sanitizer), for pytest.skip; None if they can."""
+    """The reason why kernels cannot run on this machine (with the sanitizer), for pytest.skip; None if they can."""
     if platform.system() != "Linux":
         return "kernels run on the CPU under Linux only"
     name = compiler()
@@ -77,7 +77,7 @@ def _sanitizer_flags(sanitize: str) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels stay: MEBP_KERNEL_CACHE, or a folder of this user under the temporary one."""
+    """The folder of compiled kernels: MEBP_KERNEL_CACHE, or this user's folder in the temporary folder."""
     given = os.environ.get("MEBP_KERNEL_CACHE")
     return Path(given) if given else Path(tempfile.gettempdir()) / f"mebp-metal-on-cpu-{os.getuid()}"
 
@@ -86,11 +86,9 @@ class Kernel:
     """A kernel of a Metal source, compiled when it first runs.
 
     `function` may carry template arguments ("f<float, 4>"); `folders` are searched for quoted includes; `constants` are
-    function constants by id; `sanitize` is "", "address", "thread" or "address,undefined". MSLError if it is not
-    understood, does not compile, or is seen to do something wrong.
-
-    The thread sanitizer can tell about 8,000 threads apart, and remembers about 200 of them at a time: give it small
-    grids.
+    function constants by id; `sanitize` is "", "address", "thread" or "address,undefined". Raises MSLError if it is not
+    supported, does not compile, or a fault is detected. The thread sanitizer distinguishes about 8,000 threads and
+    remembers about 200 at a time, so use small grids.
     """
 
     def __init__(
@@ -123,7 +121,7 @@ class Kernel:
         )
 
     def build(self) -> Path:
-        """The compiled file, from the cache if it is there."""
+        """The compiled file, from the cache if possible."""
         name = compiler()
         if name is None:
             raise MSLError("no C++ compiler")
@@ -161,7 +159,7 @@ class Kernel:
         argument_bytes: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
-        """Run it on arrays by buffer index (None: not bound), written in place unless they are read-only.
+        """Runs it on arrays by buffer index (None: not bound), which are written in place unless read-only.
 
         `grid` counts threads, as MLX does; `argument_bytes` are the lengths of threadgroup arguments; `seed` chooses
         the order of threads: 0 in order, 1 reversed, others shuffled.
@@ -235,11 +233,11 @@ class Kernel:
 
 
 class _Guarded:
-    """A copy of an array between two stretches of 0xff: reading past an end gives NaN, writing there is noticed."""
+    """A copy of an array between two guards of 0xff: reading past an end gives NaN, writing past it is detected."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._whole = np.full(array.nbytes + 2 * GUARD_BYTES + 64, 0xFF, np.uint8)
-        self._start = GUARD_BYTES + -(self._whole.ctypes.data + GUARD_BYTES) % 64  # aligned as Metal's buffers are
+        self._start = GUARD_BYTES + -(self._whole.ctypes.data + GUARD_BYTES) % 64  # aligned like Metal's buffers
         self._stop = self._start + array.nbytes
         self._whole[self._start : self._stop] = np.frombuffer(array.tobytes(), np.uint8)
         self.address = self._whole.ctypes.data + self._start
@@ -253,7 +251,7 @@ class _Guarded:
 
 
 def _argument(parameter: Parameter) -> str:
-    """What the entry passes for one parameter of the kernel."""
+    """The argument that the entry passes for one parameter of the kernel."""
     if parameter.attribute == "buffer":
         is_reference = re.search(r"&\s*\w*\s*(\[\[|$)", parameter.declaration)
         return f"msl::{'Reference' if is_reference else 'Pointer'}{{B[{parameter.argument}]}}"

@@ -1,4 +1,4 @@
-"""Metal Shading Language text -> C++ text that compiles against shim.h: what macros cannot do."""
+"""Translates Metal Shading Language to C++ that compiles against shim.h, where macros do not suffice."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# MLX headers that call the Metal compiler's builtins; shim.h has what they define.
+# MLX headers that call the Metal compiler's builtins; shim.h has their definitions.
 REPLACED_BY_THE_SHIM = ("bf16_math.h",)
 
 INCLUDE = re.compile(r'\s*#include\s+([<"])([^">]+)[">]')
 FLOAT_LITERAL = re.compile(r"(?<![\w.])((?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])")
 
-# C++ has no address spaces, so what MSL overloads by them keeps one form: the one for `thread`.
+# C++ has no address spaces, so of functions that MSL overloads by them only the one for `thread` is kept.
 SPACES = r"(?:device|constant|threadgroup)"
 MEMBER_OF_A_SPACE = re.compile(r"\)\s*(?:const\s+)?" + SPACES + r"\s*(?=[:{])")
 SPECIALISED_ON_A_SPACE = re.compile(r"\bstruct\s+\w+<" + SPACES + r"\s+\w+\s*\*>\s*(?=\{)")
@@ -41,7 +41,7 @@ INSTANTIATION = re.compile(r"template\s*\[\[\s*host_name\([^)]*\)\s*\]\][^;]*;")
 
 
 class MSLError(RuntimeError):
-    """The kernel cannot be translated, does not compile, or did something wrong while it ran."""
+    """The kernel cannot be translated or compiled, or a fault was detected while it ran."""
 
 
 class Parameter(NamedTuple):
@@ -53,7 +53,7 @@ class Parameter(NamedTuple):
 
 
 def expand(text: str, folders: Sequence[Path], name: str = "kernel", seen: set[Path] | None = None) -> str:
-    """Inline `#include "..."` from the folders, drop `#include <metal_*>`; #line keeps the line numbers."""
+    """Inlines `#include "..."` from the folders and drops `#include <metal_*>`; #line keeps the line numbers."""
     seen = set() if seen is None else seen
     lines = [f'#line 1 "{name}"']
     for number, line in enumerate(text.split("\n"), 1):
@@ -91,11 +91,12 @@ def translate(
     """The C++ text of a Metal source, and the parameters of its kernel `function`.
 
     `folders` are searched for quoted includes; `constants` are function constants by id or name (0 if not named);
-    `name` stands for the source in error messages. Raises MSLError where the source is outside of what is understood.
+    `name` identifies the source in error messages. Raises MSLError if the source is not
+    supported.
     """
     text = rewrite(expand(source, folders, name), constants or {})
     parameters = parse_parameters(text, function)
-    # the macro `threadgroup` would leave [[(0)]]
+    # otherwise the macro `threadgroup` would leave [[(0)]]
     return re.sub(r"\[\[\s*threadgroup\(\w+\)\s*\]\]", "", text), parameters
 
 
@@ -104,13 +105,13 @@ def rewrite(text: str, constants: Mapping[int | str, object]) -> str:
     text = FLOAT_LITERAL.sub(r"\1f", text)  # MSL has no double: 1.0 is a float
     text = _keep_one_overload(text)
     text = _function_constants(text, constants)
-    text = TWICE_CONST.sub(lambda actual: (actual[1] or "") + " const", text)  # `constant` becomes const, said once
-    text = INSTANTIATION.sub(lambda actual: "\n" * actual[0].count("\n"), text)  # they only cost time here
+    text = TWICE_CONST.sub(lambda actual: (actual[1] or "") + " const", text)  # `constant` becomes one const
+    text = INSTANTIATION.sub(lambda actual: "\n" * actual[0].count("\n"), text)  # they only take time on a CPU
     return _place_threadgroup_variables(text)
 
 
 def parse_parameters(text: str, function: str) -> list[Parameter]:
-    """The parameters of a kernel of that name; buffers without an attribute are numbered in order, as Metal does."""
+    """The parameters of the kernel with this name; buffers without an attribute are numbered in order, as in Metal."""
     head = re.search(KERNEL + re.escape(function) + r"\s*\(", text)
     if not head:
         raise MSLError(f"no kernel {function}")
@@ -128,7 +129,7 @@ def parse_parameters(text: str, function: str) -> list[Parameter]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no bracket."""
+    """The parts between commas that are outside of brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([<{") - (character in ")]>}")
@@ -197,6 +198,6 @@ def _place_threadgroup_variables(text: str) -> str:
         return actual["indent"] + " ".join(parts)
 
     text = THREADGROUP_VARIABLE.sub(place, text)
-    if left := UNPLACED_THREADGROUP_VARIABLE.search(text):  # it would become one variable per thread
+    if left := UNPLACED_THREADGROUP_VARIABLE.search(text):  # otherwise it would become one variable per thread
         raise MSLError(f"cannot place in threadgroup memory: {left[0].strip()}")
     return text

@@ -1,6 +1,6 @@
-"""Kernels in the words that this project writes Metal with: the emulator runs them, and the lint has nothing to say."""
+"""Kernels with the Metal vocabulary of this project: the emulator runs them, and the lint finds nothing."""
 
-# Log of a sum of exponentials, a simdgroup a row: a body and functions for metal_kernel.
+# Log of a sum of exponentials, one simdgroup per row: a body and functions for metal_kernel.
 HEADER = """
 constexpr constant int WIDTH = 32;
 template <typename T> inline float at(const device T* row, int i, int n) {
@@ -27,7 +27,7 @@ LOG_SUM_EXP = """
     if (lane == WIDTH - 1) out[row] = T(metal::precise::log(sum) + tops[is_wide]);
 """
 
-# Everything else, without a meaning: it only has to compile and to be free of lint.
+# Everything else, without a purpose: it must only compile and be free of lint.
 WORDS_HEADER = """
 constant constexpr float LOG2E = 1.44f;
 constexpr constant float TABLE[4] = {0.0f, 1.0f, 2.0f, 3.0f};
