@@ -35,6 +35,7 @@ FAMILIES += [
     "qwen3_moe",
     "olmoe",
     "lfm2_moe",
+    "gpt_oss",
 ]
 
 

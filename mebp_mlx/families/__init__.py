@@ -8,7 +8,7 @@ from .gemma3 import Gemma3Block
 from .glm4 import Glm4Block
 from .lfm2 import Lfm2Block
 from .llama import LlamaBlock
-from .moe import Lfm2MoeBlock, LlamaMoeBlock
+from .moe import GptOssBlock, Lfm2MoeBlock, LlamaMoeBlock
 from .olmo2 import Olmo2Block
 from .qwen3_5 import Qwen35Block
 
@@ -16,6 +16,7 @@ from .qwen3_5 import Qwen35Block
 BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "llama_moe": LlamaMoeBlock,
+    "gpt_oss_moe": GptOssBlock,
     "gemma3": Gemma3Block,
     "glm4": Glm4Block,
     "olmo2": Olmo2Block,

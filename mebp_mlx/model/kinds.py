@@ -49,7 +49,7 @@ class Kind:
 
     def with_experts(self, mixture: Mixture, settings: Settings) -> Kind:
         """The same with a mixture of experts instead of its MLP."""
-        n_experts, F = settings.integer("num_experts"), settings.integer(mixture.width)
+        n_experts, F = settings.integer(mixture.n_experts), settings.integer(mixture.width)
         own = {key: shorts for key, shorts in self.matrices.items() if shorts[0] not in mixture.parts}
         arrays, shapes = dict(self.arrays), dict(self.widths.arrays)
         if mixture.selection_bias is not None and settings.flag(mixture.selection_bias[1]):
@@ -57,7 +57,8 @@ class Kind:
         rows = {**self.widths.rows, "gate": F, "up": F, "router": n_experts}
         widths = replace(self.widths, rows=rows, inputs={**self.widths.inputs, "down": F}, arrays=shapes)
         own[mixture.router] = ("router",)
-        return replace(self, block=f"{self.block}_moe", matrices=own, arrays=arrays, widths=widths, mixture=mixture)
+        biases, block = {**self.biases, "router": mixture.router_bias}, f"{self.block}_moe"
+        return replace(self, block=block, matrices=own, arrays=arrays, widths=widths, biases=biases, mixture=mixture)
 
     def layer(self, tensors: Reader, index: int, prefix: str, rope: Rope | None, window: int | None) -> Layer:
         """A layer of this kind, whose tensors are asked for. Raises UserError."""
@@ -121,8 +122,9 @@ def kinds_of(
         for name, module, n_heads in zip(("q_norm", "k_norm"), family.qk_norms, (H, K), strict=True):
             qk_norms[name] = (f"self_attn.{module}", head_dim * n_heads if family.qk_norm_of_rows else head_dim)
     rows = {"q": H * head_dim * (2 if family.gated_query else 1), "k": K * head_dim, "v": K * head_dim, "o": D}
-    widths = Widths(rows | mlp, {"o": H * head_dim} | mlp_inputs, {})
-    attention = Kind(family.block, D, family.matrices, norms | qk_norms, {}, widths, biases)
+    widths = Widths(rows | mlp, {"o": H * head_dim} | mlp_inputs, {"sinks": (H,)} if family.sinks else {})
+    arrays = {"sinks": "self_attn.sinks"} if family.sinks else {}
+    attention = Kind(family.block, D, family.matrices, norms | qk_norms, arrays, widths, biases)
     if (hybrid := family.hybrid) is None:
         return attention, None
     own = hybrid.widths(settings, D)
