@@ -58,7 +58,7 @@ def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, se
     assert abs(_loss(tmp_path / "out", seed) / _loss(folder, seed) - 1) <= 0.02, f"seed {seed}"
     load_model(tmp_path / "out", strict=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    routers = {key: how for key, how in config["quantization"].items() if key.endswith(".gate")}
+    routers = {key: how for key, how in config["quantization"].items() if key.endswith((".gate", ".router"))}
     assert routers.keys() <= {key for key, how in routers.items() if how["group_size"] == 64}  # mlx-lm's own
     expected = {"group_size": 32, "bits": 8, "mode": "affine"} | routers
     assert config["quantization"] == expected == config["quantization_config"]

@@ -24,7 +24,7 @@ from tests.texts import write_tokenizer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gemma3"]
 FAMILIES += ["mistral3", "minicpm", "olmo2", "glm4", "phi3", "gemma2", "lfm2", "qwen3_5"]
-FAMILIES += ["gemma4", "qwen3_moe", "olmoe", "lfm2_moe"]
+FAMILIES += ["gemma4", "qwen3_moe", "olmoe", "lfm2_moe", "gpt_oss"]
 
 
 def run(model: Path, adapters: Path, out: Path, *more: str) -> int:

@@ -101,7 +101,7 @@ TILED = [
     "minicpm",
     "lfm2",
 ]
-TILED += ["qwen3_5", "qwen3_5-tied", "gemma4_text", "qwen3_moe", "olmoe", "lfm2_moe"]
+TILED += ["qwen3_5", "qwen3_5-tied", "gemma4_text", "qwen3_moe", "olmoe", "lfm2_moe", "gpt_oss"]
 
 
 @pytest.mark.parametrize("saved", [SAVE_PROJECTIONS, SAVE_INPUTS], ids=["save-projections", "save-inputs"])
@@ -261,6 +261,9 @@ def test_gradients_for_every_placement(
         ("olmoe", ["mlp.switch_mlp.up_proj", "mlp.gate"], 1),
         ("olmoe", ["self_attn.q_proj"], -1),
         ("olmoe-tied", ["mlp.gate", "mlp.switch_mlp.down_proj"], 1),
+        ("gpt_oss", ["mlp.router"], 1),
+        ("gpt_oss", ["mlp.experts.down_proj"], -1),
+        ("gpt_oss", ["mlp.experts.gate_proj", "self_attn.k_proj"], 3),
         ("lfm2_moe", ["feed_forward.gate"], 2),
         ("lfm2_moe", ["conv.in_proj", "feed_forward.switch_mlp.up_proj"], 3),
         ("lfm2_moe-plain", ["feed_forward.switch_mlp.gate_proj", "conv.out_proj"], -1),
@@ -302,6 +305,7 @@ def test_gradients_for_placements_in_other_blocks(
         "lfm2_moe",
         "gemma4_text",
         "gemma4",
+        "gpt_oss",
     ],
 )
 def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: str, seed: int) -> None:
@@ -313,7 +317,8 @@ def test_gradients_of_packed_checkpoints_of_other_blocks(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "gemma4_text", "qwen3_moe", "lfm2_moe"]
+    "name",
+    ["qwen3", "gemma3_text", "olmo2", "phi3", "lfm2", "qwen3_5", "gemma4_text", "qwen3_moe", "lfm2_moe", "gpt_oss"],
 )
 def test_gradients_are_bit_equal_for_every_policy(tmp_path: Path, name: str, seed: int) -> None:
     model = _model(tmp_path, CONFIGS[name], seed=seed)

@@ -113,6 +113,7 @@ def test_rank_8_on_seven_projections_has_the_papers_number_of_parameters(name: s
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624),
         ("olmoe-1b-7b", 6_919_161_856),
+        ("gpt-oss-20b", 20_914_757_184),
         ("lfm2-8b-a1b", 8_339_929_856 + 22 * 32),  # and the selection biases, which are buffers there
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),

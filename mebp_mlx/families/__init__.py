@@ -9,7 +9,7 @@ from .gemma4 import Gemma4Block, PlainBlock, PlainSharedBlock, SharedBlock
 from .glm4 import Glm4Block
 from .lfm2 import Lfm2Block
 from .llama import LlamaBlock
-from .moe import Lfm2MoeBlock, LlamaMoeBlock
+from .moe import GptOssBlock, Lfm2MoeBlock, LlamaMoeBlock
 from .olmo2 import Olmo2Block
 from .qwen3_5 import Qwen35Block
 
@@ -17,6 +17,7 @@ from .qwen3_5 import Qwen35Block
 BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "llama_moe": LlamaMoeBlock,
+    "gpt_oss_moe": GptOssBlock,
     "gemma3": Gemma3Block,
     "gemma4": Gemma4Block,
     "gemma4_shared": SharedBlock,

@@ -129,6 +129,7 @@ class BlockRun:
             qk_norms,
             spec.norm_after_rope,
             spec.attention_cap,
+            self.arrays.get("sinks"),
         )
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.index = layer.index

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..ops.gated_mlp import CLIPPED
 from ..ops.moe import Moe, Needs
 from .base import value
 from .lfm2 import Lfm2Block
@@ -42,6 +43,10 @@ class MoeBlock(PreNormBlock):
 
 class LlamaMoeBlock(MoeBlock, LlamaBlock):
     """qwen3_moe, olmoe, and LFM2-MoE's layers with attention."""
+
+
+class GptOssBlock(LlamaMoeBlock):
+    gate = CLIPPED
 
 
 class Lfm2MoeBlock(MoeBlock, Lfm2Block):

@@ -15,8 +15,9 @@ ROUTER_PACKING = (8, 64)  # bits and group size of most routers, however the res
 class Routing:
     """How a token's experts and their weights s follow from the router's output (ops/moe.py has the equations).
 
-    n_chosen: experts of a token; score: "softmax" or "sigmoid"; normalizes: s / (sum s + eps); scale: multiplies s;
-    packed_router: the router's module in a layer if ROUTER_PACKING is its own in an affine-packed model, else None.
+    n_chosen: experts of a token; score: "softmax", "sigmoid" or "softmax of the chosen"; normalizes: s / (sum s + eps);
+    scale: multiplies s; packed_router: the router's module in a layer if ROUTER_PACKING is its own in an affine-packed
+    model, else None.
     """
 
     n_experts: int
@@ -38,7 +39,8 @@ class Mixture:
     expert's inner width; has_experts(settings, layer): whether a layer has a mixture instead of an MLP.
 
     selection_bias: (module, key that says whether there is one) of what is added to scores where experts are chosen;
-    packs_router: whether mlx-lm packs the router by ROUTER_PACKING.
+    packs_router: whether mlx-lm packs the router by ROUTER_PACKING; router_bias: whether it has one; n_experts: the key
+    of their number.
     """
 
     router: str
@@ -50,6 +52,8 @@ class Mixture:
     eps: float = 0.0
     selection_bias: tuple[str, str] | None = None
     packs_router: bool = False
+    router_bias: bool = False
+    n_experts: str = "num_experts"
     parts: dict[str, str] = field(default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
 
     @property
@@ -59,16 +63,18 @@ class Mixture:
 
     def routing(self, settings: Settings) -> Routing:
         """Raises UserError where a token would have more experts than there are."""
-        n_experts, n_chosen = (settings.integer(key) for key in ("num_experts", "num_experts_per_tok"))
+        n_experts, n_chosen = settings.integer(self.n_experts), settings.integer("num_experts_per_tok")
         if n_chosen > n_experts:
-            raise UserError(f"{settings.where}: num_experts_per_tok={n_chosen} is more than num_experts={n_experts}")
+            raise UserError(
+                f"{settings.where}: num_experts_per_tok={n_chosen} is more than {self.n_experts}={n_experts}"
+            )
         scale = settings.number("routed_scaling_factor", 1.0)
         normalizes, packed = settings.flag("norm_topk_prob"), self.router if self.packs_router else None
         return Routing(n_experts, n_chosen, self.score, normalizes, self.eps, scale, packed)
 
 
 def every_layer(settings: Settings, index: int) -> bool:
-    """OLMoE's."""
+    """OLMoE's and gpt-oss's."""
     return True
 
 

@@ -58,6 +58,7 @@ class Family:
     without_inputs: Family | None = None  # the row for a config that has none
     arrays: Mapping[str, str] = field(default_factory=dict)  # modules of numbers [1] in every layer, by name
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
+    sinks: bool = False  # one score more in each head's softmax
     gated_query: bool = False  # q_proj has a gate of the output beside each head's query
     hybrid: Hybrid | None = None  # layers without attention
     mixture: Mixture | None = None  # of experts, in layers without an MLP
@@ -345,6 +346,42 @@ FAMILIES: dict[str, Family] = {
         ),
         partial_rope=True,
         defaults={"partial_rotary_factor": 0.25, "rope_theta": 100_000.0, "full_attention_interval": 4},
+    ),
+    "gpt_oss": Family(
+        block="gpt_oss",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        sinks=True,
+        layer_types=True,
+        window_pattern=True,
+        mixture=Mixture(
+            router="mlp.router",
+            experts="mlp.experts",
+            apart="mlp.experts.{}",
+            width="intermediate_size",
+            has_experts=every_layer,
+            score="softmax of the chosen",
+            packs_router=True,
+            router_bias=True,
+            n_experts="num_local_experts",
+        ),
+        head="always",
+        defaults={
+            "hidden_size": 2880,
+            "num_hidden_layers": 36,
+            "intermediate_size": 2880,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 201_088,
+            "rope_theta": 150_000.0,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
     ),
     "phi3": Family(
         matrices=_FUSED_QKV | _O | _FUSED_GATE_UP | _DOWN, own_head_dim=False, partial_rope=True, defaults=_THETA

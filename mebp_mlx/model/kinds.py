@@ -51,7 +51,7 @@ class Kind:
 
     def with_experts(self, mixture: Mixture, settings: Settings) -> Kind:
         """The same with a mixture of experts instead of its MLP."""
-        n_experts, F = settings.integer("num_experts"), settings.integer(mixture.width)
+        n_experts, F = settings.integer(mixture.n_experts), settings.integer(mixture.width)
         own = {key: shorts for key, shorts in self.matrices.items() if shorts[0] not in mixture.parts}
         arrays, shapes = dict(self.arrays), dict(self.widths.arrays)
         if mixture.selection_bias is not None and settings.flag(mixture.selection_bias[1]):
@@ -59,7 +59,8 @@ class Kind:
         rows = {**self.widths.rows, "gate": F, "up": F, "router": n_experts}
         widths = replace(self.widths, rows=rows, inputs={**self.widths.inputs, "down": F}, arrays=shapes)
         own[mixture.router] = ("router",)
-        return replace(self, block=f"{self.block}_moe", matrices=own, arrays=arrays, widths=widths, mixture=mixture)
+        biases, block = {**self.biases, "router": mixture.router_bias}, f"{self.block}_moe"
+        return replace(self, block=block, matrices=own, arrays=arrays, widths=widths, biases=biases, mixture=mixture)
 
     def layer(self, tensors: Reader, index: int, prefix: str, rope: Rope | None, window: int | None) -> Layer:
         """A layer of this kind, whose tensors are asked for. Raises UserError."""
@@ -129,8 +130,12 @@ def kinds_of(
         P = settings.integer("hidden_size_per_layer_input")
         rows |= {"per_layer_input_gate": P, "per_layer_projection": D}
         inputs["per_layer_projection"] = P
-    widths = Widths(rows | mlp, inputs, dict.fromkeys(family.arrays, (1,)))
-    attention = Kind(family.block, D, head_dim, family.matrices, norms | qk_norms, family.arrays, widths, biases)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(family.arrays, (1,))
+    arrays = dict(family.arrays)
+    if family.sinks:
+        arrays["sinks"], shapes["sinks"] = "self_attn.sinks", (H,)
+    widths = Widths(rows | mlp, inputs, shapes)
+    attention = Kind(family.block, D, head_dim, family.matrices, norms | qk_norms, arrays, widths, biases)
     if (hybrid := family.hybrid) is None:
         return attention, None
     own = hybrid.widths(settings, D)

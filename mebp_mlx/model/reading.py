@@ -84,6 +84,11 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
         if "text_config" not in config:
             weights.rename({"model.": f"{prefix}model."})
     tensors = Tensors(weights, config, where)
+    if fused := next((name for name in weights.names if ".mlp.experts.gate_up_proj" in name), None):
+        raise UserError(
+            f"{weights.info(fused).file}: {fused}: experts whose gate and up rows alternate are not supported; "
+            "mlx_lm.convert writes them apart"
+        )
     spec = describe(config, tensors, where)
     head = f"{prefix}lm_head"
     others = [f"model.{name}." for name in _OTHER_MODULES] if prefix else []

@@ -34,6 +34,12 @@ class Heads:
     norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or [heads * head_dim] over a row, or None
     norm_after_rope: bool = False
     cap: float | None = None  # scores are cap * tanh(score / cap)
+    sinks: mx.array | None = None  # [heads]: one score more in each head's softmax, of no key
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether numpy's softmax is this attention's."""
+        return self.cap is None and self.sinks is None
 
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
         """q or k [B, T, heads * head_dim] -> Q or K [B, heads, T, head_dim]."""
@@ -169,7 +175,7 @@ def forward(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low
 
     q [B, H, Tq, head_dim]; k, v [B, K, Tk, head_dim], ending with the last query's own key.
     """
-    if heads.cap is not None or not cpu.serves(q, k, v):
+    if not heads.is_plain or not cpu.serves(q, k, v):
         return _merged(_plain(heads, q, k, v, start, low), q.shape)
     p = _probabilities(heads, _grouped(q, k), k, q.shape[2], start, low)
     return _merged(p @ v, q.shape)
@@ -181,7 +187,7 @@ def backward(
     """(dq, dk, dv) in the shapes of q, k, v from da [B, Tq, H * head_dim]."""
     B, H, Tq, width = q.shape
     d_out = da.reshape(B, Tq, H, width).transpose(0, 2, 1, 3)
-    if heads.cap is not None or not cpu.serves(q, k, v, da):
+    if not heads.is_plain or not cpu.serves(q, k, v, da):
         dq, dk, dv = mx.vjp(lambda q, k, v: _plain(heads, q, k, v, start, low), [q, k, v], [d_out])[1]
         return dq, dk, dv
     rows, d_out = _grouped(q, k), _grouped(d_out, k)
@@ -202,7 +208,8 @@ def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low:
     mask: mx.array | str = "causal"  # aligned at the end: query i sees the keys up to its own
     if heads.window is not None and start + q.shape[2] > heads.window:
         mask = _visible(heads, q.shape[2], k.shape[2], start, low)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=heads.scale, mask=mask)
+    sinks = None if heads.sinks is None else heads.sinks.astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=heads.scale, mask=mask, sinks=sinks)
 
 
 def _capped(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:

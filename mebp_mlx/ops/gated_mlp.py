@@ -17,22 +17,22 @@ from .lora_linear import Backward, Input, LoraLinear
 
 @dataclass(frozen=True)
 class Gate:
-    """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py), forward and backward."""
+    """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py; None: not), forward and backward."""
 
     plain: Callable[[mx.array, mx.array], mx.array]
     plain_backward: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
-    on_cpu: cpu.Forward
-    on_cpu_backward: cpu.Backward
+    on_cpu: cpu.Forward | None = None
+    on_cpu_backward: cpu.Backward | None = None
 
     def __call__(self, g: mx.array, u: mx.array, in_place: bool = False) -> mx.array:
         """m in the shape of g, u; in_place: the caller owns g's memory, which may hold m."""
-        if not cpu.serves(g, u):
+        if self.on_cpu is None or not cpu.serves(g, u):
             return self.plain(g, u)
         return cpu.gate_forward(self.on_cpu, g, u, in_place)
 
     def backward(self, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """(m, dg, du) from dm = dL/dm; the memory of all three arguments may be used for them."""
-        if not cpu.serves(g, u, dm):
+        if self.on_cpu_backward is None or not cpu.serves(g, u, dm):
             return self.plain_backward(g, u, dm)
         return cpu.gate_backward(self.on_cpu_backward, g, u, dm)
 
@@ -56,8 +56,19 @@ def _gelu_tanh_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.arra
     return m, dg, du
 
 
+def _clipped(g: mx.array, u: mx.array) -> mx.array:
+    g, u = mx.minimum(g, 7.0), mx.clip(u, -7.0, 7.0)
+    return g * mx.sigmoid(1.702 * g) * (u + 1)
+
+
+def _clipped_backward(g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (m,), (dg, du) = mx.vjp(_clipped, [g, u], [dm])
+    return m, dg, du
+
+
 SILU = Gate(_silu, _silu_backward, cpu.silu, cpu.silu_backward)
 GELU_TANH = Gate(_gelu_tanh, _gelu_tanh_backward, cpu.gelu_tanh, cpu.gelu_tanh_backward)  # gelu's tanh approximation
+CLIPPED = Gate(_clipped, _clipped_backward)  # gpt-oss's: act(g) = g sigmoid(1.702 g), g at most 7, u + 1 for u in +-7
 
 
 class GatedMlp:

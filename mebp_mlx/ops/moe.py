@@ -1,16 +1,16 @@
 """A mixture of experts: each token goes through a few of many gated MLPs, which are read only if a token chose them.
 
     p = softmax(r) or sigmoid(r),  r = router(h);   c = the k experts of the largest p (sigmoid: of p + selection bias)
-    s = p[c];   normalized: s / (sum s + eps);   times a scale
+    s = p[c];   normalized: s / (sum s + eps);   times a scale;   or s = softmax(r[c]), which is the same normalized
     y = sum_j E_c[j](h, s_j);   E(x, s) = (s m) Wd^T + s bd,   m = act(x Wg^T) * (x Wu^T),  each W with its LoRA pair
 
 with g = dL/dy on the rows x of an expert (c is a constant; a weight s inside the last product, where it has the same
 place as outside, gives dL/ds without the expert's output):
     d(s m) = g Wd,   ds = sum(m * g Wd) + sum(g * bd),   dm = s g Wd;   from there the gated MLP's (gated_mlp.py)
     dr: autograd's of s on [tokens, experts]; through a softmax that is not normalized it is dense
-(mlx-lm's qwen3_moe, olmoe and lfm2_moe.) MLX's argpartition chooses among equals, as there; olmoe's class partitions
--p, which may choose others of them. An expert's matrices come in blocks as everywhere; sums over experts are float32,
-in the experts' order. An expert without rows is not read and has a gradient of zeros.
+(mlx-lm's qwen3_moe, olmoe, lfm2_moe and gpt_oss.) MLX's argpartition chooses among equals, as there; olmoe's class
+partitions -p, which may choose others of them. An expert's matrices come in blocks as everywhere; sums over experts are
+float32, in the experts' order. An expert without rows is not read and has a gradient of zeros.
 
 Which experts are read is known when c is: one blocking wait for each mixture and tile, in the forward pass alone. c is
 kept for the backward pass whatever the plan says, so that it visits the same experts without a wait; s follows from r,
@@ -171,12 +171,16 @@ class Moe:
         return choice
 
     def _scores(self, r: mx.array) -> mx.array:
+        if self.routing.score == "softmax of the chosen":
+            return r
         return mx.sigmoid(r) if self.routing.score == "sigmoid" else mx.softmax(r, axis=-1, precise=True)
 
     def weights(self, r: mx.array, choice: mx.array) -> mx.array:
         """s [B, tile, k]."""
         s = mx.take_along_axis(self._scores(r), choice, axis=-1)
-        if self.routing.normalizes:
+        if self.routing.score == "softmax of the chosen":
+            s = mx.softmax(s, axis=-1, precise=True)
+        elif self.routing.normalizes:
             s = s / (s.sum(axis=-1, keepdims=True) + self.routing.eps)
         return s if self.routing.scale == 1 else s * self.routing.scale
 

@@ -137,6 +137,8 @@ _GEMMA3_4B = _GEMMA3 | {"sliding_window": 1024, "max_position_embeddings": 131_0
 _GEMMA3_4B["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
 # The published factors grow from about 1 to about 50; shapes are what counts here.
 _PHI4_ROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)]}
+_GPT_OSS_ROPE: dict[str, Any] = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+_GPT_OSS_ROPE["original_max_position_embeddings"] = 4096
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _qwen(896, 24, (14, 2), 4864, 151_936, tied=True),
@@ -198,6 +200,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "lfm2-8b-a1b": _lfm2_moe(),
     "gemma4-e2b": _gemma4(1536, 35, (8, 1), 6144, n_shared=20, every=5),
     "gemma4-e4b": _gemma4(2560, 42, (8, 2), 10_240, n_shared=18, every=6),
+    "gpt-oss-20b": _shape(
+        "gpt_oss", 2880, 24, (64, 8), 2880, 201_088, False, architectures=["GptOssForCausalLM"], head_dim=64,
+        rms_norm_eps=1e-5, rope_theta=150_000.0, max_position_embeddings=131_072, sliding_window=128,
+        num_local_experts=32, num_experts_per_tok=4, rope_scaling=_GPT_OSS_ROPE,
+    ),
     "gemma2-2b": _gemma(
         "gemma2", 2304, 26, (8, 4), 9216, 256_000, architectures=["Gemma2ForCausalLM"], rope_theta=10_000.0,
         max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
