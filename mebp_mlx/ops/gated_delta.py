@@ -23,6 +23,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .plan import Barrier
+from .silu import exp
 
 CHUNK = 64  # tokens
 
@@ -51,7 +52,7 @@ class Chunk:
         """[C, 1 + C]: row i, column 1 + j: D_ij; column 0: c_i."""
         C = self.g.shape[-2]
         steps = mx.tril(mx.broadcast_to(self.g, (*self.g.shape[:-1], C + 1)))
-        return mx.tril(mx.exp(mx.cumsum(steps, axis=-2)), 1)
+        return mx.tril(exp(mx.cumsum(steps, axis=-2)), 1)
 
     @cached_property
     def into(self) -> mx.array:
