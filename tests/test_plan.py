@@ -174,7 +174,7 @@ def test_what_a_probe_does_not_see_is_added() -> None:
     class Model:
         spec = Five()
 
-    actual = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 10)
+    actual = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 40)
     workload: Any = Workload(Model(), None, 1, 1, state_bytes=7, make_updater=lambda *_: None)  # type: ignore[arg-type]
 
     def peaks(plan: Plan, **more: Any) -> Prediction:

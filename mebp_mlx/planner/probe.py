@@ -27,7 +27,7 @@ _CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
 @dataclass(frozen=True)
 class Probe:
     """What was measured. phases: the process's peak footprint in bytes by phase, without kept values; arrays_bytes:
-    MLX's own peak; kept_bytes: what one block keeps.
+    MLX's own peak; kept_bytes: what all trained blocks keep.
     """
 
     phases: dict[str, int]
@@ -41,23 +41,23 @@ def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -
     """
     plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
     model, lora = workload.model, workload.lora
-    per_block = 0
+    kept: list[int] = []
     if workload.is_exact:
-        per_block = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
+        kept = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
     engine = BackpropEngine(model, lora, plan=plan, arena_dir=arena_dir)
     mx.reset_peak_memory()
     try:
         with PeakMeter() as meter:
             if workload.is_exact:
                 for layers in _kinds(workload, engine.barrier.is_lazy):
-                    _exact(workload, plan, engine, meter, layers, per_block)
+                    _exact(workload, plan, engine, meter, layers, max(kept, default=0))
             else:
                 _forward(workload, plan, engine, meter, workload.T)
             if workload.T_eval > workload.T:
                 _forward(workload, plan, engine, meter, workload.T_eval)
     finally:
         engine.close()
-    return Probe(dict(meter.phases), mx.get_peak_memory(), per_block)
+    return Probe(dict(meter.phases), mx.get_peak_memory(), sum(kept))
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
@@ -69,11 +69,11 @@ def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
 
 
 def _exact(
-    workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, layers: list[Layer], per_block: int
+    workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, layers: list[Layer], block_bytes: int
 ) -> None:
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
-    engine.store.reserve(len(layers), per_block)
+    engine.store.reserve(len(layers) * block_bytes, block_bytes)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     tokens = np.zeros((B, T), np.int32)
