@@ -124,7 +124,7 @@ class BlockRun:
         )
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.blocks: list[Block] = []  # of a backward pass, a tile each
-        self.states: dict[str, mx.array] = {}  # of a backward pass, between tiles
+        self.states: dict[int, mx.array] = {}  # of a backward pass, by the number of the tile that they stand before
         self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
 
     def look_back(self) -> None:

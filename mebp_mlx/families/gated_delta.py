@@ -6,8 +6,6 @@ r = rule(q, k, v, g, sigmoid(Wb h));   o = Wout m,   m = norm(r) * silu(Wz h), h
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,6 +15,7 @@ from .base import value
 from .lfm2 import ShortConvBlock
 
 _UNIT_EPS = 1e-6  # beside the sum of squares
+_APART = 8  # tiles: a state takes as much memory as many tokens (2 MB in the 4B model)
 
 
 class GatedDeltaBlock(ShortConvBlock):
@@ -65,22 +64,23 @@ class GatedDeltaBlock(ShortConvBlock):
         return r.reshape(*r.shape[:2], -1).astype(self.run.dtype)
 
     def first_state(self) -> mx.array | None:
-        """The state before this tile, in a backward pass: the tiles before it are gone through once, from the left."""
+        """The state before this tile, in a backward pass. The tiles before it are gone through from the left, once for
+        every _APART-th state, and once more for those between two of them, when they are asked for.
+        """
         tiles: list[GatedDeltaBlock] = self.run.blocks  # type: ignore[assignment]
-        index = tiles.index(self)
-        if index == 0:
-            return None
-        name = f"S.{self.position}"
-        if name not in self.run.states:
-            S: mx.array | None = None
-            for tile, following in pairwise(tiles):
+        index, states = tiles.index(self), self.run.states
+        if index and index not in states:
+            start = max(states, default=0)
+            S = states.get(start)
+            for i, tile in enumerate(tiles[start:index], start + 1):
                 tokens = tile.tokens(tile.c, tile.alpha, tile.beta)
                 S = gated_delta.first_state(tokens) if S is None else S
-                S = gated_delta.forward(tokens, S, self.run.barrier)[1][-1]
+                S = gated_delta.last_state(tokens, S, self.run.barrier)
                 self.run.barrier.value(S)
-                self.run.states[f"S.{following.position}"] = S
+                if i % _APART == 0 or i > index - index % _APART:
+                    states[i] = S
                 tile.drop(*tile.names)
-        return self.run.states.pop(name)
+        return states.pop(index, None)
 
     def gated(self, r: mx.array, z: mx.array) -> mx.array:
         """m [B, T, Hv * Dv]."""

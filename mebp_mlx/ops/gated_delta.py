@@ -152,6 +152,14 @@ def forward(tokens: Tokens, S: mx.array, barrier: Barrier) -> tuple[mx.array, li
     return mx.concatenate(outputs, axis=1), states
 
 
+def last_state(tokens: Tokens, S: mx.array, barrier: Barrier) -> mx.array:
+    """The state after the last token alone."""
+    for at in _chunks(tokens.v.shape[1]):
+        S = Chunk(_cut(tokens, at), S).after
+        barrier.piece(S)
+    return S
+
+
 def backward(
     tokens: Tokens, states: list[mx.array], do: mx.array, dS: mx.array, barrier: Barrier
 ) -> tuple[Tokens, mx.array]:

@@ -1,6 +1,7 @@
 """Measures the memory of a plan: some blocks of a model forward and backward, and the head's first chunks.
 
-The blocks run exactly as in training, on the batch's real shape; this file has no model of them.
+The blocks run as in training, on the batch's real shape; this file has no model of them. Of a matrix that comes in many
+pieces only some are read and multiplied: products of long rows would take minutes, and their sizes repeat.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
 from ..engine.base import Pass
-from ..model.config import Layer
+from ..model.base import Model, WeightBlock
+from ..model.config import Layer, Linear
 from ..model.lora import Lora
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
@@ -35,11 +37,50 @@ class Probe:
     kept_bytes: int
 
 
+class _Sampled(Model):
+    """A model whose blocks multiply by the first two pieces of a matrix and by its last; zeros of the same size stand
+    for the other products.
+    """
+
+    def __init__(self, model: Model):
+        self.__dict__ |= model.__dict__
+
+    def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
+        if linear is self.spec.head or _is_sampled(start, stop, linear.out_dims):
+            return super().row_block(linear, start, stop)
+        return _Zeros(stop - start, linear.in_dims)
+
+    def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
+        if _is_sampled(start, stop, linear.in_dims):
+            return super().column_block(linear, start, stop)
+        return _Zeros(linear.out_dims, stop - start)
+
+
+def _is_sampled(start: int, stop: int, n: int) -> bool:
+    """Whether a range of n rows or columns is the first, the second or the last of its length."""
+    return start <= stop - start or stop == n
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """A piece [n_out, n_in] of a matrix without its weights."""
+
+    n_out: int
+    n_in: int
+
+    def matmul(self, x: mx.array) -> mx.array:
+        return mx.zeros((*x.shape[:-1], self.n_out), x.dtype)
+
+    def matmul_t(self, g: mx.array) -> mx.array:
+        return mx.zeros((*g.shape[:-1], self.n_in), g.dtype)
+
+
 def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
     """Runs some blocks of each kind under `plan`, but for kept values and optimizer state, which go to files here:
     how much of them is in memory is arithmetic. Parameters and optimizer state stay as they are.
     """
     plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
+    workload = dataclasses.replace(workload, model=_Sampled(workload.model))
     model, lora = workload.model, workload.lora
     kept: list[int] = []
     if workload.is_exact:
