@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..errors import UserError
 from ..system.files import read_json_object
 from ..weights.safetensors import MappedWeights
-from .config import Linear, ModelSpec
+from .config import Layer, Linear, ModelSpec
 from .families import FAMILIES, Family
 from .kinds import Reader, kinds_of
 from .layers import LayerRules
@@ -132,6 +132,9 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         if without.is_in_torch_layout(tensors, name):
             offset = without.offset_in_torch_layout
     final_norm = tensors.vector(f"{prefix}{family.final_norm}.weight", D)
+    spare_head = None
+    if family.keeps_head and head is embedding and tensors.has(f"{prefix}lm_head"):
+        spare_head = tensors.linear(f"{prefix}lm_head", V, D)
     return ModelSpec(
         family=config["model_type"],
         D=D,
@@ -150,8 +153,32 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         head=head,
         final_norm=final_norm,
         tensors=tuple(tensors.read),
+        spare_head=spare_head,
+        remarks=_remarks(family, settings, head_dim, layers),
         **_scales(family, settings, D, L, head_dim),
     )
+
+
+def _remarks(family: Family, settings: Settings, head_dim: int, layers: list[Layer]) -> tuple[str, ...]:
+    """Where mlx-lm's rotation is another one: most of its classes read no rope_parameters (transformers 5's)."""
+    if family.reads_rope_parameters or not settings.get("rope_parameters"):
+        return ()
+    config = {key: value for key, value in settings.config.items() if key != "rope_parameters"}
+    theirs = LayerRules(Settings(config, settings.defaults, settings.where), family, head_dim, len(layers))
+    for layer in layers:
+        ours = layer.rope
+        if ours is None:
+            continue
+        try:
+            rope = theirs.rope(layer.index, layer.window)
+        except UserError:
+            return ("mlx-lm does not open this model: it reads no rope_parameters, and config.json has no rope_theta",)
+        if rope is not None and (rope != ours or rope.freqs is not ours.freqs):
+            what = "another scaling of the rotation"
+            if rope.base != ours.base:
+                what = f"rope_theta {rope.base:g} instead of {ours.base:g}"
+            return (f"mlx-lm reads this model differently: it reads no rope_parameters, and takes {what}",)
+    return ()
 
 
 def _head(family: Family, settings: Settings, tensors: Reader, embedding: Linear, name: str) -> Linear:
