@@ -31,6 +31,7 @@ MEASUREMENTS = {
     "scaling": ("step", "footprint by number of layers and by sequence length"),
     "hard_limit": ("step", "a step under an operating-system limit on private memory (Linux)"),
     "case": ("case", "one training case in this process: footprint, time, plan"),
+    "families": ("families", "every family's real shapes: parameters, plans, peaks, a limit of 1 GB, gradient error"),
     "plan_check": ("plan_check", "predicted and measured peak footprint"),
     "parity": ("parity", "gradients compared with mlx-lm's models, by family"),
     "flags": ("flags", "mlx_lm.lora's options compared with mebp_mlx's, each tried on both parsers"),

@@ -232,11 +232,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--forwards", action="store_true", help="run two forward passes after each step, for comparison")
     how.add_argument("--by-phase", action="store_true", help="measure time and memory of each phase (bench/phases.py)")
+    how.add_argument("--plan-only", action="store_true", help="run no step")
     add_limits(parser)
     given = vars(parser.parse_args(argv))
     if given["limit_mb"] is not None:
         _restart_under(given["limit_mb"], sys.argv[1:] if argv is None else argv)
-    by_phase = given.pop("by_phase")
+    by_phase, plan_only = given.pop("by_phase"), given.pop("plan_only")
     if given["memory_budget"] is None and given["device"] is None and not by_phase:
         given["memory_budget"] = "min"
     folder, n_tokens, n_steps = given.pop("model"), given.pop("tokens"), given.pop("steps")
@@ -246,6 +247,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         del given["forwards"]
         print(json.dumps(phases.measure(folder, n_tokens, n_steps, **given)))
+    elif plan_only:
+        del given["forwards"]
+        stepper = Stepper(folder, n_tokens, **given)
+        print(json.dumps({"n_lora_parameters": stepper.n_parameters, "plan": stepper.plan_record}))
+        stepper.close()
     else:
         print(json.dumps(measure(folder, n_tokens, n_steps, **given)))
 

@@ -45,12 +45,15 @@ def errors(family: str, quantization: dict[str, Any] | None, seed: int) -> dict[
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("parity", __doc__)
     parser.add_argument("--seeds", type=report.positive, default=3, help="number of random models per row (default: 3)")
+    shown = f"of {', '.join(CONFIGS)} (default: all)"
+    parser.add_argument("--families", nargs="+", default=list(CONFIGS), choices=list(CONFIGS), metavar="F", help=shown)
+    parser.add_argument("--weights", nargs="+", default=list(QUANTIZATIONS), choices=list(QUANTIZATIONS))
     options = parser.parse_args(argv)
     print(f"{'family':20}{'weights':>9}" + "".join(f"{name:>20}" for name in PLANS))
     worst: dict[str, dict[str, float]] = {}
-    for family in CONFIGS:
-        for weights, quantization in QUANTIZATIONS.items():
-            runs = [errors(family, quantization, seed) for seed in range(options.seeds)]
+    for family in options.families:
+        for weights in options.weights:
+            runs = [errors(family, QUANTIZATIONS[weights], seed) for seed in range(options.seeds)]
             row = {name: _largest([run[name] for run in runs]) for name in PLANS}
             worst[f"{family}, {weights}"] = row
             print(f"{family:20}{weights:>9}" + "".join(f"{error:20.1e}" for error in row.values()), flush=True)

@@ -125,13 +125,22 @@ def model_of(shape: str, models: Path, layers: int | None = None, *, sparse: boo
     return folder
 
 
-def run_module(module: str, *arguments: object, may_fail: bool = False) -> dict[str, Any]:
+def run_module(
+    module: str, *arguments: object, may_fail: bool = False, timeout_s: float | None = None
+) -> dict[str, Any]:
     """Runs `python -m module` in its own process and returns the JSON object on its last line; stderr is passed on.
 
-    If it fails, this process ends with the same exit code or, with may_fail, returns {"error": its last line}.
+    If it fails, this process ends with the same exit code or, with may_fail, returns {"error": its last line}. A
+    process that runs longer than timeout_s is ended, and has failed.
     """
     command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if may_fail else None, text=True)
+    errors = subprocess.PIPE if may_fail else None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        if not may_fail:
+            raise
+        return {"error": f"not done after {timeout_s:.0f} s"}
     if done.returncode and may_fail:
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
@@ -190,19 +199,29 @@ def publish(name: str, options: argparse.Namespace, rows: Rows, draw: Callable |
 
     draw(plt, rows, options) returns the figure and a note for its corner ("" for none). more: entries of the context.
     """
-    about = {"bench": name, **_context(options), **more}
+    about = {**context(name, options), **more}
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        flat = [_flat(row) for row in rows]
-        columns = list(dict.fromkeys(key for row in flat for key in row))
-        with open(options.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(flat)
-        (options.out / f"{name}.json").write_text(_context_text(about), encoding="utf-8")
+        write(name, options.out, rows, about)
         if draw is not None:
             save_picture(draw, rows, options, options.out / f"{name}.png", about)
     print(json.dumps({**about, "rows": list(rows)}))
+
+
+def write(name: str, folder: Path, rows: Rows, about: Mapping[str, Any]) -> None:
+    """NAME.csv and NAME.json in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    (folder / f"{name}.json").write_text(_context_text(about), encoding="utf-8")
+
+
+def context(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What NAME.json says of a measurement."""
+    return {"bench": name, **_context(options)}
 
 
 def _context(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,13 +21,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help=f"dtype of unquantized tensors: {', '.join(DTYPES)}")
     parser.add_argument("--layers", type=int, help="number of blocks (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparse", action="store_true", help="headers and holes: zero weights that take no disk")
     options = parser.parse_args(argv)
     began_s = time.perf_counter()
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: at least 0")
     config = model_config(options.shape, options.layers)
     layout = {"bits": options.bits, "group_size": options.group_size, "dtype": options.dtype}
-    folder = write_model(config, options.folder, **layout, seed=options.seed)
+    folder = write_model(config, options.folder, **layout, seed=options.seed, sparse=options.sparse)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         print(f"{file}  {file.stat().st_size / 1e6:,.1f} MB")

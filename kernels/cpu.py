@@ -71,6 +71,17 @@ def online_softmax(
     return SoftmaxStep(z, highest, total * shrink + sums, picked, shrink)
 
 
+def pointwise(run: Callable[..., object], *arrays: mx.array) -> mx.array:
+    """A fresh array of the arrays' shape, filled by run(*pieces, out=piece)."""
+    mx.eval(*arrays)
+    flat = [np.asarray(array).reshape(-1) for array in arrays]
+    result, out = empty(*arrays[0].shape)
+    out = out.reshape(-1)
+    with np.errstate(all="ignore"):
+        in_pieces(out.size, 1, _PIECE_ITEMS, lambda part: run(*(values[part] for values in flat), out=out[part]))
+    return result
+
+
 def gate_forward(run: Forward, g: mx.array, u: mx.array, in_place: bool) -> mx.array:
     """act(g) * u; overwrites g if in_place, which requires that the caller owns g."""
     mx.eval(g, u)
@@ -235,7 +246,7 @@ def dequantize(
     return result
 
 
-def in_pieces(n_rows: int, width: int, piece_items: int, run: Callable[[slice], None]) -> None:
+def in_pieces(n_rows: int, width: int, piece_items: int, run: Callable[[slice], object]) -> None:
     """Calls run(rows) for successive ranges of rows that contain about `piece_items` numbers each."""
     step = max(1, piece_items // max(width, 1))
     for start in range(0, n_rows, step):

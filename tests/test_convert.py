@@ -64,6 +64,31 @@ def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, se
     assert config["quantization"] == expected == config["quantization_config"]
 
 
+def test_what_mlx_lm_keeps_in_float32_stays_so(tmp_path: Path, seed: int) -> None:
+    """The logarithm of a gated delta net's decay, whatever dtype the rest gets."""
+    folder = write_model(tmp_path / "source", packed_config("qwen3_5"), seed=seed)
+    assert run(folder, tmp_path / "out", "--bits", "8", "--group-size", "32", "--dtype", "bfloat16") == 0
+    before, after = MappedWeights(folder), MappedWeights(tmp_path / "out")
+    logs = [name for name in after.names if name.endswith("A_log")]
+    assert logs and all(after.view(name).tobytes() == before.view(name).tobytes() for name in logs)
+    assert {after.info(name).dtype for name in after.names if name.endswith("dt_bias")} == {"BF16"}
+
+
+@pytest.mark.parametrize("flags", [("--mode", "keep"), ("--bits", "8", "--group-size", "32")], ids=["keep", "8 bits"])
+def test_a_head_that_mlx_lm_wants_beside_a_tied_embedding_is_kept(
+    tmp_path: Path, flags: tuple[str, ...], seed: int
+) -> None:
+    from mlx_lm.utils import load_model
+
+    config = packed_config("helium") | {"tie_word_embeddings": True}
+    folder = write_model(tmp_path / "source", config, seed=seed)
+    load_model(folder, strict=True)
+    assert run(folder, tmp_path / "out", *flags) == 0
+    assert "lm_head.weight" in MappedWeights(tmp_path / "out").names
+    load_model(tmp_path / "out", strict=True)
+    assert abs(_loss(tmp_path / "out", seed) / _loss(folder, seed) - 1) <= 0.02, f"seed {seed}"
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_reported_errors_are_those_of_the_format(
     tmp_path: Path, source: Path, format_name: str, capsys: pytest.CaptureFixture[str], seed: int

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mebp_mlx.ops import gated_delta, short_conv
+import mebp_mlx
+from mebp_mlx.families import gated_delta as block_file
+from mebp_mlx.families.gated_delta import GatedDeltaBlock
+from mebp_mlx.kernels import cpu
+from mebp_mlx.ops import gated_delta, short_conv, silu
 from mebp_mlx.ops.gated_delta import Tokens
-from mebp_mlx.ops.plan import Barrier
+from mebp_mlx.ops.plan import Barrier, Plan
+from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_model
 
 pytestmark = pytest.mark.quick
 B, HK, HV, DK, DV = 2, 2, 4, 12, 9
@@ -108,3 +115,41 @@ def test_a_convolution_in_tiles_equals_the_whole_one(cuts: tuple[int, ...], seed
         after = short_conv.first(dy[:, start:stop], after)
     assert mx.array_equal(mx.concatenate(outputs, axis=1), whole).item()
     assert not (_error(mx.concatenate(parts[::-1], axis=1), np.asarray(d_whole, np.float64)) > 1e-6)
+
+
+def test_states_between_tiles_are_few_and_change_no_gradient(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of 10 tiles: its gradients are those of one tile, and a fraction of its states are held at a time."""
+    model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen3_5"], seed=seed))
+    lora = mebp_mlx.init_lora(model, rank=2, keys=["linear_attn.in_proj_qkv"])
+    randomize_lora(lora, seed)
+    tokens, targets = random_batch(seed, 1, 64 * 10 - 7, model.spec.V)
+    held, first_state = [], GatedDeltaBlock.first_state
+
+    def watched(block: GatedDeltaBlock) -> mx.array | None:
+        S = first_state(block)
+        held.append(len(block.run.states))
+        return S
+
+    monkeypatch.setattr(GatedDeltaBlock, "first_state", watched)
+    monkeypatch.setattr(block_file, "_APART", 3)
+    plans = [Plan("op", token_block=length) for length in (64, 4096)]
+    (_, actual), (_, expected) = (mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=plan) for plan in plans)
+    assert max(held) <= 3 + 10 // 3
+    for name, gradient in expected.items():
+        assert not (_error(actual[name], np.asarray(gradient, np.float64)) > 1e-5), name
+
+
+def test_silu_and_its_slope_are_those_of_float64(seed: int) -> None:
+    x, g = np.random.default_rng(seed).normal(size=(2, 70_001)) * 8
+    x[:3] = -100, 100, 0
+    s = 1 / (1 + np.exp(-x))
+    for context in (contextlib.nullcontext(), cpu.off()):
+        with context:
+            arrays = [mx.array(a, mx.float32) for a in (x, g)]
+            assert not (_error(silu.silu(arrays[0]), x * s) > 1e-6)
+            assert not (_error(silu.backward(*arrays), g * s * (1 + x * (1 - s))) > 1e-6)
+            assert not (_error(silu.exp(-mx.abs(arrays[0])), np.exp(-np.abs(x))) > 1e-6)
+            swapped = arrays[0][:70_000].reshape(200, 350).T  # not contiguous
+            assert not (_error(silu.silu(swapped), (x * s)[:70_000].reshape(200, 350).T) > 1e-6)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.footprint import footprint_bytes
 from mebp_mlx.testing.synth import model_config
 from mebp_mlx.testing.synth import write_model as write_shape
-from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, relative_error, write_model
+from mebp_mlx.testing.tiny import CONFIGS, packed_config, random_batch, randomize_lora, relative_error, write_model
 from mebp_mlx.training.folder import recorded_plan
 from mebp_mlx.training.log import RunLog
 from mebp_mlx.training.optimizers import PlainSGD
@@ -174,7 +175,7 @@ def test_memory_outside_the_probe_is_added() -> None:
     class Model:
         spec = Five()
 
-    actual = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 10)
+    actual = Probe({"forward": 100, "head": 90, "backward": 110, "update": 80}, 0, 40)
     workload: Any = Workload(Model(), None, 1, 1, state_bytes=7, make_updater=lambda *_: None)  # type: ignore[arg-type]
 
     def peaks(plan: Plan, **more: Any) -> Prediction:
@@ -381,3 +382,21 @@ def test_sizes(text: str, n_bytes: int) -> None:
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(mebp_mlx.UserError, match="--memory-budget"):
         train.TrainConfig.from_args([f"--memory-budget={text}"])
+
+
+def test_a_probe_that_leaves_products_out_sees_the_same_memory(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = packed_config("qwen2") | {"intermediate_size": 4096, "num_hidden_layers": 2}
+    model = mebp_mlx.open_model(write_model(tmp_path / "model", config, seed=seed))
+    workload = Workload(model, mebp_mlx.init_lora(model, rank=2), 1, 150)
+    plan = Plan("op", weight_block_bytes=1, token_block=64)
+    left_out = []
+    probing: Any = sys.modules[probe.__module__]
+    zeros = probing._Zeros
+    monkeypatch.setattr(probing, "_Zeros", lambda *shape: left_out.append(shape) or zeros(*shape))
+    sampled = probe(workload, plan)
+    n_left_out = len(left_out)
+    monkeypatch.setattr(probing, "_is_sampled", lambda *_: True)
+    assert probe(workload, plan).arrays_bytes == sampled.arrays_bytes
+    assert n_left_out > 100 and len(left_out) == n_left_out

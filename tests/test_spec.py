@@ -164,6 +164,25 @@ def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
     assert (layers[2].rope.base, layers[2].rope.scale) == (9e5, 1 / 8)
 
 
+@pytest.mark.parametrize(
+    "name, changes, remark",
+    [
+        ("smollm3", {"rope_parameters": {"rope_theta": 5000.0}}, "rope_theta 10000 instead of 5000"),
+        ("smollm3", {"rope_parameters": {"rope_theta": 10_000.0}}, None),  # its default
+        ("glm4", {"rope_parameters": {"rope_theta": 5000.0}}, "does not open this model"),
+        ("qwen2", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}, "another scaling"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 5000.0}}, None),  # which mlx-lm reads
+        ("smollm3", {"rope_parameters": {"rope_theta": 5000.0}, "rope_theta": 5000.0}, None),
+    ],
+)
+def test_it_is_said_where_mlx_lm_reads_a_rope_differently(
+    tmp_path: Path, name: str, changes: dict, remark: str | None
+) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS[name])
+    remarks = mebp_mlx.open_model(_change(folder, **({"rope_theta": None} | changes))).spec.remarks
+    assert len(remarks) == (remark is not None) and (remark is None or remark in remarks[0])
+
+
 def test_old_and_new_rope_keys_may_coexist_if_they_agree(tmp_path: Path) -> None:
     gemma = write_model(tmp_path / "g", CONFIGS["gemma3_text"])  # with the old keys
     ropes = [layer.rope for layer in mebp_mlx.open_model(gemma).spec.layers]

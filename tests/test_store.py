@@ -38,7 +38,7 @@ def test_there_is_no_file_if_everything_fits(
 ) -> None:
     monkeypatch.setattr(engine_base, "Arena", None)  # creating one would fail
     store = Store(Barrier(grain), memory_bytes, tmp_path)
-    store.reserve(4, PAGE_BYTES)
+    store.reserve(4 * PAGE_BYTES, PAGE_BYTES)
     arrays = [_value(n) for n in range(4)]
     for layer, array in enumerate(arrays):
         assert store.put(layer, "x", 0, array)
@@ -54,7 +54,7 @@ def test_memory_first_then_the_file(tmp_path: Path) -> None:
     store = Store(Barrier("op"), 2 * PAGE_BYTES, tmp_path)
     for _ in range(2):  # a cleared store works like a new one
         store.clear()
-        store.reserve(4, PAGE_BYTES)
+        store.reserve(4 * PAGE_BYTES, PAGE_BYTES)
         assert store.arena is not None and store.arena.capacity_bytes == 3 * PAGE_BYTES  # one block more than the rest
         assert [store.put(layer, "x", 0, _value(layer)) for layer in range(4)] == [True, True, False, False]
         assert store.held_bytes == store.written_bytes == 2 * PAGE_BYTES
@@ -75,7 +75,7 @@ def test_room_is_counted_in_whole_pages(tmp_path: Path, size: int, held: int) ->
 def test_a_block_that_is_one_graph_is_written_when_the_next_is_submitted(tmp_path: Path) -> None:
     barrier = Barrier("block")
     store = Store(barrier, 0, tmp_path)
-    store.reserve(3, PAGE_BYTES)
+    store.reserve(3 * PAGE_BYTES, PAGE_BYTES)
     written = []
     for layer in range(3):
         array = _value(layer)
@@ -95,7 +95,7 @@ def test_a_block_that_is_one_graph_is_written_when_the_next_is_submitted(tmp_pat
 @pytest.mark.parametrize("memory_bytes", [None, 0])
 def test_taken_values_belong_to_the_caller(tmp_path: Path, memory_bytes: int | None) -> None:
     store = Store(Barrier("op"), memory_bytes, tmp_path)
-    store.reserve(2, PAGE_BYTES)
+    store.reserve(2 * PAGE_BYTES, PAGE_BYTES)
     store.put(0, "g.0", 0, _value(7))
     store.put(0, "g.0", 1, _value(8))
     taken = store.take(0, "g.0", 0)
@@ -129,16 +129,18 @@ def test_a_larger_batch_needs_a_larger_file_and_a_full_disk_is_reported(
     monkeypatch.setattr(engine_base, "Arena", Watched)
     store = Store(Barrier("op"), PAGE_BYTES, tmp_path)
     for n_pages in (3, 2, 5):
-        store.reserve(n_pages, PAGE_BYTES)
+        store.reserve(n_pages * PAGE_BYTES, PAGE_BYTES)
     assert made == [3 * PAGE_BYTES, 5 * PAGE_BYTES]
     with pytest.raises(UserError, match="--arena-dir"):
-        store.reserve(1 << 20, 1 << 40)
+        store.reserve(1 << 60, 1 << 40)
     store.close()
 
 
 @pytest.mark.parametrize("saved", [SAVE_PRODUCTS, SAVE_INPUTS], ids=["products", "inputs"])
 @pytest.mark.parametrize("grain", ["op", "stage", "tile", "block"])
-@pytest.mark.parametrize("name, weights", [("gemma3_text", "decompressed"), ("qwen2", "packed")])
+@pytest.mark.parametrize(
+    "name, weights", [("gemma3_text", "decompressed"), ("qwen2", "packed"), ("lfm2", "packed"), ("qwen3_5", "packed")]
+)
 def test_a_step_keeps_the_predicted_bytes(
     tmp_path: Path, name: str, weights: str, grain: str, saved: frozenset[str], seed: int
 ) -> None:
@@ -154,7 +156,7 @@ def test_a_step_keeps_the_predicted_bytes(
     n_labels = int((targets != -100).sum())
     for memory_bytes in (None, 0, 300_000):
         plan = Plan(grain, saved, kept_bytes=memory_bytes, weight_block_bytes=1, token_block=64, query_block=17)
-        counted = model.spec.L * kept_bytes(model, plan, lora, 0, 2, 150)
+        counted = sum(kept_bytes(model, plan, lora, 0, 2, 150))
         engine = BackpropEngine(model, lora, plan=plan)
         engine.step(batch, step=0, micro=0, n_labels=n_labels, sink=lambda g: None)  # type: ignore[arg-type]
         store = engine.store

@@ -7,6 +7,7 @@ block's tiles from the last to the first; each block's gradients are handed over
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -54,7 +55,7 @@ class BackpropEngine:
             return
         self._reserved = (batch_size, n_tokens)
         n_bytes = kept_bytes(self.model, self.plan, self.lora, self.first_trained, batch_size, n_tokens)
-        self.store.reserve(self.model.spec.L - self.first_trained, n_bytes)
+        self.store.reserve(sum(n_bytes), max(n_bytes, default=0))
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """Returns the batch's share of the step's loss; passes its gradients to `sink`, last block first.
@@ -183,39 +184,66 @@ def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
     return names | block.always
 
 
-def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> int:
-    """What a block keeps of a batch [B, T], in whole pages: counted on its forward graph, which is not evaluated.
+def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> list[int]:
+    """What each block from `index` on keeps of a batch [B, T], in whole pages."""
+    return KeptSizes(model, plan, adapter, index, B, T).of(plan)
 
-    Blocks whose weights are packed or placed differently cut the MLP's width differently, and every piece fills pages
-    of its own: this is the most that a block from `index` on keeps.
+
+class KeptSizes:
+    """The bytes, in whole pages, that each block from `index` on would keep of a batch [B, T], whatever a plan saves.
+
+    Counted on forward graphs that are not evaluated: of one layer of each kind, and of one tile of each length. Layers
+    of a kind have the same matrices, placed alike: every piece of the MLP's width fills pages of its own.
     """
-    layers = model.spec.layers[index:]
-    downs = {layer.index: layer.experts.get("down") or layer.linears["down"] for layer in layers}
-    kinds = {(layer.block, layer.head_dim, model.copied_bytes(downs[layer.index], 1)): layer for layer in layers}
-    work = Pass(model.unread(), plan, adapter, Barrier(None))
-    return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
+
+    def __init__(self, model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int):
+        self.layers = model.spec.layers[index:]
+        self.work, self.model, self.B = Pass(model.unread(), plan, adapter, Barrier(None)), model, B
+        self.lengths = Counter(stop - start for start, stop in plan.tiles(T))
+        self.known: dict[object, Counter[str]] = {}
+
+    def of(self, plan: Plan) -> list[int]:
+        """Of a plan that cuts the step in the same way."""
+        return [sum(self._by_name(layer)[name] for name in kept_names(plan, layer)) for layer in self.layers]
+
+    def _by_name(self, layer: Layer) -> Counter[str]:
+        """Bytes of all tiles by value."""
+        linears = {**layer.linears, **layer.experts}
+        widths = tuple((short, linear.out_dims, linear.in_dims) for short, linear in linears.items())
+        kind = layer.block, widths, self.model.copied_bytes(linears["down"], 1)
+        if kind not in self.known:
+            sizes = self.known[kind] = Counter()
+            for length, n_tiles in self.lengths.items():
+                names = BLOCKS[layer.block].names | BLOCKS[layer.block].always
+                shapes = kept_shapes(self.work, layer, self.B, length, names)
+                for (_, name, _), n_bytes in shapes.n_bytes.items():
+                    sizes[name.partition(".")[0]] += n_tiles * n_bytes
+        return self.known[kind]
 
 
-def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
-    """What a block keeps of a batch [B, T], of a pass over an unread model that evaluates nothing."""
+def kept_shapes(work: Pass, layer: Layer, B: int, T: int, names: frozenset[str] | None = None) -> Shapes:
+    """What a block keeps of a batch [B, T], of a pass over an unread model that evaluates nothing.
+
+    names: of the values, None: the plan's.
+    """
     shapes = Shapes()
     work.assume(B, T)
     with cpu.off():
         x = [mx.zeros((B, stop - start, work.model.spec.D), work.model.dtype) for start, stop in work.plan.tiles(T)]
-        work.forward(layer, x, shapes, kept_names(work.plan, layer))
+        work.forward(layer, x, shapes, kept_names(work.plan, layer) if names is None else names)
     return shapes
 
 
 class Shapes:
-    """Kept values by shape alone (families/base.py: Kept). n_bytes: of them, each in whole pages."""
+    """Kept values by shape alone (families/base.py: Kept). n_bytes: of each, in whole pages."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}
-        self.n_bytes = 0
+        self.n_bytes: dict[tuple[int, str, int], int] = {}
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
         self.kept[layer, name, tile] = (value.shape, value.dtype)
-        self.n_bytes += page_ceil(value.nbytes)
+        self.n_bytes[layer, name, tile] = page_ceil(value.nbytes)
         return True
 
     def get(self, layer: int, name: str, tile: int) -> mx.array | None:

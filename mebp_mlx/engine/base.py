@@ -137,11 +137,10 @@ class Store:
         self._behind: list[Key] = []  # to be written when the block that computes them is done
         self._new: list[Key] = []
 
-    def reserve(self, n_blocks: int, block_bytes: int) -> None:
-        """Reserves space for blocks that keep block_bytes each, in whole pages. UserError if the disk has no room
-        for those that do not fit in memory.
+    def reserve(self, n_bytes: int, block_bytes: int) -> None:
+        """Reserves space for all blocks' values, in whole pages; block_bytes: the most of one block. UserError if the
+        disk has no room for those that do not fit in memory.
         """
-        n_bytes = n_blocks * block_bytes
         if self.memory_bytes is None or n_bytes <= self.memory_bytes:
             return
         # The first value that does not fit in memory leaves less than a block's size of it unused.

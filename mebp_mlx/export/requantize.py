@@ -27,6 +27,7 @@ from .quantize import Packing, Recipe, pack, unpacked
 
 _ROW_BLOCK_ITEMS = 1 << 20  # weights in memory at once
 _FLOATS = ("F32", "F16", "BF16")
+_OWN_DTYPE = (".A_log", ".expert_bias")  # tensors that keep theirs, as in mlx-lm
 _KINDS = (*_FLOATS, "U32", "U8")  # packed weights, scales of FLOAT_MODES
 
 Say = Callable[[str], None]
@@ -120,7 +121,8 @@ class Repack:
         more: list[Linear | str] = [] if inputs is None else [inputs.embedding, inputs.projection, inputs.norm]
         blocks: list[list[Linear | str]] = [[spec.embedding, *more]]
         blocks += [[*layer.norms.values(), *layer.arrays.values(), *layer.matrices.values()] for layer in spec.layers]
-        blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
+        head = spec.spare_head if spec.tied else spec.head
+        blocks += [[spec.final_norm] if head is None else [spec.final_norm, head]]
         self._blocks = [[new for item in block for new in self._new(item)] for block in blocks]
         linears = [item for block in blocks for item in block if isinstance(item, Linear)]
         matrices = [item for block in self._blocks for item in block if isinstance(item, _Matrix)]
@@ -231,7 +233,7 @@ class Repack:
         info = self._model.weights.info(name)
         if info.dtype not in _FLOATS:
             raise UserError(f"{info.file}: tensor {name} has dtype {info.dtype}, not one of {', '.join(_FLOATS)}")
-        return self._dtype or DTYPES[info.dtype]
+        return DTYPES[info.dtype] if self._dtype is None or name.endswith(_OWN_DTYPE) else self._dtype
 
     def _copy(self, shard: Shard, entry: Entry) -> None:
         for start, stop in _row_blocks(entry.shape):

@@ -134,7 +134,7 @@ class BlockRun:
         self.attention = Attention(heads, context.plan.query_block, self.barrier)
         self.index = layer.index
         self.blocks: list[Block] = []  # of a backward pass, a tile each
-        self.states: dict[str, mx.array] = {}  # of a backward pass, between tiles
+        self.states: dict[int, mx.array] = {}  # of a backward pass, by the number of the tile that they stand before
         self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
 
     @cached_property

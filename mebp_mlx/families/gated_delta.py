@@ -6,17 +6,16 @@ r = rule(q, k, v, g, sigmoid(Wb h));   o = Wout m,   m = norm(r) * silu(Wz h), h
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops import gated_delta
+from ..ops import gated_delta, silu
 from ..ops.gated_delta import Tokens
 from .base import value
 from .lfm2 import ShortConvBlock
 
 _UNIT_EPS = 1e-6  # beside the sum of squares
+_APART = 8  # tiles: a state takes as much memory as many tokens (2 MB in the 4B model)
 
 
 class GatedDeltaBlock(ShortConvBlock):
@@ -33,12 +32,16 @@ class GatedDeltaBlock(ShortConvBlock):
 
     states: list[mx.array] | None = None  # before each chunk of the tile and after the last, in a backward pass
 
-    def heads(self, c: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """q, k [B, T, Hk, Dk] and v [B, T, Hv, Dv] as the rule takes them."""
+    def tokens(self, c: mx.array, alpha: mx.array, beta: mx.array) -> Tokens:
+        """What the rule reads."""
+        return Tokens(*self.heads(silu.silu(_wide(c))), *self.gates(alpha, beta))
+
+    def heads(self, qkv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k [B, T, Hk, Dk] and v [B, T, Hv, Dv] of silu(c), as the rule takes them."""
         delta = self.run.delta
         assert delta is not None
         width = delta.n_keys * delta.key_dim
-        q, k, v = mx.split(nn.silu(_wide(c)), [width, 2 * width], axis=-1)
+        q, k, v = mx.split(qkv, [width, 2 * width], axis=-1)
         q, k = (x.reshape(*x.shape[:2], delta.n_keys, delta.key_dim) for x in (q, k))
         return _unit(q) * delta.key_dim**-0.5, _unit(k), v.reshape(*v.shape[:2], delta.n_values, delta.value_dim)
 
@@ -50,7 +53,7 @@ class GatedDeltaBlock(ShortConvBlock):
 
     def rule(self, c: mx.array, alpha: mx.array, beta: mx.array) -> mx.array:
         """r [B, T, Hv * Dv]; the state goes on to the next tile."""
-        tokens = Tokens(*self.heads(c), *self.gates(alpha, beta))
+        tokens = self.tokens(c, alpha, beta)
         S = self.run.carried.get("S") if self.unread is not None else self.first_state()
         S = gated_delta.first_state(tokens) if S is None else S
         r, states = gated_delta.forward(tokens, S, self.run.barrier)
@@ -61,36 +64,47 @@ class GatedDeltaBlock(ShortConvBlock):
         return r.reshape(*r.shape[:2], -1).astype(self.run.dtype)
 
     def first_state(self) -> mx.array | None:
-        """The state before this tile, in a backward pass: the tiles before it are gone through once, from the left."""
+        """The state before this tile, in a backward pass. The tiles before it are gone through from the left, once for
+        every _APART-th state, and once more for those between two of them, when they are asked for.
+        """
         tiles: list[GatedDeltaBlock] = self.run.blocks  # type: ignore[assignment]
-        index = tiles.index(self)
-        if index == 0:
-            return None
-        name = f"S.{self.position}"
-        if name not in self.run.states:
-            S: mx.array | None = None
-            for tile, following in pairwise(tiles):
-                tokens = Tokens(*tile.heads(tile.c), *tile.gates(tile.alpha, tile.beta))
+        index, states = tiles.index(self), self.run.states
+        if index and index not in states:
+            start = max(states, default=0)
+            S = states.get(start)
+            for i, tile in enumerate(tiles[start:index], start + 1):
+                tokens = tile.tokens(tile.c, tile.alpha, tile.beta)
                 S = gated_delta.first_state(tokens) if S is None else S
-                S = gated_delta.forward(tokens, S, self.run.barrier)[1][-1]
+                S = gated_delta.last_state(tokens, S, self.run.barrier)
                 self.run.barrier.value(S)
-                self.run.states[f"S.{following.position}"] = S
+                if i % _APART == 0 or i > index - index % _APART:
+                    states[i] = S
                 tile.drop(*tile.names)
-        return self.run.states.pop(name)
+        return states.pop(index, None)
 
     def gated(self, r: mx.array, z: mx.array) -> mx.array:
         """m [B, T, Hv * Dv]."""
+        return (self.normed(_wide(r)) * silu.silu(_wide(z))).astype(self.run.dtype)
+
+    def gated_backward(self, dm: mx.array) -> tuple[mx.array, mx.array]:
+        """dL/dr and dL/dz."""
+        r, z, dm = _wide(self.r), _wide(self.z), _wide(dm)
+        (normed,), (dr,) = mx.vjp(self.normed, [r], [dm * silu.silu(z)])
+        dz = silu.backward(z, dm * normed)
+        return dr.astype(self.run.dtype), dz.astype(self.run.dtype)
+
+    def normed(self, r: mx.array) -> mx.array:
+        """norm(r) [B, T, Hv * Dv], head by head."""
         delta = self.run.delta
         assert delta is not None
-        wide = _wide(r).reshape(*r.shape[:2], delta.n_values, delta.value_dim)
-        normed = mx.fast.rms_norm(wide, self.run.arrays["norm"], self.run.norm_eps)
-        return (normed.reshape(r.shape) * nn.silu(_wide(z))).astype(self.run.dtype)
+        by_head = r.reshape(*r.shape[:2], delta.n_values, delta.value_dim)
+        return mx.fast.rms_norm(by_head, self.run.arrays["norm"], self.run.norm_eps).reshape(r.shape)
 
     def mixer_backward(self, do: mx.array, need_dx: bool) -> mx.array | None:
         dm = self.linear_backward("m", need_dx or self.trains("qkv", "z", "a", "b"), {"out": do})
         if dm is None:
             return None
-        dr, dz = mx.vjp(self.gated, [self.r, self.z], [dm])[1]
+        dr, dz = self.gated_backward(dm)
         self.run.barrier.value(dr, dz)
         self.drop("r", "z")
         dc, dalpha, dbeta = self.rule_backward(dr)
@@ -99,19 +113,21 @@ class GatedDeltaBlock(ShortConvBlock):
 
     def rule_backward(self, dr: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """dL/dc, dL/dalpha and dL/dbeta."""
-        delta, inputs = self.run.delta, [self.c, self.alpha, self.beta]
+        delta, c, gates = self.run.delta, _wide(self.c), [self.alpha, self.beta]
         assert delta is not None
         if self.states is None:  # r was kept
-            self.rule(*inputs)
+            self.rule(self.c, *gates)
         assert self.states is not None
-        tokens = Tokens(*self.heads(inputs[0]), *self.gates(*inputs[1:]))
+        qkv = silu.silu(c)
+        tokens = Tokens(*self.heads(qkv), *self.gates(*gates))
         dS = self.run.carried.get("dS")
         dS = mx.zeros_like(self.states[-1]) if dS is None else dS
         wide = _wide(dr).reshape(*dr.shape[:2], delta.n_values, delta.value_dim)
         found, self.run.carried["dS"] = gated_delta.backward(tokens, self.states, wide, dS, self.run.barrier)
         self.states = None
-        (dc,) = mx.vjp(self.heads, inputs[:1], list(found[:3]))[1]
-        dalpha, dbeta = mx.vjp(self.gates, inputs[1:], list(found[3:]))[1]
+        (dqkv,) = mx.vjp(self.heads, [qkv], list(found[:3]))[1]
+        dc = silu.backward(c, dqkv).astype(self.run.dtype)
+        dalpha, dbeta = mx.vjp(self.gates, gates, list(found[3:]))[1]
         self.run.barrier.value(dc, dalpha, dbeta)
         self.drop("c", "alpha", "beta", "qkv", "before")
         return dc, dalpha, dbeta

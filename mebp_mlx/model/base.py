@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -78,7 +78,12 @@ class QuantizedBlock:
         )
 
 
-WeightBlock = DenseBlock | QuantizedBlock
+class WeightBlock(Protocol):
+    """Some rows or columns of a frozen matrix, W [n_out, n_in]."""
+
+    def matmul(self, x: mx.array) -> mx.array: ...
+
+    def matmul_t(self, g: mx.array) -> mx.array: ...
 
 
 class Tensor:

@@ -135,7 +135,9 @@ class ModelSpec:
     embedding: Linear
     head: Linear
     final_norm: str
-    tensors: tuple[str, ...] = ()  # every one that the model reads
+    tensors: tuple[str, ...] = ()  # every one that the model reads, and the spare head's
+    spare_head: Linear | None = None  # stored beside a tied embedding: read by nobody, but mlx-lm misses it
+    remarks: tuple[str, ...] = ()  # where mlx-lm reads the config otherwise, a line each
 
     @property
     def tied(self) -> bool:

@@ -65,6 +65,7 @@ class Family:
     norm_eps: str = "rms_norm_eps"
     final_norm: str = "model.norm"
     width: Callable[[Settings], int] | None = None  # of the MLP, instead of intermediate_size
+    keeps_head: bool = False  # mlx-lm wants a stored head beside a tied embedding, and does not use it
     head: str = "config"  # what says whether there is one beside the embedding; or "stored", "always", "never"
 
     layer_types: bool = False  # whether the config's layer_types are read
@@ -73,6 +74,7 @@ class Family:
     window_rope_is_plain: bool = False  # layers with a window do not scale their rope
     rope_in_windows_only: bool = False  # where there is a pattern
     rope_skips_layers: bool = False  # by no_rope_layers or no_rope_layer_interval
+    reads_rope_parameters: bool = False  # mlx-lm does, too
     partial_rope: bool = False  # partial_rotary_factor of a head is rotated
     traditional: bool = False  # pairs (2j, 2j + 1) are rotated, unless rope_traditional says otherwise
 
@@ -97,7 +99,7 @@ class Family:
 _THETA = {"rope_theta": 10_000.0}
 _BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 _LLAMA = Family(**_BIASES, layer_types=True, defaults=_THETA)
-_MINISTRAL3 = Family(layer_types=True)
+_MINISTRAL3 = Family(layer_types=True, reads_rope_parameters=True)
 _GEMMA2 = Family(
     block="gemma3",
     norms=_PRE | {name: name for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")},
@@ -145,6 +147,7 @@ _GEMMA4_PLAIN = replace(
     attention_cap=None,
     qk_norm=True,
     variants=gemma4_layers,
+    reads_rope_parameters=True,
     arrays={"layer_scalar": "layer_scalar"},
     layer_types=True,
     window_pattern=True,
@@ -200,6 +203,7 @@ _LFM2 = Family(
     ),
     norm_eps="norm_eps",
     final_norm="model.embedding_norm",
+    reads_rope_parameters=True,
     width=lfm2_width,
     head="never",
     defaults={"rope_theta": 1_000_000.0},
@@ -226,7 +230,7 @@ _LFM2_MOE = replace(
 
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True, own_head_dim=False, defaults={"rope_theta": 1_000_000.0}),
-    "qwen3": Family(qk_norm=True),
+    "qwen3": Family(qk_norm=True, reads_rope_parameters=True),
     "qwen3_moe": Family(
         qk_norm=True,
         mixture=Mixture(
@@ -302,7 +306,9 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias", defaults=_THETA),
     "internlm3": Family(qkv_bias="qkv_bias", o_bias="qkv_bias", mlp_bias="bias", own_head_dim=False, defaults=_THETA),
     "ernie4_5": Family(qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", traditional=True),
-    "helium": Family(qkv_bias="attention_bias", mlp_bias="mlp_bias", own_head_dim=False, traditional=True),
+    "helium": Family(
+        qkv_bias="attention_bias", mlp_bias="mlp_bias", own_head_dim=False, traditional=True, keeps_head=True
+    ),
     "glm4": Family(
         block="glm4",
         matrices=_QKV | _O | _FUSED_GATE_UP | _DOWN,
@@ -344,6 +350,7 @@ FAMILIES: dict[str, Family] = {
             has_attention=has_every_nth,
             offset_in_torch_layout=1.0,
         ),
+        reads_rope_parameters=True,
         partial_rope=True,
         defaults={"partial_rotary_factor": 0.25, "rope_theta": 100_000.0, "full_attention_interval": 4},
     ),

@@ -153,6 +153,9 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
     )
     layer_inputs = _layer_inputs(settings, tensors, f"{prefix}model", D, L) if family.layer_inputs else None
     final_norm = tensors.vector(f"{prefix}{family.final_norm}.weight", D)
+    spare_head = None
+    if family.keeps_head and head is embedding and tensors.has(f"{prefix}lm_head"):
+        spare_head = tensors.linear(f"{prefix}lm_head", V, D)
     return ModelSpec(
         family=config["model_type"],
         D=D,
@@ -173,6 +176,8 @@ def describe(config: dict, tensors: Reader, where: str = "config.json") -> Model
         head=head,
         final_norm=final_norm,
         tensors=tuple(tensors.read),
+        spare_head=spare_head,
+        remarks=_remarks(family, settings, layers),
         **_scales(family, settings, D, L, head_dim),
     )
 
@@ -222,6 +227,28 @@ def _layer_inputs(settings: Settings, tensors: Reader, name: str, D: int, L: int
         tensors.linear(f"{name}.per_layer_model_projection", L * P, D),
         tensors.vector(f"{name}.per_layer_projection_norm.weight", P),
     )
+
+
+def _remarks(family: Family, settings: Settings, layers: list[Layer]) -> tuple[str, ...]:
+    """Where mlx-lm's rotation is another one: most of its classes read no rope_parameters (transformers 5's)."""
+    if family.reads_rope_parameters or not settings.get("rope_parameters"):
+        return ()
+    config = {key: value for key, value in settings.config.items() if key != "rope_parameters"}
+    theirs = LayerRules(Settings(config, settings.defaults, settings.where), family, len(layers))
+    for layer in layers:
+        ours = layer.rope
+        if ours is None:
+            continue
+        try:
+            rope = theirs.rope(layer.index, layer.window, layer.head_dim)
+        except UserError:
+            return ("mlx-lm does not open this model: it reads no rope_parameters, and config.json has no rope_theta",)
+        if rope is not None and (rope != ours or rope.freqs is not ours.freqs):
+            what = "another scaling of the rotation"
+            if rope.base != ours.base:
+                what = f"rope_theta {rope.base:g} instead of {ours.base:g}"
+            return (f"mlx-lm reads this model differently: it reads no rope_parameters, and takes {what}",)
+    return ()
 
 
 def _head(family: Family, settings: Settings, tensors: Reader, embedding: Linear, name: str) -> Linear:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .plan import Barrier
+from .silu import exp
 
 CHUNK = 64  # tokens
 
@@ -51,7 +52,7 @@ class Chunk:
         """[C, 1 + C]: row i, column 1 + j: D_ij; column 0: c_i."""
         C = self.g.shape[-2]
         steps = mx.tril(mx.broadcast_to(self.g, (*self.g.shape[:-1], C + 1)))
-        return mx.tril(mx.exp(mx.cumsum(steps, axis=-2)), 1)
+        return mx.tril(exp(mx.cumsum(steps, axis=-2)), 1)
 
     @cached_property
     def into(self) -> mx.array:
@@ -149,6 +150,14 @@ def forward(tokens: Tokens, S: mx.array, barrier: Barrier) -> tuple[mx.array, li
         states.append(chunk.after)
         barrier.piece(outputs[-1], states[-1])
     return mx.concatenate(outputs, axis=1), states
+
+
+def last_state(tokens: Tokens, S: mx.array, barrier: Barrier) -> mx.array:
+    """The state after the last token alone."""
+    for at in _chunks(tokens.v.shape[1]):
+        S = Chunk(_cut(tokens, at), S).after
+        barrier.piece(S)
+    return S
 
 
 def backward(

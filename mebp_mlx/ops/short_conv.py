@@ -12,7 +12,7 @@ import mlx.core as mx
 
 def kernel(stored: mx.array) -> mx.array:
     """w [K, channels] of a stored kernel [channels, K, 1] or [channels, 1, K]."""
-    return stored.reshape(stored.shape[0], -1).T
+    return mx.contiguous(stored.reshape(stored.shape[0], -1).T)
 
 
 def forward(w: mx.array, x: mx.array, before: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """Measures the memory of a plan: some blocks of a model forward and backward, and the head's first chunks.
 
-The blocks run exactly as in training, on the batch's real shape; this file has no model of them.
+The blocks run as in training, on the batch's real shape; this file has no model of them. Of a matrix that comes in many
+pieces only some are read and multiplied: products of long rows would take minutes, and their sizes repeat.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
 from ..engine.base import Pass
-from ..model.config import Layer
+from ..model.base import Model, WeightBlock
+from ..model.config import Layer, Linear
 from ..model.lora import Lora
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Plan
@@ -27,7 +29,7 @@ _CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
 @dataclass(frozen=True)
 class Probe:
     """What was measured. phases: the process's peak footprint in bytes by phase, without kept values; arrays_bytes:
-    MLX's own peak; kept_bytes: what one block keeps.
+    MLX's own peak; kept_bytes: what all trained blocks keep.
     """
 
     phases: dict[str, int]
@@ -35,29 +37,68 @@ class Probe:
     kept_bytes: int
 
 
+class _Sampled(Model):
+    """A model whose blocks multiply by the first two pieces of a matrix and by its last; zeros of the same size stand
+    for the other products.
+    """
+
+    def __init__(self, model: Model):
+        self.__dict__ |= model.__dict__
+
+    def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
+        if linear is self.spec.head or _is_sampled(start, stop, linear.out_dims):
+            return super().row_block(linear, start, stop)
+        return _Zeros(stop - start, linear.in_dims)
+
+    def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
+        if _is_sampled(start, stop, linear.in_dims):
+            return super().column_block(linear, start, stop)
+        return _Zeros(linear.out_dims, stop - start)
+
+
+def _is_sampled(start: int, stop: int, n: int) -> bool:
+    """Whether a range of n rows or columns is the first, the second or the last of its length."""
+    return start <= stop - start or stop == n
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """A piece [n_out, n_in] of a matrix without its weights."""
+
+    n_out: int
+    n_in: int
+
+    def matmul(self, x: mx.array) -> mx.array:
+        return mx.zeros((*x.shape[:-1], self.n_out), x.dtype)
+
+    def matmul_t(self, g: mx.array) -> mx.array:
+        return mx.zeros((*g.shape[:-1], self.n_in), g.dtype)
+
+
 def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
     """Runs some blocks of each kind under `plan`, but for kept values and optimizer state, which go to files here:
     how much of them is in memory is arithmetic. Parameters and optimizer state stay as they are.
     """
     plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
+    workload = dataclasses.replace(workload, model=_Sampled(workload.model))
     model, lora = workload.model, workload.lora
-    per_block = 0
+    kept: list[int] = []
     if workload.is_exact:
-        per_block = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
+        kept = kept_bytes(model, plan, lora, workload.first_trained, workload.B, workload.T)
     engine = BackpropEngine(model, lora, plan=plan, arena_dir=arena_dir)
     mx.reset_peak_memory()
     try:
         with PeakMeter() as meter:
             if workload.is_exact:
                 for layers in _kinds(workload, engine.barrier.is_lazy):
-                    _exact(workload, plan, engine, meter, layers, per_block)
+                    _exact(workload, plan, engine, meter, layers, max(kept, default=0))
             else:
                 _forward(workload, plan, engine, meter, workload.T)
             if workload.T_eval > workload.T:
                 _forward(workload, plan, engine, meter, workload.T_eval)
     finally:
         engine.close()
-    return Probe(dict(meter.phases), mx.get_peak_memory(), per_block)
+    return Probe(dict(meter.phases), mx.get_peak_memory(), sum(kept))
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
@@ -69,11 +110,11 @@ def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
 
 
 def _exact(
-    workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, layers: list[Layer], per_block: int
+    workload: Workload, plan: Plan, engine: BackpropEngine, meter: PeakMeter, layers: list[Layer], block_bytes: int
 ) -> None:
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
-    engine.store.reserve(len(layers), per_block)
+    engine.store.reserve(len(layers) * block_bytes, block_bytes)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     tokens = np.zeros((B, T), np.int32)

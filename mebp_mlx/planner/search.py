@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import backprop
+from ..engine.backprop import KeptSizes
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
 from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
@@ -127,8 +127,7 @@ def choose(
 
 def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
     """Predicts a run's memory from a probe of its plan: adds the values that further blocks keep."""
-    n_blocks = workload.model.spec.L - workload.first_trained
-    kept = n_blocks * measured.kept_bytes
+    kept = measured.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
     more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
@@ -151,19 +150,18 @@ def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: in
         return plan, measured
     offload_state = workload.state_bytes > room
     room -= 0 if offload_state else workload.state_bytes
-    n_blocks = workload.model.spec.L - workload.first_trained
     if on_gpu() and plan.saved == SAVE_PRODUCTS:
         everything = dataclasses.replace(plan, saved=SAVE_EVERYTHING)
-        kept_bytes = _kept(workload, everything)
-        if n_blocks * kept_bytes <= room:
+        kept_bytes = sum(_kept_sizes(workload, everything).of(everything))
+        if kept_bytes <= room:
             plan, measured = everything, dataclasses.replace(measured, kept_bytes=kept_bytes)
-    in_memory = None if n_blocks * measured.kept_bytes <= room else max(0, int(room))
+    in_memory = None if measured.kept_bytes <= room else max(0, int(room))
     return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), measured
 
 
-def _kept(workload: Workload, plan: Plan) -> int:
-    """The bytes that a block keeps."""
-    return backprop.kept_bytes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
+def _kept_sizes(workload: Workload, plan: Plan) -> KeptSizes:
+    """What blocks keep under a plan that cuts the step as this one does."""
+    return KeptSizes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
@@ -179,9 +177,9 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     if spec.layer_inputs is not None:
         cost["pp"] = spec.layer_inputs.width
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
-    order, n_blocks = sorted(cost, key=lambda name: cost[name]), spec.L - workload.first_trained
+    order, sizes = sorted(cost, key=lambda name: cost[name]), _kept_sizes(workload, plan)
     while True:
-        needed = n_blocks * _kept(workload, dataclasses.replace(plan, saved=saved)) + workload.state_bytes
+        needed = sum(sizes.of(dataclasses.replace(plan, saved=saved))) + workload.state_bytes
         if needed <= arena_budget_bytes:
             return saved
         if not order:

@@ -117,7 +117,7 @@ def count(workload: Workload, plan: Plan) -> dict[str, Work]:
         return {"forward": forward, "head": head}
     trained = layers[workload.first_trained :]
     backward = sum((counter.backward(layer, layer.index > workload.first_trained) for layer in trained), Work())
-    in_file = Work(arena_bytes=counter.file_bytes(len(trained)))
+    in_file = Work(arena_bytes=counter.file_bytes())
     return {"forward": forward + in_file, "head": head, "backward": backward + in_file}
 
 
@@ -156,10 +156,10 @@ class _Counter:
 
         return _sum(nodes_of(run, mx.zeros((n_rows, spec.D), self.model.dtype)))
 
-    def file_bytes(self, n_blocks: int) -> int:
+    def file_bytes(self) -> int:
         """Bytes that the forward pass writes and the backward pass reads."""
         w = self.workload
-        kept = n_blocks * kept_bytes(w.model, self.plan, w.lora, w.first_trained, w.B, w.T)
+        kept = sum(kept_bytes(w.model, self.plan, w.lora, w.first_trained, w.B, w.T))
         return 0 if self.plan.kept_bytes is None else max(0, kept - self.plan.kept_bytes)
 
     def _once(self, key: object, run: Callable[..., list[mx.array]]) -> Work:

@@ -111,7 +111,7 @@ def _open_log(run: Run) -> Iterator[RunLog]:
             log.say(f"resuming after iteration {first} of {run.n_iters}")
         for text in notices(config, run.inputs.data, run.optimizer, run.n_iters):
             log.notice(text)
-        for text in alignment_notices(run.model, config.model):
+        for text in (*run.model.spec.remarks, *alignment_notices(run.model, config.model)):
             log.notice(text)
         iterations = range(first, run.n_iters)
         if space := space_notice(run.folder, config, run.lora, run.updater.state(), iterations):
