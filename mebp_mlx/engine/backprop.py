@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -119,8 +120,10 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
     for tile in dy:
         run.blocks.append(run.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
+    n_tiles = len(dy)
     while dy:
-        gradient = run.blocks[-1].backward(dy.pop(), need_dx)
+        is_run = work.runs(layer, len(dy) - 1, n_tiles)
+        gradient = run.blocks[-1].backward(dy.pop(), need_dx) if is_run else dy.pop()
         if gradient is not None:
             dx.append(gradient)
         del gradient
@@ -188,7 +191,15 @@ def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T
     layers = model.spec.layers[index:]
     kinds = {(layer.block, model.copied_bytes(layer.linears["down"], 1)): layer for layer in layers}
     work = Pass(model.unread(), plan, adapter, Barrier(None))
-    return max((kept_shapes(work, layer, B, T).n_bytes for layer in kinds.values()), default=0)
+    tiles = plan.tiles(T)
+    # Every tile but the last keeps what the first one does: a long row's graph need not be built.
+    n_like_first, T = max(1, len(tiles) - 1), tiles[0][1] + (tiles[-1][1] - tiles[-1][0] if tiles[1:] else 0)
+
+    def of(layer: Layer) -> int:
+        kept = kept_shapes(work, layer, B, T).kept
+        return sum(page_ceil(prod(s) * d.size) * (1 if tile else n_like_first) for (_, _, tile), (s, d) in kept.items())
+
+    return max(map(of, kinds.values()), default=0)
 
 
 def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
@@ -201,15 +212,13 @@ def kept_shapes(work: Pass, layer: Layer, B: int, T: int) -> Shapes:
 
 
 class Shapes:
-    """Kept values by shape alone (families/base.py: Kept). n_bytes: of them, each in whole pages."""
+    """Kept values by shape alone (families/base.py: Kept)."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}
-        self.n_bytes = 0
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> bool:
         self.kept[layer, name, tile] = (value.shape, value.dtype)
-        self.n_bytes += page_ceil(value.nbytes)
         return True
 
     def get(self, layer: int, name: str, tile: int) -> mx.array | None:

@@ -23,6 +23,8 @@ SAVE_PROJECTIONS = frozenset({"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
 SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
+# Block inputs and what costs the square of a row's length.
+SAVE_ATTENTION = frozenset({"x", "a"})
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 

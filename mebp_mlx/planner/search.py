@@ -11,13 +11,14 @@ from typing import Any
 from ..engine import backprop
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
-from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
+from ..ops.plan import SAVE_ATTENTION, SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..system.device import on_gpu
 from ..system.footprint import footprint_bytes
 from .probe import Probe, probe
 from .workload import Workload
 
 ARENA_BUDGET_BYTES = 2_000_000_000
+LONG_ROWS_BYTES = 5_000_000_000  # the most that is written for long rows by default
 MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
 _SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
@@ -83,14 +84,15 @@ def choose(
     budget_bytes: int | None = None,
     *,
     smallest: bool = False,
-    arena_budget_bytes: int | None = ARENA_BUDGET_BYTES,
+    arena_budget_bytes: int | None = None,
     known: Plan | None = None,
     arena_dir: str | Path | None = None,
 ) -> Planned:
     """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
 
-    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the
-    files. Raises BudgetError, naming the smallest workable budget, when none fits.
+    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the files;
+    arena_budget_bytes: None: 2 GB, and for long rows what block inputs and attention's outputs take, up to 5 GB.
+    Raises BudgetError, naming the smallest workable budget, when none fits.
     """
     if known is not None:
         predicted = predict(workload, known, probe(workload, known, arena_dir))
@@ -169,8 +171,10 @@ def _kept(workload: Workload, plan: Plan) -> int:
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
     """Every product's output, except the cheapest to recompute per byte, until the file fits."""
     saved = SAVE_PRODUCTS
-    if not workload.is_exact or arena_budget_bytes is None:
+    if not workload.is_exact:
         return saved
+    if arena_budget_bytes is None:
+        arena_budget_bytes = _long_rows_budget(workload, plan)
     spec = workload.model.spec
     # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
     # twice as many as a query has keys.
@@ -188,6 +192,13 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
                 f"workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
             )
         saved -= {order.pop(0)}
+
+
+def _long_rows_budget(workload: Workload, plan: Plan) -> int:
+    """The default --arena-budget. Attention's outputs of long rows are by far the dearest to compute again."""
+    n_blocks = workload.model.spec.L - workload.first_trained
+    needed = n_blocks * _kept(workload, dataclasses.replace(plan, saved=SAVE_ATTENTION)) + workload.state_bytes
+    return max(ARENA_BUDGET_BYTES, min(needed, LONG_ROWS_BYTES))
 
 
 def _spared(n_bytes: float) -> int:
