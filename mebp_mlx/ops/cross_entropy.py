@@ -20,7 +20,6 @@ from ..model import NO_LABEL
 from ..model.base import Model, QuantizedBlock
 from .plan import Context
 
-
 # Labelled rows that go through the vocabulary together: the running sum and a chunk's product are two [rows, D] arrays
 # that pass through memory with every chunk, and longer ones leave a chunk of the same logits fewer columns.
 _ROWS = 4096
