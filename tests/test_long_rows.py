@@ -104,7 +104,7 @@ def test_groups_of_rows_give_the_head_no_other_gradients(
     batch.targets[:, 130:195] = -100  # a tile without a label, among others
     expected = _step("whole-graph", model, lora, batch)
     for n_rows in (1, 100, 4096):
-        monkeypatch.setattr(head, "_ROWS", n_rows)
+        monkeypatch.setattr(head, "ROWS", n_rows)
         actual = _step("mebp", model, lora, batch, plan=Plan(token_block=64))
         assert largest_error(*actual, *expected) <= 3e-5, f"{n_rows} rows, seed {seed}"
         evaluated = make_engine("mebp", model, lora, plan=Plan(token_block=64)).evaluate(batch)
@@ -118,7 +118,7 @@ def test_groups_hold_every_tile_once(n_rows: list[int]) -> None:
     assert sum(groups) == len(n_rows) and (not n_rows or min(groups) > 0)
     first = 0
     for n_tiles in groups:
-        assert n_tiles <= 1 or sum(n_rows[first : first + n_tiles]) <= head._ROWS
+        assert n_tiles <= 1 or sum(n_rows[first : first + n_tiles]) <= head.ROWS
         first += n_tiles
 
 

@@ -22,7 +22,7 @@ from .plan import Context
 
 # Labelled rows that go through the vocabulary together: the running sum and a chunk's product are two [rows, D] arrays
 # that pass through memory with every chunk, and longer ones leave a chunk of the same logits fewer columns.
-_ROWS = 4096
+ROWS = 4096
 
 
 class HeadResult(NamedTuple):
@@ -77,10 +77,10 @@ def cross_entropy(
 
 
 def _groups(n_rows: list[int]) -> list[int]:
-    """How many tiles of these many labelled rows go through the vocabulary together: as many as have _ROWS rows."""
+    """How many tiles of these many labelled rows go through the vocabulary together: as many as have ROWS rows."""
     groups, rows = [0], 0
     for n in n_rows:
-        if groups[-1] and rows + n > _ROWS:
+        if groups[-1] and rows + n > ROWS:
             groups.append(0)
             rows = 0
         groups[-1] += 1

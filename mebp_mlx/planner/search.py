@@ -11,6 +11,7 @@ from typing import Any
 from ..engine import backprop
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
+from ..ops.cross_entropy import ROWS
 from ..ops.plan import SAVE_ATTENTION, SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..system.device import on_gpu
 from ..system.footprint import footprint_bytes
@@ -21,6 +22,8 @@ ARENA_BUDGET_BYTES = 2_000_000_000
 LONG_ROWS_BYTES = 5_000_000_000  # the most that is written for long rows by default
 MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
 _SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
+_LOGITS_BYTES = 64 << 20  # on a GPU; a larger chunk has no more columns than its two products can use
+_COLUMNS = 4096  # of a chunk on a GPU: fewer, and the running sum [rows, D] takes the time
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
 _MIB = 1 << 20
 
@@ -69,12 +72,16 @@ def ladder(workload: Workload) -> list[Plan]:
             dict(grain="tile", token_block=256, query_block=256, logits_block_bytes=8 * _MIB, **whole),
             dict(grain="block", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, **whole),
         ]
+        rows = min(workload.B * workload.T, ROWS)
+        steps[-1]["logits_block_bytes"] = max(8 * _MIB, rows * _COLUMNS * workload.model.dtype.size)
     plans = []
     for step in steps:
         step.setdefault("head_block_bytes", step["logits_block_bytes"])
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
-        scores = 4 * workload.B * workload.model.spec.H * workload.T
-        step["query_block"] = max(16, min(step["query_block"], _SCORES_BYTES // scores // 16 * 16))
+        scores, limit = 4 * workload.B * workload.model.spec.H * workload.T, _SCORES_BYTES
+        if step["grain"] == "block":  # every block of queries is launches, and as many in the backward pass again
+            scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
+        step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
 
@@ -124,6 +131,8 @@ def choose(
     assert taken is not None
     if not smallest:
         taken = _in_memory(workload, *taken, budget_bytes)
+    if on_gpu() and not smallest and taken[0].grain == "block":
+        taken = _large_chunks(workload, *taken, budget_bytes, arena_dir)
     return Planned(workload, taken[0], predict(workload, *taken), budget_bytes)
 
 
@@ -161,6 +170,24 @@ def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: in
             plan, measured = everything, dataclasses.replace(measured, kept_bytes=kept_bytes)
     in_memory = None if n_blocks * measured.kept_bytes <= room else max(0, int(room))
     return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), measured
+
+
+def _large_chunks(
+    workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None, arena_dir: str | Path | None
+) -> tuple[Plan, Probe]:
+    """The same plan with chunks of the vocabulary as large as the budget allows, measured again."""
+    rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
+    if budget_bytes is not None:
+        # Of two chunks under way, logits and what they become.
+        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, measured).phases["head"]
+        most = min(most, plan.logits_block_bytes + room // 4)
+    larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
+    if larger <= plan.logits_block_bytes:
+        return plan, measured
+    plan_with = dataclasses.replace(plan, logits_block_bytes=larger)
+    again = dataclasses.replace(probe(workload, plan_with, arena_dir), kept_bytes=measured.kept_bytes)
+    fits = budget_bytes is None or _spared(predict(workload, plan_with, again).peak_bytes) <= budget_bytes
+    return (plan_with, again) if fits else (plan, measured)
 
 
 def _kept(workload: Workload, plan: Plan) -> int:
