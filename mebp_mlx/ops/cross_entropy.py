@@ -146,8 +146,9 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
     """The state after the vocabulary's chunks, from normed rows h [N, D] and labels int32 [N]."""
     model, barrier, spec = context.model, context.barrier, context.model.spec
     state = SoftmaxState.start(h.shape[0], spec.D, need_dx)
-    chunk = context.plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
-    fused = not need_dx and _is_fused(model)
+    fused = not need_dx and not barrier.is_lazy and _is_fused(model)
+    logit_bytes = 0 if fused else h.dtype.size
+    chunk = context.plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), logit_bytes)
     for number, first in enumerate(range(0, spec.V, chunk)):
         if number == max_chunks:
             break
@@ -192,7 +193,10 @@ def _slope(z: mx.array, cap: float) -> mx.array:
 
 
 def _is_fused(model: Model) -> bool:
-    """Whether one kernel computes the loss without logits."""
+    """Whether one kernel can compute the loss without logits.
+
+    Its own products are slower than MLX's (bench.head_forward): it is used where every chunk's logits are waited for.
+    """
     packing = model.spec.head.quantization
     if (
         model.spec.logit_cap is not None
