@@ -40,6 +40,7 @@ MEASUREMENTS = {
     "in_memory": ("versus", "a step compared with mlx-lm's model, decompressed in memory"),
     "head": ("micro", "the head compared with its two matrix products"),
     "head_backward": ("projection", "why the head's gradient has no kernel of its own: bytes and operations"),
+    "head_forward": ("projection", "when the head's kernel beats two products: counted"),
     "blas": ("micro", "matrix products with the loaded BLAS and with MLX's own"),
     "torture": ("torture.__main__", "stopped runs, full disks and damaged files: lost data and error messages"),
     "open_cost": ("micro", "time and footprint of opening a checkpoint"),

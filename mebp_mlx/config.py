@@ -100,8 +100,8 @@ class TrainConfig:
         may_change=True, shown_default="1GB, at most 1/4 of memory")
     over_budget: str = option("stop", METHOD, "if the measured peak exceeds it: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int = size_option(METHOD, "for kept activations; less: more is recomputed", default=2_000_000_000,
-                                    may_change=True, shown_default="2GB")
+    arena_budget: int | None = size_option(METHOD, "for kept activations; less: more is recomputed",
+                                           may_change=True, shown_default="2GB; long rows up to 5GB")
     device: str | None = option(None, METHOD, "simulate a phone: its app's memory, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
     dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)

@@ -8,8 +8,8 @@ but never evaluated.
 A node is a primitive in an evaluated graph; "non-view" nodes exclude views of existing memory (reshape, slice,
 transpose ...). The fast primitives (rms_norm, rope, attention) are one node each on a GPU and several on a CPU, also
 for mlx-lm. Without a GPU, packed products and the head's kernel are stand-ins of one node with the right shapes, and
-zero-copy tensors are constants. With a GPU, products are real; without Metal (CUDA), tensors are copied once before the
-step.
+zero-copy tensors are constants; from 4,097 tokens on, attention is a stand-in too, one node per block of queries. With
+a GPU, products are real; without Metal (CUDA), tensors are copied once before the step.
 
 Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block. This is
 exact, because the blocks of a shape have the same graph, unless rows are longer than a sliding window (refused).

@@ -26,6 +26,7 @@ from mebp_mlx.engine.base import Pass
 from mebp_mlx.kernels.online_softmax import SoftmaxStep
 from mebp_mlx.model.config import PROJECTIONS
 from mebp_mlx.model.lora import Lora
+from mebp_mlx.ops import attention as ops_attention
 from mebp_mlx.ops import cross_entropy as ops_head
 from mebp_mlx.ops.plan import SAVE_EVERYTHING, Plan
 from mebp_mlx.planner import search
@@ -37,14 +38,17 @@ from mebp_mlx.training.update import Updater
 from mebp_mlx.weights.safetensors import MappedWeights
 
 OPTIMIZERS = {"sgd": PlainSGD, "adamw": optim.AdamW}
+LONG_TOKENS = 4096  # attention over more of them is a stand-in
 MLX_LM = {"plain": False, "checkpointed": True}
 
 
 @contextlib.contextmanager
-def emulated(allocating: bool = False) -> Iterator[None]:
+def emulated(allocating: bool = False, attention: bool = False) -> Iterator[None]:
     """Installs stand-ins: for zero-copy weights without Metal; for packed products and the head's kernel without a GPU.
 
-    allocating: a stand-in allocates its result, which takes a few nodes; otherwise it is one node.
+    allocating: a stand-in allocates its result, which takes a few nodes; otherwise it is one node. attention:
+    installs a stand-in for attention too, one node per block of queries in either direction; a long row would take
+    hours on a CPU.
     """
     evaluate, known = mx.eval, {}
 
@@ -69,6 +73,15 @@ def emulated(allocating: bool = False) -> Iterator[None]:
         numbers = [constant(number, maximum.shape) for number in (0, 1, 0, 1)]
         return SoftmaxStep(*mx.depends([p, *numbers], [z, maximum, total, target_logit, targets]))
 
+    def attend(heads: Any, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
+        B, H, n, width = q.shape
+        return mx.depends([constant(0, (B, n, H * width), q.dtype)], [q, k, v])[0]
+
+    def attend_backward(
+        heads: Any, q: mx.array, k: mx.array, v: mx.array, start: int, low: int, da: mx.array
+    ) -> tuple[mx.array, ...]:
+        return tuple(mx.depends([constant(0, x.shape, x.dtype) for x in (q, k, v)], [q, k, v, da]))
+
     def in_place(weights: MappedWeights, name: str) -> mx.array | None:
         info = weights.info(name)
         if not weights.adopt or info.not_adoptable:
@@ -87,6 +100,9 @@ def emulated(allocating: bool = False) -> Iterator[None]:
         if not on_gpu():
             stack.enter_context(mock.patch.object(mx, "quantized_matmul", product))
             stack.enter_context(mock.patch.object(ops_head, "softmax_kernel", softmax))
+        if attention and not on_gpu():
+            stack.enter_context(mock.patch.object(ops_attention, "forward", attend))
+            stack.enter_context(mock.patch.object(ops_attention, "backward", attend_backward))
         yield
 
 
@@ -108,6 +124,7 @@ class Case:
     ):
         self.model = mebp_mlx.open_model(folder, "bfloat16", "packed")
         self.model.weights.adopt = True
+        self.is_long = n_tokens > LONG_TOKENS
         self.lora = mebp_mlx.init_lora(self.model, rank=rank)
         self.make_optimizer = lambda: OPTIMIZERS[optimizer](learning_rate=1e-4)
         tokens, targets = np.random.default_rng(0).integers(0, self.model.spec.V, (2, 1, n_tokens)).astype(np.int32)
@@ -116,7 +133,7 @@ class Case:
         self.workload = Workload(self.model, self.lora, 1, n_tokens, make_updater=self._updater, state_bytes=state)
         with mock.patch.object(search, "on_gpu", lambda: True):
             if budget_bytes is not None:
-                with emulated(allocating=True):
+                with emulated(allocating=True, attention=self.is_long):
                     self.plan = search.choose(self.workload, budget_bytes).plan
             else:
                 fastest = search.ladder(self.workload)[-1]
@@ -150,7 +167,7 @@ class Case:
 def count(case: Case) -> dict[str, Any]:
     """{"stages": {stage: numbers}, "names": {stage: nodes by name}, ...} of one step."""
     result: dict[str, Any] = {}
-    with emulated():
+    with emulated(attention=case.is_long):
         with case.steps(case.plan) as (engine, step):
             with Watch(by_stage=False).open() as whole:
                 step()
@@ -193,7 +210,7 @@ def peak_bytes(case: Case) -> dict[str, int]:
 
         return run
 
-    with emulated(allocating=True), contextlib.ExitStack() as stack:
+    with emulated(allocating=True, attention=case.is_long), contextlib.ExitStack() as stack:
         _, step = stack.enter_context(case.steps(dataclasses.replace(case.plan, kept_bytes=0)))
         before = mx.get_active_memory()
         phases = ((Pass, "forward", "forward"), (backprop, "cross_entropy", "head"))

@@ -120,8 +120,10 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
     for tile in dy:
         run.blocks.append(run.block(run, position, tile.shape[:2]))
         position += tile.shape[1]
+    n_tiles = len(dy)
     while dy:
-        gradient = run.blocks[-1].backward(dy.pop(), need_dx)
+        is_run = work.runs(layer, len(dy) - 1, n_tiles)
+        gradient = run.blocks[-1].backward(dy.pop(), need_dx) if is_run else dy.pop()
         if gradient is not None:
             dx.append(gradient)
         del gradient

@@ -7,7 +7,7 @@ equation's place, what was not is computed again by being asked for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -196,6 +196,17 @@ class Block:
         """Give up values; asked for again, they are computed again."""
         for name in names:
             self.__dict__.pop(name, None)
+
+    def left_out(self, shapes: Mapping[str, tuple[tuple[int, ...], mx.Dtype]]) -> mx.array:
+        """In place of y where a probe leaves this tile out: zeros stand for keys, values and what is kept (shapes)."""
+        for name, (shape, dtype) in shapes.items():
+            if name != "x":
+                self.run.kept.put(name, self.position, mx.zeros(shape, dtype))
+        attention, dtype = self.run.attention, self.run.dtype
+        k, v = (mx.zeros((*self.shape, self.run.linear[short].linear.out_dims), dtype) for short in "kv")
+        attention.append(attention.heads.split(k), v)
+        x: mx.array = self.x
+        return x
 
     # The vocabulary of equations
 

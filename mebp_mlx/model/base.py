@@ -51,10 +51,14 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """The same, with W's codes and group parameters; parts: weight, scales(, biases)."""
+    """The same, with W's codes and group parameters; parts: weight, scales(, biases).
+
+    in_half: products of bfloat16 are made in float16 (_as_half).
+    """
 
     parts: tuple[mx.array, ...]
     packing: Quantization
+    in_half: bool = False
 
     def matmul(self, x: mx.array) -> mx.array:
         """x W^T [N, n_out], not evaluated."""
@@ -65,17 +69,34 @@ class QuantizedBlock:
         return self._product(g, False)
 
     def _product(self, x: mx.array, transpose: bool) -> mx.array:
-        how, (weight, scales, *biases) = self.packing, self.parts
-        return mx.quantized_matmul(
+        how, (weight, *of_groups) = self.packing, self.parts
+        size = None
+        if self.in_half and x.dtype == mx.bfloat16:
+            x, size = _as_half(x)
+            of_groups = [part.astype(mx.float16) for part in of_groups]
+        y = mx.quantized_matmul(
             x,
             weight,
-            scales,
-            biases[0] if biases else None,
+            of_groups[0],
+            of_groups[1] if len(of_groups) > 1 else None,
             transpose=transpose,
             group_size=how.group_size,
             bits=how.bits,
             mode=how.mode,
         )
+        return y if size is None else (y.astype(mx.float32) * size).astype(mx.bfloat16)
+
+
+def _as_half(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Rows of x, bfloat16, divided by the power of two below their largest entry, float16; and that, float32 [..., 1].
+
+    An entry keeps its 8 bits unless it is 2^-15 of the row's largest; no product can overflow: its rows have a largest
+    entry below 2, and it would take a sum of weights of 32,752.
+    """
+    largest = mx.abs(x).max(axis=-1, keepdims=True)
+    size = (largest.view(mx.uint16) & 0x7F80).view(mx.bfloat16).astype(mx.float32)  # without its fraction
+    size = mx.maximum(size, 2.0**-100)
+    return (x.astype(mx.float32) / size).astype(mx.float16), size
 
 
 class WeightBlock(Protocol):
@@ -134,7 +155,7 @@ class Model:
 
     dtype: of activations and dequantized weights; packed: multiply by packed weights where MLX can
     (mx.quantized_matmul) rather than dequantize them; adopt: use the mapped pages themselves where MLX can
-    (MappedWeights).
+    (MappedWeights). half_products: packed products of bfloat16 are made in float16.
     """
 
     def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32, *, packed: bool = False, adopt: bool = False):
@@ -142,7 +163,7 @@ class Model:
         config = read_config(self.path)
         self.weights = MappedWeights(self.path, adopt=adopt)
         self.spec: ModelSpec = read_spec(config, self.weights, where=str(self.path / "config.json"))
-        self.dtype, self.packed = dtype, packed
+        self.dtype, self.packed, self.half_products = dtype, packed, False
         self._tensors: dict[tuple[str, int | None], Tensor] = {}
         self._kind: type[Tensor] = Tensor
         self._squared_norms: dict[Linear, mx.array] = {}
@@ -250,7 +271,7 @@ class Model:
         weight, *parts = (tensor[index(tensor)] for tensor in self._parts(linear))
         if packing.mode == "affine":  # else a float32 scale would make the product float32
             parts = [part.astype(self.dtype) for part in parts]
-        return QuantizedBlock((weight, *parts), packing)
+        return QuantizedBlock((weight, *parts), packing, self.half_products and packing.mode == "affine")
 
     def _dense(self, linear: Linear, index: Index) -> mx.array:
         weight, *of_groups = self._parts(linear)

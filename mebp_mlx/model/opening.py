@@ -31,6 +31,7 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
     allocator.settle()
     model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
     model.dtype = device.compute_dtype(dtype, model.spec.family, _own_dtype(model))
+    model.half_products = device.takes_float16(model.dtype, model.spec.family)
     return model
 
 

@@ -20,6 +20,10 @@ from ..model import NO_LABEL
 from ..model.base import Model, QuantizedBlock
 from .plan import Context
 
+# Labelled rows that go through the vocabulary together: the running sum and a chunk's product are two [rows, D] arrays
+# that pass through memory with every chunk, and longer ones leave a chunk of the same logits fewer columns.
+ROWS = 4096
+
 
 class HeadResult(NamedTuple):
     """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those whose label is the likeliest
@@ -45,34 +49,82 @@ def cross_entropy(
     dx is multiplied by `weight`. Rows without a label are left out of the products. max_chunks: stop early (a probe
     of memory; the loss is that of a part of the vocabulary).
     """
-    model, barrier, spec = context.model, context.barrier, context.model.spec
     starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
     tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in pairwise(starts)]
     labelled = [np.flatnonzero(t != NO_LABEL) for t in tile_targets]
-    y = np.concatenate([t[rows] for t, rows in zip(tile_targets, labelled, strict=True)])
-    if len(y) == 0:
+    n_labels = sum(map(len, labelled))
+    if n_labels == 0:
         return HeadResult(0.0, 0, 0, [mx.zeros_like(tile) for tile in x] if need_dx else None)
-    picked = [_pick(tile, rows) for tile, rows in zip(x, labelled, strict=True)]
-    shapes = [tile.shape for tile in x]
-    x.clear()
-    normed = final_norm(model)
+    normed, dx = final_norm(context.model), []
+    losses, correct = [], []
+    for n_tiles in _groups([len(rows) for rows in labelled]):
+        tiles = [x.pop(0) for _ in range(n_tiles)]
+        shapes = [tile.shape for tile in tiles]
+        rows, y = labelled[:n_tiles], [t[r] for t, r in zip(tile_targets, labelled[:n_tiles], strict=False)]
+        del labelled[:n_tiles], tile_targets[:n_tiles]
+        picked = [_pick(tile, r) for tile, r in zip(tiles, rows, strict=True)]
+        del tiles
+        state, dh = _rows(context, normed, picked, np.concatenate(y), need_dx, weight, max_chunks)
+        losses.append(state.losses().sum())
+        correct.append((state.target_logit >= state.maximum).sum())
+        context.barrier.value(losses[-1], correct[-1])
+        del state
+        if dh is not None:
+            dx += _tiles_of(context, normed, picked, dh, rows, shapes)
+    context.barrier.wait(*losses, *correct)
+    loss_sum = float(sum(float(np.asarray(loss)) for loss in losses))
+    return HeadResult(loss_sum, n_labels, sum(int(np.asarray(n)) for n in correct), dx if need_dx else None)
+
+
+def _groups(n_rows: list[int]) -> list[int]:
+    """How many tiles of these many labelled rows go through the vocabulary together: as many as have ROWS rows."""
+    groups, rows = [0], 0
+    for n in n_rows:
+        if groups[-1] and rows + n > ROWS:
+            groups.append(0)
+            rows = 0
+        groups[-1] += 1
+        rows += n
+    return groups
+
+
+def _rows(
+    context: Context,
+    normed: Callable[[mx.array], mx.array],
+    picked: list[mx.array],
+    y: np.ndarray,
+    need_dx: bool,
+    weight: float,
+    max_chunks: int | None,
+) -> tuple[SoftmaxState, mx.array | None]:
+    """The state after the vocabulary, without its weighted sum, and weight * dL/dh [N, D] or None."""
+    model, barrier, spec = context.model, context.barrier, context.model.spec
     h = [normed(part) for part in picked]
     joined = h[0] if len(h) == 1 else mx.concatenate(h)
     del h
     barrier.value(joined, *picked)
+    if len(y) == 0:
+        return SoftmaxState.start(0, spec.D, False), joined if need_dx else None
     state = scan(context, joined, mx.array(y), need_dx, max_chunks)
-    losses = state.losses().sum()
-    n_correct = (state.target_logit >= state.maximum).sum()
-    barrier.wait(losses, n_correct)
-    loss_sum, correct = float(np.asarray(losses)), int(np.asarray(n_correct))
     if not need_dx:
-        return HeadResult(loss_sum, len(y), correct, None)
+        return state, None
     target_rows = model.gather(spec.head, y)
     if spec.logit_cap is not None:
         target_rows = target_rows * _slope(state.target_logit, spec.logit_cap)[:, None]
     dh = (state.gradient(target_rows) * weight).astype(joined.dtype)
     barrier.value(dh)
-    del state, joined
+    return state._replace(weighted=None), dh
+
+
+def _tiles_of(
+    context: Context,
+    normed: Callable[[mx.array], mx.array],
+    picked: list[mx.array],
+    dh: mx.array,
+    labelled: list[np.ndarray],
+    shapes: list[tuple[int, ...]],
+) -> list[mx.array]:
+    """Tiles of dL/dx from dL/dh of their labelled rows; `picked`, those rows of x, is emptied."""
     dx, first = [], 0
     for shape, rows in zip(shapes, labelled, strict=True):
         cotangent = dh[first : first + len(rows)]
@@ -84,18 +136,19 @@ def cross_entropy(
         (d_part,) = mx.vjp(normed, [part], [cotangent])[1]
         n_rows = shape[0] * shape[1]
         if len(rows) < n_rows:
-            d_part = mx.zeros((n_rows, spec.D), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
+            d_part = mx.zeros((n_rows, shape[2]), d_part.dtype).at[mx.array(rows.astype(np.uint32))].add(d_part)
         dx.append(d_part.reshape(shape))
-        barrier.value(dx[-1])
-    return HeadResult(loss_sum, len(y), correct, dx)
+        context.barrier.value(dx[-1])
+    return dx
 
 
 def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chunks: int | None = None) -> SoftmaxState:
     """The state after the vocabulary's chunks, from normed rows h [N, D] and labels int32 [N]."""
     model, barrier, spec = context.model, context.barrier, context.model.spec
     state = SoftmaxState.start(h.shape[0], spec.D, need_dx)
-    chunk = context.plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), h.dtype.size)
-    fused = not need_dx and _is_fused(model)
+    fused = not need_dx and not barrier.is_lazy and _is_fused(model)
+    logit_bytes = 0 if fused else h.dtype.size
+    chunk = context.plan.vocabulary_chunk(h.shape[0], model.copied_bytes(spec.head, spec.D), logit_bytes)
     for number, first in enumerate(range(0, spec.V, chunk)):
         if number == max_chunks:
             break
@@ -142,7 +195,10 @@ def _slope(z: mx.array, cap: float) -> mx.array:
 
 
 def _is_fused(model: Model) -> bool:
-    """Whether one kernel computes the loss without logits."""
+    """Whether one kernel can compute the loss without logits.
+
+    Its own products are slower than MLX's (bench.head_forward): it is used where every chunk's logits are waited for.
+    """
     packing = model.spec.head.quantization
     if (
         model.spec.logit_cap is not None

@@ -26,11 +26,13 @@ SAVE_PROJECTIONS = frozenset(
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
 # Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
 SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
+# Block inputs and what costs the square of a row's length.
+SAVE_ATTENTION = frozenset({"x", "a"})
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
 
 GRAINS = ("op", "stage", "tile", "block")
-_LEAST_ROWS = 32
+_LEAST_ROWS, _ALL_ROWS = 32, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Plan:
         return _ranges(n_columns, self.weight_block_bytes, column_bytes, DROPOUT_COLUMNS)
 
     def vocabulary_chunk(self, n_rows: int, row_bytes: float, logit_bytes: int) -> int:
-        """Rows of the head's matrix at a time for n_rows labelled positions, at least 32."""
-        chunk = self.logits_block_bytes // (logit_bytes * n_rows)
+        """Rows of the head's matrix at a time for n_rows labelled positions, at least 32. logit_bytes: 0: no logits."""
+        chunk = self.logits_block_bytes // (logit_bytes * n_rows) if logit_bytes else _ALL_ROWS
         if self.head_block_bytes is not None and row_bytes:
             chunk = min(chunk, int(self.head_block_bytes // row_bytes))
         return max(_LEAST_ROWS, chunk // _LEAST_ROWS * _LEAST_ROWS)

@@ -13,17 +13,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..engine.backprop import BackpropEngine, kept_bytes, kept_names
+from ..engine.backprop import BackpropEngine, kept_bytes, kept_names, kept_shapes
 from ..engine.base import Pass
+from ..families import BLOCKS
 from ..model.base import Model, WeightBlock
 from ..model.config import Layer, Linear
 from ..model.lora import Lora
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import Plan
+from ..ops.plan import Barrier, Plan
 from ..system.footprint import PeakMeter
 from .workload import Workload
 
 _CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
+_WHOLE_TILES = 8  # of a row; of a longer one most tiles are left out, or planning would take a step's time
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def _exact(
     engine.store.reserve(len(layers) * block_bytes, block_bytes)
     dropout = (0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
+    _leave_tiles_out(workload, plan, work, layers, T)
     tokens = np.zeros((B, T), np.int32)
     with meter.phase("forward"):
         x = work.embed(tokens)
@@ -136,6 +139,17 @@ def _exact(
         mx.synchronize()
     engine.barrier.finish()
     engine.store.clear()
+
+
+def _leave_tiles_out(workload: Workload, plan: Plan, work: Pass, layers: list[Layer], T: int) -> None:
+    """Long rows: most tiles of blocks with attention, whose cost is quadratic, only keep what they would keep."""
+    if len(plan.tiles(T)) <= _WHOLE_TILES:
+        return
+    unread = Pass(workload.model.unread(), plan, workload.adapter, Barrier(None))
+    for layer in layers:
+        if hasattr(BLOCKS[layer.block], "K") and {"k", "v"} <= layer.linears.keys():
+            kept = kept_shapes(unread, layer, workload.B, plan.tiles(T)[0][1]).kept
+            work.left_out[layer.index] = {name: shape for (_, name, _), shape in kept.items()}
 
 
 class _Update:
@@ -164,6 +178,8 @@ def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: Peak
     tokens = np.zeros((workload.B, T), np.int32)
     if workload.estimator is not None:
         workload.estimator.begin(0)
+    for layers in _kinds(workload, engine.barrier.is_lazy):
+        _leave_tiles_out(workload, plan, work, layers, T)
     with meter.phase("forward"):
         x = work.embed(tokens)
         work.assume(workload.B, T)

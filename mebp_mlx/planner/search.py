@@ -11,15 +11,19 @@ from typing import Any
 from ..engine.backprop import KeptSizes
 from ..errors import BudgetError
 from ..model.lora import DROPOUT_RUN
-from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
+from ..ops.cross_entropy import ROWS
+from ..ops.plan import SAVE_ATTENTION, SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..system.device import on_gpu
 from ..system.footprint import footprint_bytes
 from .probe import Probe, probe
 from .workload import Workload
 
 ARENA_BUDGET_BYTES = 2_000_000_000
+LONG_ROWS_BYTES = 5_000_000_000  # the most that is written for long rows by default
 MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
 _SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
+_LOGITS_BYTES = 64 << 20  # on a GPU; a larger chunk has no more columns than its two products can use
+_COLUMNS = 4096  # of a chunk on a GPU: fewer, and the running sum [rows, D] takes the time
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
 _MIB = 1 << 20
 
@@ -68,12 +72,16 @@ def ladder(workload: Workload) -> list[Plan]:
             dict(grain="tile", token_block=256, query_block=256, logits_block_bytes=8 * _MIB, **whole),
             dict(grain="block", token_block=512, query_block=256, logits_block_bytes=8 * _MIB, **whole),
         ]
+        rows = min(workload.B * workload.T, ROWS)
+        steps[-1]["logits_block_bytes"] = max(8 * _MIB, rows * _COLUMNS * workload.model.dtype.size)
     plans = []
     for step in steps:
         step.setdefault("head_block_bytes", step["logits_block_bytes"])
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
-        scores = 4 * workload.B * workload.model.spec.H * workload.T
-        step["query_block"] = max(16, min(step["query_block"], _SCORES_BYTES // scores // 16 * 16))
+        scores, limit = 4 * workload.B * workload.model.spec.H * workload.T, _SCORES_BYTES
+        if step["grain"] == "block":  # every block of queries is launches, and as many in the backward pass again
+            scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
+        step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
 
@@ -83,14 +91,15 @@ def choose(
     budget_bytes: int | None = None,
     *,
     smallest: bool = False,
-    arena_budget_bytes: int | None = ARENA_BUDGET_BYTES,
+    arena_budget_bytes: int | None = None,
     known: Plan | None = None,
     arena_dir: str | Path | None = None,
 ) -> Planned:
     """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
 
-    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the
-    files. Raises BudgetError, naming the smallest workable budget, when none fits.
+    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the files;
+    arena_budget_bytes: None: 2 GB, and for long rows what block inputs and attention's outputs take, up to 5 GB.
+    Raises BudgetError, naming the smallest workable budget, when none fits.
     """
     if known is not None:
         predicted = predict(workload, known, probe(workload, known, arena_dir))
@@ -122,6 +131,8 @@ def choose(
     assert taken is not None
     if not smallest:
         taken = _in_memory(workload, *taken, budget_bytes)
+    if on_gpu() and not smallest and taken[0].grain == "block":
+        taken = _large_chunks(workload, *taken, budget_bytes, arena_dir)
     return Planned(workload, taken[0], predict(workload, *taken), budget_bytes)
 
 
@@ -159,16 +170,36 @@ def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: in
     return dataclasses.replace(plan, kept_bytes=in_memory, offload_state=offload_state), measured
 
 
+def _large_chunks(
+    workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None, arena_dir: str | Path | None
+) -> tuple[Plan, Probe]:
+    """The same plan with chunks of the vocabulary as large as the budget allows, measured again."""
+    rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
+    if budget_bytes is not None:
+        # Of two chunks under way, logits and what they become.
+        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, measured).phases["head"]
+        most = min(most, plan.logits_block_bytes + room // 4)
+    larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
+    if larger <= plan.logits_block_bytes:
+        return plan, measured
+    plan_with = dataclasses.replace(plan, logits_block_bytes=larger)
+    again = dataclasses.replace(probe(workload, plan_with, arena_dir), kept_bytes=measured.kept_bytes)
+    fits = budget_bytes is None or _spared(predict(workload, plan_with, again).peak_bytes) <= budget_bytes
+    return (plan_with, again) if fits else (plan, measured)
+
+
 def _kept_sizes(workload: Workload, plan: Plan) -> KeptSizes:
-    """What blocks keep under a plan that cuts the step as this one does."""
+    """The bytes that blocks keep under plans that cut the step as this one does."""
     return KeptSizes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
     """Every product's output, except the cheapest to recompute per byte, until the file fits."""
     saved = SAVE_PRODUCTS
-    if not workload.is_exact or arena_budget_bytes is None:
+    if not workload.is_exact:
         return saved
+    if arena_budget_bytes is None:
+        arena_budget_bytes = _long_rows_budget(workload, plan)
     spec = workload.model.spec
     # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
     # twice as many as a query has keys.
@@ -188,6 +219,12 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
                 f"workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
             )
         saved -= {order.pop(0)}
+
+
+def _long_rows_budget(workload: Workload, plan: Plan) -> int:
+    """The default --arena-budget. Attention's outputs of long rows are by far the dearest to compute again."""
+    kept = sum(_kept_sizes(workload, plan).of(dataclasses.replace(plan, saved=SAVE_ATTENTION)))
+    return max(ARENA_BUDGET_BYTES, min(kept + workload.state_bytes, LONG_ROWS_BYTES))
 
 
 def _spared(n_bytes: float) -> int:
