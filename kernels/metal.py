@@ -31,13 +31,17 @@ class Source:
         return _text_of(self.name)
 
     @cached_property
+    def header_text(self) -> str:
+        return _text_of(self.header) if self.header else ""
+
+    @cached_property
     def _kernel(self) -> Any:
         return factory(
             name=self.name,
             input_names=list(self.inputs),
             output_names=list(self.outputs),
             source=self.text,
-            header=_text_of(self.header) if self.header else "",
+            header=self.header_text,
         )
 
     def __call__(self, inputs: list[Any], template: Template, **call: Any) -> list[mx.array]:

@@ -179,7 +179,7 @@ def test_sanitizers_find_nothing(name: str, sanitize: str, check: Any) -> None:
     check(name, f"{sanitize} sanitizer")
     kernel = trust.KERNELS[name]
     with running(sanitize=sanitize):
-        for group_size in kernel.group_sizes[:2]:
+        for group_size in {kernel.group_sizes[0], kernel.group_sizes[-1]}:
             assert trust.verdict(kernel, mx.bfloat16, group_size) == ""
 
 
@@ -214,7 +214,8 @@ def test_emulated_signature_is_mlxs_own(name: str, dtype: mx.Dtype, check: Any, 
         def run(*, inputs: Any, template: Any, output_dtypes: Any, **_: Any) -> Any:
             given = [(x.shape, x.dtype) for x in inputs]
             names = (how["input_names"], given, how["output_names"], output_dtypes)
-            texts.append(metal_on_cpu.signature(how["name"], *names, how["source"], template=template).text)
+            body = (how["source"], how["header"])
+            texts.append(metal_on_cpu.signature(how["name"], *names, *body, template=template).text)
             return verbose(**how)(inputs=inputs, template=template, output_dtypes=output_dtypes, **_)
 
         return run
@@ -232,12 +233,14 @@ def test_emulated_signature_is_mlxs_own(name: str, dtype: mx.Dtype, check: Any, 
 @pytest.mark.parametrize("name", NAMES)
 def test_address_spaces(name: str, check: Any) -> None:
     check(name, "address-space lint")
-    templates = {
+    tiles = {"scalar": "half", "D": 128, "ROWS": 32, "COLUMNS": 16, "SPLIT": 2, "HELD": True}
+    templates = dict.fromkeys(kernels.attention.NAMES, tiles) | {
         "online_softmax": {"scalar": "half", "THREADS": 256},
         "linear_cross_entropy": {"scalar": "half", "GROUP": 32, "SYMMETRIC": False},
     }
     assert metal_on_cpu.lint(_generated(name), templates[name]) == []
-    broken = re.sub(r"threadgroup float (partial\[32\]|tile\[[^;]*\]);", r"device float \1;", _generated(name))
+    spaces = r"threadgroup (float (?:partial\[32\]|tile\[[^;]*\])|uint4 \w+\[[^;]*\]);"
+    broken = re.sub(spaces, r"device \1;", _generated(name))
     assert broken != _generated(name) and metal_on_cpu.lint(broken, templates[name]) != []
 
 
@@ -249,7 +252,8 @@ def _generated(name: str) -> str:
         def run(*, inputs: Any, template: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
             given = [(x.shape, x.dtype) for x in inputs]
             names = (how["input_names"], given, how["output_names"], output_dtypes)
-            texts.append(metal_on_cpu.signature(how["name"], *names, how["source"], template=template).text)
+            body = (how["source"], how["header"])
+            texts.append(metal_on_cpu.signature(how["name"], *names, *body, template=template).text)
             return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
 
         return run

@@ -114,6 +114,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
     """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
     if work.plan.checkpoint:
         return _checkpointed(work, layer, run, dy, need_dx)
+    run.begin(dy)
     position = 0
     dx: list[mx.array] = []
     for tile in dy:

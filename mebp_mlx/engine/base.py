@@ -88,6 +88,7 @@ class Pass(Context):
         if self.ahead is not None:
             self.ahead.block(layer.index + 1)
         run, y, position = self.run(layer, kept, names), [], 0
+        run.begin(x)
         for _ in range(len(x)):
             block = run.block(run, position, x[0].shape[:2], x.pop(0))
             position += block.shape[1]

@@ -122,10 +122,14 @@ class BlockRun:
             spec.norm_after_rope,
             spec.attention_cap,
         )
-        self.attention = Attention(heads, context.plan.query_block, self.barrier)
+        self.attention = Attention(heads, context.plan.query_block, self.barrier, self.kept.keeps("a"))
         self.blocks: list[Block] = []  # of a backward pass, a tile each
         self.states: dict[str, mx.array] = {}  # of a backward pass, between tiles
         self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
+
+    def begin(self, tiles: list[mx.array]) -> None:
+        """Tiles [B, tile, D] of a sequence follow."""
+        self.attention.choose(self.dtype, sum(tile.shape[1] for tile in tiles))
 
     def look_back(self) -> None:
         """Bring the keys and values of all tiles back, for a backward pass; once."""
@@ -237,11 +241,18 @@ class Block:
             self.drop("K", "v")
         else:
             self.run.look_back()
-        return self.run.attention(Q, self.position)
+        a, fused = self.run.attention(Q, self.position), self.run.attention.fused
+        if self.unread is not None and self.position in fused:
+            self.run.kept.put("a.lse", self.position, fused.pop(self.position)[1])  # kept where `a` is
+        return a
 
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
         """dL/dq, dL/dk, dL/dv of a tile; later tiles must have been visited."""
         self.run.look_back()
+        a, lse = (self.run.kept.get(name, self.position) for name in ("a", "a.lse"))
+        if a is not None and lse is not None:
+            self.run.attention.fused[self.position] = (a, lse)
+        del a, lse
         dQ = self.run.attention.backward(self.Q, da, self.position)
         self.drop("Q")
         dq = self.rotate_backward("q", dQ)
