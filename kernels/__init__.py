@@ -1,4 +1,4 @@
-"""Metal kernels of the final layer and of attention, each beside a pure-MLX reference, and numpy's loops for the CPU (cpu.py).
+"""Metal kernels of the final layer and of attention, each beside a pure-MLX reference; cpu.py: numpy's loops.
 
 Ships as `mebp_mlx.kernels`.
 

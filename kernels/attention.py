@@ -31,9 +31,9 @@ DKV = Source(NAMES[2], ("q", "k", "v", "d_o", "lse", "delta", *_PLACE), ("dk", "
 # queries. Counted, not measured (`python -m bench kernels`): no Mac has timed them. An untuned kernel is taken to reach
 # 22 % of the GPU's peak; what it must reach to be as fast as MLX's path is in the comments.
 LEAST_KEYS = {
-    # From 4,096 on the plan's blocks of queries shrink to 64 rows and fewer, an evaluation each: 25 to 34 % of the peak.
+    # 25 to 34 %; from 4,096 on the plan's blocks of queries shrink to 64 rows and fewer, an evaluation each.
     64: 4096,
-    # Between the two: not in the counts that were published for other kernels, 35 to 40 % here.
+    # 30 to 40 %, between 64 and 128, and blocks shrink as for 64.
     80: 4096,
     96: 4096,
     # 38 to 49 %: by memory alone, so from where a block of 16 queries, the smallest, has 16 MB of scores.
@@ -70,7 +70,7 @@ class Tiling:
 
 
 def tiling(name: str, head_dim: int, item_bytes: int) -> Tiling:
-    """A kernel's tiles, of at most 22 KB and, by the count of bench/kernels.py, at most 96 registers a thread in 16 bits."""
+    """A kernel's tiles: at most 22 KB, and by bench/kernels.py's count at most 100 registers a thread in 16 bits."""
     is_wide, is_dkv = item_bytes > 2, name == NAMES[2]
     held = head_dim * item_bytes <= 256
     if head_dim > 128:
@@ -123,7 +123,7 @@ def serves(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
 
 @contextlib.contextmanager
 def assumed() -> Iterator[None]:
-    """Graphs are built as on a machine where the kernels run; for counting, such graphs cannot be evaluated elsewhere."""
+    """Graphs are built as on a machine where the kernels run: for counting, elsewhere they cannot be evaluated."""
     global _is_assumed
     before, _is_assumed = _is_assumed, True
     try:

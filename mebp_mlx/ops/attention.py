@@ -128,7 +128,7 @@ class Attention:
     def __call__(self, Q: mx.array, position: int) -> mx.array:
         """A tile's Q [B, H, tile, head_dim] from a position on -> A [B, tile, H * head_dim]."""
         if self.is_fused:
-            return self._fused_forward(Q, position)[0]
+            return self._fused_forward(Q, position)
         pieces = []
         for start, stop, low, high in self._blocks(Q.shape[2], position):
             queries = Q[:, :, start - position : stop - position]
@@ -150,8 +150,8 @@ class Attention:
             self.barrier.piece(dq, *self.sums())
         return mx.concatenate(pieces, axis=2)
 
-    def _fused_forward(self, Q: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        """(A, log-sum-exp) of a tile by the kernel, which are kept for its backward."""
+    def _fused_forward(self, Q: mx.array, position: int) -> mx.array:
+        """A of a tile by the kernel; with its log-sum-exp it is held for a backward pass."""
         assert self.keys is not None and self.values is not None
         heads = self.heads
         a, lse = fused.attention_forward(Q, self.keys, self.values, heads.scale, position, heads.window)
@@ -159,13 +159,14 @@ class Attention:
         if self.has_backward:
             self.fused[position] = (a, lse)
         self.barrier.piece(a, lse)
-        return a, lse
+        return a
 
     def _fused_backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
         assert self.keys is not None and self.values is not None
         heads, keys, values, shape = self.heads, self.keys, self.values, (*da.shape[:2], -1, self.heads.head_dim)
-        a, lse = self.fused.pop(position, None) or self._fused_forward(Q, position)
-        self.fused.pop(position, None)
+        if position not in self.fused:
+            self._fused_forward(Q, position)
+        a, lse = self.fused.pop(position)
         low, high = heads.key_range(position, position + Q.shape[2])
         place, da = (heads.scale, position, heads.window), da.reshape(shape)
         dq, delta = fused.attention_dq(Q, keys, values, (a.reshape(shape), lse), da, place)

@@ -59,7 +59,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Node:
-    """One primitive of a graph: its name (an attention kernel's own), and (shape, item bytes) of its inputs and outputs.
+    """One primitive of a graph: its name, or a kernel's, and (shape, item bytes) of its inputs and outputs.
 
     place: of an attention kernel, where its queries are.
     """
@@ -97,11 +97,13 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
         if event["type"] == "constants":
             constants.update(event["constants"])
         if event["type"] == "primitive":
-            shapes = [tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs")]
+            inputs, outputs = (tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs"))
             called = str(event["arguments"][0]) if event["name"] == "CustomKernel" else ""
             name = next((name for name in attention.NAMES if called.startswith(f"custom_kernel_{name}_")), None)
-            place = () if name is None else tuple(map(int, constants[event["inputs"][-2][0]]))
-            nodes.append(Node(name or event["name"], *shapes, place))
+            place: tuple[int, ...] = (
+                () if name is None else tuple(map(int, np.asarray(constants[event["inputs"][-2][0]])))
+            )
+            nodes.append(Node(name or event["name"], inputs, outputs, place))
 
     with cpu.off():
         mx.export_function(visit, run, *inputs)
