@@ -1,26 +1,24 @@
-"""What a step or the head should take on a phone's chip, counted, not measured: projection and head_backward."""
+"""What a step should take on a phone's chip, counted, not measured."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mebp_mlx
 from bench import report
 from mebp_mlx.engine.zeroth_order import make_estimator
-from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner.work import Rates, Work, bound_s, count
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.child import run_child
 from mebp_mlx.system.phone import DEVICES
-from mebp_mlx.testing.synth import SHAPES, write_model
+from mebp_mlx.testing.synth import write_model
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
 ENGINES = ("mezo", "mebp")
@@ -207,107 +205,11 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     return figure, "a projection: nothing ran on a phone"
 
 
-# ----------------------------------------------------------------------------------------------- the head's gradient
-
-THREADGROUP_BYTES = 32 << 10  # Metal's limit for a threadgroup
-TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: h, weights and then logits
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Published peak rates: float32 operations and bytes per second."""
-
-    name: str
-    flops: float
-    bandwidth: float
-
-
-GPUS = (Gpu("A17 Pro", 2.15e12, 51.2e9), Gpu("M2 (10 cores)", 3.6e12, 100e9))
-
-
-@dataclass(frozen=True)
-class Way:
-    """operations: multiplications and additions; n_bytes: through device memory; threadgroup_bytes: per threadgroup."""
-
-    name: str
-    operations: float
-    n_bytes: float
-    threadgroup_bytes: int
-
-    def bound_s(self, gpu: Gpu) -> float:
-        return max(self.operations / gpu.flops, self.n_bytes / gpu.bandwidth)
-
-    @property
-    def groups_per_core(self) -> int:
-        """Threadgroups that share 32 KB, at least one."""
-        return max(1, THREADGROUP_BYTES // self.threadgroup_bytes)
-
-
-def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
-    """The three ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
-    weights = V * D * (4 / 8 + 2 * item_bytes / 64)
-    rows, logits = T * D, T * V
-    chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
-    n_chunks = math.ceil(V / chunk)
-    two_products = 4.0 * T * V * D
-    # z written and read, p written and read; the sum of [T, D] read and written for every chunk.
-    a_bytes = 2 * weights + 4 * logits * item_bytes + 2 * n_chunks * rows * 4 + n_chunks * rows * item_bytes
-    columns = (THREADGROUP_BYTES - TILES_BYTES) // (4 * ROWS) // 8 * 8
-    slices = math.ceil(D / columns)
-    n_tiles = math.ceil(T / ROWS)
-    return [
-        Way("A: two products and online_softmax", two_products, a_bytes, 32 * 4),
-        Way(
-            f"B: one kernel, dh in {slices} slices of {columns}",
-            2.0 * T * V * D * (slices + 1),
-            weights * (slices + 1) + rows * item_bytes + rows * 4,
-            TILES_BYTES + columns * ROWS * 4,
-        ),
-        Way(
-            "C: one kernel, dh in device memory",
-            two_products,
-            2 * weights + n_tiles * ROWS * D * 4 * 2 * math.ceil(V / COLUMNS),
-            TILES_BYTES,
-        ),
-    ]
-
-
-def head_backward(argv: Sequence[str]) -> None:
-    """Why the head's dh has no kernel of its own: bytes and operations of three ways, and bounds on two GPUs.
-
-        A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
-        B  one kernel that sums 32 rows of dh in threadgroup memory: as many columns of dh as fit at a time, and all
-           logits computed again for each such slice
-        C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
-
-    Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
-    """
-    parser = report.Parser("head_backward", head_backward.__doc__)
-    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
-    options = parser.parse_args(argv)
-    rows, lines = [], []
-    for shape in ("qwen2.5-0.5b", "qwen2.5-3b", "gemma3-4b"):
-        config = SHAPES[shape]
-        D = config.get("text_config", config)["hidden_size"]
-        for way in ways(options.tokens, config["vocab_size"], D):
-            bounds = {gpu.name: way.bound_s(gpu) for gpu in GPUS}
-            sizes = [way.operations / 1e9, way.n_bytes / 1e6, way.threadgroup_bytes / 1024]
-            lines.append([shape, way.name, *sizes, *(1e3 * bound for bound in bounds.values())])
-            counts = {"operations": way.operations, "n_bytes": way.n_bytes, "threadgroup_bytes": way.threadgroup_bytes}
-            more = {"groups_per_core": way.groups_per_core, "bound_s": bounds}
-            rows.append({"shape": shape, "way": way.name[0], **counts, **more})
-    print(f"T = {options.tokens}; bounds from published rates, nothing measured")
-    gpus = [f"{gpu.name}, ms" for gpu in GPUS]
-    print(report.table(["shape", "way", "GFLOP", "MB", "KB per threadgroup", *gpus], lines))
-    print(json.dumps({"bench": "head_backward", "tokens": options.tokens, "rows": rows}))
-
-
 PICTURES = {"projection": draw}
-BENCHES: dict[str, report.Bench] = {"projection": projection, "head_backward": head_backward}
 
 
-def main(argv: Sequence[str] | None = None) -> object:
-    return report.pick(BENCHES, argv, default="projection")
+def main(argv: Sequence[str] | None = None) -> None:
+    projection(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

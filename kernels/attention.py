@@ -28,20 +28,17 @@ DQ = Source(NAMES[1], ("q", "k", "v", "o", "d_o", "lse", *_PLACE), ("dq", "delta
 DKV = Source(NAMES[2], ("q", "k", "v", "d_o", "lse", "delta", *_PLACE), ("dk", "dv"), "attention")
 
 # The shortest rows (keys that a query sees) that the kernels serve; below them, MLX's own attention in blocks of
-# queries. Counted, not measured (`python -m bench kernels`): no Mac has timed them. An untuned kernel is taken to reach
-# 22 % of the GPU's peak; what it must reach to be as fast as MLX's path is in the comments.
+# queries. Counted, not measured: no Mac has timed them. Untuned kernels of this kind reach 18 to 25 % of a GPU's peak
+# on others' machines. Beside each, the share from which the backward beats MLX's path on four GPUs, by the count of
+# `python -m bench kernels --tokens T`: powers of two from where it is at most 22 %.
 LEAST_KEYS = {
-    # 25 to 34 %; from 4,096 on the plan's blocks of queries shrink to 64 rows and fewer, an evaluation each.
-    64: 4096,
-    # 30 to 40 %, between 64 and 128, and blocks shrink as for 64.
-    80: 4096,
-    96: 4096,
-    # 38 to 49 %: by memory alone, so from where a block of 16 queries, the smallest, has 16 MB of scores.
-    128: 8192,
-    # 45 to 58 %: by memory alone, and MLX's products of 256 columns are its best.
-    256: 16384,
+    64: 8192,  # 19 to 22 % (14 heads, 2 of keys); at 4,096 22 to 26 %
+    80: 4096,  # 18 to 21 % (32 heads, 8 of keys); at 1,024 26 % on an M2
+    96: 4096,  # 11 to 13 % (32 heads, each with keys), and MLX's forward of this head dim is not fused
+    128: 16384,  # 19 to 22 % (16 heads, 2 of keys); at 8,192 26 to 30 %
+    256: 16384,  # 17 to 20 % (8 heads, 4 of keys); at 8,192 26 to 30 %; MLX's forward is not fused
 }
-_WIDE_ITEMS = 2  # float32: tiles of half the rows read twice the bytes, so rows must be this much longer
+_WIDE_ITEMS = 2  # float32: rows must be this much longer, for tiles hold half the rows and MLX's products are as fast
 MLX_FUSED = (64, 80, 128)  # head dims whose forward MLX fuses on Metal, without a log-sum-exp
 _is_assumed = False
 

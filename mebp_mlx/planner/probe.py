@@ -49,8 +49,9 @@ def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -
     try:
         with PeakMeter() as meter:
             if workload.is_exact:
-                for layers in _kinds(workload, engine.barrier.is_lazy):
-                    _exact(workload, plan, engine, meter, layers, per_block)
+                for T in dict.fromkeys((workload.T, workload.T_scored)):
+                    for layers in _kinds(workload, engine.barrier.is_lazy):
+                        _exact(dataclasses.replace(workload, T=T), plan, engine, meter, layers, per_block)
             else:
                 _forward(workload, plan, engine, meter, workload.T)
             if workload.T_eval > workload.T:

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..engine import backprop
 from ..errors import BudgetError
-from ..kernels import attention
 from ..model.lora import DROPOUT_RUN
 from ..ops.plan import SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..system.device import on_gpu
@@ -73,18 +72,10 @@ def ladder(workload: Workload) -> list[Plan]:
     for step in steps:
         step.setdefault("head_block_bytes", step["logits_block_bytes"])
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
-        scores = 4 * workload.B * workload.model.spec.H * _scored_keys(workload)
+        scores = 4 * workload.B * workload.model.spec.H * workload.T_scored
         step["query_block"] = max(16, min(step["query_block"], _SCORES_BYTES // scores // 16 * 16))
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
-
-
-def _scored_keys(workload: Workload) -> int:
-    """Keys in the longest row of scores: attention's kernels take longer rows without any."""
-    model, spec = workload.model, workload.model.spec
-    if spec.attention_cap is not None or not attention.serves(model.dtype, spec.head_dim, workload.T):
-        return workload.T
-    return min(workload.T, int(attention.least_keys(model.dtype, spec.head_dim)) - 1)
 
 
 def choose(

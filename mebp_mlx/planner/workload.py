@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..engine.backprop import first_trained
 from ..engine.zeroth_order import Estimator, perturbed
+from ..kernels import attention
 from ..model.base import Model
 from ..model.config import Layer
 from ..model.lora import Adapter, Lora
@@ -66,6 +67,14 @@ class Workload:
         """Layers of one kind differ in no graph and no size, but for how their matrices are packed."""
         trained = frozenset(short for short, linear in layer.linears.items() if linear.name in self.lora.pairs)
         return layer.block, layer.window, trained
+
+    @property
+    def T_scored(self) -> int:
+        """Positions of the longest row whose attention has scores in memory: longer ones go through the kernels."""
+        dtype, spec = self.model.dtype, self.model.spec
+        if spec.attention_cap is not None or not attention.serves(dtype, spec.head_dim, self.T):
+            return self.T
+        return int(attention.least_keys(dtype, spec.head_dim)) - 1
 
     @property
     def lora_bytes(self) -> int:
