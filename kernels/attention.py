@@ -321,10 +321,10 @@ def dq_sample(dtype: mx.Dtype, head_dim: int, T: int = 45, **_: int) -> tuple:
 
 
 def dkv_sample(dtype: mx.Dtype, head_dim: int, T: int = 45, **_: int) -> tuple:
-    """Arguments for the first-use check and for timing: keys from 3 on."""
+    """Arguments for the first-use check and for timing: keys from 4 on, 63 of them."""
     (q, k, v, o, d_o, lse), place = _sample(dtype, head_dim, T)
     delta = (d_o.astype(mx.float32) * o.astype(mx.float32)).sum(axis=-1).swapaxes(1, 2)
-    return q, k, v, d_o, lse, delta, *place, 3, k.shape[2]
+    return q, k, v, d_o, lse, delta, *place, 4, k.shape[2]
 
 
 trust.register(NAMES[0], _forward_metal, forward_reference, forward_sample, HEAD_DIMS, "head dim")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from mebp_mlx.kernels import attention, metal
+from mebp_mlx.kernels import attention, metal, trust
 from mebp_mlx.ops import attention as ops
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from mebp_mlx.planner.search import ladder
@@ -200,6 +200,24 @@ def test_every_residue_of_start_length_and_window(case_of: Any, seed: int, check
     check("residues")
     with running():
         sweep(seed, case_of)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="faults are planted into emulated kernels only")
+@pytest.mark.parametrize("name", attention.NAMES)
+def test_a_missing_barrier_between_simdgroups_that_share_rows_is_found(name: str) -> None:
+    """The one that only head dims of 128 (dkv) and 256 have."""
+    barrier = "        threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+    kernel, shared = trust.KERNELS[name], "if (SPLIT > 1) {"
+
+    def change(text: str) -> str:
+        before, _, after = text.partition(shared)
+        return before + shared + after.replace(barrier.strip(), "", 1) if after else text
+
+    problems = []
+    for order in (0, 1, 2):
+        with running(order, change=change):
+            problems.append(trust.verdict(kernel, mx.float16, 256))
+    assert any(problems)
 
 
 # Of the loops' bounds, each one too tight: seen at few residues.

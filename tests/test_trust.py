@@ -44,7 +44,7 @@ def _no_rescaling(text: str) -> str:
 
 
 def _does_not_compile(text: str) -> str:
-    return text.replace("const uint row", "const uint_ row").replace("const int T =", "const int_ T =")
+    return text.replace("const uint row", "const uint_ row").replace("const int T", "const int_ T")
 
 
 class _Calls:
