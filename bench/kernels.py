@@ -208,12 +208,15 @@ TILES_BYTES = (ROWS + COLUMNS) * (32 + 4) * 4  # of linear_cross_entropy.metal: 
 
 @dataclass(frozen=True)
 class Way:
-    """operations: multiplications and additions; n_bytes: through device memory; threadgroup_bytes: per threadgroup."""
+    """operations: multiplications and additions; n_bytes: through device memory; threadgroup_bytes: per threadgroup;
+    sums: registers of a thread for dh.
+    """
 
     name: str
     operations: float
     n_bytes: float
     threadgroup_bytes: int
+    sums: int = 0
 
     @property
     def groups_per_core(self) -> int:
@@ -222,7 +225,7 @@ class Way:
 
 
 def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
-    """The three ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
+    """The four ways for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
     weights = V * D * (4 / 8 + 2 * item_bytes / 64)
     rows, logits = T * D, T * V
     chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
@@ -247,16 +250,25 @@ def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
             2 * weights + n_tiles * ROWS * D * 4 * 2 * math.ceil(V / COLUMNS),
             TILES_BYTES,
         ),
+        Way(
+            "D: one kernel, dh in registers",
+            two_products,
+            a_bytes - 4 * logits * item_bytes,
+            TILES_BYTES,
+            ROWS * D // min(1024, 32 * math.ceil(D / 32)),
+        ),
     ]
 
 
 def head_backward(argv: Sequence[str]) -> None:
-    """Why the head's dh has no kernel of its own: bytes and operations of three ways, and bounds on two GPUs.
+    """Why the head's dh has no kernel of its own: bytes and operations of four ways, and bounds on four GPUs.
 
         A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
         B  one kernel that sums 32 rows of dh in threadgroup memory: as many columns of dh as fit at a time, and all
            logits computed again for each such slice
         C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
+        D  one kernel, dh of 32 rows in the registers of up to 1,024 threads, as attention's kernels hold their sums: A
+           without the logits' four passes through memory
 
     Nothing is timed. Rates are published ones; a bound is the larger of operations / rate and bytes / bandwidth.
     """
@@ -269,14 +281,14 @@ def head_backward(argv: Sequence[str]) -> None:
         D = config.get("text_config", config)["hidden_size"]
         for way in ways(options.tokens, config["vocab_size"], D):
             bounds = {gpu.name: gpu.bound_s(way.operations, way.n_bytes) for gpu in GPUS}
-            sizes = [way.operations / 1e9, way.n_bytes / 1e6, way.threadgroup_bytes / 1024]
+            sizes = [way.operations / 1e9, way.n_bytes / 1e6, way.threadgroup_bytes / 1024, way.sums]
             lines.append([shape, way.name, *sizes, *(1e3 * bound for bound in bounds.values())])
             counts = {"operations": way.operations, "n_bytes": way.n_bytes, "threadgroup_bytes": way.threadgroup_bytes}
-            more = {"groups_per_core": way.groups_per_core, "bound_s": bounds}
+            more = {"sums": way.sums, "groups_per_core": way.groups_per_core, "bound_s": bounds}
             rows.append({"shape": shape, "way": way.name[0], **counts, **more})
     print(f"T = {options.tokens}; bounds from published rates, nothing measured")
     gpus = [f"{gpu.name}, ms" for gpu in GPUS]
-    print(report.table(["shape", "way", "GFLOP", "MB", "KB per threadgroup", *gpus], lines))
+    print(report.table(["shape", "way", "GFLOP", "MB", "KB per threadgroup", "registers for dh", *gpus], lines))
     print(json.dumps({"bench": "head_backward", "tokens": options.tokens, "rows": rows}))
 
 
