@@ -1,26 +1,24 @@
-"""The time of a step or the head on a chip, counted and not measured: projection, head_backward, head_forward."""
+"""The time of a step on a phone's chip, counted and not measured."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mebp_mlx
 from bench import report
 from mebp_mlx.engine.zeroth_order import make_estimator
-from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, Plan
 from mebp_mlx.planner.work import Rates, Work, bound_s, count
 from mebp_mlx.planner.workload import Workload
 from mebp_mlx.system.child import run_child
 from mebp_mlx.system.phone import DEVICES
-from mebp_mlx.testing.synth import SHAPES, write_model
+from mebp_mlx.testing.synth import write_model
 
 CALIBRATED_BY = ("qwen2.5-0.5b", "mezo")
 ENGINES = ("mezo", "mebp")
@@ -209,159 +207,11 @@ def draw(plt: Any, rows: report.Rows, options: Any) -> tuple[Any, str]:
     return figure, "a projection: nothing ran on a phone"
 
 
-# ----------------------------------------------------------------------------------------------- the head
-
-THREADS = 1024  # Metal's limit for a threadgroup
-REGISTERS = 96  # of 32 bits that a thread of such a threadgroup can have, at most (an estimate)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Published peak rates, operations and bytes per second; share: of the peak that MLX's 16-bit products reach."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    share: float
-
-
-# Shares: published for float16 on M1 Max (M2: the same generation) and M3 Pro; the others are taken to be as M3.
-GPUS = (
-    Gpu("A17 Pro", 2.15e12, 51.2e9, 0.6),
-    Gpu("M2 (10 cores)", 3.6e12, 100e9, 0.76),
-    Gpu("M3 Max (40)", 14.2e12, 400e9, 0.6),
-    Gpu("M4 (10)", 4.3e12, 120e9, 0.6),
-)
-KERNEL_SHARE = 0.45  # of the peak, linear_cross_entropy: an estimate (float tiles, no double buffering)
-WAIT_S = 0.2e-3  # of a small evaluation that is waited for (published: 0.15 to 0.25 ms)
-
-
-@dataclass(frozen=True)
-class Way:
-    """operations: multiplications and additions; n_bytes: device memory traffic; registers: one thread's part of a sum
-    [32, D] in a threadgroup of 1,024 threads.
-    """
-
-    name: str
-    operations: float
-    n_bytes: float
-    registers: float = 0
-
-    def bound_s(self, gpu: Gpu) -> float:
-        return max(self.operations / gpu.flops, self.n_bytes / gpu.bandwidth)
-
-
-def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
-    """The three methods for T labelled rows, 4-bit weights in groups of 64, 16-bit activations."""
-    weights = V * D * (4 / 8 + 2 * item_bytes / 64)
-    rows, logits = T * D, T * V
-    chunk = Plan(head_block_bytes=None).vocabulary_chunk(T, 0, item_bytes)
-    n_chunks = math.ceil(V / chunk)
-    two_products = 4.0 * T * V * D
-    # z and p are written and read; the sum [T, D] is read and written for every chunk.
-    a_bytes = 2 * weights + 4 * logits * item_bytes + 2 * n_chunks * rows * 4 + n_chunks * rows * item_bytes
-    n_tiles = math.ceil(T / ROWS)
-    splits = max(1, 40 // n_tiles)  # of the vocabulary, so that 40 cores have work; each has a sum of its own
-    return [
-        Way("A: two products and online_softmax", two_products, a_bytes),
-        Way(
-            "B: one kernel, dh in registers",
-            two_products,
-            weights + rows * item_bytes + 2 * splits * rows * 4,
-            ROWS * D / THREADS,
-        ),
-        Way(
-            "C: one kernel, dh in device memory",
-            two_products,
-            2 * weights + n_tiles * ROWS * D * 4 * 2 * math.ceil(V / COLUMNS),
-        ),
-    ]
-
-
-def head_backward(argv: Sequence[str]) -> None:
-    """Why the head's dh has no kernel of its own: bytes and operations of three methods, and bounds on four GPUs.
-
-        A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
-        B  one kernel that sums 32 rows of dh in the registers of 1,024 threads, as flash attention does
-        C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
-
-    Nothing is timed. The rates are published; a bound is the larger of operations / rate and bytes / bandwidth. B saves
-    the time of the additional bytes that A moves.
-    """
-    parser = report.Parser("head_backward", head_backward.__doc__)
-    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
-    options = parser.parse_args(argv)
-    rows, lines = [], []
-    for shape, V, D in _heads():
-        first, *_ = found = ways(options.tokens, V, D)
-        for way in found:
-            bounds = {gpu.name: way.bound_s(gpu) for gpu in GPUS}
-            saved = {gpu.name: (first.n_bytes - way.n_bytes) / gpu.bandwidth for gpu in GPUS}
-            sizes = [way.operations / 1e9, way.n_bytes / 1e6, way.registers or None]
-            lines.append([shape, way.name, *sizes, *(1e3 * bounds[g.name] for g in GPUS), 1e3 * saved["M2 (10 cores)"]])
-            counts = {"operations": way.operations, "n_bytes": way.n_bytes, "registers": way.registers}
-            rows.append({"shape": shape, "way": way.name[0], **counts, "bound_s": bounds, "saved_s": saved})
-    print(f"T = {options.tokens}; bounds from published rates, nothing measured; about {REGISTERS} registers a thread")
-    gpus = [f"{gpu.name}, ms" for gpu in GPUS]
-    print(report.table(["shape", "way", "GFLOP", "MB", "registers", *gpus, "passes saved on M2, ms"], lines))
-    print(json.dumps({"bench": "head_backward", "tokens": options.tokens, "rows": rows}))
-
-
-def forward_s(gpu: Gpu, T: int, V: int, D: int, logits_block_bytes: int, waits: bool) -> tuple[float, float]:
-    """Seconds of the loss alone by linear_cross_entropy, and by quantized_matmul and online_softmax.
-
-    waits: whether each chunk's logits and state are waited for, as in the smallest plan.
-    """
-    operations = 2.0 * T * V * D
-    n_chunks = math.ceil(
-        V / Plan(head_block_bytes=None, logits_block_bytes=logits_block_bytes).vocabulary_chunk(T, 0, 2)
-    )
-    passes_s = 3 * 2 * T * V / (0.75 * gpu.bandwidth)  # z written and read, p written
-    kernel_s = operations / (KERNEL_SHARE * gpu.flops)
-    return kernel_s, operations / (gpu.share * gpu.flops) + passes_s + 2 * WAIT_S * n_chunks * waits
-
-
-def head_forward(argv: Sequence[str]) -> None:
-    """When linear_cross_entropy beats quantized_matmul and online_softmax for the loss alone: counted, not measured.
-
-    The kernel's share of the peak is an estimate, MLX's are published. In the smallest plan every chunk of 1 MiB of
-    logits is waited for twice; in the others the GPU has the next chunk while one is waited for.
-    """
-    parser = report.Parser("head_forward", head_forward.__doc__)
-    parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
-    options = parser.parse_args(argv)
-    rows, lines = [], []
-    for shape, V, D in _heads():
-        for gpu in GPUS:
-            kernel_s, waiting_s = forward_s(gpu, options.tokens, V, D, 1 << 20, True)
-            lazy_s = forward_s(gpu, options.tokens, V, D, 8 << 20, False)[1]
-            used = "the smallest plan" if kernel_s < waiting_s else "no plan"
-            used = "every plan" if kernel_s < lazy_s else used
-            lines.append([shape, gpu.name, 1e3 * kernel_s, 1e3 * waiting_s, 1e3 * lazy_s, used])
-            seconds = {"kernel_s": kernel_s, "waiting_s": waiting_s, "lazy_s": lazy_s}
-            rows.append({"shape": shape, "gpu": gpu.name, **seconds})
-    print(f"T = {options.tokens}; from published rates, nothing measured; the kernel at {KERNEL_SHARE:.0%} of the peak")
-    heads = ["shape", "GPU", "kernel ms", "products ms, smallest plan", "other plans", "the kernel wins in"]
-    print(report.table(heads, lines))
-    print(json.dumps({"bench": "head_forward", "tokens": options.tokens, "rows": rows}))
-
-
-def _heads() -> list[tuple[str, int, int]]:
-    """(shape, V, D)."""
-    configs = {shape: SHAPES[shape] for shape in ("qwen2.5-0.5b", "qwen2.5-3b", "gemma3-4b")}
-    return [(shape, c["vocab_size"], c.get("text_config", c)["hidden_size"]) for shape, c in configs.items()]
-
-
 PICTURES = {"projection": draw}
-BENCHES: dict[str, report.Bench] = {
-    "projection": projection,
-    "head_backward": head_backward,
-    "head_forward": head_forward,
-}
 
 
-def main(argv: Sequence[str] | None = None) -> object:
-    return report.pick(BENCHES, argv, default="projection")
+def main(argv: Sequence[str] | None = None) -> None:
+    projection(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

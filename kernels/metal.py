@@ -18,20 +18,37 @@ def available() -> bool:
 
 
 class Source:
-    """The kernel in `name`.metal. MLX writes its signature from these names, in this order."""
+    """The kernel in `name`.metal. MLX writes its signature from these names, in this order.
 
-    def __init__(self, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
-        self.name, self.inputs, self.outputs = name, inputs, outputs
+    header: the name of a file of functions that it shares with others, or "".
+    """
+
+    def __init__(self, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str = ""):
+        self.name, self.inputs, self.outputs, self.header = name, inputs, outputs, header
 
     @cached_property
     def text(self) -> str:
-        return (Path(__file__).parent / f"{self.name}.metal").read_text(encoding="utf-8")
+        return _text_of(self.name)
+
+    @cached_property
+    def header_text(self) -> str:
+        return _text_of(self.header) if self.header else ""
 
     @cached_property
     def _kernel(self) -> Any:
-        return factory(name=self.name, input_names=list(self.inputs), output_names=list(self.outputs), source=self.text)
+        return factory(
+            name=self.name,
+            input_names=list(self.inputs),
+            output_names=list(self.outputs),
+            source=self.text,
+            header=self.header_text,
+        )
 
     def __call__(self, inputs: list[Any], template: Template, **call: Any) -> list[mx.array]:
         """The outputs, lazily; `call`: grid, threadgroup, output_shapes, output_dtypes."""
         outputs: list[mx.array] = self._kernel(inputs=inputs, template=template, **call)
         return outputs
+
+
+def _text_of(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.metal").read_text(encoding="utf-8")

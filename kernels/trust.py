@@ -39,6 +39,7 @@ class Kernel:
     reference: Callable[..., Any]
     sample: Callable[..., tuple]
     group_sizes: tuple[int, ...]
+    sizes_are: str
     verdicts: dict[tuple[mx.Dtype, int], str] = field(default_factory=dict)
 
 
@@ -51,9 +52,12 @@ def register(
     reference: Callable[..., Any],
     sample: Callable[..., tuple],
     group_sizes: tuple[int, ...],
+    sizes_are: str = "groups of",
 ) -> None:
-    """Registers a kernel. sample(dtype, group_size, **sizes) returns arguments for both functions."""
-    KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes)
+    """Registers a kernel. sample(dtype, group_size, **sizes) returns arguments for both functions; sizes_are: words for
+    what a kernel has in place of group sizes.
+    """
+    KERNELS[name] = Kernel(name, metal, reference, sample, group_sizes, sizes_are)
 
 
 def mode() -> str:
@@ -124,7 +128,7 @@ def _settle(kernel: Kernel, key: tuple[mx.Dtype, int], problem: str) -> None:
     kernel.verdicts[key] = problem
     if problem:
         dtype, group_size = key
-        what = str(dtype).rpartition(".")[2] + (f", groups of {group_size}" if group_size else "")
+        what = str(dtype).rpartition(".")[2] + (f", {kernel.sizes_are} {group_size}" if group_size else "")
         warnings.warn(
             f"Metal kernel {kernel.name} ({what}) is not used on {device_name()}: {problem}; "
             "plain MLX operations are used instead",

@@ -40,7 +40,8 @@ def running(
         if pretend:
             stack.enter_context(mock.patch.object(metal, "available", lambda: True))
         for source in SOURCES.values():
-            built = {"text": source.text if change is None else change(source.text)}
+            texts = {"text": source.text, "header_text": source.header_text}
+            built = {name: text if change is None else change(text) for name, text in texts.items()}
             stack.enter_context(mock.patch.dict(source.__dict__, built))
             source.__dict__.pop("_kernel", None)
         for kernel in trust.KERNELS.values():

@@ -179,7 +179,7 @@ def test_sanitizers_find_nothing(name: str, sanitize: str, check: Any) -> None:
     check(name, f"{sanitize} sanitizer")
     kernel = trust.KERNELS[name]
     with running(sanitize=sanitize):
-        for group_size in kernel.group_sizes[:2]:
+        for group_size in {kernel.group_sizes[0], kernel.group_sizes[-1]}:
             assert trust.verdict(kernel, mx.bfloat16, group_size) == ""
 
 
@@ -214,7 +214,8 @@ def test_the_emulated_signature_equals_mlxs(name: str, dtype: mx.Dtype, check: A
         def run(*, inputs: Any, template: Any, output_dtypes: Any, **_: Any) -> Any:
             given = [(x.shape, x.dtype) for x in inputs]
             names = (how["input_names"], given, how["output_names"], output_dtypes)
-            texts.append(metal_on_cpu.signature(how["name"], *names, how["source"], template=template).text)
+            body = (how["source"], how["header"])
+            texts.append(metal_on_cpu.signature(how["name"], *names, *body, template=template).text)
             return verbose(**how)(inputs=inputs, template=template, output_dtypes=output_dtypes, **_)
 
         return run
@@ -232,12 +233,14 @@ def test_the_emulated_signature_equals_mlxs(name: str, dtype: mx.Dtype, check: A
 @pytest.mark.parametrize("name", NAMES)
 def test_address_spaces(name: str, check: Any) -> None:
     check(name, "address-space lint")
-    templates = {
+    tiles = {"scalar": "half", "D": 128, "ROWS": 32, "COLUMNS": 16, "SPLIT": 2, "HELD": True}
+    templates = dict.fromkeys(kernels.attention.NAMES, tiles) | {
         "online_softmax": {"scalar": "half", "THREADS": 256},
         "linear_cross_entropy": {"scalar": "half", "GROUP": 32, "SYMMETRIC": False},
     }
     assert metal_on_cpu.lint(_generated(name), templates[name]) == []
-    broken = re.sub(r"threadgroup float (partial\[32\]|tile\[[^;]*\]);", r"device float \1;", _generated(name))
+    spaces = r"threadgroup (float (?:partial\[32\]|tile\[[^;]*\])|uint4 \w+\[[^;]*\]);"
+    broken = re.sub(spaces, r"device \1;", _generated(name))
     assert broken != _generated(name) and metal_on_cpu.lint(broken, templates[name]) != []
 
 
@@ -249,7 +252,8 @@ def _generated(name: str) -> str:
         def run(*, inputs: Any, template: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
             given = [(x.shape, x.dtype) for x in inputs]
             names = (how["input_names"], given, how["output_names"], output_dtypes)
-            texts.append(metal_on_cpu.signature(how["name"], *names, how["source"], template=template).text)
+            body = (how["source"], how["header"])
+            texts.append(metal_on_cpu.signature(how["name"], *names, *body, template=template).text)
             return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
 
         return run
@@ -274,6 +278,24 @@ FAULTS = {
     "online_softmax: one column too many": ("c < C; c += THREADS", "c <= C; c += THREADS", "address"),
     "online_softmax: the target of another chunk": ("column >= 0 && column < C", "column < C", "address"),
     "linear_cross_entropy: no barrier": (BARRIER, "", "thread"),
+    "attention_forward: no barrier": (BARRIER, "", ""),
+    "attention_forward: the old sums are not shrunk": ("sums[d].thread_elements()[0] *= shrink;", "", ""),
+    "attention_forward: the old total is not shrunk": ("total *= shrink;", "", ""),
+    "attention_forward: hidden keys count as 0": ("* scale2 : -INFINITY", "* scale2 : 0.0f", ""),
+    "attention_forward: rows beyond Tq are written": ("if (is_row) {", "if (true) {", "address"),
+    "attention_forward: the wrong head's keys": ("head % n_heads / (n_heads / n_key_heads)", "head % n_key_heads", ""),
+    "attention_dq: no barrier": (BARRIER, "", ""),
+    "attention_dq: no delta": ("dp[j].thread_elements()[e] - own_delta", "dp[j].thread_elements()[e]", ""),
+    "attention_dq: a half sum": ("float own_delta = 0.0f;", "half own_delta = 0.0h;", ""),
+    "attention_dkv: no barrier": (BARRIER, "", ""),
+    "attention_dkv: one head of the group": (
+        "head < (key_head + 1) * per_key_head",
+        "head < key_head * per_key_head + 1",
+        "",
+    ),
+    "attention_dkv: hidden pairs count": ("seen ? weight : 0.0f", "weight", ""),
+    "attention_dkv: rows beyond Tq are read": ("is_row ? delta[", "true ? delta[", "address"),
+    "attention_dkv: keys beyond the last are written": ("if (is_key) {", "if (true) {", "address"),
     "linear_cross_entropy: no rescaling": ("sum *= metal::precise::exp(maximum - highest);", "", ""),
     "linear_cross_entropy: rows beyond T are written": (" && row_start + own_row < T) {", ") {", "address"),
     "linear_cross_entropy: columns beyond V take part": (

@@ -14,6 +14,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.doctor import __main__ as doctor
 from mebp_mlx.doctor import checks
+from mebp_mlx.doctor import kernels as doctor_kernels
 from mebp_mlx.errors import UserError
 from mebp_mlx.kernels import linear_cross_entropy, metal, online_softmax, trust
 from mebp_mlx.kernels.online_softmax import SoftmaxState
@@ -44,7 +45,7 @@ def _no_rescaling(text: str) -> str:
 
 
 def _does_not_compile(text: str) -> str:
-    return text.replace("const uint row", "const uint_ row").replace("const int T =", "const int_ T =")
+    return text.replace("const uint row", "const uint_ row").replace("const int T", "const int_ T")
 
 
 class _Calls:
@@ -201,7 +202,31 @@ def test_doctor_checks_every_kernel(
     with running(change=change, pretend=True):
         found_code, text = _doctor(capsys, "--json")
     rows = [row for row in json.loads(text)["findings"] if row["group"] == "kernels"]
-    assert len(rows) == 3 + 9 and found_code == code
+    assert len(rows) == 3 + 9 + 9 and found_code == code
     bad = {row["what"].split()[0] for row in rows if row["state"] == "FAIL"}
     assert bad == (set() if code == 0 else set(SOURCES) if change is _does_not_compile else {"linear_cross_entropy"})
     assert all(row["figures"].get("metal_ms", 0) > 0 for row in rows if row["state"] == "ok")
+
+
+@pytest.mark.parametrize("mode", ["", "off"])
+def test_doctor_times_attention_both_ways(
+    mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEBP_KERNELS", mode)
+    monkeypatch.setattr(doctor_kernels, "SHAPES", ((2, 1, 64),))
+    monkeypatch.setattr(doctor_kernels, "LENGTHS", (40,))
+    monkeypatch.setattr(doctor_kernels, "TILE", 17)
+    monkeypatch.setattr(doctor_kernels, "REPEATS", 1)
+    monkeypatch.setattr(checks, "check_kernels", lambda every: iter(()))
+    with running(pretend=True):
+        code, text = _doctor(capsys, "--kernels", "--json")
+    rows = json.loads(text)["findings"]
+    assert code == 0 and len(rows) == (2 if not mode else 0)
+    for row in rows:
+        assert "not taken at this length" in row["detail"] and len(row["figures"]) == 6
+        assert all(figure > 0 for name, figure in row["figures"].items() if name.endswith("_ms"))
+
+
+def test_doctor_without_metal_says_where_attention_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    code, table = _doctor(capsys, "--kernels")
+    assert code == 0 and "python -m bench kernels counts" in table

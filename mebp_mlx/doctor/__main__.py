@@ -1,8 +1,8 @@
 """`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
 
 One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
-FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py), in place
-of the general checks.
+FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py), --kernels
+checks every kernel at every size and times them (kernels.py), in place of the general checks.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
     parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")
+    parser.add_argument("--kernels", action="store_true", help="each Metal kernel at every size, checked and timed")
     options = parser.parse_args(argv)
     return run_command(lambda _: examine(_chosen(options), options.json), "interrupted")
 
 
 def _chosen(options: argparse.Namespace) -> list[Iterator[Finding]]:
-    if options.model or options.probe:
-        model = [checks.check_model(options.model)] if options.model else []
-        return model + ([checks.check_probes()] if options.probe else [])
+    if options.model or options.probe or options.kernels:
+        chosen = [checks.check_model(options.model)] if options.model else []
+        chosen += [checks.check_probes()] if options.probe else []
+        return chosen + ([checks.check_kernels(every=True), checks.check_attention()] if options.kernels else [])
     general = (
         checks.check_device,
         checks.check_memory,

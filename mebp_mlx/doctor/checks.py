@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..api import open_model
 from ..engine.arena import choose_folder, filesystem_of
 from ..errors import UserError
-from ..kernels import KERNELS, trust
+from ..kernels import KERNELS, attention, trust
 from ..system import device
 from ..system.files import write_atomically
 from ..system.footprint import PeakMeter, footprint_bytes
@@ -29,7 +29,7 @@ from ..system.machine import load_blas, machine
 from ..system.pages import PAGE_BYTES
 from ..weights import zero_copy as adopt
 from ..weights.hub import resolve_model
-from . import probes
+from . import kernels, probes
 
 OK, NOTE, FAIL, NOT_HERE = "ok", "note", "FAIL", "-"
 SPIKE_BYTES, SPIKE_S = 50_000_000, 0.02
@@ -189,16 +189,28 @@ def check_probes() -> Iterator[Finding]:
         yield Finding("probe", probe.what, state, detail, probe.figures)
 
 
-def check_kernels() -> Iterator[Finding]:
-    """Each kernel for each dtype and group size: compiled, checked against its reference, timed beside it."""
+def check_kernels(every: bool = False) -> Iterator[Finding]:
+    """Each kernel for each dtype and group size: compiled, checked against its reference, timed beside it.
+
+    every: attention's kernels for every head dim, too, and not the first one alone.
+    """
     for kernel in KERNELS.values():
         if not trust.backend.available():
             reason = "needs Metal; the reference is used (the test suite runs the kernel emulated)"
             yield Finding("kernels", kernel.name, NOT_HERE, reason, {})
             continue
         for dtype in trust.DTYPES:
-            for group_size in kernel.group_sizes:
+            for group_size in kernel.group_sizes[: None if every or kernel.name not in attention.NAMES else 1]:
                 yield _kernel(kernel, dtype, group_size)
+
+
+def check_attention() -> Iterator[Finding]:
+    """Attention by the kernels and by MLX, timed."""
+    if not trust.backend.available():
+        yield Finding("attention", "times", NOT_HERE, "needs Metal; python -m bench kernels counts", {})
+        return
+    for what, detail, figures in kernels.measure():
+        yield Finding("attention", what, OK, detail, figures)
 
 
 def _kernel(kernel: trust.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:

@@ -115,6 +115,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
     """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
     if work.plan.checkpoint:
         return _checkpointed(work, layer, run, dy, need_dx)
+    run.begin(sum(tile.shape[1] for tile in dy))
     position = 0
     dx: list[mx.array] = []
     for tile in dy:
@@ -201,6 +202,7 @@ class KeptSizes:
     def __init__(self, model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int):
         self.layers = model.spec.layers[index:]
         self.work, self.model, self.B = Pass(model.unread(), plan, adapter, Barrier(None)), model, B
+        self.work.T = T
         self.lengths = Counter(stop - start for start, stop in plan.tiles(T))
         self.known: dict[object, Counter[str]] = {}
 

@@ -74,6 +74,7 @@ class Pass(Context):
         self.shared = SharedKeys(model.spec.layers, adapter)
         # Of a probe of memory, which leaves tiles of long rows out: what a tile keeps, by layer and name.
         self.left_out: dict[int, dict[str, tuple[tuple[int, ...], mx.Dtype]]] = {}
+        self.T: int | None = None  # the length of the row, where some tiles of it are passed alone
 
     def runs(self, layer: Layer, tile: int, n_tiles: int) -> bool:
         """Whether a tile is run. A probe leaves out those between a row's first and its last three, which take most."""
@@ -104,6 +105,7 @@ class Pass(Context):
         if self.ahead is not None:
             self.ahead.block(layer.index + 1)
         run, y, position = self.run(layer, kept, names), [], 0
+        run.begin(self.T or sum(tile.shape[1] for tile in x))
         n_tiles = len(x)
         for tile in range(n_tiles):
             block = run.block(run, position, x[0].shape[:2], x.pop(0))

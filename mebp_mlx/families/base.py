@@ -131,7 +131,7 @@ class BlockRun:
             spec.attention_cap,
             self.arrays.get("sinks"),
         )
-        self.attention = Attention(heads, context.plan.query_block, self.barrier)
+        self.attention = Attention(heads, context.plan.query_block, self.barrier, self.kept.keeps("a"))
         self.index = layer.index
         self.blocks: list[Block] = []  # of a backward pass, a tile each
         self.states: dict[int, mx.array] = {}  # of a backward pass, by the number of the tile that they stand before
@@ -141,6 +141,10 @@ class BlockRun:
     def layer_input(self) -> LayerInput:
         """What the layer reads of its tokens, in families that have this."""
         return LayerInput(self.shared, self.index)
+
+    def begin(self, n_positions: int) -> None:
+        """The tiles of a row of that length follow."""
+        self.attention.choose(self.dtype, n_positions)
 
     def look_back(self) -> None:
         """Bring the keys and values of all tiles back, for a backward pass; once."""
@@ -262,7 +266,10 @@ class Block:
             self.show_keys()
         else:
             self.run.look_back()
-        return self.run.attention(Q, self.position)
+        a, fused = self.run.attention(Q, self.position), self.run.attention.fused
+        if self.unread is not None and self.position in fused:
+            self.run.kept.put("a.lse", self.position, fused.pop(self.position)[1])  # kept where `a` is
+        return a
 
     def show_keys(self) -> None:
         """The tile's keys and values join those that attention sees."""
@@ -278,6 +285,10 @@ class Block:
     def query_backward(self, da: mx.array) -> mx.array:
         """dL/dq of a tile; its part of dL/dK and dL/dV is summed up."""
         self.run.look_back()
+        a, lse = (self.run.kept.get(name, self.position) for name in ("a", "a.lse"))
+        if a is not None and lse is not None:
+            self.run.attention.fused[self.position] = (a, lse)
+        del a, lse
         dQ = self.run.attention.backward(self.Q, da, self.position)
         self.drop("Q")
         return self.rotate_backward("q", dQ)

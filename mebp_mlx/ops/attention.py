@@ -6,6 +6,8 @@
 A tile's queries, in small blocks, meet only the keys that the mask lets in: exact, about half the work of the full
 square, and no [H, T, T] array in either direction. Heads that share a key head are rows of one product. Rows are
 padded on the right, so causality alone keeps padding out of every labelled position.
+
+Long rows on Metal go through kernels instead (kernels/attention.py): a tile's queries at once, no scores in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..kernels import attention as fused
 from ..kernels import cpu
 from ..model.rope import Rope
 from .plan import Barrier
@@ -97,15 +100,31 @@ class Heads:
 
 
 class Attention:
-    """Keys and values of the tiles so far, and their gradients."""
+    """Keys and values of the tiles so far, and their gradients.
 
-    def __init__(self, heads: Heads, query_block: int, barrier: Barrier):
+    has_backward: whether a backward pass follows, or this is one.
+    """
+
+    def __init__(self, heads: Heads, query_block: int, barrier: Barrier, has_backward: bool = True):
         self.heads, self.query_block, self.barrier = heads, query_block, barrier
+        self.has_backward, self.is_fused = has_backward, False
         self.keys: mx.array | None = None  # [B, K, positions so far, head_dim], rotated
         self.values: mx.array | None = None
         self.d_keys: mx.array | None = None  # float32 sums
         self.d_values: mx.array | None = None
         self.sums_keys = True  # False: keys and values are constants
+        self.fused: dict[int, tuple[mx.array, mx.array]] = {}  # by position: what a kernel gave, and log-sum-exp
+
+    def choose(self, dtype: mx.Dtype, n_positions: int) -> None:
+        """Whether rows of that length go through the kernels; without a call they do not."""
+        heads = self.heads
+        # Without a backward pass MLX's own forward is fused for these head dims (it gives no log-sum-exp), and a traced
+        # one is differentiated by MLX, which a kernel is not.
+        has_none = not self.has_backward and (heads.head_dim in fused.MLX_FUSED or self.barrier.grain is None)
+        n_keys = min(n_positions, heads.window or n_positions)
+        self.is_fused = (
+            heads.cap is None and heads.sinks is None and not has_none and fused.serves(dtype, heads.head_dim, n_keys)
+        )
 
     def append(self, keys: mx.array, v: mx.array) -> None:
         """The next tile's K [B, K, tile, head_dim] and v [B, tile, K * head_dim]."""
@@ -117,6 +136,8 @@ class Attention:
 
     def __call__(self, Q: mx.array, position: int) -> mx.array:
         """A tile's Q [B, H, tile, head_dim] from a position on -> A [B, tile, H * head_dim]."""
+        if self.is_fused:
+            return self._fused_forward(Q, position)
         pieces = []
         for start, stop, low, high in self._blocks(Q.shape[2], position):
             queries = Q[:, :, start - position : stop - position]
@@ -127,6 +148,8 @@ class Attention:
     def backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
         """dQ of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
         assert self.keys is not None
+        if self.is_fused:
+            return self._fused_backward(Q, da, position)
         pieces = []
         for start, stop, low, high in self._blocks(Q.shape[2], position):
             rows = slice(start - position, stop - position)
@@ -136,6 +159,31 @@ class Attention:
                 self.add(low, high, dk, dv)
             self.barrier.piece(dq, *self.sums())
         return mx.concatenate(pieces, axis=2)
+
+    def _fused_forward(self, Q: mx.array, position: int) -> mx.array:
+        """A of a tile by the kernel; with its log-sum-exp it is held for a backward pass."""
+        assert self.keys is not None and self.values is not None
+        heads = self.heads
+        a, lse = fused.attention_forward(Q, self.keys, self.values, heads.scale, position, heads.window)
+        a = a.reshape(*a.shape[:2], -1)
+        if self.has_backward:
+            self.fused[position] = (a, lse)
+        self.barrier.piece(a, lse)
+        return a
+
+    def _fused_backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
+        assert self.keys is not None and self.values is not None
+        heads, keys, values, shape = self.heads, self.keys, self.values, (*da.shape[:2], -1, self.heads.head_dim)
+        if position not in self.fused:
+            self._fused_forward(Q, position)
+        a, lse = self.fused.pop(position)
+        low, high = heads.key_range(position, position + Q.shape[2])
+        place, da = (heads.scale, position, heads.window), da.reshape(shape)
+        dq, delta = fused.attention_dq(Q, keys, values, (a.reshape(shape), lse), da, place)
+        if self.sums_keys:
+            self.add(low, high, *fused.attention_dkv(Q, keys, values, da, (lse, delta), (*place, low, high)))
+        self.barrier.piece(dq, *self.sums())
+        return dq
 
     def cotangents(self, position: int, T: int) -> tuple[mx.array, mx.array]:
         """(dK [B, K, T, head_dim], dv [B, T, K * head_dim]) of a tile, after the backward of it and all later tiles."""

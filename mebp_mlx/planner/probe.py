@@ -92,8 +92,10 @@ def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -
     try:
         with PeakMeter() as meter:
             if workload.is_exact:
-                for layers in _kinds(workload, engine.barrier.is_lazy):
-                    _exact(workload, plan, engine, meter, layers, max(kept, default=0))
+                for T in dict.fromkeys((workload.T, workload.T_scored)):
+                    for layers in _kinds(workload, engine.barrier.is_lazy):
+                        of_length = dataclasses.replace(workload, T=T)
+                        _exact(of_length, plan, engine, meter, layers, max(kept, default=0))
             else:
                 _forward(workload, plan, engine, meter, workload.T)
             if workload.T_eval > workload.T:
@@ -146,6 +148,7 @@ def _leave_tiles_out(workload: Workload, plan: Plan, work: Pass, layers: list[La
     if len(plan.tiles(T)) <= _WHOLE_TILES:
         return
     unread = Pass(workload.model.unread(), plan, workload.adapter, Barrier(None))
+    unread.T = T
     for layer in layers:
         if hasattr(BLOCKS[layer.block], "K") and {"k", "v"} <= layer.linears.keys():
             kept = kept_shapes(unread, layer, workload.B, plan.tiles(T)[0][1]).kept

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from ..kernels import attention
 from ..ops.plan import Plan
 from ..system.child import ChildFailure, run_child
 from ..system.phone import Phone, thermal_state
@@ -41,7 +42,9 @@ def project(
     phone: Phone, workload: Workload, plan: Plan, step_s: float | None = None, host: Rates | None = None
 ) -> Iterator[str]:
     """Lines: a step's counts and its least time on the phone, and a measured time scaled by the two rooflines."""
-    there, rates = count(on_phone(workload), plan), Rates(phone.flops[2], phone.bandwidth)
+    rates = Rates(phone.flops[2], phone.bandwidth)
+    with attention.assumed():
+        there = count(on_phone(workload), plan)
     total, least_s = sum(there.values(), Work()), bound_s(there, rates)
     yield (
         f"projected  {phone.chip}: a micro-batch of {workload.B} x {workload.T:,} tokens is "

@@ -78,7 +78,7 @@ def ladder(workload: Workload) -> list[Plan]:
     for step in steps:
         step.setdefault("head_block_bytes", step["logits_block_bytes"])
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
-        scores, limit = 4 * workload.B * workload.model.spec.H * workload.T, _SCORES_BYTES
+        scores, limit = 4 * workload.B * workload.model.spec.H * workload.T_scored, _SCORES_BYTES
         if step["grain"] == "block":  # every block of queries is launches, and as many in the backward pass again
             scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
         step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))

@@ -19,14 +19,14 @@ import numpy as np
 
 from ..engine.backprop import block_backward, kept_bytes, kept_shapes
 from ..engine.base import Pass
-from ..kernels import cpu
+from ..kernels import attention, cpu
 from ..model.config import Layer
 from ..ops.cross_entropy import scan
 from ..ops.plan import Barrier, Plan
 from .workload import Workload
 
 _PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
-_MOVERS = (*_PRODUCTS, "Quantize", "AffineQuantize")  # Quantize: mx.dequantize, too
+_MOVERS = (*_PRODUCTS, *attention.NAMES, "Quantize", "AffineQuantize")  # Quantize: mx.dequantize, too
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,22 @@ class Rates:
 
 @dataclass(frozen=True)
 class Node:
-    """One primitive of a graph: its name, and (shape, item bytes) of its inputs and outputs."""
+    """One primitive of a graph: its name, or a kernel's, and (shape, item bytes) of its inputs and outputs.
+
+    place: of an attention kernel, where its queries are.
+    """
 
     name: str
     inputs: tuple[tuple[tuple[int, ...], int], ...]
     outputs: tuple[tuple[tuple[int, ...], int], ...]
+    place: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:
-        """Of a matrix product; 0 for any other primitive."""
+        """Of a matrix product or of attention; 0 for any other primitive."""
+        if self.place:
+            (q, item_bytes), (k, _) = self.inputs[:2]
+            return attention.operations(self.name, (q, k), item_bytes, self.place)
         if self.name not in _PRODUCTS:
             return 0.0
         return 2.0 * prod(self.outputs[0][0]) * self.inputs[0][0][-1]
@@ -84,11 +91,19 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
     MLX merges what is computed twice from the same inputs: scores of recomputed attention are there once.
     """
     nodes: list[Node] = []
+    constants: dict[str, mx.array] = {}
 
     def visit(event: dict[str, Any]) -> None:
+        if event["type"] == "constants":
+            constants.update(event["constants"])
         if event["type"] == "primitive":
-            shapes = [tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs")]
-            nodes.append(Node(event["name"], *shapes))
+            inputs, outputs = (tuple((tuple(a[1]), a[2].size) for a in event[side]) for side in ("inputs", "outputs"))
+            called = str(event["arguments"][0]) if event["name"] == "CustomKernel" else ""
+            name = next((name for name in attention.NAMES if called.startswith(f"custom_kernel_{name}_")), None)
+            place: tuple[int, ...] = (
+                () if name is None else tuple(map(int, np.asarray(constants[event["inputs"][-2][0]])))
+            )
+            nodes.append(Node(name or event["name"], inputs, outputs, place))
 
     with cpu.off():
         mx.export_function(visit, run, *inputs)

@@ -9,6 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..engine.zeroth_order import Estimator, perturbed
+from ..kernels import attention
 from ..model.base import Model
 from ..model.config import Layer
 from ..model.lora import Adapter, Lora, first_trained
@@ -66,6 +67,14 @@ class Workload:
         named = {**layer.linears, **layer.experts}
         trained = frozenset(short for short, linear in named.items() if linear.name in self.lora.pairs)
         return layer.block, layer.window, layer.head_dim, trained
+
+    @property
+    def T_scored(self) -> int:
+        """Positions of the longest row whose attention has scores in memory: longer ones go through the kernels."""
+        dtype, spec = self.model.dtype, self.model.spec
+        if spec.attention_cap is not None or not attention.serves(dtype, spec.head_dim, self.T):
+            return self.T
+        return int(attention.least_keys(dtype, spec.head_dim)) - 1
 
     @property
     def lora_bytes(self) -> int:
