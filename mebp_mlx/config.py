@@ -26,6 +26,7 @@ from mebp_mlx.options import (
     size_option,
     suggest,
 )
+from mebp_mlx.system.group import TIMEOUT_S
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
@@ -38,12 +39,13 @@ ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
-DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
+DATA, METHOD, LORA, OPTIMIZER, LENGTH, SEVERAL, REPORT = (
     "model and data",
     "method",
     "LoRA",
     "optimizer",
     "length of the run",
+    "several machines (mlx.launch)",
     "reports and files",
 )
 
@@ -152,6 +154,13 @@ class TrainConfig:
     test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
+
+    rows_by_speed: bool = option(False, SEVERAL, "deal rows by each machine's measured speed, not evenly",
+                                 may_change=True)
+    reduce_dtype: str = option("float32", SEVERAL, "of gradients on their way; bfloat16: half the bytes, rounded sums",
+                               choices=("float32", "bfloat16"), may_change=True)
+    peer_timeout: float = option(TIMEOUT_S, SEVERAL, "seconds to wait for a machine before the others end", above=0,
+                                 below=10**6, may_change=True)
 
     adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
                                may_change=True)

@@ -40,12 +40,31 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length: int32 [B, T] tokens, and targets (-100: no label)."""
+    """Rows padded on the right to one length: int32 [B, T] tokens, and targets (-100: no label).
+
+    A part of a batch has the whole batch's n_labels, and the number of its first row in the batch.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     rows: tuple[str, ...]  # "train.jsonl:17" of each row
     n_labels: int
+    first_row: int = 0
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop), up to their last label: no rows at all if they have none."""
+        targets = self.targets[start:stop]
+        columns = np.flatnonzero((targets != NO_LABEL).any(axis=0))
+        if not columns.size:
+            return replace(self, tokens=self.tokens[:0], targets=self.targets[:0], rows=(), first_row=start)
+        T = int(columns[-1]) + 1
+        return replace(
+            self,
+            tokens=np.ascontiguousarray(self.tokens[start:stop, :T]),
+            targets=np.ascontiguousarray(targets[:, :T]),
+            rows=self.rows[start:stop],
+            first_row=start,
+        )
 
 
 class TokenRows:

@@ -74,7 +74,7 @@ def _exact(
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
     engine.store.reserve(len(layers), per_block)
-    dropout = (0, 0, 0) if workload.lora.dropout else None
+    dropout = (0, 0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     tokens = np.zeros((B, T), np.int32)
     with meter.phase("forward"):

@@ -16,7 +16,7 @@ _MESSAGE = b"\nstopping after this step; a second signal stops immediately, with
 class Stopped(KeyboardInterrupt):
     """A signal ends the command. exit_code: 128 + its number, as shells count (130, 143, 129).
 
-    message: the line for the user, None for the command's own.
+    message: the line for the user, None for the command's own, "" for none.
     """
 
     def __init__(self, number: int = signal.SIGINT, message: str | None = None) -> None:
