@@ -187,7 +187,9 @@ class Group:
         except RuntimeError as error:
             neighbours = sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size})
             who = " or ".join(str(rank) for rank in neighbours)
-            raise PeerLost(f"lost rank {who} ({error})") from None
+            raise PeerLost(
+                f"lost rank {who} ({error}); the last save is whole, --resume goes on with the machines that are left"
+            ) from None
         self.waited_s += time.perf_counter() - began_s
 
 
@@ -222,9 +224,9 @@ def connect(environment: Mapping[str, str] = os.environ) -> Group:
     """The group that the environment names, once all of its processes are there; Group() where it names none."""
     rank = next((environment[name] for name in _RANKS if name in environment), None)
     hosts = environment.get("MLX_HOSTFILE")
-    with contextlib.suppress(OSError):
-        if hosts is not None and not Path(hosts).read_text().strip():
-            rank = None  # mlx.launch -n 1 writes an empty file, which MLX takes for an error
+    with contextlib.suppress(OSError, ValueError):
+        if hosts is not None and len(json.loads(Path(hosts).read_text().strip() or "[]")) < 2:
+            rank = None  # MLX's ring refuses to be one machine; mlx.launch -n 1 leaves an empty file
     if rank is None:
         return Group()
     deadline = Deadline(int(rank))

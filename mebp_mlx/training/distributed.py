@@ -119,7 +119,7 @@ class Deal:
     """
 
     def __init__(self, group: Group, batch_size: int, by_speed: bool = False) -> None:
-        self.group, self.by_speed = group, by_speed and not group.is_alone
+        self.group, self.batch_size, self.by_speed = group, batch_size, by_speed and not group.is_alone
         self.speeds = [1.0] * group.size  # positions a second, once measured
         even = -(-batch_size // group.size)
         self.most_rows = min(batch_size, even * _WIDEST_SHARE if self.by_speed else even)
@@ -132,6 +132,18 @@ class Deal:
         counts = shares(len(batch.rows), self.speeds, self.most_rows)
         start = sum(counts[: self.group.rank])
         return batch.part(start, start + counts[self.group.rank])
+
+    def notices(self, n_before: int) -> list[str]:
+        """What a person may not expect; n_before: machines of the run that is resumed, or as many as now."""
+        remarks, n_now = [], self.group.size
+        if n_now > self.batch_size:
+            remarks.append(f"{n_now} machines, batches of {self.batch_size} rows: {n_now - self.batch_size} take none")
+        if n_before != n_now:
+            remarks.append(
+                f"saved on {n_before} machine{'s' * (n_before > 1)}, resumed on {n_now}: the same rows and updates, "
+                "sums are added in another order"
+            )
+        return remarks
 
     def learn(self, positions: Sequence[int], seconds: Sequence[float]) -> None:
         """Takes a step's positions and seconds of computing, by rank: the next deal follows them."""

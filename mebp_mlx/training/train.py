@@ -100,6 +100,7 @@ def _open_log(run: Run) -> Iterator[RunLog]:
     services.say = log.notice
     with last_line, log, services:
         folder.remove_partial_files(run.folder)
+        n_before = folder.recorded_machines(run.folder) if config.resume else run.group.size
         about = {"n_iters": run.n_iters, "n_lora_parameters": run.n_parameters, "data": run.inputs.data.counts}
         record = {
             "options": config.to_dict(),
@@ -115,7 +116,7 @@ def _open_log(run: Run) -> Iterator[RunLog]:
         log.event("start", iter=first, n_updates=run.inputs.n_updates, **about, **measured)
         if first:
             log.say(f"resuming after iteration {first} of {run.n_iters}")
-        for text in notices(config, run.inputs.data, run.optimizer, run.n_iters):
+        for text in [*notices(config, run.inputs.data, run.optimizer, run.n_iters), *run.deal.notices(n_before)]:
             log.notice(text)
         for text in alignment_notices(run.model, config.model):
             log.notice(text)
