@@ -1,8 +1,8 @@
 """What each process of a group does in test_distributed.py: `python -m tests.ranks RUNS`, where RUNS is a JSON file.
 
-RUNS: [[name, [argument of the command, ...]], ...]; {rank} in an argument is this process's. One process makes many
-runs: starting one takes seconds. Writes the exit code and the final parameters' hash of every run into RUNS.RANK.json. In
-a run named "not finite" rank 1's third loss is not.
+RUNS: [[name, [argument of the command, ...]], ...]; {rank} and {budget} in an argument are this process's. One process
+makes many runs: starting one takes seconds. Writes the exit code and the final parameters' hash of every run into
+RUNS.RANK.json. In a run named "not finite" rank 1's third loss is not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mebp_mlx.system.group import Group
 
 def main(path: Path) -> None:
     results: dict[str, Any] = {}
+    own = {"rank": os.environ["MLX_RANK"], "budget": "10MB" if os.environ["MLX_RANK"] == "1" else "none"}
     rank, prepare, step = os.environ["MLX_RANK"], train.prepare_run, BackpropEngine.step
 
     def fail(self: BackpropEngine, batch: Any, **about: Any) -> float:
@@ -43,7 +44,7 @@ def main(path: Path) -> None:
         BackpropEngine.step = fail if name == "not finite" else step  # type: ignore[method-assign]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train.main([argument.format(rank=rank) for argument in arguments])
+            code = train.main([argument.format(**own) for argument in arguments])
         result: dict[str, Any] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
         if runs and runs[0] is not None:
             digest = hashlib.sha256()

