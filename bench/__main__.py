@@ -41,6 +41,10 @@ MEASUREMENTS = {
     "head_backward": ("projection", "why the head's gradient has no kernel of its own: bytes and operations"),
     "blas": ("micro", "matrix products with the BLAS that is loaded and with MLX's own"),
     "torture": ("torture.__main__", "stopped runs, full disks and damaged files: what is lost, and what is said"),
+    "distributed": (
+        "distributed",
+        "processes that share a batch: scaling, bytes sent, waiting, memory, links",
+    ),
     "open_cost": ("micro", "time and footprint of opening a checkpoint"),
 }
 TOOLS = {
@@ -103,7 +107,7 @@ def _run(command: list[str]) -> tuple[int, dict[str, Any]]:
 
 def draw(argv: Sequence[str]) -> None:
     """Draws NAME.png again from NAME.csv and NAME.json in the folder --out; measures nothing."""
-    pictures = [*RESULTS, "dispatch"]
+    pictures = [*RESULTS, "dispatch", "distributed"]
     parser = report.Parser("draw", draw.__doc__)
     parser.add_argument("name", metavar="NAME", choices=pictures, help=", ".join(pictures))
     parser.add_argument("--out", type=report.Path, required=True, help="folder of the result")

@@ -118,7 +118,11 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return ["--resume", "--adapter-path", str(out / folder), "--iters", "8"]
 
     two = [run("two", name) for name in CASES]
-    two += [run("again", "adam"), run("again", "kzoo"), run("rounded", "sgd: whole graph", "--reduce-dtype", "bfloat16")]
+    two += [
+        run("again", "adam"),
+        run("again", "kzoo"),
+        run("rounded", "sgd: whole graph", "--reduce-dtype", "bfloat16"),
+    ]
     two += [run("speed", "adam", "--rows-by-speed")]
     two += [("two resumed on two", resume("again adam")), ("kzoo resumed on two", resume("again kzoo"))]
     two += [("one resumed on two", resume("spare adam")), ("nothing to do", resume("again adam"))]
