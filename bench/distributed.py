@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "processes",
         "sent as",
         "Gbit/s",
-        "step s",
+        "s/step",
         "speed-up",
         "MB sent",
         "waiting",

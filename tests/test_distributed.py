@@ -28,7 +28,7 @@ from tests.runs import ROOT, arguments, events, losses
 CASES: dict[str, list[str]] = {
     "adam": ["--test"],
     "sgd: accumulation, clipping, dropout, decay": [
-        "--grad-accumulation-steps", "3", "--iters", "12", "--max-grad-norm", "0.5", "--dropout", "0.3",
+        "--grad-accumulation-steps", "3", "--iters", "6", "--max-grad-norm", "0.5", "--dropout", "0.3",
         "--lr-decay", "cosine", "--optimizer", "sgd",
     ],
     "dropout, small budget": ["--dropout", "0.3", "--memory-budget", "min", "--optimizer", "adamw"],
@@ -79,7 +79,7 @@ def launch(tmp_path: Path, runs: list[tuple[str, list[str]]], n: int = 2) -> lis
     path.write_text(json.dumps(runs))
     processes = start(tmp_path, [["-m", "tests.ranks", str(path)]] * n)
     for process in processes:
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=400)
         assert process.returncode == 0, error
     return [json.loads(path.with_suffix(f".{rank}.json").read_text()) for rank in range(n)]
 
@@ -111,11 +111,11 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("distributed")
 
     def run(kind: str, name: str, *more: str) -> tuple[str, list[str]]:
-        small = ["--batch-size", "4", "--save-every", "3"]
+        small = ["--batch-size", "4", "--iters", "4", "--save-every", "2"]
         return f"{kind} {name}", arguments(cache, out / f"{kind} {name}", *small, *CASES[name], *more)
 
     def resume(folder: str) -> list[str]:
-        return ["--resume", "--adapter-path", str(out / folder), "--iters", "8"]
+        return ["--resume", "--adapter-path", str(out / folder), "--iters", "6"]
 
     two = [run("two", name) for name in CASES]
     two += [
@@ -148,8 +148,8 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name in CASES:
         assert train.main(run("one", name)[1]) == 0
     assert train.main(run("spare", "adam")[1]) == 0
-    assert train.main(run("long", "adam", "--iters", "8")[1]) == 0
-    assert train.main(run("long", "kzoo", "--iters", "8")[1]) == 0
+    assert train.main(run("long", "adam", "--iters", "6")[1]) == 0
+    assert train.main(run("long", "kzoo", "--iters", "6")[1]) == 0
     return out, launch(out, two)
 
 
@@ -229,14 +229,14 @@ def test_rounded_sums_are_near(outcome: Any) -> None:
     assert 1e-6 < _difference(out / rounded, out / exact) <= 0.01
     saved = ranks[0][exact]["sent_bytes"] - ranks[0][rounded]["sent_bytes"]
     n_bytes = sum(value.nbytes for value in adapters(out / exact).values())
-    assert abs(saved - 6 * n_bytes // 2) <= 200  # numbers in text differ in length
+    assert abs(saved - 4 * n_bytes // 2) <= 200  # numbers in text differ in length
 
 
 def test_a_probe_sends_eight_bytes(outcome: Any) -> None:
     """No gradients: what is sent does not depend on the number of parameters, but on that of losses."""
     _, ranks = outcome
     sent = {name: ranks[0][f"two {name}"]["sent_bytes"] for name in ("mezo", "hizoo", "adam")}
-    assert abs(sent["hizoo"] - sent["mezo"] - 6 * 8) < 60  # one probe more a step; numbers in text differ in length
+    assert abs(sent["hizoo"] - sent["mezo"] - 4 * 8) < 40  # one probe more a step; numbers in text differ in length
     assert sent["adam"] > 10 * sent["mezo"]
 
 
@@ -250,11 +250,11 @@ def test_rows_by_speed_change_no_sum(outcome: Any) -> None:
 
 
 def begin(cache: Path, tmp_path: Path, *more: str, n: int = 2) -> tuple[list[subprocess.Popen[str]], Path]:
-    """A run that has saved once and would go on for long."""
+    """A run that has saved once, and would go on for long."""
     out = tmp_path / "out"
     command = ["-m", "mebp_mlx.train", *arguments(cache, out, "--iters", "100000", "--save-every", "5", *more)]
     processes = start(tmp_path, [command] * n)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not (out / "checkpoint.safetensors").exists():
         assert time.monotonic() < until and all(process.poll() is None for process in processes)
         time.sleep(0.02)
@@ -278,7 +278,7 @@ def assert_goes_on_alone(out: Path) -> None:
 def test_a_killed_machine_ends_the_others_with_one_line(cache: Path, tmp_path: Path, gone: int) -> None:
     processes, out = begin(cache, tmp_path)
     processes[gone].kill()
-    code, (line,) = end(processes[1 - gone], 20.0)
+    code, (line,) = end(processes[1 - gone], 60.0)
     processes[gone].communicate()
     assert code == 1 and line.startswith(f"error: rank {1 - gone}: lost rank {gone} (") and "--resume" in line
     assert_goes_on_alone(out)
@@ -287,10 +287,10 @@ def test_a_killed_machine_ends_the_others_with_one_line(cache: Path, tmp_path: P
 def test_a_machine_that_sleeps_ends_the_others_in_time_and_itself_when_it_wakes(cache: Path, tmp_path: Path) -> None:
     processes, out = begin(cache, tmp_path, "--peer-timeout", "1")
     processes[1].send_signal(signal.SIGSTOP)
-    code, (line,) = end(processes[0], 20.0)
+    code, (line,) = end(processes[0], 60.0)
     assert code == 1 and line.startswith("error: rank 0: no answer from another machine")
     processes[1].send_signal(signal.SIGCONT)
-    code, (line,) = end(processes[1], 20.0)
+    code, (line,) = end(processes[1], 60.0)
     assert code == 1 and line.startswith(("error: rank 1: lost rank 0", "error: rank 1: no answer"))
     assert_goes_on_alone(out)
 
