@@ -316,8 +316,8 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "Fine-tune a language model with exact LoRA gradients in little memory.",
         "Without options it trains the bundled model on the bundled text. YAML files have the same names with _,\n"
         "and mlx-lm's lora_parameters, lr_schedule and optimizer_config. Memory is the process footprint.\n"
-        "exit codes: 0 done, 1 another machine has gone, 2 wrong option or input, 3 memory budget cannot be met or was\n"
-        "passed (saved), 130 interrupted and saved",
+        "exit codes: 0 done, 1 another machine has gone, 2 wrong option or input, 3 memory budget cannot be met or\n"
+        "was passed (saved), 130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
