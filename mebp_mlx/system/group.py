@@ -29,6 +29,7 @@ TIMEOUT_S = 60.0
 _SETUP_S = 600.0  # before the first step a machine may tokenize, read lengths of rows or measure plans for minutes
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of mlx.launch, and of two kinds of mpirun
 _PIECE_BYTES = 4 << 20  # of a file at a time
+_MESSAGE_BYTES = 256  # of a message whose text is short
 _WORKS = 0  # the status in a message's header, or else an exit code
 
 # Arguments: the line to print, a folder to remove or "". faulthandler writes into the pipe when time is up; otherwise
@@ -127,11 +128,17 @@ class Group:
                     file.write(np.asarray(total).tobytes())
 
     def _gather_bytes(self, own: bytes, status: int = _WORKS) -> list[bytes]:
-        headers = self._all_gather(np.array([status, len(own)], np.int64)).reshape(self.size, 2)
-        longest = int(headers[:, 1].max())
-        padded = np.zeros(longest, np.uint8)
-        padded[: len(own)] = np.frombuffer(own, np.uint8)
-        rows = self._all_gather(padded).reshape(self.size, longest) if longest else np.zeros((self.size, 0), np.uint8)
+        """Bytes of every rank: what is short goes with the header, in one message."""
+        begin = np.zeros((_MESSAGE_BYTES,), np.uint8)
+        begin[:16] = np.array([status, len(own)], np.int64).view(np.uint8)
+        short = own[: _MESSAGE_BYTES - 16]
+        begin[16 : 16 + len(short)] = np.frombuffer(short, np.uint8)
+        begins = self._all_gather(begin).reshape(self.size, _MESSAGE_BYTES)
+        headers = np.ascontiguousarray(begins[:, :16]).view(np.int64)
+        rest = np.zeros(max(0, int(headers[:, 1].max()) - len(begin) + 16), np.uint8)
+        rest[: len(own) - len(short)] = np.frombuffer(own[len(short) :], np.uint8)
+        rests = self._all_gather(rest).reshape(self.size, -1) if rest.size else begins[:, :0]
+        rows = np.concatenate([begins[:, 16:], rests], axis=1)
         texts = [row[:n].tobytes() for row, n in zip(rows, headers[:, 1], strict=True)]
         for rank, exit_code in enumerate(headers[:, 0].tolist()):
             if exit_code != _WORKS and rank != self.rank:

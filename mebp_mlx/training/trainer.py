@@ -85,7 +85,7 @@ class Trainer:
             self.save(step)
         if step == n_updates or self.stopped_early:
             self.test(self.config.iteration(step))
-        self._agree_on_signal()
+        self._agree_on_end()
         self.seconds = time.perf_counter() - began_s
         return step
 
@@ -104,14 +104,16 @@ class Trainer:
     def _has_to_end(self, step: int) -> bool:
         if self.run.best.is_exhausted:
             return True
-        has_passed = self.watch.look(self.config.iteration(step))
-        return self._agree_on_signal() or any(self.group.gather(has_passed))
+        return self._agree_on_end(self.watch.look(self.config.iteration(step)))
 
-    def _agree_on_signal(self) -> bool:
-        """Whether a signal ends the run. All machines ask together: what one knows alone, none may act on."""
+    def _agree_on_end(self, has_passed: bool = False) -> bool:
+        """Whether a signal or a passed budget ends the run, on any machine. All ask together: none acts on what it knows
+        alone.
+        """
+        signals, passed = zip(*self.group.gather((self.interrupt.requested, has_passed)), strict=True)
         if self.signal is None:
-            self.signal = max((n for n in self.group.gather(self.interrupt.requested) if n is not None), default=None)
-        return self.signal is not None
+            self.signal = max((number for number in signals if number is not None), default=None)
+        return self.signal is not None or any(passed)
 
     def _last_iteration(self, event: str) -> int | None:
         """The iteration of the latest such event in the log; None without one."""
