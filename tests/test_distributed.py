@@ -236,7 +236,8 @@ def test_a_probe_sends_eight_bytes(outcome: Any) -> None:
     """No gradients: besides the bookkeeping of every run, what is sent depends on the number of losses alone."""
     _, ranks = outcome
     sent = {name: ranks[0][f"two {name}"]["sent_bytes"] for name in ("mezo", "hizoo", "adam")}
-    assert sent["hizoo"] == sent["mezo"] and sent["adam"] > sent["mezo"] + 4 * 6616  # a short message is 256 bytes
+    assert abs(sent["hizoo"] - sent["mezo"]) <= 8  # names of options: a short message is 256 bytes, whatever it says
+    assert sent["adam"] > sent["mezo"] + 4 * 6616
 
 
 def test_rows_by_speed_change_no_sum(outcome: Any) -> None:

@@ -107,8 +107,8 @@ class Trainer:
         return self._agree_on_end(self.watch.look(self.config.iteration(step)))
 
     def _agree_on_end(self, has_passed: bool = False) -> bool:
-        """Whether a signal or a passed budget ends the run, on any machine. All ask together: none acts on what it knows
-        alone.
+        """Whether a signal or a passed budget ends the run, on any machine. All ask together: what one knows alone, it
+        does not act on.
         """
         signals, passed = zip(*self.group.gather((self.interrupt.requested, has_passed)), strict=True)
         if self.signal is None:
