@@ -44,6 +44,7 @@ MEASUREMENTS = {
     "head_forward": ("kernels", "when the head's kernel beats two products: counted"),
     "blas": ("micro", "matrix products with the loaded BLAS and with MLX's own"),
     "torture": ("torture.__main__", "stopped runs, full disks and damaged files: lost data and error messages"),
+    "distributed": ("distributed", "processes that share a batch: scaling, bytes sent, waiting, memory, links"),
     "open_cost": ("micro", "time and footprint of opening a checkpoint"),
 }
 TOOLS = {
@@ -106,7 +107,7 @@ def _run(command: list[str]) -> tuple[int, dict[str, Any]]:
 
 def draw(argv: Sequence[str]) -> None:
     """Redraws NAME.png from NAME.csv and NAME.json in the folder --out; measures nothing."""
-    pictures = [*RESULTS, "dispatch"]
+    pictures = [*RESULTS, "dispatch", "distributed"]
     parser = report.Parser("draw", draw.__doc__)
     parser.add_argument("name", metavar="NAME", choices=pictures, help=", ".join(pictures))
     parser.add_argument("--out", type=report.Path, required=True, help="folder of the result")

@@ -31,7 +31,9 @@ from mebp_mlx.options import convert, describe
 from mebp_mlx.planner.projection import impose
 from mebp_mlx.planner.work import Rates, bound_s, count, on_phone
 from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
+from mebp_mlx.system.group import Group
 from mebp_mlx.system.phone import DEVICES
+from mebp_mlx.training.distributed import Deal
 from mebp_mlx.training.optimizers import make_optimizer
 from mebp_mlx.training.report import plan_record
 from mebp_mlx.training.setup import Sizes, estimator_of, make_lora, make_plan, make_updater
@@ -44,8 +46,8 @@ class Stepper:
 
     options: fields of TrainConfig. model: a folder or an open model. n_tokens: length of the longest row; n_evaluated:
     length of the longest row that is only evaluated. known: a plan to use if it fits. saved: "products" or "inputs",
-    replaces the plan's kept values. n_updates: total updates, for learning-rate schedules. Raises UserError,
-    BudgetError.
+    replaces the plan's kept values. n_updates: total updates, for learning-rate schedules. group: machines that share
+    each batch's rows. Raises UserError, BudgetError.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class Stepper:
         known: Plan | None = None,
         saved: str | None = None,
         n_updates: int = 1,
+        group: Group | None = None,
         **options: Any,
     ):
         self.config = config = TrainConfig(**{"batch_size": 1, **options})
-        self.n_tokens = n_tokens
+        self.n_tokens, self.deal = n_tokens, Deal(group or Group(), config.batch_size)
         if not isinstance(model, Model):
             model = mebp_mlx.open_model(model, config.dtype, config.weights)
         self.model = model
@@ -68,17 +71,23 @@ class Stepper:
             print(impose(config.phone, config.budget_bytes))
         self.lora = make_lora(config, model)
         optimizer, self.estimator = make_optimizer(config, n_updates), estimator_of(config, self.lora)
-        sizes = Sizes(config.batch_size, n_tokens, n_evaluated)
+        sizes = Sizes(self.deal.most_rows, n_tokens, n_evaluated, self.deal.group.size)
         self.planned = make_plan(config, model, self.lora, sizes, self.estimator, known)
         if saved is not None and self.planned is not None:
             known = dataclasses.replace(self.planned.plan, saved=SAVED[saved])
             self.planned = make_plan(config, model, self.lora, sizes, self.estimator, known)
         plan = None if self.planned is None else self.planned.plan
-        self.updater = make_updater(config, self.lora, plan, optimizer)
+        self.updater = make_updater(config, self.lora, plan, optimizer, self.deal.group)
         self.engine: Engine = make_engine(
-            config.engine, model, self.lora, plan=plan, seed=config.seed, estimator=self.estimator
+            config.engine,
+            model,
+            self.lora,
+            plan=plan,
+            seed=config.seed,
+            estimator=self.estimator,
+            total=self.deal.group.total,
         )
-        self.engine.reserve(config.batch_size, n_tokens)
+        self.engine.reserve(self.deal.most_rows, n_tokens)
         self.batch = random_batch(model.spec.V, config.batch_size, n_tokens)
 
     @property
@@ -92,8 +101,8 @@ class Stepper:
         return None if self.planned is None else plan_record(self.planned)
 
     def step(self, number: int, batch: Batch | None = None) -> float:
-        """One step on `batch` (default: the random one); returns its loss."""
-        batch = self.batch if batch is None else batch
+        """One step on `batch` (default: the random one); returns this machine's part of its loss."""
+        batch = self.deal.part(self.batch if batch is None else batch)
         self.updater.begin_step()
         # The sink is looked up at each call: a bench may have wrapped it.
         loss = self.engine.step(

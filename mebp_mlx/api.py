@@ -74,6 +74,10 @@ class _Batch(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
 
+    @property
+    def n_labels(self) -> int:
+        return int((self.targets != NO_LABEL).sum())
+
 
 def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     model: Model,
@@ -123,9 +127,8 @@ def loss_and_grads(
     """
     batch = _checked(model, tokens, targets)
     gradients: dict[str, mx.array] = {}
-    n_labels = int((batch.targets != NO_LABEL).sum())
     engine = _engine(model, lora, plan, *batch.tokens.shape)
-    loss_value = engine.step(batch, step=0, micro=0, n_labels=n_labels, sink=gradients.update)
+    loss_value = engine.step(batch, step=0, micro=0, n_labels=batch.n_labels, sink=gradients.update)
     return mx.array(loss_value), gradients
 
 

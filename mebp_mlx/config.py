@@ -26,6 +26,7 @@ from mebp_mlx.options import (
     size_option,
     suggest,
 )
+from mebp_mlx.system.group import TIMEOUT_S
 from mebp_mlx.system.limits import SMALLEST, UNLIMITED, named_budget
 from mebp_mlx.system.phone import DEVICES, Phone
 from mebp_mlx.weights.hub import FEATURES, SLICES
@@ -39,12 +40,13 @@ ZEROTH_ORDER = ("mezo", "kzoo", "hizoo", "fzoo")
 SERVICES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio", "swanlab": "swanlab"}  # libraries
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
-DATA, METHOD, LORA, OPTIMIZER, LENGTH, REPORT = (
+DATA, METHOD, LORA, OPTIMIZER, LENGTH, SEVERAL, REPORT = (
     "model and data",
     "method",
     "LoRA",
     "optimizer",
     "length of the run",
+    "several machines (mlx.launch)",
     "reports and files",
 )
 
@@ -153,6 +155,13 @@ class TrainConfig:
     test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
+
+    rows_by_speed: bool = option(False, SEVERAL, "deal rows by each machine's measured speed, not evenly",
+                                 may_change=True)
+    reduce_dtype: str = option("float32", SEVERAL, "of gradients on their way; bfloat16: half the bytes, rounded sums",
+                               choices=("float32", "bfloat16"), may_change=True)
+    peer_timeout: float = option(TIMEOUT_S, SEVERAL, "seconds to wait for a machine before the others end", above=0,
+                                 below=10**6, may_change=True)
 
     adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
                                may_change=True)
@@ -317,8 +326,8 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         "Fine-tune a language model with exact LoRA gradients in little memory.",
         "Without options it trains the bundled model on the bundled text. YAML files have the same names with _,\n"
         "and mlx-lm's lora_parameters, lr_schedule and optimizer_config. Memory is the process footprint.\n"
-        "exit codes: 0 done, 2 wrong option or input, 3 memory budget cannot be met or was passed (saved),\n"
-        "130 interrupted and saved",
+        "exit codes: 0 done, 1 another machine has gone, 2 wrong option or input, 3 memory budget cannot be met or\n"
+        "was passed (saved), 130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))

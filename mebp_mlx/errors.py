@@ -29,6 +29,18 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite. Raised before that step changes any parameter."""
 
 
+class PeerLost(RuntimeError):
+    """The connection to another machine of the run broke (exit 1)."""
+
+
+class PeerFailed(RuntimeError):
+    """Another machine of the run told of an error, which it prints itself. exit_code: of that error."""
+
+    def __init__(self, rank: int, exit_code: int, text: str) -> None:
+        super().__init__(f"rank {rank}: {text}")
+        self.exit_code = exit_code
+
+
 @contextlib.contextmanager
 def memory_errors_told() -> Iterator[None]:
     """Converts every error caused by a failed allocation to a BudgetError with one line.

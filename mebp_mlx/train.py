@@ -15,12 +15,14 @@ from typing import Any
 from .config import TrainConfig
 from .system.command import run_command
 from .system.footprint import PeakMeter
+from .system.group import Group
 from .system.interrupt import Interrupt
 from .system.limits import check_peak
 from .system.terminal import say
 from .system.units import megabytes
 from .training.callbacks import Callback
 from .training.checkpoint import saved_options
+from .training.distributed import joined, own_config
 from .training.evaluate import evaluate_alone, is_test_alone, table
 from .training.run import prepare_run
 from .training.train import train_run
@@ -30,15 +32,25 @@ from .weights.hub import resolve_model
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
     interrupted = "interrupted; the last save, if there was one, stays as it is"
-    return run_command(lambda interrupt: run(config_of(argv), interrupt), interrupted)
+
+    def work(interrupt: Interrupt) -> None:
+        with joined() as group:
+            run(config_of(argv, group), interrupt, group)
+
+    return run_command(work, interrupted)
 
 
-def config_of(argv: Sequence[str] | None) -> TrainConfig:
-    """The options of the command line, over those of the run that it resumes."""
-    config = TrainConfig.from_args(argv)
+def config_of(argv: Sequence[str] | None, group: Group | None = None) -> TrainConfig:
+    """The options of the command line, over those of the run that it resumes, which the first rank of a group reads."""
+    config, group = TrainConfig.from_args(argv), group or Group()
     if config.resume:
-        config = TrainConfig.from_args(argv, saved=saved_options(Path(config.adapter_path)))
+        config = TrainConfig.from_args(argv, saved=_saved_by_first(config, group))
     return config
+
+
+def _saved_by_first(config: TrainConfig, group: Group) -> dict[str, Any]:
+    saved: dict[str, Any] = group.first(saved_options(Path(config.adapter_path)) if group.is_first else None)
+    return saved
 
 
 def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ()) -> Path:
@@ -50,25 +62,27 @@ def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ())
     everything saved.
     """
     config = TrainConfig() if config is None else config
-    if config.resume:
-        config = TrainConfig.over(config.changed(), saved_options(Path(config.adapter_path)))
-    with Interrupt() as interrupt:
-        run(config, interrupt, callbacks)
+    with Interrupt() as interrupt, joined() as group:
+        if config.resume:
+            config = TrainConfig.over(config.changed(), _saved_by_first(config, group))
+        run(config, interrupt, group, callbacks)
     return Path(config.adapter_path)
 
 
-def run(config: TrainConfig, interrupt: Interrupt, callbacks: Sequence[Callback] = ()) -> None:
-    """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped."""
+def run(config: TrainConfig, interrupt: Interrupt, group: Group, callbacks: Sequence[Callback] = ()) -> None:
+    """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped, PeerLost, PeerFailed."""
+    is_test = is_test_alone(config)
+    config = own_config(config, group)
     with PeakMeter() as meter:
-        if is_test_alone(config):
-            for line in table(*evaluate_alone(config, resolve_model(config.model))):
+        if is_test:
+            for line in table(*evaluate_alone(config, resolve_model(config.model), group)):
                 say(line)
             say(f"peak footprint {megabytes(meter.peak_bytes)}")
             check_peak(config.budget_bytes, meter.peak_bytes)
             return
-        prepared = prepare_run(config)
+        prepared = prepare_run(config, group)
         if prepared is not None:
-            prepared.callbacks = callbacks
+            prepared.callbacks = callbacks if group.is_first else ()
             train_run(prepared, interrupt, meter)
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+
+from mebp_mlx.system.allocator import zeros_given_back
+from mebp_mlx.system.footprint import footprint_bytes
 
 ROUNDS = """
 import json
@@ -39,3 +46,17 @@ def test_freed_memory_does_not_accumulate() -> None:
     largest_bytes = 2 * 9000 * 1024 * 4
     assert cache_bytes == 0
     assert max(after_round) <= 1.5 * largest_bytes, after_round
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_zeros_leave_the_footprint_and_nothing_else_does() -> None:
+    """A large mapping of zeros costs nothing afterwards; one with a single other byte stays as it is."""
+    for byte in (0, 7):
+        before = footprint_bytes()
+        with zeros_given_back():
+            own = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            content = np.frombuffer(own, np.uint8)
+            content[:], content[-1] = 0, byte
+        held = footprint_bytes() - before
+        assert content[-1] == byte and not content[:-1].any()
+        assert held <= 1 << 20 if byte == 0 else held >= 60 << 20

@@ -190,9 +190,9 @@ def test_a_save_takes_no_memory(home: Path, tmp_path: Path) -> None:
 def test_an_offloaded_run_is_resumed_exactly(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_updater, parked = run.make_updater, []
 
-    def offload(config: Any, lora: Any, plan: Plan | None, optimizer: Any) -> Updater:
+    def offload(config: Any, lora: Any, plan: Plan | None, *more: Any) -> Updater:
         assert plan is not None
-        updater = make_updater(config, lora, dataclasses.replace(plan, offload_state=True), optimizer)
+        updater = make_updater(config, lora, dataclasses.replace(plan, offload_state=True), *more)
         parked.append(updater.parked_bytes)
         return updater
 

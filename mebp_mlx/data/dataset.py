@@ -40,12 +40,31 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length: tokens and targets, int32 [B, T]; target -100: no label."""
+    """Rows padded on the right to one length: tokens and targets, int32 [B, T]; target -100: no label.
+
+    A part of a batch has the n_labels of the whole batch, and the number of its first row in the batch.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     rows: tuple[str, ...]  # the name of each row, such as "train.jsonl:17"
     n_labels: int
+    first_row: int = 0
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop), up to their last label: no rows at all if they have none."""
+        targets = self.targets[start:stop]
+        columns = np.flatnonzero((targets != NO_LABEL).any(axis=0))
+        if not columns.size:
+            return replace(self, tokens=self.tokens[:0], targets=self.targets[:0], rows=(), first_row=start)
+        T = int(columns[-1]) + 1
+        return replace(
+            self,
+            tokens=np.ascontiguousarray(self.tokens[start:stop, :T]),
+            targets=np.ascontiguousarray(targets[:, :T]),
+            rows=self.rows[start:stop],
+            first_row=start,
+        )
 
 
 class TokenRows:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from ..model.base import Model
 from ..model.lora import Lora
@@ -13,7 +16,7 @@ from .whole_graph import WholeGraphEngine
 from .zeroth_order import Estimator, ZerothOrderEngine
 
 
-def make_engine(
+def make_engine(  # noqa: PLR0913 - the options of three engines, by keyword
     name: str,
     model: Model,
     lora: Lora,
@@ -22,15 +25,16 @@ def make_engine(
     seed: int = 0,
     estimator: Estimator | None = None,
     arena_dir: str | Path | None = None,
+    total: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Engine:
     """The engine of that name; ValueError for another.
 
-    estimator: the zeroth-order engines' own (make_estimator of the same name).
+    estimator, total: the zeroth-order engines' own (make_estimator of the same name; ZerothOrderEngine).
     """
     if name == "mebp":
         return BackpropEngine(model, lora, plan=plan, seed=seed, arena_dir=arena_dir)
     if name == "whole-graph":
         return WholeGraphEngine(model, lora, seed=seed)
     if estimator is not None:
-        return ZerothOrderEngine(model, lora, estimator, plan=plan, seed=seed)
+        return ZerothOrderEngine(model, lora, estimator, plan=plan, seed=seed, total=total)
     raise ValueError(f"unknown engine {name!r}")

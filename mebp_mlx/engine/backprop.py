@@ -23,7 +23,7 @@ from ..model.prefetch import Prefetch
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import SAVE_INPUTS, Barrier, Plan
 from ..system.pages import page_ceil
-from .base import Evaluation, Pass, Sink, Store, TokenBatch
+from .base import Evaluation, Pass, Sink, Store, TokenBatch, first_row, hand_over_zeros
 
 
 class BackpropEngine:
@@ -60,16 +60,19 @@ class BackpropEngine:
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """Returns the batch's share of the step's loss; passes its gradients to `sink`, last block first.
 
-        n_labels: labelled tokens of the whole optimizer step, over all its micro-batches, so
+        n_labels: labelled tokens of the whole optimizer step, over all its micro-batches and machines, so
         that shares and gradients add up to the token-weighted mean. Raises NonFiniteLoss
         before any gradient is passed on.
         """
         self.store.clear()
+        if not batch.tokens.size:
+            hand_over_zeros(self.lora, self.model.spec.layers[self.first_trained :], sink)
+            return 0.0
         self.reserve(*batch.tokens.shape)
         weight = 1 / max(n_labels, 1)
         # In float16 a token's share of a mean would be below the type's range: the sum is differentiated instead.
         loss_scale = 1.0 if self.model.dtype != mx.float16 else float(max(n_labels, 1))
-        dropout_parts = (self.seed, step, micro) if self.dropout else None
+        dropout_parts = (first_row(batch), self.seed, step, micro) if self.dropout else None
         work = Pass(self.model, self.plan, self.lora, self.barrier, dropout_parts, self.ahead)
         x = work.embed(batch.tokens)
         for layer in self.model.spec.layers:

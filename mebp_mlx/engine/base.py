@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from ..families import BLOCKS
 from ..families.base import BlockRun, Kept
 from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter
+from ..model.lora import Adapter, Lora
 from ..model.prefetch import Prefetch
 from ..ops.cross_entropy import cross_entropy
 from ..ops.plan import Barrier, Context, Plan
@@ -36,7 +36,10 @@ class Evaluation(NamedTuple):
 
 
 class TokenBatch(Protocol):
-    """What an engine reads of a batch: tokens and targets int32 [B, T], target -100 = no label."""
+    """What an engine reads of a batch: tokens and targets int32 [B, T], target -100 = no label.
+
+    n_labels: labelled tokens, of the whole micro-batch where this is a part of one.
+    """
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -44,9 +47,25 @@ class TokenBatch(Protocol):
     @property
     def targets(self) -> np.ndarray: ...
 
+    @property
+    def n_labels(self) -> int: ...
+
+
+def first_row(batch: TokenBatch) -> int:
+    """The number of the batch's first row in the micro-batch of which it is a part; 0 for any other batch."""
+    return getattr(batch, "first_row", 0)
+
+
+def hand_over_zeros(lora: Lora, layers: Sequence[Layer], sink: Sink) -> None:
+    """The gradients of a batch without rows, last block first: other machines wait for their part of the sums."""
+    parameters = lora.parameters()
+    for layer in reversed(layers):
+        zeros = {n: mx.zeros(p.shape) for n, p in parameters.items() if n.startswith(f"{layer.prefix}.")}
+        mx.eval(sink(zeros) or [] if zeros else [])
+
 
 class Engine(Protocol):
-    """What the trainer asks of an engine."""
+    """What the trainer asks of an engine. A batch may be this machine's part of one, without rows too."""
 
     def reserve(self, batch_size: int, n_tokens: int) -> None: ...
 
@@ -120,6 +139,8 @@ class Pass(Context):
 
     def loss(self, batch: TokenBatch) -> Evaluation:
         """The whole forward pass, with nothing kept."""
+        if not batch.tokens.size:
+            return Evaluation(0.0, 0, 0)
         x = self.embed(batch.tokens)
         for layer in self.model.spec.layers:
             x = self.forward(layer, x)

@@ -19,7 +19,7 @@ from ..model.config import Layer, Linear
 from ..model.lora import Adapter, Lora, pairs_of
 from ..ops.cross_entropy import capped, final_norm
 from ..ops.plan import Barrier, Plan
-from .base import Evaluation, Pass, Sink, TokenBatch
+from .base import Evaluation, Pass, Sink, TokenBatch, first_row, hand_over_zeros
 from .shared_keys import Pair
 
 _RUN = 128  # terms that are added up one after the other
@@ -43,10 +43,13 @@ class WholeGraphEngine:
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """As BackpropEngine.step: returns the batch's share of the loss, passes gradients on block by block."""
+        if not batch.tokens.size:
+            hand_over_zeros(self.lora, self.model.spec.layers, sink)
+            return 0.0
         parameters = self.lora.parameters()
 
         def loss_fn(parameters: dict[str, mx.array]) -> mx.array:
-            logits = self._logits(parameters, batch, (self.seed, step, micro))
+            logits = self._logits(parameters, batch, (first_row(batch), self.seed, step, micro))
             return _masked_loss_sum(logits, batch.targets) / max(n_labels, 1)
 
         with cpu.off():
@@ -65,6 +68,8 @@ class WholeGraphEngine:
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """A forward pass, without dropout."""
+        if not batch.tokens.size:
+            return Evaluation(0.0, 0, 0)
         with cpu.off():
             logits = self._logits(self.lora.parameters(), batch, None)
         mask, labels = batch.targets != NO_LABEL, mx.array(batch.targets)

@@ -14,7 +14,7 @@ loss that is not finite ends the run, for K-ZOO too (FedKSeed's authors skip suc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -24,7 +24,7 @@ from ..errors import NonFiniteLoss
 from ..model.base import Model
 from ..model.lora import Adapter, Lora, Pair, random_key
 from ..ops.plan import Barrier, Plan
-from .base import Evaluation, Pass, Sink, TokenBatch
+from .base import Evaluation, Pass, Sink, TokenBatch, first_row
 
 HISTORY_CLIP = 1000.0  # FedKSeed-Pro's bound on a slope in its history
 
@@ -231,10 +231,22 @@ def perturbed(lora: Lora, estimator: Estimator, probe: Probe) -> Adapter:
 
 
 class ZerothOrderEngine:
-    """The engines `mezo`, `kzoo`, `hizoo` and `fzoo`: the footprint of a forward pass, and some of them a step."""
+    """The engines `mezo`, `kzoo`, `hizoo` and `fzoo`: the footprint of a forward pass, and some of them a step.
 
-    def __init__(self, model: Model, lora: Lora, estimator: Estimator, *, plan: Plan | None = None, seed: int = 0):
-        self.model, self.lora, self.estimator, self.seed = model, lora, estimator, seed
+    total: sums a step's losses, float64, one a probe, over the run's machines: all that one has to know of another.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        lora: Lora,
+        estimator: Estimator,
+        *,
+        plan: Plan | None = None,
+        seed: int = 0,
+        total: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ):
+        self.model, self.lora, self.estimator, self.seed, self.total = model, lora, estimator, seed, total
         self.plan = plan or Plan()
         self.barrier = Barrier(self.plan.grain)
         self._losses = np.zeros(0)  # of the step so far, one for each probe
@@ -251,16 +263,16 @@ class ZerothOrderEngine:
             self.estimator.begin(step)
             self._losses, self._n_seen, self._done = np.zeros(len(self.estimator.probes)), 0, False
         # All passes draw the same dropout masks: a difference must come from the direction alone.
-        dropout = (self.seed, step, micro)
+        dropout = (first_row(batch), self.seed, step, micro)
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
             adapter = perturbed(self.lora, self.estimator, probe)
-            loss_sum, n_batch, _ = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch)
+            loss_sum = Pass(self.model, self.plan, adapter, self.barrier, dropout).loss(batch).loss_sum
             shares[number] = loss_sum / max(n_labels, 1)
             if not math.isfinite(shares[number]):
                 raise NonFiniteLoss(f"loss is {shares[number]}")
         self._losses += shares
-        self._n_seen += n_batch
+        self._n_seen += batch.n_labels
         if self._n_seen >= n_labels and not self._done:  # a batch without labels may still follow
             self._done = True
             self._hand_over(sink)
@@ -274,7 +286,7 @@ class ZerothOrderEngine:
         """Nothing to free."""
 
     def _hand_over(self, sink: Sink) -> None:
-        self.estimator.observe(self._losses)
+        self.estimator.observe(self.total(self._losses))
         # Keep only shapes: references to the old arrays would delay their release.
         shapes = {name: value.shape for name, value in self.lora.parameters().items()}
         for layer in reversed(self.model.spec.layers):

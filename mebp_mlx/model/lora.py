@@ -178,19 +178,20 @@ def random_key(*parts: int | str) -> mx.array:
 class Dropout:
     """Inverted dropout; masks are drawn again at each use.
 
-    rate in (0, 1); parts: what the random keys are made of besides projection, position and column.
+    rate in (0, 1); parts: what the random keys are made of besides projection, position, column and row: the number of
+    the batch's first row in the whole micro-batch, then seed, step and micro-batch.
     """
 
     def __init__(self, rate: float, parts: tuple[int, ...]):
-        self.rate, self.parts = rate, parts
+        self.rate, (self.first_row, *self.parts) = rate, parts
 
     def mask(
         self, name: str, shape: tuple[int, ...], position: int, columns: tuple[int, int], dtype: mx.Dtype
     ) -> mx.array:
         """The factor, 1 / (1 - rate) or 0, on columns of a projection's input: [B, T, columns]; shape: (B, T).
 
-        Drawn in cells of DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
-        not depend on how the work is cut into ranges; a range must begin with a cell.
+        Drawn in cells of a row, DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
+        not depend on how the work is cut into ranges and rows are dealt out; a range must begin with a cell.
         """
         (B, T), (start, stop) = shape, columns
         assert position % DROPOUT_RUN == 0 and start % DROPOUT_COLUMNS == 0
@@ -199,8 +200,10 @@ class Dropout:
             n_positions = min(DROPOUT_RUN, position + T - first)
             cells = []
             for column in range(start, stop, DROPOUT_COLUMNS):
-                key = random_key("dropout", *self.parts, name, first, column)
-                drawn = mx.random.bernoulli(1 - self.rate, (B, DROPOUT_RUN, DROPOUT_COLUMNS), key)
-                cells.append(drawn[:, :n_positions, : stop - column])
+                rows = []
+                for row in range(self.first_row, self.first_row + B):
+                    key = random_key("dropout", *self.parts, name, first, column, row)
+                    rows.append(mx.random.bernoulli(1 - self.rate, (DROPOUT_RUN, DROPOUT_COLUMNS), key))
+                cells.append(mx.stack(rows)[:, :n_positions, : stop - column])
             runs.append(mx.concatenate(cells, axis=2))
         return mx.concatenate(runs, axis=1).astype(dtype) * (1 / (1 - self.rate))

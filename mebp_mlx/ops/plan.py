@@ -180,8 +180,8 @@ class Barrier:
 class Context:
     """The context of a pass's operations.
 
-    adapter: the trainable pairs; dropout_parts: what dropout's random keys are made of besides projection and position,
-    so that recomputation draws the same mask (None: no dropout).
+    adapter: the trainable pairs; dropout_parts: as `parts` of model.lora.Dropout, so that recomputation draws the same
+    mask (None: no dropout).
     """
 
     def __init__(

@@ -119,7 +119,7 @@ def _exact(
     model, B, T = workload.model, workload.B, workload.T
     engine.store.clear()
     engine.store.reserve(len(layers) * block_bytes, block_bytes)
-    dropout = (0, 0, 0) if workload.lora.dropout else None
+    dropout = (0, 0, 0, 0) if workload.lora.dropout else None
     work = Pass(model, plan, workload.lora, engine.barrier, dropout)
     _leave_tiles_out(workload, plan, work, layers, T)
     tokens = np.zeros((B, T), np.int32)

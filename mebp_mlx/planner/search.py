@@ -141,6 +141,7 @@ def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
     kept = measured.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
+    gathered += workload.travelling_bytes
     more = {"forward": in_memory, "head": in_memory, "backward": in_memory + gathered, "update": in_memory + gathered}
     if not workload.is_exact:
         more, in_memory = {}, 0

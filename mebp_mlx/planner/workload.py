@@ -31,7 +31,8 @@ class Workload:
     B, T: rows of a batch and positions of its longest row; T_eval: of the longest row that is only evaluated;
     make_updater(lora, plan): as training makes it, for a Lora of its own (None: gradients are collected);
     state_bytes: of the optimizer's state; gathers: whether a step gathers gradients (clipping, several
-    micro-batches); estimator: of a zeroth-order engine, None for exact gradients; forward_only: nothing is trained.
+    micro-batches); estimator: of a zeroth-order engine, None for exact gradients; forward_only: nothing is trained;
+    travelling_bytes: of gradients on their way between machines.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Workload:
     gathers: bool = False
     estimator: Estimator | None = None
     forward_only: bool = False
+    travelling_bytes: int = 0
 
     @property
     def is_exact(self) -> bool:

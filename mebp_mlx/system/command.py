@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from ..errors import BudgetError, NonFiniteLoss, UserError, memory_errors_told
+from ..errors import BudgetError, NonFiniteLoss, PeerFailed, PeerLost, UserError, memory_errors_told
 from .child import ChildFailure, one_line
 from .files import DISK_FULL
 from .interrupt import Interrupt, Stopped
@@ -26,6 +26,11 @@ def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> in
         except (UserError, NonFiniteLoss, ChildFailure) as error:
             print("error:", one_line(error, 2000), file=sys.stderr)
             return NO_BUDGET if isinstance(error, BudgetError) else WRONG_INPUT
+        except PeerLost as error:
+            print("error:", one_line(error), file=sys.stderr)
+            return FAILED
+        except PeerFailed as error:
+            return error.exit_code
         except OSError as error:
             if error.filename is None and error.errno not in DISK_FULL:
                 raise  # not an error that a user can act on
@@ -34,5 +39,6 @@ def run_command(work: Callable[[Interrupt], int | None], interrupted: str) -> in
             return WRONG_INPUT
         except KeyboardInterrupt as signal:
             stopped = signal if isinstance(signal, Stopped) else Stopped()
-            print(stopped.message or interrupted, file=sys.stderr)
+            if message := interrupted if stopped.message is None else stopped.message:
+                print(message, file=sys.stderr)
             return stopped.exit_code

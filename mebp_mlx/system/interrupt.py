@@ -16,7 +16,7 @@ _MESSAGE = b"\nstopping after this step; a second signal stops immediately, with
 class Stopped(KeyboardInterrupt):
     """A signal ends the command. exit_code: 128 + the signal's number, as in shells (130, 143, 129).
 
-    message: the line for the user; None for the command's default.
+    message: the line for the user; None for the command's default, "" for none.
     """
 
     def __init__(self, number: int = signal.SIGINT, message: str | None = None) -> None:

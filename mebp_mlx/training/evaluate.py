@@ -20,6 +20,8 @@ from ..model.opening import open_model
 from ..ops.plan import Plan
 from ..planner.search import choose
 from ..planner.workload import Workload
+from ..system.group import Group
+from .distributed import Deal
 
 NO_LORA = Lora({}, rank=1, scale=1.0, dropout=0.0, keys=(), num_layers=0)
 
@@ -40,7 +42,7 @@ class Quality:
 
 
 def evaluate(
-    model: Model, adapter: Adapter, rows: TokenRows, plan: Plan, batch_size: int, n_batches: int = -1
+    model: Model, adapter: Adapter, rows: TokenRows, plan: Plan, deal: Deal, batch_size: int, n_batches: int = -1
 ) -> Quality:
     """The quality on the first `n_batches` batches of some rows, -1: all. Raises NonFiniteLoss naming rows, and
     UserError when a weight file was cut short.
@@ -49,13 +51,17 @@ def evaluate(
     loss_sum, n_labels, n_correct, n_rows = 0.0, 0, 0, 0
     for batch in eval_batches(rows, batch_size, n_batches):
         model.weights.check_sizes()
-        result = work.loss(batch)
+        part = deal.part(batch)
+        result = work.loss(part)
         if not math.isfinite(result.loss_sum):
-            raise NonFiniteLoss(f"the loss is not finite (rows {', '.join(batch.rows)})")
+            raise NonFiniteLoss(f"the loss is not finite (rows {', '.join(part.rows)})")
         loss_sum += result.loss_sum
         n_labels += result.n_labels
         n_correct += result.n_correct
         n_rows += len(batch.rows)
+    loss_sum, n_labels, n_correct = (
+        sum(values) for values in zip(*deal.group.gather((loss_sum, n_labels, n_correct)), strict=True)
+    )
     return Quality(loss_sum / n_labels, n_correct / n_labels, n_labels, n_rows)
 
 
@@ -82,7 +88,7 @@ class Evaluator:
     """Evaluates models on always the same rows, within a budget.
 
     n_batches: of the rows, -1: all; budget_bytes: the footprint to stay within, None: no limit; smallest: the plan with
-    the least footprint is taken; dtype: as of open_model.
+    the least footprint is taken; dtype: as of open_model; group: of machines that share the work.
     """
 
     def __init__(
@@ -93,7 +99,9 @@ class Evaluator:
         budget_bytes: int | None = None,
         smallest: bool = False,
         dtype: str = "auto",
+        group: Group | None = None,
     ):
+        self.deal = Deal(group or Group(), batch_size)
         self.rows, self.batch_size, self.n_batches, self.dtype = rows, batch_size, n_batches, dtype
         self.budget_bytes, self.smallest = budget_bytes, smallest
 
@@ -103,13 +111,17 @@ class Evaluator:
         """
         model = open_model(path, self.dtype)
         try:
-            return evaluate(model, lora or NO_LORA, self.rows, self._plan(model, lora), self.batch_size, self.n_batches)
+            return evaluate(
+                model, lora or NO_LORA, self.rows, self._plan(model, lora), self.deal, self.batch_size, self.n_batches
+            )
         finally:
             model.close()
 
     def _plan(self, model: Model, lora: Lora | None) -> Plan:
         longest = int(self.rows.lengths.max()) - 1
-        workload = Workload(model, lora or NO_LORA, min(self.batch_size, len(self.rows)), longest, forward_only=True)
+        workload = Workload(
+            model, lora or NO_LORA, min(self.deal.most_rows, len(self.rows)), longest, forward_only=True
+        )
         return choose(workload, self.budget_bytes, smallest=self.smallest).plan
 
 
@@ -124,14 +136,15 @@ def is_test_alone(config: TrainConfig) -> bool:
     return is_given and not (folder / "train.jsonl").exists()
 
 
-def evaluate_alone(config: TrainConfig, model_path: Path) -> tuple[TokenRows, dict[str, Quality]]:
+def evaluate_alone(
+    config: TrainConfig, model_path: Path, group: Group | None = None
+) -> tuple[TokenRows, dict[str, Quality]]:
     """What `--test` means where nothing is trained: the test rows, and the quality of the model on them, and with the
     adapters in --adapter-path where it holds some. Raises UserError, BudgetError, NonFiniteLoss.
     """
     rows = prepare_rows(config.data_source, "test", model_path, config.row_options)
-    quality = Evaluator(
-        rows, config.batch_size, config.test_batches, config.budget_bytes, config.smallest, config.dtype
-    )
+    budget_bytes, smallest = config.budget_bytes, config.smallest
+    quality = Evaluator(rows, config.batch_size, config.test_batches, budget_bytes, smallest, config.dtype, group)
     qualities = {"model": quality(model_path, None)}
     folder = Path(config.adapter_path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():

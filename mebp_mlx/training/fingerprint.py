@@ -15,9 +15,9 @@ def model_fingerprint(path: Path) -> str:
     return _fingerprint([path / "config.json", *weights], 1 << 20)
 
 
-def data_fingerprint(tokens: Path) -> str:
-    """Hash of the training rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
-    return _fingerprint([tokens / f"train.{name}" for name in ("offsets", "labels", "tokens")])
+def data_fingerprint(tokens: Path, split: str = "train") -> str:
+    """Hash of a split's rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
+    return _fingerprint([tokens / f"{split}.{name}" for name in ("offsets", "labels", "tokens")])
 
 
 def _fingerprint(files: Sequence[Path], n_bytes_of_each: int | None = None) -> str:

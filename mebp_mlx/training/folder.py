@@ -69,6 +69,12 @@ def recorded_plan(folder: Path) -> Plan | None:
         return None
 
 
+def recorded_machines(folder: Path) -> int:
+    """On how many machines the run in a folder was last; 1 where it does not say."""
+    n_machines = _record(folder).get("n_machines")
+    return n_machines if isinstance(n_machines, int) else 1
+
+
 def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RUN).read_text(encoding="utf-8"))

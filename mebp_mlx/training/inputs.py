@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import TrainConfig
 from ..data.dataset import DataSets, TokenRows, n_batches_per_epoch, prepare
 from ..errors import UserError
 from ..export.start import start_file
 from ..model.reading import read_config
+from ..system.group import Group
 from . import folder as run_folder
 from .checkpoint import Checkpoint, check_same_run, load_checkpoint
+from .distributed import Deal
 from .fingerprint import data_fingerprint, model_fingerprint
 from .report import print_data
 from .services import check_installed
@@ -34,11 +37,19 @@ class Inputs:
     first_step: int
     saved: Checkpoint | None
 
-    def sizes(self, config: TrainConfig) -> Sizes:
-        """The largest batches."""
+    def compared(self, config: TrainConfig, group: Group) -> dict[str, Any]:
+        """What every machine must have the same of, by the name of its option."""
+        splits = [] if group.is_alone else [split for split in self.data.counts if split != "train"]
+        evaluated = {f"--data ({split}.jsonl)": data_fingerprint(self.data.cache_dir, split) for split in splits}
+        model, data = ({f"--{name}": self.fingerprints[name]} for name in ("model", "data"))
+        return {**model, **data, **evaluated, "--iters": self.n_updates, "--resume": self.first_step}
+
+    def sizes(self, config: TrainConfig, deal: Deal) -> Sizes:
+        """The largest batches, of this machine's rows."""
         train, evaluated = self.data.train, (self.data.valid, self.data.test if config.test else None)
         longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated if rows is not None), default=0)
-        return Sizes(min(config.batch_size, len(train)), int(train.lengths.max()) - 1, longest_evaluated)
+        n_rows, longest = min(deal.most_rows, len(train)), int(train.lengths.max()) - 1
+        return Sizes(n_rows, longest, longest_evaluated, deal.group.size)
 
 
 def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:

@@ -32,7 +32,8 @@ Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
     """Training since the last report. step_s: seconds for each optimizer step; thermal: the machine's state, where it
-    is known; learning_rate: None where the optimizer sets its own; loss_at: where the loss is, None: at the weights.
+    is known; learning_rate: None where the optimizer sets its own; loss_at: where the loss is, None: at the weights;
+    footprint_bytes, peak_bytes: the largest of the machines'; peak_bytes_by_rank: None for one machine.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class TrainReport:
     step_s: float
     footprint_bytes: int
     peak_bytes: int
+    peak_bytes_by_rank: tuple[int, ...] | None = None
     thermal: str | None = None
     loss_at: str | None = None
 
@@ -128,16 +130,19 @@ class RunLog:
     def train(self, iteration: int, report: TrainReport) -> None:
         """Mean loss and speed since the last report."""
         fields = dataclasses.asdict(report)
-        for name in ("thermal", "loss_at"):
+        for name in ("thermal", "loss_at", "peak_bytes_by_rank"):
             if fields[name] is None:
                 del fields[name]
         self.event("train", iter=iteration, **fields)
         rate = "" if report.learning_rate is None else f"  lr {report.learning_rate:.2e}"
         where = "" if report.loss_at is None else f" ({report.loss_at})"
+        peaks, whose = report.peak_bytes_by_rank, ""
+        if peaks is not None:
+            whose = f" (rank {peaks.index(report.peak_bytes)} of {len(peaks)})"
         self.say(
             f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  loss {report.loss:.3f}{where}{rate}  "
             f"{report.tokens_per_s:,.0f} tokens/s  {report.step_s:.3g} s/step  "
-            f"footprint {megabytes(report.footprint_bytes)} now, {megabytes(report.peak_bytes)} peak"
+            f"footprint {megabytes(report.footprint_bytes)} now, {megabytes(report.peak_bytes)} peak{whose}"
         )
 
     def evaluation(

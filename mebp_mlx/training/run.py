@@ -19,12 +19,14 @@ from ..model.opening import open_model
 from ..planner.projection import impose
 from ..planner.search import Planned
 from ..system.footprint import footprint_bytes
+from ..system.group import Group
 from ..system.machine import machine
 from ..system.units import megabytes
 from ..weights.hub import resolve_model
 from . import folder as run_folder
 from .best import Best
 from .checkpoint import restore
+from .distributed import Deal, check_alike
 from .inputs import Inputs, read_inputs
 from .log import last_event
 from .optimizers import make_optimizer
@@ -33,12 +35,13 @@ from .setup import estimator_of, make_lora, make_plan, make_updater, plan_withou
 from .update import Updater
 
 
-def prepare_run(config: TrainConfig) -> Run | None:
+def prepare_run(config: TrainConfig, group: Group | None = None) -> Run | None:
     """Reads and checks the inputs, opens the model, and plans within the budget. Writes nothing.
 
     None when there is nothing to train: a dry run, or a resumed run that has done all of its iterations. Raises
     UserError, BudgetError.
     """
+    group = group or Group()
     here = machine()
     print(f"backend    MLX {here['mlx']} on {mx.default_device().type.name}, BLAS {here['blas']}", flush=True)
     model_path = resolve_model(config.model)
@@ -46,9 +49,10 @@ def prepare_run(config: TrainConfig) -> Run | None:
         plan_without_data(config, model_path)
         return None
     inputs = read_inputs(config, model_path)
+    check_alike(group, inputs.compared(config, group))
     if config.preview:
         show_rows(inputs.data.train, model_path, config.preview)
-    if config.preview or _is_done(config, inputs):
+    if config.preview or group.first(_is_done(config, inputs) if group.is_first else None):
         return None
     before_model_bytes = footprint_bytes()
     print(f"footprint  {megabytes(before_model_bytes)} before the model is opened")
@@ -65,11 +69,13 @@ def prepare_run(config: TrainConfig) -> Run | None:
         restore(inputs.saved, lora, optimizer, estimator)
         inputs.saved = None  # its arrays belong to lora and optimizer now
     known = run_folder.recorded_plan(Path(config.adapter_path)) if config.resume else None
-    planned = make_plan(config, model, lora, inputs.sizes(config), estimator, known)
+    deal = Deal(group, config.batch_size, config.rows_by_speed)
+    planned = make_plan(config, model, lora, inputs.sizes(config, deal), estimator, known)
+    group.gather(None)  # one machine's budget may be too small
     if config.dry_run:
         return None
-    updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer)
-    return Run(config, inputs, model, lora, estimator, planned, updater, best, before_model_bytes, here)
+    updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer, group)
+    return Run(config, inputs, model, lora, estimator, planned, updater, best, before_model_bytes, here, deal)
 
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
@@ -96,7 +102,7 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
 @dataclass
 class Run:
     """Everything that a run works with, before its first step. planned: None for an engine without a plan;
-    machine: what it runs on; callbacks: as of callbacks.sender.
+    machine: what it runs on; deal: of rows to machines; callbacks: as of callbacks.sender.
     """
 
     config: TrainConfig
@@ -109,7 +115,13 @@ class Run:
     best: Best
     before_model_bytes: int
     machine: dict[str, Any]
+    deal: Deal
     callbacks: Sequence[Any] = ()
+
+    @property
+    def group(self) -> Group:
+        """The machines that share the work."""
+        return self.deal.group
 
     @property
     def folder(self) -> Path:

@@ -20,20 +20,26 @@ from ..planner.search import Planned, choose
 from ..planner.sizes import lora_sizes
 from ..planner.workload import Workload
 from ..system.footprint import footprint_bytes
+from ..system.group import Group
 from ..system.limits import process_limit
 from ..system.machine import memory_bytes
 from .optimizers import make_optimizer
 from .report import print_plan
 from .update import Updater
 
+_SUMS = 4  # copies of a block's gradients on their way: what is sent and its sum, of two blocks
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """batch_size: rows of a batch; longest: positions of its longest row; longest_evaluated: of one only evaluated."""
+    """batch_size: rows of a batch; longest: positions of its longest row; longest_evaluated: of one only evaluated;
+    n_machines: whose gradients add up.
+    """
 
     batch_size: int
     longest: int
     longest_evaluated: int = 0
+    n_machines: int = 1
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
@@ -101,8 +107,12 @@ def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
     )
 
 
-def make_updater(config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: Any | None = None) -> Updater:
-    """What applies gradients, as options and plan say. optimizer: with its state; None: a fresh one."""
+def make_updater(
+    config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: Any | None = None, group: Group | None = None
+) -> Updater:
+    """What applies gradients, as options and plan say. optimizer: with its state; None: a fresh one; group: of the
+    machines whose gradients add up; a zeroth-order estimate is the same on all of them.
+    """
     accumulate = config.grad_accumulation_steps
     return Updater(
         optimizer or make_optimizer(config, max(1, config.iters // accumulate)),
@@ -113,6 +123,7 @@ def make_updater(config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: 
         is_lazy=plan is not None and plan.is_lazy,
         b_ratio=config.lora_plus_ratio,
         arena_dir=config.arena_dir,
+        group=None if config.engine in ZEROTH_ORDER else group,
     )
 
 
@@ -141,6 +152,7 @@ def make_plan(
         state_bytes=lora_and_state.state,
         gathers=config.max_grad_norm is not None or config.grad_accumulation_steps > 1,
         estimator=estimator,
+        travelling_bytes=_SUMS * lora_and_state.block_gradients if sizes.n_machines > 1 else 0,
     )
     budget_bytes, limit = config.budget_bytes, process_limit()
     if limit is not None and (budget_bytes is None or limit.footprint_bytes < budget_bytes):

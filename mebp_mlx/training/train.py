@@ -31,7 +31,7 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
     Raises Stopped after a signal and BudgetError when the measured footprint passes the budget (--over-budget stop),
     both with everything saved; NonFiniteLoss; UserError.
     """
-    sizes = run.inputs.sizes(run.config)
+    group, sizes = run.group, run.inputs.sizes(run.config, run.deal)
     with closing(_make_engine(run)) as engine:
         engine.reserve(sizes.batch_size, sizes.longest)
         _print_model(run)
@@ -40,24 +40,28 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
             watch = BudgetWatch(run.planned, meter, log, stop=run.config.over_budget == "stop")
             trainer = Trainer(run, engine, log, watch, interrupt)
             interrupt.deferred = True
+            group.gather(None)  # all are ready: no machine waits for another's setup from here on
+            group.timeout_s = run.config.peer_timeout
             step = trainer.train()
-            if interrupt.requested is not None:
+            if trainer.signal is not None:
                 iteration = run.config.iteration(step)
                 log.event("interrupted", iter=iteration, step=step)
                 saved = f"interrupted: iteration {iteration} is saved in {run.folder}; --resume continues"
-                raise Stopped(interrupt.requested, saved)
+                raise Stopped(trainer.signal, saved)
             interrupt.deferred = False
             _check_budget(run, step, watch)
             if step < run.inputs.n_updates:
                 log.notice(f"stopped early: {run.best}", iter=run.config.iteration(step))
             if run.config.tracks_best and run.best.iteration:
                 log.say(f"best       iteration {run.best.iteration}, loss {run.best.loss:.3f}, in {run.folder / BEST}")
-            summarize(run.folder, log, meter.peak_bytes, trainer.seconds, run.config.iteration(step), run.planned)
+            peak_bytes = max(group.gather(meter.peak_bytes))
+            summarize(run.folder, log, peak_bytes, trainer.seconds, run.config.iteration(step), run.planned)
             if run.config.phone is not None and run.planned is not None:
                 plan, workload = run.planned.plan, run.planned.workload
                 for text in project(run.config.phone, workload, plan, trainer.step_s, host_rates()):
                     log.say(text)
-    show_sample(run.config, run.inputs.model_path, run.folder)
+    if group.is_first:
+        show_sample(run.config, run.inputs.model_path, run.folder)
 
 
 def _make_engine(run: Run) -> Engine:
@@ -69,6 +73,7 @@ def _make_engine(run: Run) -> Engine:
         seed=run.config.seed,
         estimator=run.estimator,
         arena_dir=run.config.arena_dir,
+        total=run.group.total,
     )
 
 
@@ -95,6 +100,7 @@ def _open_log(run: Run) -> Iterator[RunLog]:
     services.say = log.notice
     with last_line, log, services:
         folder.remove_partial_files(run.folder)
+        n_before = folder.recorded_machines(run.folder) if config.resume else run.group.size
         about = {"n_iters": run.n_iters, "n_lora_parameters": run.n_parameters, "data": run.inputs.data.counts}
         record = {
             "options": config.to_dict(),
@@ -103,13 +109,14 @@ def _open_log(run: Run) -> Iterator[RunLog]:
             "origin": run.inputs.fingerprints,
             "version": __version__,
             "machine": run.machine,
+            "n_machines": run.group.size,
         }
         folder.write_record(run.folder, record)
         measured = {"before_model_bytes": run.before_model_bytes, "blas": run.machine["blas"]}
         log.event("start", iter=first, n_updates=run.inputs.n_updates, **about, **measured)
         if first:
             log.say(f"resuming after iteration {first} of {run.n_iters}")
-        for text in notices(config, run.inputs.data, run.optimizer, run.n_iters):
+        for text in [*notices(config, run.inputs.data, run.optimizer, run.n_iters), *run.deal.notices(n_before)]:
             log.notice(text)
         for text in (*run.model.spec.remarks, *alignment_notices(run.model, config.model)):
             log.notice(text)
@@ -127,3 +134,4 @@ def _check_budget(run: Run, step: int, watch: BudgetWatch) -> None:
         rest = f"--resume {how} continues" if step < run.inputs.n_updates else f"a run {how} would not end so"
         done = f"iteration {iteration} of {run.n_iters} is saved in {run.folder}"
         raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
+    run.group.gather(None)  # a machine whose budget is broken says so here

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.dataset import Batch, TokenRows, batches, eval_batches
 from ..engine import Engine
@@ -18,6 +19,7 @@ from ..errors import NonFiniteLoss, UserError
 from ..system.footprint import footprint_bytes
 from ..system.interrupt import Interrupt
 from ..system.phone import THROTTLED, thermal_state
+from .distributed import check_same_parameters
 from .folder import CHECKPOINT
 from .log import RunLog, TrainReport, last_event
 from .optimizers import uses_learning_rate
@@ -27,12 +29,16 @@ from .saving import Saver, is_due
 
 
 class Trainer:
-    """The loop over a prepared run. seconds: of the whole loop; step_s: seconds a step in the last report."""
+    """The loop over a prepared run. seconds: of the whole loop; step_s: seconds a step in the last report; signal: the
+    number of the one that ends the run, on whichever machine it came.
+    """
 
     def __init__(self, run: Run, engine: Engine, log: RunLog, watch: BudgetWatch, interrupt: Interrupt) -> None:
         self.run, self.engine, self.log, self.watch, self.interrupt = run, engine, log, watch, interrupt
         self.config, self.data = run.config, run.inputs.data
         self.saver = Saver(run.folder, run.config, run.inputs.fingerprints, run.lora, run.best)
+        self.group, self.deal = run.group, run.deal
+        self.signal: int | None = None
         self.seconds = 0.0
         self.step_s: float | None = None
         self._throttling_reported = False
@@ -49,7 +55,8 @@ class Trainer:
             saved_step = -1
             self.validate(0)
         else:
-            self.saver.complete(step, self.log)
+            if self.group.is_first:
+                self.saver.complete(step, self.log)
             if self._validation_was_cut_off(step) and self.validate(self.config.iteration(step)):
                 self.save(step)
         while step < n_updates and not self._has_to_end(step):
@@ -78,45 +85,74 @@ class Trainer:
             self.save(step)
         if step == n_updates or self.stopped_early:
             self.test(self.config.iteration(step))
+        self._agree_on_end()
         self.seconds = time.perf_counter() - began_s
         return step
 
     @property
     def stopped_early(self) -> bool:
         """Whether --patience ends the run."""
-        return self.run.best.is_exhausted and self.interrupt.requested is None
+        return self.run.best.is_exhausted and self.signal is None
 
     def _validation_was_cut_off(self, step: int) -> bool:
         """Whether the run that is resumed was interrupted within a validation that best/ has to know of."""
         before, iteration = self.config.iteration(step - 1), self.config.iteration(step)
-        done = (last_event(self.run.folder, "valid") or {}).get("iter", 0)
+        done = self._last_iteration("valid") or 0
         is_wanted = self.config.tracks_best and is_due(self.config.steps_per_eval, before, iteration)
         return is_wanted and done < iteration
 
     def _has_to_end(self, step: int) -> bool:
         if self.run.best.is_exhausted:
             return True
-        return self.interrupt.requested is not None or self.watch.look(self.config.iteration(step))
+        return self._agree_on_end(self.watch.look(self.config.iteration(step)))
+
+    def _agree_on_end(self, has_passed: bool = False) -> bool:
+        """Whether a signal or a passed budget ends the run, on any machine. All ask together: what one knows alone, it
+        does not act on.
+        """
+        signals, passed = zip(*self.group.gather((self.interrupt.requested, has_passed)), strict=True)
+        if self.signal is None:
+            self.signal = max((number for number in signals if number is not None), default=None)
+        return self.signal is not None or any(passed)
+
+    def _last_iteration(self, event: str) -> int | None:
+        """The iteration of the latest such event in the log; None without one."""
+        value: int | None = self.group.first((last_event(self.run.folder, event) or {}).get("iter"))
+        return value
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
         """One optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
 
-        An interrupt between two micro-batches gives up the update, of which nothing is applied yet: None.
+        An interrupt between two micro-batches gives up the update, of which nothing is applied yet: None. With several
+        machines it ends with the step.
         """
+        began_s, waited_s, n_positions = time.perf_counter(), self.group.waited_s, 0
         n_labels = sum(batch.n_labels for batch in micro_batches)
         updater = self.run.updater
-        updater.begin_step()
-        loss = 0.0
+        updater.begin_step(len(micro_batches))
+        loss, failure = 0.0, None
         for micro, batch in enumerate(micro_batches):
-            if micro and self.interrupt.requested is not None:
+            if micro and self.group.is_alone and self.interrupt.requested is not None:
                 return None
             self.check_files()
+            part = self.deal.part(batch)
+            n_positions += part.tokens.size
+            about: dict[str, Any] = {"step": step, "micro": micro, "n_labels": n_labels, "sink": updater.sink}
             try:
-                loss += self.engine.step(batch, step=step, micro=micro, n_labels=n_labels, sink=updater.sink)
+                loss += self.engine.step(part, **about)
             except NonFiniteLoss as error:
-                raise self.not_finite(str(error), step * len(micro_batches) + micro + 1, batch) from None
+                failure = self.not_finite(str(error), step * len(micro_batches) + micro + 1, part)
+                if self.group.is_alone:
+                    raise failure from None
+                self.engine.step(batch.part(0, 0), **about)  # the others wait for this rank's sums
         updater.end_step()
-        return loss
+        if failure is not None:
+            raise failure
+        seconds = time.perf_counter() - began_s - (self.group.waited_s - waited_s)
+        told = self.group.gather((loss, n_positions, seconds))
+        losses, positions, all_seconds = zip(*told, strict=True)
+        self.deal.learn(positions, all_seconds)
+        return math.fsum(losses)
 
     def check_files(self) -> None:
         """Raises UserError when a weight file was cut short, before a pass reads beyond its end."""
@@ -145,6 +181,7 @@ class Trainer:
             self._throttling_reported = True
             self.log.notice(f"thermal state {thermal}: the system slows this machine down", iter=iteration)
         self.step_s = window.seconds / window.n_updates
+        footprints, peaks = zip(*self.group.gather((footprint_bytes(), self.watch.meter.peak_bytes)), strict=True)
         self.log.train(
             iteration,
             TrainReport(
@@ -153,8 +190,9 @@ class Trainer:
                 n_tokens=window.n_labels,
                 tokens_per_s=window.n_labels / window.seconds,
                 step_s=self.step_s,
-                footprint_bytes=footprint_bytes(),
-                peak_bytes=self.watch.meter.peak_bytes,
+                footprint_bytes=max(footprints),
+                peak_bytes=max(peaks),
+                peak_bytes_by_rank=None if self.group.is_alone else peaks,
                 thermal=thermal,
                 loss_at=None if self.run.estimator is None else self.run.estimator.loss_at,
             ),
@@ -163,7 +201,9 @@ class Trainer:
     def save(self, step: int) -> None:
         """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
         self.check_files()  # or what a pass read as zeros would be kept
-        self.saver.save(step, self.run.updater, self.run.estimator, self.log)
+        check_same_parameters(self.group, self.run.lora)
+        if self.group.is_first:
+            self.saver.save(step, self.run.updater, self.run.estimator, self.log)
 
     def validate(self, iteration: int) -> bool:
         """The loss on the first `val_batches` batches of the validation rows, if there are any; whether its adapters
@@ -176,8 +216,7 @@ class Trainer:
 
     def test(self, iteration: int) -> None:
         """The loss on the test rows after the last iteration (--test), unless the log has it already."""
-        done = (last_event(self.run.folder, "test") or {}).get("iter") == iteration
-        if self.config.test and self.data.test is not None and not done:
+        if self.config.test and self.data.test is not None and self._last_iteration("test") != iteration:
             self.evaluate("test", iteration, self.data.test, self.config.test_batches)
 
     def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> float | None:
@@ -186,16 +225,21 @@ class Trainer:
 
         Raises NonFiniteLoss, too.
         """
-        started_s, loss_sum, n_labels, n_correct = time.perf_counter(), 0.0, 0, 0
+        started_s, loss_sum, n_labels, n_correct, is_cut = time.perf_counter(), 0.0, 0, 0, False
         for batch in eval_batches(rows, self.config.batch_size, limit):
-            if self.interrupt.requested is not None:
-                return None
+            if is_cut := self.interrupt.requested is not None:
+                break
             self.check_files()
-            evaluation = self.engine.evaluate(batch)
+            part = self.deal.part(batch)
+            evaluation = self.engine.evaluate(part)
             if not math.isfinite(evaluation.loss_sum):
-                raise self.not_finite(f"{kind} loss is {evaluation.loss_sum}", iteration, batch)
+                raise self.not_finite(f"{kind} loss is {evaluation.loss_sum}", iteration, part)
             loss_sum, n_labels = loss_sum + evaluation.loss_sum, n_labels + evaluation.n_labels
             n_correct += evaluation.n_correct
+        told = self.group.gather((loss_sum, n_labels, n_correct, is_cut))
+        loss_sum, n_labels, n_correct, n_cut = (sum(values) for values in zip(*told, strict=True))
+        if n_cut:
+            return None
         seconds, accuracy = time.perf_counter() - started_s, n_correct / n_labels
         self.log.evaluation(
             kind, iteration, loss=loss_sum / n_labels, accuracy=accuracy, n_tokens=n_labels, seconds=seconds

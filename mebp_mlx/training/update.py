@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..model.lora import Lora
+from ..system.group import Group
 from .offload import ParkedState, parked_bytes
 
 
@@ -24,7 +25,7 @@ class Updater:
     max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
     micro-batch a step; park: keep the state in a mapped file in arena_dir (training/offload.py);
     is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other;
-    b_ratio: LoRA+'s, for an optimizer of optimizers.with_ratio.
+    b_ratio: LoRA+'s, for an optimizer of optimizers.with_ratio; group: of the machines whose gradients add up.
     """
 
     def __init__(  # noqa: PLR0913 - options of the update, by keyword
@@ -38,11 +39,14 @@ class Updater:
         is_lazy: bool = False,
         arena_dir: str | Path | None = None,
         b_ratio: float = 1.0,
+        group: Group | None = None,
     ):
+        self.group = group or Group()
         self.optimizer, self.lora, self.b_ratio = optimizer, lora, b_ratio
         self.max_grad_norm, self.is_lazy = max_grad_norm, is_lazy and not park
         self.gather = gather or max_grad_norm is not None
         self._gathered: dict[str, mx.array] = {}
+        self._n_missing: dict[str, int] = {}  # micro-batches of this step whose gradients are still to come
         self._step: mx.array = optimizer.step
         if not optimizer._initialized:
             optimizer.init(lora.parameters())
@@ -64,24 +68,35 @@ class Updater:
         state = self.optimizer.state
         return state if self._parked is None else self._parked.views(state)
 
-    def begin_step(self) -> None:
-        """Start an optimizer step; sink() may then be called any number of times."""
+    def begin_step(self, n_micro_batches: int = 1) -> None:
+        """Start an optimizer step; sink() then takes each block's gradients of so many micro-batches."""
         self._gathered.clear()
+        self._n_missing = dict.fromkeys(self.lora.parameters(), n_micro_batches)
         self._step = self.optimizer.step
 
     def sink(self, gradients: dict[str, mx.array]) -> list[mx.array]:
-        """Take one block's gradients (float32, by parameter name) of one micro-batch; what of it is to be evaluated."""
+        """Take one block's gradients (float32, by parameter name) of one micro-batch; what of it is to be evaluated.
+
+        With other machines, what is applied is the block before, whose sum has come meanwhile.
+        """
         if not self.gather:
-            return self._apply(gradients)
+            return self._apply(self.group.exchange(gradients))
         for name, gradient in gradients.items():
             known = self._gathered.get(name)
             self._gathered[name] = gradient if known is None else known + gradient
-        return [self._gathered[name] for name in gradients]
+            self._n_missing[name] -= 1
+        own = {name: self._gathered[name] for name in gradients}
+        if not any(self._n_missing[name] for name in own):
+            self._gathered.update(self.group.exchange(own))
+        return list(own.values())
 
     def end_step(self) -> float | None:
         """Apply what was gathered. Returns the gradients' L2 norm before clipping, or None without clipping."""
-        norm = None
-        if self.gather:
+        norm, rest = None, self.group.rest()
+        if not self.gather:
+            mx.eval(self._apply(rest))
+        else:
+            self._gathered.update(rest)
             if self.max_grad_norm is not None:
                 norm = math.sqrt(sum(float(np.asarray(mx.square(g).sum())) for g in self._gathered.values()))
                 if norm > self.max_grad_norm:
@@ -93,6 +108,8 @@ class Updater:
 
     def _apply(self, gradients: dict[str, mx.array]) -> list[mx.array]:
         state = self.optimizer.state
+        if not gradients:
+            return []
         if self.is_lazy:
             updated: dict[str, mx.array] = {}
             of_b = {name for name in gradients if self.b_ratio != 1 and name.endswith(".lora_b")}

@@ -1,0 +1,250 @@
+"""The processes of one run on several machines: what they tell one another, over the transports of mx.distributed.
+
+`mlx.launch` starts a process on each machine and names its rank in the environment. Every message is a collective: all
+ranks make the same calls in the same order. Sums and messages come in the order of ranks, so that every rank has the
+same bits. For one process everything here gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import PeerFailed, PeerLost, UserError
+from .allocator import zeros_given_back
+
+TIMEOUT_S = 60.0
+_SETUP_S = 600.0  # before the first step a machine may tokenize, read lengths of rows or measure plans for minutes
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of mlx.launch, and of two kinds of mpirun
+_PIECE_BYTES = 4 << 20  # of a file at a time
+_MESSAGE_BYTES = 256  # of a message whose text is short
+_WORKS = 0  # the status in a message's header, or else an exit code
+
+# Arguments: the line to print, a folder to remove or "". faulthandler writes into the pipe when time is up; otherwise
+# the pipe ends with the process.
+_SCRIPT = r"""
+IFS= read -r fault && { cat > /dev/null; echo "$1" >&2; }
+rm -rf -- "$2"
+"""
+
+
+class _Sum(NamedTuple):
+    """A block's gradients on their way: names and shapes of the parts of `total`."""
+
+    shapes: dict[str, tuple[int, ...]]
+    total: mx.array
+
+
+class Group:
+    """The ranks of a run; connect() makes it, and without arguments it is one process alone.
+
+    rank, size: of this process; waited_s: seconds spent waiting for others; sent_bytes: by this process, as a ring
+    sends; timeout_s: how long a wait may take, after which the process ends with one line and exit code 1;
+    reduce_dtype: in which gradients travel. Every message raises PeerLost when a machine has gone, and PeerFailed when
+    a rank told of an error.
+    """
+
+    def __init__(self, group: mx.distributed.Group | None = None, deadline: Deadline | None = None) -> None:
+        self._group, self._deadline = group, deadline
+        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+        self._stream = None if group is None else mx.new_stream(mx.cpu)
+        self._pending: _Sum | None = None
+        self.reduce_dtype, self.timeout_s = mx.float32, _SETUP_S
+        self.waited_s, self.sent_bytes = 0.0, 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one process."""
+        return self.size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Ends the connection's deadline, and removes this rank's folder."""
+        if self._deadline is not None:
+            self._deadline.close()
+
+    @property
+    def folder(self) -> Path:
+        """A temporary folder of a rank that is not the first, removed when its process ends, however it ends."""
+        assert self._deadline is not None
+        return Path(self._deadline.folder)
+
+    # Messages
+
+    def gather(self, value: Any) -> list[Any]:
+        """One value of each rank, in the order of ranks. value: anything that is JSON."""
+        if self.is_alone:
+            return [value]
+        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
+
+    def first(self, value: Any) -> Any:
+        """The first rank's value. value: anything that is JSON; other ranks' does not count."""
+        return self.gather(value if self.is_first else None)[0]
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all ranks of a float64 array, the same bits on each; eight bytes a number are sent."""
+        if self.is_alone:
+            return values
+        parts = self._gather_bytes(np.ascontiguousarray(values, np.float64).tobytes())
+        return sum((np.frombuffer(part, np.float64) for part in parts), np.zeros(values.size)).reshape(values.shape)
+
+    def fail(self, exit_code: int, text: str) -> None:
+        """Tells the others, at their next message, that this rank ends with an error; what cannot be told is not."""
+        if not self.is_alone:
+            self._pending = None
+            with contextlib.suppress(PeerLost, PeerFailed):
+                self._gather_bytes(text.encode(), exit_code)
+
+    def copy_file(self, source: Path, target: Path) -> None:
+        """Writes the first rank's file `source` as `target` on every other rank, where it exists."""
+        n_bytes = self.first(source.stat().st_size if self.is_first and source.is_file() else None)
+        if n_bytes is None or self.is_alone:
+            return
+        with open(source, "rb") if self.is_first else open(target, "wb") as file:
+            for start in range(0, n_bytes, _PIECE_BYTES):
+                piece = np.zeros(min(_PIECE_BYTES, n_bytes - start), np.uint8)
+                if self.is_first:
+                    piece[:] = np.frombuffer(file.read(len(piece)), np.uint8)
+                total = mx.distributed.all_sum(mx.array(piece), group=self._group, stream=self._stream)
+                self._wait(total)
+                self.sent_bytes += self._ring_bytes(total)
+                if not self.is_first:
+                    file.write(np.asarray(total).tobytes())
+
+    def _gather_bytes(self, own: bytes, status: int = _WORKS) -> list[bytes]:
+        """Bytes of every rank: what is short goes with the header, in one message."""
+        begin = np.zeros((_MESSAGE_BYTES,), np.uint8)
+        begin[:16] = np.array([status, len(own)], np.int64).view(np.uint8)
+        short = own[: _MESSAGE_BYTES - 16]
+        begin[16 : 16 + len(short)] = np.frombuffer(short, np.uint8)
+        begins = self._all_gather(begin).reshape(self.size, _MESSAGE_BYTES)
+        headers = np.ascontiguousarray(begins[:, :16]).view(np.int64)
+        rest = np.zeros(max(0, int(headers[:, 1].max()) - len(begin) + 16), np.uint8)
+        rest[: len(own) - len(short)] = np.frombuffer(own[len(short) :], np.uint8)
+        rests = self._all_gather(rest).reshape(self.size, -1) if rest.size else begins[:, :0]
+        rows = np.concatenate([begins[:, 16:], rests], axis=1)
+        texts = [row[:n].tobytes() for row, n in zip(rows, headers[:, 1], strict=True)]
+        for rank, exit_code in enumerate(headers[:, 0].tolist()):
+            if exit_code != _WORKS and rank != self.rank:
+                raise PeerFailed(rank, exit_code, texts[rank].decode(errors="replace"))
+        return texts
+
+    def _all_gather(self, own: np.ndarray) -> np.ndarray:
+        with mx.stream(mx.cpu):
+            every = mx.distributed.all_gather(mx.array(own), group=self._group, stream=self._stream)
+        self._wait(every)
+        self.sent_bytes += own.nbytes * (self.size - 1)
+        return np.array(every)
+
+    # Gradients
+
+    def exchange(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Sends a block's gradients on their way; returns the sums over all ranks of those sent before, {} if none.
+
+        So a block's sum travels while the next one is computed. Alone: the gradients themselves.
+        """
+        if self.is_alone or not gradients:
+            return gradients
+        names = sorted(gradients)
+        flat = mx.concatenate([gradients[name].reshape(-1) for name in names]).astype(self.reduce_dtype)
+        total = mx.distributed.all_sum(flat, group=self._group, stream=self._stream)
+        mx.async_eval(total)
+        self.sent_bytes += self._ring_bytes(total)
+        before, self._pending = self._pending, _Sum({name: gradients[name].shape for name in names}, total)
+        return self._arrived(before)
+
+    def rest(self) -> dict[str, mx.array]:
+        """The sums of what was sent last; {} if nothing is under way."""
+        before, self._pending = self._pending, None
+        return self._arrived(before)
+
+    def _arrived(self, sent: _Sum | None) -> dict[str, mx.array]:
+        if sent is None:
+            return {}
+        self._wait(sent.total)
+        ends = np.cumsum([math.prod(shape) for shape in sent.shapes.values()])
+        parts = mx.split(sent.total.astype(mx.float32), ends[:-1].tolist())
+        return {name: part.reshape(shape) for (name, shape), part in zip(sent.shapes.items(), parts, strict=True)}
+
+    def _ring_bytes(self, array: mx.array) -> int:
+        """What a rank sends when a ring sums an array."""
+        return 2 * (self.size - 1) * array.nbytes // self.size
+
+    def _wait(self, array: mx.array) -> None:
+        began_s = time.perf_counter()
+        assert self._deadline is not None
+        try:
+            with self._deadline.within(self.timeout_s):
+                mx.eval(array)
+        except RuntimeError as error:
+            neighbours = sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size})
+            who = " or ".join(str(rank) for rank in neighbours)
+            raise PeerLost(
+                f"lost rank {who} ({error}); the last save is whole, --resume goes on with the machines that are left"
+            ) from None
+        self.waited_s += time.perf_counter() - began_s
+
+
+class Deadline:
+    """Ends the process with one line when a wait takes too long, from outside of Python, whose lock MLX may hold."""
+
+    def __init__(self, rank: int) -> None:
+        line = f"error: rank {rank}: no answer from another machine in time (--peer-timeout); the last save is whole"
+        self.folder = tempfile.mkdtemp(prefix=f"mebp_mlx-rank-{rank}-") if rank else ""
+        read, self._pipe = os.pipe()
+        command = ["/bin/sh", "-c", _SCRIPT, "sh", line, self.folder]
+        # A session of its own, so that Ctrl-C does not reach the shell.
+        self._shell = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, start_new_session=True)
+        os.close(read)
+
+    @contextlib.contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """The process ends with exit code 1 unless the context is left in time."""
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._pipe)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Lets the shell end, which removes the folder."""
+        os.close(self._pipe)
+        self._shell.wait()
+
+
+def connect(environment: Mapping[str, str] = os.environ) -> Group:
+    """The group that the environment names, once all of its processes are there; Group() where it names none."""
+    rank = next((environment[name] for name in _RANKS if name in environment), None)
+    hosts = environment.get("MLX_HOSTFILE")
+    with contextlib.suppress(OSError, ValueError):
+        if hosts is not None and len(json.loads(Path(hosts).read_text().strip() or "[]")) < 2:
+            rank = None  # MLX's ring refuses to be one machine; mlx.launch -n 1 leaves an empty file
+    if rank is None:
+        return Group()
+    deadline = Deadline(int(rank))
+    try:
+        with deadline.within(TIMEOUT_S), zeros_given_back():
+            group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        deadline.close()
+        raise UserError(f"mx.distributed: {error}") from None
+    if group.size() == 1:
+        deadline.close()
+        return Group()
+    return Group(group, deadline)
