@@ -20,7 +20,7 @@ from tests import adoption
 from tests.runs import child
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation knows glibc and MLX's CPU wheel")
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3", "qwen3_moe")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gemma3", "gemma4", "qwen3_moe")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SHIFTS = (0, 2, 1)  # bytes after a page boundary: all tensors aligned; only 16-bit ones; none
 
@@ -50,9 +50,11 @@ def test_reads_casts_and_steps_write_into_no_adopted_page(tmp_path: Path, family
     for (dtype, shift), folder in cases.items():
         weights, result = MappedWeights(folder), actual[str(folder)]
         item_bytes = {"U32": 4, "F32": 4, "F16": 2, "BF16": 2}
-        aligned = [name for name in weights.names if shift % item_bytes[weights.info(name).dtype] == 0]
+        infos = [weights.info(name) for name in weights.names]
+        aligned = [info.name for info in infos if info.offset % item_bytes[info.dtype] == 0]
         assert result["adopted"] == aligned, (dtype, shift)
-        assert len(aligned) == len(weights) if shift == 0 else len(aligned) < len(weights)
+        if family != "gemma4":  # whose numbers [1] of 16 bits move what follows them
+            assert len(aligned) == len(weights) if shift == 0 else len(aligned) < len(weights)
         assert set(result["copied"].values()) <= {"not 4-byte aligned", "not 2-byte aligned"}
 
 

@@ -58,7 +58,9 @@ class Executed:
 @pytest.mark.parametrize(
     "saved", [SAVE_PRODUCTS, SAVE_EVERYTHING, SAVE_INPUTS, frozenset({"x", "q", "v", "g"}), frozenset({"x", "a"})]
 )
-@pytest.mark.parametrize("name, packed", [("qwen2", True), ("qwen3", False), ("gemma3_text", False)])
+@pytest.mark.parametrize(
+    "name, packed", [("qwen2", True), ("qwen3", False), ("gemma3_text", False), ("gemma4_text", False)]
+)
 @pytest.mark.parametrize("more", [{}, {"num_layers": 1}, {"keys": ["self_attn.v_proj", "mlp.down_proj"]}], ids=str)
 def test_counted_products_equal_those_of_a_step(
     tmp_path: Path,
@@ -90,7 +92,8 @@ def test_counted_products_equal_those_of_a_step(
     engine.close()
     assert (executed.packed > 0) is packed
     actual, made = sum(phase.flops for phase in counted.values()), executed.flops + executed.packed
-    if saved >= SAVE_PRODUCTS and "keys" not in more:
+    makes_unused = name == "gemma4_text" and more  # numpy's attention: gradients of keys that are constants
+    if saved >= SAVE_PRODUCTS and "keys" not in more and not makes_unused:
         assert actual == made
     else:
         assert 0.9 * made <= actual <= made

@@ -169,8 +169,8 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
         n = n_tiles + len(trainables)
         run.gradients.update(zip(trainables, gradients[n_tiles:n], strict=True))
         dx = gradients[:n_tiles] if need_dx else []
-        if lent and attention.sums_keys:
-            attention.add(0, gradients[n].shape[2], *gradients[n:])
+        if lent:
+            work.shared.add(attention, *gradients[n:])
         work.barrier.value(*dx, *run.gradients.values(), *attention.sums())
     work.shared.take_back(layer, attention)
     dy.clear()

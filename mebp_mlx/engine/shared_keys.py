@@ -57,6 +57,16 @@ class SharedKeys:
         if layer.index in self.donors and attention.keys is not None and attention.values is not None:
             self.pairs[layer.index] = attention.keys, attention.values
 
+    @staticmethod
+    def add(attention: Attention, dk: mx.array, dv: mx.array) -> None:
+        """The gradients of all keys and values at once, where attention did not sum them up itself."""
+        if not attention.sums_keys:
+            return
+        so_far = attention.sums()
+        parts = [d.astype(mx.float32) for d in (dk, dv)]
+        total = [a + b for a, b in zip(so_far, parts, strict=True)] if so_far else parts
+        attention.d_keys, attention.d_values = total
+
     def take_back(self, layer: Layer, attention: Attention) -> None:
         """After the backward pass of a layer that shares them: the sum of their gradients."""
         if layer.donor is not None and attention.d_keys is not None and attention.d_values is not None:

@@ -155,8 +155,7 @@ class Attention:
             rows = slice(start - position, stop - position)
             dq, dk, dv = backward(self.heads, Q[:, :, rows], *self._seen(low, high), start, low, da[:, rows])
             pieces.append(dq)
-            if self.sums_keys:
-                self.add(low, high, dk, dv)
+            self._add(low, high, dk, dv)
             self.barrier.piece(dq, *self.sums())
         return mx.concatenate(pieces, axis=2)
 
@@ -191,9 +190,10 @@ class Attention:
         dk, dv = (d[:, :, position : position + T].astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
         return dk, dv.transpose(0, 2, 1, 3).reshape(dv.shape[0], T, -1)
 
-    def add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
-        """Adds to the gradients of the keys and values [low, high)."""
+    def _add(self, low: int, high: int, dk: mx.array, dv: mx.array) -> None:
         assert self.keys is not None
+        if not self.sums_keys:
+            return
         if self.d_keys is None or self.d_values is None:
             if high - low == self.keys.shape[2]:
                 self.d_keys, self.d_values = dk, dv

@@ -183,7 +183,8 @@ class _Counter:
         return self.known[key]
 
     def _kind(self, layer: Layer) -> object:
-        return self.workload.kind(layer), tuple(linear.quantization for linear in layer.matrices.values())
+        packed = tuple(linear.quantization for linear in layer.matrices.values())
+        return self.workload.kind(layer), layer.index in self.work.shared.donors, packed
 
     def _tiles(self) -> list[mx.array]:
         B, D = self.workload.B, self.model.spec.D
