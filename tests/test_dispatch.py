@@ -102,3 +102,12 @@ def test_windows_shorter_than_the_rows_are_not_extrapolated() -> None:
     )
     with pytest.raises(table.UserError, match="--layers 26"):
         table.counted(options)
+
+
+def test_a_mixture_of_experts_on_a_gpu(tmp_path: Path) -> None:
+    """Emulated: no expert's weights are copied, nothing is written, and a mixture adds one wait for its tile."""
+    family, n_blocks = "qwen3_moe-tied", 4
+    actual = step.count(_case(tmp_path, family, n_blocks, "sgd"))
+    all_of = step.total(actual["stages"])
+    assert not (all_of["waits"] > 3 * n_blocks + FIXED_WAITS), all_of
+    assert all_of["copied_weights"] == all_of["copied_file"] == all_of["written"] == all_of["read"] == 0

@@ -231,30 +231,6 @@ _LFM2_MOE = replace(
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True, own_head_dim=False, defaults={"rope_theta": 1_000_000.0}),
     "qwen3": Family(qk_norm=True, reads_rope_parameters=True),
-    "qwen3_moe": Family(
-        qk_norm=True,
-        mixture=Mixture(
-            router="mlp.gate",
-            experts="mlp.switch_mlp",
-            apart="mlp.experts.{}",
-            width="moe_intermediate_size",
-            has_experts=by_sparse_step,
-            packs_router=True,
-        ),
-    ),
-    "olmoe": Family(
-        **_BIASES,
-        qk_norm=True,
-        qk_norm_of_rows=True,
-        mixture=Mixture(
-            router="mlp.gate",
-            experts="mlp.switch_mlp",
-            apart="mlp.experts.{}",
-            width="intermediate_size",
-            has_experts=every_layer,
-        ),
-        defaults=_THETA,
-    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "iquestcoder": _LLAMA,
@@ -353,6 +329,30 @@ FAMILIES: dict[str, Family] = {
         reads_rope_parameters=True,
         partial_rope=True,
         defaults={"partial_rotary_factor": 0.25, "rope_theta": 100_000.0, "full_attention_interval": 4},
+    ),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        mixture=Mixture(
+            router="mlp.gate",
+            experts="mlp.switch_mlp",
+            apart="mlp.experts.{}",
+            width="moe_intermediate_size",
+            has_experts=by_sparse_step,
+            packs_router=True,
+        ),
+    ),
+    "olmoe": Family(
+        **_BIASES,
+        qk_norm=True,
+        qk_norm_of_rows=True,
+        mixture=Mixture(
+            router="mlp.gate",
+            experts="mlp.switch_mlp",
+            apart="mlp.experts.{}",
+            width="intermediate_size",
+            has_experts=every_layer,
+        ),
+        defaults=_THETA,
     ),
     "gpt_oss": Family(
         block="gpt_oss",
