@@ -50,11 +50,12 @@ def measure(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
             optimizer=given["optimizer"],
             memory_budget=given["memory_budget"],
         )
-        seconds, waited_s = [], []
+        seconds, waited_s, cpu_s = [], [], []
         for number in range(_WARM_STEPS + given["steps"]):
             group.gather(None)
-            before_s, sent = group.waited_s, group.sent_bytes
+            before_s, sent, began_s = group.waited_s, group.sent_bytes, time.process_time()
             seconds.append(stepper.timed_step(number))
+            cpu_s.append(time.process_time() - began_s)
             waited_s.append(group.waited_s - before_s)
             sent_bytes = group.sent_bytes - sent
         stepper.close()
@@ -65,6 +66,7 @@ def measure(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
         "peak_mb": round(meter.peak_bytes / 1e6, 1),
         "step_s": seconds[_WARM_STEPS:],
         "waited_s": waited_s[_WARM_STEPS:],
+        "cpu_s": cpu_s[_WARM_STEPS:],
         "sent_bytes": sent_bytes,
         "gradient_bytes": 4 * stepper.n_parameters,
     }
@@ -114,7 +116,8 @@ def case(shape: str, n: int, folder: Path, given: Mapping[str, Any], **where: An
         "processes": n,
         **given,
         "step_s": seconds,
-        "waiting": round(statistics.median(r for r in slowest["waited_s"]) / seconds["median"], 3),
+        "cpu_s": round(max(statistics.median(rank["cpu_s"]) for rank in ranks), 4),
+        "waiting": round(statistics.median(slowest["waited_s"]) / seconds["median"], 3),
         "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
         "gradient_bytes": slowest["gradient_bytes"],
         "peak_mb": max(rank["peak_mb"] for rank in ranks),
@@ -158,7 +161,7 @@ def kills(n_runs: int) -> dict[str, Any]:
     for number in range(n_runs):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
-            options = ["--adapter-path", out, "--save-every", "2", "--val-batches", "0", "--batch-size", "2"]
+            options = ["--adapter-path", out, "--save-every", "2", "--val-batches", "0", "--iters", "100000"]
             processes = start(2, Path(scratch), "-m", "mebp_mlx.train", *options, stderr=subprocess.PIPE)
             until = time.monotonic() + 120
             while not (out / "adapter_config.json").exists() and time.monotonic() < until:
@@ -264,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sent as",
         "Gbit/s",
         "s/step",
+        "CPU s",
         "speed-up",
         "MB sent",
         "waiting",
@@ -274,7 +278,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         sent = [row["reduce_dtype"], row.get("link_gbit", "")] if row["processes"] > 1 else ["", ""]
         what = f"{row['shape']}" if row["kind"] == "whole batch" else f"{row['shape']} ({row['rows']} rows)"
-        numbers = [row["step_s"]["median"], row.get("speed_up"), round(row["sent_bytes"] / 1e6, 3), row["waiting"]]
+        numbers = [
+            row["step_s"]["median"],
+            row["cpu_s"],
+            row.get("speed_up"),
+            round(row["sent_bytes"] / 1e6, 3),
+            row["waiting"],
+        ]
         lines.append([what, row["processes"], *sent, *numbers, row["peak_mb"], row.get("more_mb", "")])
     print(report.table(heads, lines))
     arithmetic = []
