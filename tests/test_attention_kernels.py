@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 
 import mebp_mlx
+from mebp_mlx.engine.backprop import BackpropEngine
 from mebp_mlx.kernels import attention, metal, trust
 from mebp_mlx.ops import attention as ops
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
+from mebp_mlx.planner import probe as probes
 from mebp_mlx.planner.search import ladder
 from mebp_mlx.planner.work import count
 from mebp_mlx.planner.workload import Workload
@@ -269,14 +272,14 @@ def _model(folder: Path, name: str, head_dim: int, seed: int) -> tuple[Any, Any]
 
 
 @pytest.mark.usefixtures("at_any_length")
-@pytest.mark.parametrize("kept_bytes", [None, 0], ids=["in-memory", "in-file"])
 @pytest.mark.parametrize(
-    ("name", "head_dim", "saved"),
+    ("name", "head_dim", "saved", "kept_bytes"),
     [
-        ("llama-sliding", 64, SAVE_PRODUCTS),
-        ("llama-sliding", 64, SAVE_INPUTS),
-        ("gemma3_text", 80, SAVE_PROJECTIONS),
-        ("qwen3_5", 64, SAVE_PRODUCTS),
+        ("llama-sliding", 64, SAVE_PRODUCTS, None),
+        ("llama-sliding", 64, SAVE_PRODUCTS, 0),
+        ("llama-sliding", 64, SAVE_INPUTS, 0),
+        ("gemma3_text", 80, SAVE_PROJECTIONS, None),
+        ("qwen3_5", 64, SAVE_PRODUCTS, None),
     ],
 )
 def test_gradients_by_the_kernels_are_as_exact(
@@ -339,15 +342,45 @@ def test_a_table_of_lengths_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_knows_that_long_rows_have_no_scores(tmp_path: Path, seed: int) -> None:
-    """Blocks of queries are as for the longest row with scores, and the counted work is the kernels'."""
+    """Blocks of queries are as for the longest row with scores, which is probed, too."""
     model, lora = _model(tmp_path, "qwen3", 64, seed)
-    workload, T = Workload(model, lora, 2, 1 << 15), attention.least_keys(mx.float32, 64)
+    workload, least = Workload(model, lora, 1, 1 << 15), int(attention.least_keys(mx.float32, 64))
     without = [plan.query_block for plan in ladder(workload)]
+    assert workload.T_scored == workload.T
     with attention.assumed():
-        assert [plan.query_block for plan in ladder(workload)] > without
-        assert [p.query_block for p in ladder(workload)] == [
-            p.query_block for p in ladder(dataclasses.replace(workload, T=int(T) - 1))
-        ]
+        blocks = [plan.query_block for plan in ladder(workload)]
+        shorter = dataclasses.replace(workload, T=least - 1)
+        assert workload.T_scored == shorter.T_scored == least - 1
+        assert blocks > without and blocks == [plan.query_block for plan in ladder(shorter)]
+
+
+@pytest.mark.usefixtures("at_any_length")
+def test_every_length_whose_attention_differs_is_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    model, lora = _model(tmp_path, "qwen3", 64, seed)
+    workload, lengths = Workload(model, lora, 1, 40), []
+    monkeypatch.setattr(probes, "_exact", lambda workload, *_: lengths.append(workload.T))
+    monkeypatch.setattr(attention, "LEAST_KEYS", {64: 33})
+    plan = ladder(workload)[0]
+    probes.probe(workload, plan, tmp_path)
+    assert lengths == [40]
+    with running(pretend=True):
+        probes.probe(workload, plan, tmp_path)
+    assert lengths == [40, 40, 32]
+
+
+@pytest.mark.usefixtures("at_any_length")
+def test_waits_do_not_depend_on_blocks_of_queries(tmp_path: Path, seed: int) -> None:
+    model, lora = _model(tmp_path, "llama-sliding", 64, seed)
+    batch, waits = SimpleNamespace(tokens=np.zeros((1, 40), np.int32), targets=np.zeros((1, 40), np.int32)), []
+    for query_block in (40, 3):
+        engine = BackpropEngine(model, lora, plan=Plan("op", query_block=query_block))
+        with running(pretend=True):
+            engine.step(batch, step=0, micro=0, n_labels=40, sink=lambda _: None)
+        waits.append(engine.barrier.n_waits)
+        engine.close()
+    assert waits[0] == waits[1]
 
 
 def test_operations_are_those_of_the_visited_tiles(tmp_path: Path, seed: int) -> None:
