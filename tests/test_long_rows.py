@@ -155,7 +155,7 @@ def test_a_probe_that_leaves_tiles_out_measures_what_all_of_them_take(
 
 def test_long_rows_keep_attentions_outputs_before_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 2 GB and 5 GB were as small as this model."""
-    model, lora = _opened(tmp_path, "qwen2", 0)
+    model, lora = _opened(tmp_path, "qwen2", 0, num_hidden_layers=2)
 
     def saved(T: int, budget: int | None = None) -> frozenset[str]:
         workload = _workload(model, lora, T)
@@ -169,3 +169,28 @@ def test_long_rows_keep_attentions_outputs_before_all_else(tmp_path: Path, monke
     assert saved(2000, 1_100_000) - {"d"} == SAVE_INPUTS
     with pytest.raises(mebp_mlx.errors.BudgetError, match="--arena-budget"):
         choose(_workload(model, lora, 6000))
+
+
+def test_chunks_of_the_vocabulary_are_as_large_as_a_gpus_budget_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over made-up peaks; never at the price of kept values, and no larger than is of use."""
+    model, lora = _opened(tmp_path, "qwen2", 0, vocab_size=50_000)
+    workload, mb = _workload(model, lora, 256), 1_000_000
+
+    def made_up(_: Workload, plan: Plan, __: Any) -> probing.Probe:
+        phases = dict.fromkeys(("forward", "backward", "update"), 60 * mb)
+        return probing.Probe(phases | {"head": 50 * mb + 6 * plan.logits_block_bytes}, 0, 1000)
+
+    monkeypatch.setattr(search, "on_gpu", lambda: True)
+    monkeypatch.setattr(search, "probe", made_up)
+    plain, whole = ladder(workload)[-1].logits_block_bytes, 256 * 50_000 * 4
+    sizes = []
+    for budget in (109 * mb, 130 * mb, 200 * mb, 300 * mb, 10_000 * mb, None):
+        found = choose(workload, budget)
+        sizes.append(found.plan.logits_block_bytes)
+        assert budget is None or found.predicted.peak_bytes * (1 + search.MARGIN) <= budget
+        if budget is not None and plain < sizes[-1] < whole:  # as large as it can be
+            assert found.predicted.peak_bytes * (1 + search.MARGIN) > budget - mb
+    assert sizes == sorted(sizes) and sizes[0] - plain < mb and sizes[-1] == whole and len(set(sizes)) == 5, sizes
+    assert choose(workload, 300 * mb, smallest=True).plan.logits_block_bytes < plain

@@ -177,9 +177,9 @@ def _large_chunks(
     """The same plan with chunks of the vocabulary as large as the budget allows, measured again."""
     rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
     if budget_bytes is not None:
-        # Of two chunks under way, logits and what they become.
+        # Two chunks are under way, and each is logits, what they become, and the product with them.
         room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, measured).phases["head"]
-        most = min(most, plan.logits_block_bytes + room // 4)
+        most = min(most, plan.logits_block_bytes + room // 6)
     larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
     if larger <= plan.logits_block_bytes:
         return plan, measured
