@@ -46,9 +46,8 @@ MLX_LM = {"plain": False, "checkpointed": True}
 def emulated(allocating: bool = False, attention: bool = False) -> Iterator[None]:
     """Installs stand-ins: for zero-copy weights without Metal; for packed products and the head's kernel without a GPU.
 
-    allocating: a stand-in allocates its result, which takes a few nodes; otherwise it is one node. attention:
-    installs a stand-in for attention too, one node per block of queries in either direction; a long row would take
-    hours on a CPU.
+    allocating: a stand-in allocates its result, which takes a few nodes; otherwise it is one node. attention: stands in
+    for attention too, with one node per block of queries; a long row would take hours on a CPU.
     """
     evaluate, known = mx.eval, {}
 

@@ -180,7 +180,7 @@ class Attention:
         place, da = (heads.scale, position, heads.window), da.reshape(shape)
         dq, delta = fused.attention_dq(Q, keys, values, (a.reshape(shape), lse), da, place)
         if self.sums_keys:
-            self.add(low, high, *fused.attention_dkv(Q, keys, values, da, (lse, delta), (*place, low, high)))
+            self._add(low, high, *fused.attention_dkv(Q, keys, values, da, (lse, delta), (*place, low, high)))
         self.barrier.piece(dq, *self.sums())
         return dq
 
