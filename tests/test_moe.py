@@ -291,6 +291,7 @@ def test_a_zero_router_sends_every_token_to_the_same_experts_as_in_mlx_lm(tmp_pa
 class _Batch:
     def __init__(self, tokens: np.ndarray, targets: np.ndarray):
         self.tokens, self.targets = tokens, targets
+        self.n_labels = int((targets != -100).sum())
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe-tied", "lfm2_moe"])
