@@ -11,12 +11,9 @@ import numpy as np
 
 from ..families import BLOCKS
 from ..families.base import BlockRun, Kept
-from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter
-from ..model.prefetch import Prefetch
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import Barrier, Context, Plan
+from ..ops.plan import Barrier, Context
 from ..system.pages import PAGE_BYTES
 from .arena import Arena
 
@@ -57,19 +54,7 @@ class Engine(Protocol):
 
 
 class Pass(Context):
-    """The forward pass of a model over one batch: blocks and head. ahead: reads the next block's pages meanwhile."""
-
-    def __init__(
-        self,
-        model: Model,
-        plan: Plan,
-        adapter: Adapter,
-        barrier: Barrier | None = None,
-        dropout_parts: tuple[int, ...] | None = None,
-        ahead: Prefetch | None = None,
-    ):
-        super().__init__(model, plan, adapter, barrier, dropout_parts)
-        self.ahead = ahead
+    """The forward pass of a model over one batch: blocks and head."""
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
         """Embeddings of tokens [B, T] as the plan's tiles [B, tile, D]."""
