@@ -470,3 +470,14 @@ def test_pages_of_chosen_experts_are_asked_for_and_of_no_others(
     engine.ahead.wait()
     engine.close()
     assert asked == chosen and len(chosen) <= 3 * 3 * 2 * 3
+
+
+def test_a_selection_bias_keeps_its_dtype(tmp_path: Path, seed: int) -> None:
+    """Rounded, it would send tokens to other experts; mlx-lm's conversions leave it alone, too."""
+    source = write_model(tmp_path / "source", packed_config("lfm2_moe"), seed=seed)
+    flags = ["--bits", "4", "--group-size", "32", "--dtype", "bfloat16"]
+    assert convert.main(["--model", str(source), "--out", str(tmp_path / "out"), *flags]) == 0
+    before, after = MappedWeights(source), MappedWeights(tmp_path / "out")
+    names = [name for name in before.names if name.endswith("expert_bias")]
+    assert names and all(np.array_equal(before.view(name), after.view(name)) for name in names)
+    assert after.info("model.embedding_norm.weight").dtype == "BF16"

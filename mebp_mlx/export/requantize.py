@@ -117,6 +117,8 @@ class Repack:
     ) -> None:
         self._model, self._recipe, self._dtype, self._adapter = model, recipe, dtype, adapter
         spec = model.spec
+        # As in mlx-lm, what chooses experts keeps its dtype.
+        self._exact = {layer.arrays.get("selection_bias", "") for layer in spec.layers}
         blocks: list[list[Linear | str]] = [[spec.embedding]]
         blocks += [[*layer.norms.values(), *layer.arrays.values(), *layer.matrices.values()] for layer in spec.layers]
         blocks += [[spec.final_norm] if spec.tied else [spec.final_norm, spec.head]]
@@ -180,7 +182,8 @@ class Repack:
         if isinstance(item, str):
             info = self._model.weights.info(item)
             dtype = self._dtype_of(item)
-            yield _Same(_entry(info)) if self._recipe is None else _Vector(Entry(item, NAMES[dtype], info.shape))
+            is_same = self._recipe is None or item in self._exact
+            yield _Same(_entry(info)) if is_same else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
         if self._stays(item):
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
