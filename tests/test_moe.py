@@ -439,3 +439,46 @@ def test_gpt_oss_published_experts_are_refused_by_name(tmp_path: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     with pytest.raises(UserError, match=r"gate_up_proj_blocks: experts whose gate and up rows alternate"):
         mebp_mlx.open_model(folder)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_pages_of_chosen_experts_are_asked_for_and_of_no_others(
+    tmp_path: Path, apart: bool, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    folder = write_model(tmp_path / "model", CONFIGS["olmoe"] | {"num_experts": 16}, seed=seed)
+    model = mebp_mlx.open_model(_store_apart(folder) if apart else folder)
+    lora = mebp_mlx.init_lora(model, rank=2)
+    asked: set[tuple[str, int, int | None]] = set()
+    chosen: set[tuple[str, int, int | None]] = set()
+    choose = Moe.choose
+
+    def watched(moe: Moe, r: mx.array) -> mx.array:
+        choice = choose(moe, r)
+        for stack in () if moe.model.is_unread else moe.stacks.values():
+            for expert in np.unique(np.asarray(choice)).tolist():
+                own = stack.expert(expert).tensors
+                chosen.update((name, 0, None) if apart else (name, expert, expert + 1) for name in own)
+        return choice
+
+    def advise(weights: MappedWeights, name: str, start: int = 0, stop: int | None = None) -> None:
+        if "switch_mlp" in name or ".experts." in name:
+            asked.add((name, start, stop))
+
+    monkeypatch.setattr(Moe, "choose", watched)
+    monkeypatch.setattr(MappedWeights, "advise", advise)
+    engine = BackpropEngine(model, lora, plan=Plan(), dropout=False)
+    engine.step(_Batch(*random_batch(seed, 1, 3, 131)), step=0, micro=0, n_labels=3, sink=lambda g: None)
+    engine.ahead.wait()
+    engine.close()
+    assert asked == chosen and len(chosen) <= 3 * 3 * 2 * 3
+
+
+def test_a_selection_bias_keeps_its_dtype(tmp_path: Path, seed: int) -> None:
+    """Rounded, it would send tokens to other experts; mlx-lm's conversions leave it alone, too."""
+    source = write_model(tmp_path / "source", packed_config("lfm2_moe"), seed=seed)
+    flags = ["--bits", "4", "--group-size", "32", "--dtype", "bfloat16"]
+    assert convert.main(["--model", str(source), "--out", str(tmp_path / "out"), *flags]) == 0
+    before, after = MappedWeights(source), MappedWeights(tmp_path / "out")
+    names = [name for name in before.names if name.endswith("expert_bias")]
+    assert names and all(np.array_equal(before.view(name), after.view(name)) for name in names)
+    assert after.info("model.embedding_norm.weight").dtype == "BF16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,12 +12,10 @@ import numpy as np
 
 from ..families import BLOCKS
 from ..families.base import BlockRun, Kept
-from ..model.base import Model
 from ..model.config import Layer
-from ..model.lora import Adapter, Lora
-from ..model.prefetch import Prefetch
+from ..model.lora import Lora
 from ..ops.cross_entropy import cross_entropy
-from ..ops.plan import Barrier, Context, Plan
+from ..ops.plan import Barrier, Context
 from ..system.pages import PAGE_BYTES
 from .arena import Arena
 from .shared_keys import SharedKeys
@@ -77,23 +76,19 @@ class Engine(Protocol):
 
 
 class Pass(Context):
-    """The forward pass of a model over one batch: blocks and head. ahead: reads the next block's pages meanwhile."""
+    """The forward pass of a model over one batch: blocks and head."""
 
-    def __init__(
-        self,
-        model: Model,
-        plan: Plan,
-        adapter: Adapter,
-        barrier: Barrier | None = None,
-        dropout_parts: tuple[int, ...] | None = None,
-        ahead: Prefetch | None = None,
-    ):
-        super().__init__(model, plan, adapter, barrier, dropout_parts)
-        self.ahead = ahead
-        self.shared = SharedKeys(model.spec.layers, adapter)
-        # Of a probe of memory, which leaves tiles of long rows out: what a tile keeps, by layer and name.
-        self.left_out: dict[int, dict[str, tuple[tuple[int, ...], mx.Dtype]]] = {}
-        self.T: int | None = None  # the length of the row, where some tiles of it are passed alone
+    T: int | None = None  # the length of the row, where some tiles of it are passed alone
+
+    @cached_property
+    def shared(self) -> SharedKeys:
+        """Keys and values that several layers attend to."""
+        return SharedKeys(self.model.spec.layers, self.adapter)
+
+    @cached_property
+    def left_out(self) -> dict[int, dict[str, tuple[tuple[int, ...], mx.Dtype]]]:
+        """Of a probe of memory, which leaves tiles of long rows out: what a tile keeps, by layer and name."""
+        return {}
 
     def runs(self, layer: Layer, tile: int, n_tiles: int) -> bool:
         """Whether a tile is run. A probe leaves out those between a row's first and its last three, which take most."""

@@ -183,7 +183,8 @@ class Repack:
         if isinstance(item, str):
             info = self._model.weights.info(item)
             dtype = self._dtype_of(item)
-            yield _Same(_entry(info)) if self._recipe is None else _Vector(Entry(item, NAMES[dtype], info.shape))
+            is_same = self._recipe is None
+            yield _Same(_entry(info)) if is_same else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
         if self._stays(item):
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)

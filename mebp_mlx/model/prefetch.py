@@ -5,9 +5,11 @@ A plain thread that only calls madvise: it never touches MLX, whose arrays belon
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from .base import Model
+from .config import Linear
 
 
 class Prefetch:
@@ -19,7 +21,7 @@ class Prefetch:
             [name for linear in layer.matrices.values() if not linear.n_experts for name in linear.tensors]
             for layer in model.spec.layers
         ]
-        self._head = model.spec.head.tensors
+        self._head: list[str] = model.spec.head.tensors
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
@@ -29,9 +31,16 @@ class Prefetch:
         A block that does not exist is ignored.
         """
         if 0 <= index < len(self._blocks):
-            self._ask(self._blocks[index])
+            self._ask([(name, 0, None) for name in self._blocks[index]])
         elif index == len(self._blocks):
-            self._ask(self._head)
+            self._ask([(name, 0, None) for name in self._head])
+
+    def experts(self, stack: Linear, chosen: Iterable[int]) -> None:
+        """Ask for these matrices of a stack."""
+        if stack.apart is None:
+            self._ask([(name, index, index + 1) for index in chosen for name in stack.tensors])
+        else:
+            self._ask([(name, 0, None) for index in chosen for name in stack.expert(index).tensors])
 
     def wait(self) -> None:
         """Until everything asked for so far has been passed on to the system."""
@@ -43,10 +52,12 @@ class Prefetch:
             self._thread.shutdown()
             self._thread = None
 
-    def _ask(self, names: list[str]) -> None:
+    def _ask(self, parts: list[tuple[str, int, int | None]]) -> None:
+        """parts: tensors, and which of their rows."""
+
         def run() -> None:
-            for name in names:
-                self._weights.advise(name)
+            for name, start, stop in parts:
+                self._weights.advise(name, start, stop)
 
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")

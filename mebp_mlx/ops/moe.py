@@ -153,7 +153,7 @@ class Moe:
         routing = context.model.spec.routing
         assert routing is not None
         self.routing, self.selection_bias = routing, selection_bias
-        self.model, self.barrier, self.act = context.model, context.barrier, act
+        self.model, self.barrier, self.act, self.ahead = context.model, context.barrier, act, context.ahead
         self.stacks, self.gradients = layer.experts, gradients
         self.shared = Shared(context, _Nowhere())
         self.pairs = {short: context.adapter.pairs.get(stack.name) for short, stack in layer.experts.items()}
@@ -228,7 +228,7 @@ class Moe:
 
     def _router_backward(self, r: mx.array, choice: mx.array, ds: mx.array) -> mx.array:
         """dL/dr from ds [1, tokens * k, 1], expert by expert."""
-        order = np.concatenate([visit.at for visit in self._visits(choice) if visit.at is not None])
+        order = np.concatenate([visit.at for visit in self._visits(choice, asks=False) if visit.at is not None])
         back = np.empty_like(order)
         back[order] = np.arange(order.size)
         ds = ds.reshape(-1)[mx.array(back)].reshape(choice.shape).astype(r.dtype)
@@ -236,8 +236,8 @@ class Moe:
         self.barrier.piece(dr)
         return dr
 
-    def _visits(self, choice: mx.array) -> Iterator[Visit]:
-        """The experts that a tile's tokens chose, in order."""
+    def _visits(self, choice: mx.array, asks: bool = True) -> Iterator[Visit]:
+        """The experts that a tile's tokens chose, in order. asks: for their pages."""
         E = self.routing.n_experts
         if self.model.is_unread:
             chosen = np.arange(choice.size) % E
@@ -248,6 +248,9 @@ class Moe:
             chosen = np.asarray(choice).reshape(-1)
         order = np.argsort(chosen, kind="stable").astype(np.int32)
         experts, starts = np.unique(chosen[order], return_index=True)
+        if self.ahead is not None and asks:
+            for stack in self.stacks.values():
+                self.ahead.experts(stack, experts.tolist())
         for expert, at in zip(experts, np.split(order, starts[1:]), strict=True):
             yield Visit(int(expert), at)
 

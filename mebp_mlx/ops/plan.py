@@ -16,6 +16,7 @@ import numpy as np
 
 from ..model.base import Model
 from ..model.lora import DROPOUT_COLUMNS, DROPOUT_RUN, Adapter
+from ..model.prefetch import Prefetch
 from ..system.device import on_gpu
 
 # Every projection's output: the backward pass repeats only norms, rope, attention and activations.
@@ -181,7 +182,7 @@ class Context:
     """The context of a pass's operations.
 
     adapter: the trainable pairs; dropout_parts: as `parts` of model.lora.Dropout, so that recomputation draws the same
-    mask (None: no dropout).
+    mask (None: no dropout); ahead: reads pages meanwhile.
     """
 
     def __init__(
@@ -191,7 +192,9 @@ class Context:
         adapter: Adapter,
         barrier: Barrier | None = None,
         dropout_parts: tuple[int, ...] | None = None,
+        ahead: Prefetch | None = None,
     ):
+        self.ahead = ahead
         self.model, self.plan, self.adapter = model, plan, adapter
         self.barrier = barrier or Barrier(plan.grain)
         self.dropout_parts = dropout_parts
