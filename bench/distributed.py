@@ -177,7 +177,11 @@ def kills(n_runs: int) -> dict[str, Any]:
             more = [sys.executable, "-m", "mebp_mlx.train", "--resume", "--adapter-path", str(out), "--iters"]
             done = json.loads((out / "adapter_config.json").read_text())["iters"]
             resumed = subprocess.run([*more, str(done + 4)], capture_output=True, text=True)
-            whole += processes[1 - gone].returncode == 1 and len(lines) == 1 and resumed.returncode == 0
+            is_whole = processes[1 - gone].returncode == 1 and len(lines) == 1 and resumed.returncode == 0
+            if not is_whole:
+                codes = f"exit codes {processes[1 - gone].returncode} and, resumed, {resumed.returncode}"
+                print(f"kill {number}: {codes}; {error.strip()}; {resumed.stderr.strip()}", flush=True)
+            whole += is_whole
     return {"killed": n_runs, "ended_and_resumed": whole, "slowest_end_s": round(max(seconds), 2)}
 
 

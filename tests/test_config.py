@@ -93,6 +93,7 @@ def test_every_option_is_a_flag_a_yaml_key_and_a_saved_value(tmp_path: Path) -> 
         "chat_feature": "m", "preview": 3, "hf_dataset": [{"path": "org/name", "config": {"name": "part"}}],
         "resume_adapter_file": "f", "patience": 2, "min_delta": 0.5, "save_best": True,
         "fine_tune_type": "dora", "lora_plus_ratio": 4.0,
+        "rows_by_speed": True, "reduce_dtype": "bfloat16", "peer_timeout": 5.0,
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - set(other) == {"config", "epochs", "lr_schedule", "rslora_alpha"}  # a file; exclusive with others

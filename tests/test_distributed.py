@@ -285,7 +285,7 @@ def test_a_killed_machine_ends_the_others_with_one_line(cache: Path, tmp_path: P
 
 
 def test_a_machine_that_sleeps_ends_the_others_in_time_and_itself_when_it_wakes(cache: Path, tmp_path: Path) -> None:
-    processes, out = begin(cache, tmp_path, "--peer-timeout", "1")
+    processes, out = begin(cache, tmp_path, "--peer-timeout", "4")
     processes[1].send_signal(signal.SIGSTOP)
     code, (line,) = end(processes[0], 60.0)
     assert code == 1 and line.startswith("error: rank 0: no answer from another machine")

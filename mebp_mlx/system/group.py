@@ -12,6 +12,7 @@ import faulthandler
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -30,6 +31,7 @@ _SETUP_S = 600.0  # before the first step a machine may tokenize, read lengths o
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of mlx.launch, and of two kinds of mpirun
 _PIECE_BYTES = 4 << 20  # of a file at a time
 _MESSAGE_BYTES = 256  # of a message whose text is short
+_BROKEN = re.compile(r"\[(ring|mpi|jaccl|nccl)", re.IGNORECASE)  # how MLX's transports begin an error
 _WORKS = 0  # the status in a message's header, or else an exit code
 
 # Arguments: the line to print, a folder to remove or "". faulthandler writes into the pipe when time is up; otherwise
@@ -108,7 +110,7 @@ class Group:
         """Tells the others, at their next message, that this rank ends with an error; what cannot be told is not."""
         if not self.is_alone:
             self._pending = None
-            with contextlib.suppress(PeerLost, PeerFailed):
+            with contextlib.suppress(Exception):  # where the others are amid a sum, an answer is no message
                 self._gather_bytes(text.encode(), exit_code)
 
     def copy_file(self, source: Path, target: Path) -> None:
@@ -189,16 +191,22 @@ class Group:
     def _wait(self, array: mx.array) -> None:
         began_s = time.perf_counter()
         assert self._deadline is not None
+        with self._deadline.within(self.timeout_s), self.broken_connections_told():
+            mx.eval(array)
+        self.waited_s += time.perf_counter() - began_s
+
+    @contextlib.contextmanager
+    def broken_connections_told(self) -> Iterator[None]:
+        """Turns MLX's error about a broken connection, which any evaluation after it may raise, into PeerLost."""
         try:
-            with self._deadline.within(self.timeout_s):
-                mx.eval(array)
+            yield
         except RuntimeError as error:
-            neighbours = sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size})
-            who = " or ".join(str(rank) for rank in neighbours)
+            if self.is_alone or isinstance(error, (PeerLost, PeerFailed)) or not _BROKEN.match(str(error)):
+                raise
+            who = " or ".join(str(n) for n in sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size}))
             raise PeerLost(
                 f"lost rank {who} ({error}); the last save is whole, --resume goes on with the machines that are left"
             ) from None
-        self.waited_s += time.perf_counter() - began_s
 
 
 class Deadline:

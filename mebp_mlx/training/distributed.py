@@ -50,6 +50,7 @@ def joined() -> Iterator[Group]:
             if not group.is_first:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(group.broken_connections_told())
             yield group
     except (PeerFailed, PeerLost, KeyboardInterrupt) as error:
         _name_rank(error, group)
