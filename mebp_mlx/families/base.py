@@ -249,11 +249,11 @@ class Block:
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
         """dL/dq, dL/dk, dL/dv of a tile; later tiles must have been visited."""
         self.run.look_back()
-        a, lse = (self.run.kept.get(name, self.position) for name in ("a", "a.lse"))
-        if a is not None and lse is not None:
-            self.run.attention.fused[self.position] = (a, lse)
-        del a, lse
-        dQ = self.run.attention.backward(self.Q, da, self.position)
+        attention, lse = self.run.attention, self.run.kept.get("a.lse", self.position)
+        if attention.is_fused and lse is not None and (a := self.run.kept.get("a", self.position)) is not None:
+            attention.fused[self.position] = (a, lse)
+            del a
+        dQ = attention.backward(self.Q, da, self.position)
         self.drop("Q")
         dq = self.rotate_backward("q", dQ)
         del dQ
