@@ -45,7 +45,7 @@ const int s_at = (group * 8 + r) * S_STRIDE + c;
 
 scalar held_k[HELD ? PARTS : 1][2], held_v[HELD ? PARTS : 1][2];
 UNROLL for (int d = 0; d < (HELD ? PARTS : 0); d++) {
-    for (int e = 0; e < 2; e++) {
+    UNROLL for (int e = 0; e < 2; e++) {
         held_k[d][e] = is_key ? k[k_at + d * 8 + e] : scalar(0);
         held_v[d][e] = is_key ? v[k_at + d * 8 + e] : scalar(0);
     }
@@ -81,7 +81,7 @@ for (int head = key_head * per_key_head; head < (key_head + 1) * per_key_head; h
             ds[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         }
         UNROLL for (int d = 0; d < PARTS; d++) {
-            for (int e = 0; e < 2; e++) {
+            UNROLL for (int e = 0; e < 2; e++) {
                 const size_t at = k_at + d * 8 + e;
                 left_k.thread_elements()[e] = HELD ? float(held_k[HELD ? d : 0][e]) : is_key ? float(k[at]) : 0.0f;
                 left_v.thread_elements()[e] = HELD ? float(held_v[HELD ? d : 0][e]) : is_key ? float(v[at]) : 0.0f;
@@ -96,7 +96,7 @@ for (int head = key_head * per_key_head; head < (key_head + 1) * per_key_head; h
             }
         }
         UNROLL for (int j = 0; j < TILES; j++) {
-            for (int e = 0; e < 2; e++) {
+            UNROLL for (int e = 0; e < 2; e++) {
                 const int column = j * 8 + c + e, row = row_start + column;
                 const bool seen = is_key && row < Tq && attention::sees(offset + row, key, window);
                 const float weight = metal::precise::exp2(p[j].thread_elements()[e] * scale2 - lse_tile[column]);
@@ -107,7 +107,7 @@ for (int head = key_head * per_key_head; head < (key_head + 1) * per_key_head; h
         if (SPLIT > 1) {
             UNROLL for (int j = 0; j < TILES; j++) {
                 if (j % SPLIT == part) {
-                    for (int e = 0; e < 2; e++) {
+                    UNROLL for (int e = 0; e < 2; e++) {
                         p_tile[s_at + j * 8 + e] = p[j].thread_elements()[e];
                         ds_tile[s_at + j * 8 + e] = ds[j].thread_elements()[e];
                     }
@@ -115,7 +115,7 @@ for (int head = key_head * per_key_head; head < (key_head + 1) * per_key_head; h
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
             UNROLL for (int j = 0; j < TILES; j++) {
-                for (int e = 0; e < 2; e++) {
+                UNROLL for (int e = 0; e < 2; e++) {
                     p[j].thread_elements()[e] = p_tile[s_at + j * 8 + e];
                     ds[j].thread_elements()[e] = ds_tile[s_at + j * 8 + e];
                 }
@@ -137,7 +137,7 @@ for (int head = key_head * per_key_head; head < (key_head + 1) * per_key_head; h
 if (is_key) {
     const size_t at = (size_t(key_head) * (high - low) + key - low) * D + part * OWN * 8 + c;
     UNROLL for (int d = 0; d < OWN; d++) {
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             dk[at + d * 8 + e] = scale * d_keys[d].thread_elements()[e];
             dv[at + d * 8 + e] = d_values[d].thread_elements()[e];
         }

@@ -47,7 +47,7 @@ threadgroup float* own_s = s_tile + (group * 8 + r) * S_STRIDE + c;
 scalar held_q[HELD ? PARTS : 1][2], held_d_o[HELD ? PARTS : 1][2];
 float own_delta = 0.0f;
 UNROLL for (int d = 0; d < PARTS; d++) {
-    for (int e = 0; e < 2; e++) {
+    UNROLL for (int e = 0; e < 2; e++) {
         const scalar from_q = is_row ? q[q_at + d * 8 + e] : scalar(0);
         const scalar from_d_o = is_row ? d_o[o_at + d * 8 + e] : scalar(0);
         own_delta += is_row ? float(from_d_o) * float(o[o_at + d * 8 + e]) : 0.0f;
@@ -78,10 +78,10 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
         dp[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     UNROLL for (int d = 0; d < PARTS; d++) {
-        for (int e = 0; e < 2; e++) {
-            const int at = d * 8 + e;
-            left_q.thread_elements()[e] = HELD ? float(held_q[HELD ? d : 0][e]) : is_row ? float(q[q_at + at]) : 0.0f;
-            left_d_o.thread_elements()[e] = HELD ? float(held_d_o[HELD ? d : 0][e]) : is_row ? float(d_o[o_at + at]) : 0.0f;
+        UNROLL for (int e = 0; e < 2; e++) {
+            const int at = d * 8 + e, held = HELD ? d : 0;
+            left_q.thread_elements()[e] = HELD ? float(held_q[held][e]) : is_row ? float(q[q_at + at]) : 0.0f;
+            left_d_o.thread_elements()[e] = HELD ? float(held_d_o[held][e]) : is_row ? float(d_o[o_at + at]) : 0.0f;
         }
         UNROLL for (int j = 0; j < TILES; j++) {
             if (j % SPLIT == part) {
@@ -93,7 +93,7 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
         }
     }
     UNROLL for (int j = 0; j < TILES; j++) {
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             const int key = key_start + j * 8 + c + e;
             const bool seen = is_row && key < Tk && attention::sees(query, key, window);
             const float p = seen ? metal::precise::exp2(s[j].thread_elements()[e] * scale2 - lse2) : 0.0f;
@@ -124,7 +124,7 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
 
 if (is_row) {
     UNROLL for (int d = 0; d < OWN; d++) {
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             dq[q_at + (part * OWN + d) * 8 + e] = scalar(scale * sums[d].thread_elements()[e]);
         }
     }

@@ -20,8 +20,8 @@
 // Memory       a tile of keys and one of values in threadgroup memory, 2 COLUMNS (D scalars + 16 bytes); with SPLIT > 1
 //              also 4 ROWS (COLUMNS + 4) bytes. Registers a thread: D / (4 SPLIT) for the sums, D / 8 (16 bits) or
 //              D / 4 (float) if HELD, COLUMNS / 4 for the scores.
-// Numerics     products, sums and the softmax are float, exponents of two are precise; o is rounded once. A hidden key's
-//              score is -inf, its weight 0; where the maximum is -inf, 0 stands in its place.
+// Numerics     products, sums and the softmax are float, exponents of two are precise; o is rounded once. A hidden
+//              key's score is -inf, its weight 0; where the maximum is -inf, 0 stands in its place.
 
 constexpr int STRIDE = D + 16 / sizeof(scalar), PARTS = D / 8, OWN = PARTS / SPLIT, TILES = COLUMNS / 8;
 constexpr int THREADS = 4 * ROWS * SPLIT, WORDS = STRIDE * sizeof(scalar) / 16, S_STRIDE = COLUMNS + 4;
@@ -69,8 +69,9 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
         s[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     UNROLL for (int d = 0; d < PARTS; d++) {
-        for (int e = 0; e < 2; e++) {
-            left.thread_elements()[e] = HELD ? float(held[HELD ? d : 0][e]) : is_row ? float(q[q_at + d * 8 + e]) : 0.0f;
+        UNROLL for (int e = 0; e < 2; e++) {
+            const size_t at = q_at + d * 8 + e;
+            left.thread_elements()[e] = HELD ? float(held[HELD ? d : 0][e]) : is_row ? float(q[at]) : 0.0f;
         }
         UNROLL for (int j = 0; j < TILES; j++) {
             if (j % SPLIT == part) {
@@ -80,7 +81,7 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
         }
     }
     UNROLL for (int j = 0; j < TILES; j++) {
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             const int key = key_start + j * 8 + c + e;
             const bool seen = is_row && key < Tk && attention::sees(query, key, window);
             s[j].thread_elements()[e] = seen ? s[j].thread_elements()[e] * scale2 : -INFINITY;
@@ -113,7 +114,7 @@ for (int key_start = key_first; key_start < key_stop; key_start += COLUMNS) {
         sums[d].thread_elements()[1] *= shrink;
     }
     UNROLL for (int j = 0; j < TILES; j++) {
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             const float p = metal::precise::exp2(s[j].thread_elements()[e] - base);
             s[j].thread_elements()[e] = p;
             total += p;

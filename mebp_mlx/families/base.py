@@ -285,11 +285,11 @@ class Block:
     def query_backward(self, da: mx.array) -> mx.array:
         """dL/dq of a tile; its part of dL/dK and dL/dV is summed up."""
         self.run.look_back()
-        a, lse = (self.run.kept.get(name, self.position) for name in ("a", "a.lse"))
-        if a is not None and lse is not None:
-            self.run.attention.fused[self.position] = (a, lse)
-        del a, lse
-        dQ = self.run.attention.backward(self.Q, da, self.position)
+        attention, lse = self.run.attention, self.run.kept.get("a.lse", self.position)
+        if attention.is_fused and lse is not None and (a := self.run.kept.get("a", self.position)) is not None:
+            attention.fused[self.position] = (a, lse)
+            del a
+        dQ = attention.backward(self.Q, da, self.position)
         self.drop("Q")
         return self.rotate_backward("q", dQ)
 
