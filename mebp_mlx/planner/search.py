@@ -179,7 +179,7 @@ def _large_chunks(
     rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
     if budget_bytes is not None:
         # Two chunks are under way, and each is logits, what they become, and the product with them.
-        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, measured).phases["head"]
+        room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, measured).phases["head"]
         most = min(most, plan.logits_block_bytes + room // 6)
     larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
     if larger <= plan.logits_block_bytes:
