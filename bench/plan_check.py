@@ -137,7 +137,7 @@ def grid(quick: bool) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="three cases")
-    parser.add_argument("--long", action="store_true", help="rows of 16,384 and 32,768 tokens within 1 GB; takes hours")
+    parser.add_argument("--long", action="store_true", help="rows of 16,384 and 32,768 tokens within 1 GB: slow")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # folder and Case as JSON, in this process
