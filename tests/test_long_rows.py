@@ -103,9 +103,9 @@ def test_groups_of_rows_give_the_head_no_other_gradients(
     batch = _batch(seed, 2, 330, model.spec.V, masking)
     batch.targets[:, 130:195] = -100  # a tile without a label, among others
     expected = _step("whole-graph", model, lora, batch)
-    for n_rows in (1, 100, 4096):
+    for n_rows, grain in ((1, "op"), (100, "block"), (4096, "op")):
         monkeypatch.setattr(head, "ROWS", n_rows)
-        actual = _step("mebp", model, lora, batch, plan=Plan(token_block=64))
+        actual = _step("mebp", model, lora, batch, plan=Plan(grain, token_block=64))
         assert largest_error(*actual, *expected) <= 3e-5, f"{n_rows} rows, seed {seed}"
         evaluated = make_engine("mebp", model, lora, plan=Plan(token_block=64)).evaluate(batch)
         assert evaluated.n_labels == (batch.targets != -100).sum()

@@ -71,6 +71,8 @@ def cross_entropy(
         del state
         if dh is not None:
             dx += _tiles_of(context, normed, picked, dh, rows, shapes)
+            if x:  # or a lazy graph would hold every group's sums until the backward pass
+                context.barrier.chunk(*dx[-n_tiles:])
     context.barrier.wait(*losses, *correct)
     loss_sum = float(sum(float(np.asarray(loss)) for loss in losses))
     return HeadResult(loss_sum, n_labels, sum(int(np.asarray(n)) for n in correct), dx if need_dx else None)
