@@ -163,6 +163,8 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
             slope = _slope(z, spec.logit_cap) if need_dx and spec.logit_cap is not None else None
             barrier.piece(*(part for part in (z, slope) if part is not None))
             softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
+            if slope is not None and cpu.serves(z):
+                mx.eval(z, slope)  # numpy works in z's memory
             step = softmax(z, *state.softmax, labels, first)
             del z
             dz = step.p if slope is None else step.p * slope
