@@ -7,9 +7,9 @@ bytes copied to MLX and bytes of the file. The graph of mlx-lm's own step is cou
 A node is a primitive of the graph that an evaluation gets; "non-view" nodes exclude those that only view memory in
 another way (reshape, slice, transpose ...). On the CPU the fast primitives (rms_norm, rope, attention) are several
 nodes each, for mlx-lm too, where a GPU has one. Without a GPU, packed products and the head's kernel are stand-ins of
-one node with the right shapes, and adopted tensors are constants; from 4,097 tokens on so is attention, by blocks of
-queries. With a GPU, products are real; where pages cannot be
-adopted (CUDA), tensors are copied once, before the step.
+one node with the right shapes, and adopted tensors are constants; from 4,097 tokens on a block of queries' attention
+is a stand-in, too. With a GPU, products are real; where pages cannot be adopted (CUDA), tensors are copied once, before
+the step.
 
 Steps of N - 1 and N blocks (--layers N) are counted, and their difference is added for every further block. That is
 exact, because the blocks of a shape have the same graph, unless rows are longer than a sliding window (refused).
