@@ -58,6 +58,9 @@ class Case:
         return text + f" {self.engine}" * (self.engine != "mebp") + f" dropout {self.dropout}" * (self.dropout > 0)
 
 
+LONG_ROWS = [Case("qwen2.5-0.5b", T, budget="1GB") for T in (16_384, 32_768)]
+
+
 def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
     """Runs a case in this process: bytes predicted and measured by phase, and MLX's count of its arrays."""
     from bench.case import SAVED, Stepper  # isort: skip  (before mlx: it loads the BLAS)
@@ -87,7 +90,7 @@ def measure(folder: str, case: Case, n_steps: int = 2) -> dict[str, Any]:
         stepper = Stepper(folder, case.T, known=known, batch_size=case.B, memory_budget=budget, **same)
         planning = meter.peak_bytes
         phases = Phases(around)
-        for step in range(n_steps):
+        for step in range(1 if case in LONG_ROWS else 2):
             stepper.step(step)
         phases.remove()
         peak = meter.peak_bytes
@@ -135,6 +138,7 @@ def grid(quick: bool) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.Parser("plan_check", __doc__)
     parser.add_argument("--quick", action="store_true", help="run only three cases")
+    parser.add_argument("--long", action="store_true", help="run rows of 16,384 and 32,768 tokens within 1 GB: slow")
     parser.add_argument("--match", default="", metavar="TEXT", help="run only cases whose line contains TEXT")
     report.add_models(parser)
     parser.add_argument("--phases", action="store_true", help="print each phase")
@@ -146,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{'case':64}{'predicted':>10}{'measured':>10}{'MB off by':>11}  peak phase", flush=True)
-        for case in (case for case in grid(options.quick) if options.match in str(case)):
+        cases = LONG_ROWS if options.long else grid(options.quick)
+        for case in (case for case in cases if options.match in str(case)):
             folder = report.model_of(case.shape, options.models or Path(scratch), case.layers)
             result = report.run_module("bench.plan_check", "--case", folder, json.dumps(asdict(case)))
             off = result["predicted_peak"] / result["peak"] - 1

@@ -103,9 +103,9 @@ def test_groups_of_rows_give_the_head_no_other_gradients(
     batch = _batch(seed, 2, 330, model.spec.V, masking)
     batch.targets[:, 130:195] = -100  # a tile without a label, among others
     expected = _step("whole-graph", model, lora, batch)
-    for n_rows in (1, 100, 4096):
+    for n_rows, grain in ((1, "op"), (100, "block"), (4096, "op")):
         monkeypatch.setattr(head, "ROWS", n_rows)
-        actual = _step("mebp", model, lora, batch, plan=Plan(token_block=64))
+        actual = _step("mebp", model, lora, batch, plan=Plan(grain, token_block=64))
         assert largest_error(*actual, *expected) <= 3e-5, f"{n_rows} rows, seed {seed}"
         evaluated = make_engine("mebp", model, lora, plan=Plan(token_block=64)).evaluate(batch)
         assert evaluated.n_labels == (batch.targets != -100).sum()
@@ -146,7 +146,7 @@ def test_a_probe_that_leaves_tiles_out_measures_what_all_of_them_take(
     model, lora = _opened(tmp_path, name, seed)
     workload, plan = _workload(model, lora, 1000), Plan(grain, token_block=64, query_block=32, saved=SAVE_ATTENTION)
     some = probe(workload, plan, tmp_path)
-    monkeypatch.setattr(probing, "_WHOLE_TILES", 1000)
+    monkeypatch.setattr(probing, "WHOLE_TILES", 1000)
     every = probe(workload, plan, tmp_path)
     assert some.kept_bytes == every.kept_bytes and some.phases.keys() == every.phases.keys()
     if grain == "op":  # what is under way of a lazy graph on the CPU is chance
@@ -184,6 +184,7 @@ def test_chunks_of_the_vocabulary_are_as_large_as_a_gpus_budget_allows(
 
     monkeypatch.setattr(search, "on_gpu", lambda: True)
     monkeypatch.setattr(search, "probe", made_up)
+    monkeypatch.setattr(search, "footprint_bytes", lambda: 1000 * mb)  # no candidate looks twice as large as another
     plain, whole = ladder(workload)[-1].logits_block_bytes, 256 * 50_000 * 4
     sizes = []
     for budget in (109 * mb, 130 * mb, 200 * mb, 300 * mb, 10_000 * mb, None):
@@ -194,3 +195,26 @@ def test_chunks_of_the_vocabulary_are_as_large_as_a_gpus_budget_allows(
             assert found.predicted.peak_bytes * (1 + search.MARGIN) > budget - mb
     assert sizes == sorted(sizes) and sizes[0] - plain < mb and sizes[-1] == whole and len(set(sizes)) == 5, sizes
     assert choose(workload, 300 * mb, smallest=True).plan.logits_block_bytes < plain
+
+
+def test_long_rows_on_a_gpu_wait_tile_by_tile_and_reach_the_largest_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not grow with the pieces (rows, values kept of blocks under way) stops no search."""
+    model, lora = _opened(tmp_path, "qwen2", 0)
+    monkeypatch.setattr(search, "on_gpu", lambda: True)
+    short, long = (ladder(_workload(model, lora, T)) for T in (1024, 16_384))
+    assert [plan.grain for plan in short] == ["op", "tile", "tile", "block"]
+    assert [plan.grain for plan in long] == ["op", "tile", "tile", "tile"]
+    assert [plan.token_block for plan in long] == [plan.token_block for plan in short]
+    mb = 1_000_000
+    start_bytes = search.footprint_bytes()
+    monkeypatch.setattr(search, "footprint_bytes", lambda: start_bytes)
+
+    def made_up(_: Workload, plan: Plan, __: Any) -> probing.Probe:
+        peak = start_bytes + (300 * plan.is_lazy + plan.token_block // 10) * mb
+        return probing.Probe(dict.fromkeys(("forward", "head", "backward", "update"), peak), 0, 140 * mb)
+
+    monkeypatch.setattr(search, "probe", made_up)
+    budget = int((start_bytes + 500 * mb) * (1 + search.MARGIN))
+    assert choose(_workload(model, lora, 16_384), budget).plan.token_block == 512

@@ -71,6 +71,8 @@ def cross_entropy(
         del state
         if dh is not None:
             dx += _tiles_of(context, normed, picked, dh, rows, shapes)
+            if x:  # or a lazy graph would hold every group's sums until the backward pass
+                context.barrier.chunk(*dx[-n_tiles:])
     context.barrier.wait(*losses, *correct)
     loss_sum = float(sum(float(np.asarray(loss)) for loss in losses))
     return HeadResult(loss_sum, n_labels, sum(int(np.asarray(n)) for n in correct), dx if need_dx else None)
@@ -162,7 +164,7 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
             barrier.piece(*(part for part in (z, slope) if part is not None))
             softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
             if slope is not None and cpu.serves(z):
-                mx.eval(slope)  # of z itself, whose memory numpy takes for p
+                mx.eval(z, slope)  # numpy reuses the memory of z, which the slope still has to read
             step = softmax(z, *state.softmax, labels, first)
             del z
             dz = step.p if slope is None else step.p * slope

@@ -25,7 +25,7 @@ from ..system.footprint import PeakMeter
 from .workload import Workload
 
 _CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
-_WHOLE_TILES = 8  # of a row; of a longer one most tiles are left out, or planning would take a step's time
+WHOLE_TILES = 8  # of a row; of a longer one most tiles are left out, or planning would take a step's time
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _exact(
 
 def _leave_tiles_out(workload: Workload, plan: Plan, work: Pass, layers: list[Layer], T: int) -> None:
     """Long rows: most tiles of blocks with attention, whose cost is quadratic, only keep what they would keep."""
-    if len(plan.tiles(T)) <= _WHOLE_TILES:
+    if len(plan.tiles(T)) <= WHOLE_TILES:
         return
     unread = Pass(workload.model.unread(), plan, workload.adapter, Barrier(None))
     unread.T = T

@@ -15,7 +15,7 @@ from ..ops.cross_entropy import ROWS
 from ..ops.plan import SAVE_ATTENTION, SAVE_EVERYTHING, SAVE_PRODUCTS, Plan
 from ..system.device import on_gpu
 from ..system.footprint import footprint_bytes
-from .probe import Probe, probe
+from .probe import WHOLE_TILES, Probe, probe
 from .workload import Workload
 
 ARENA_BUDGET_BYTES = 2_000_000_000
@@ -82,6 +82,8 @@ def ladder(workload: Workload) -> list[Plan]:
         if step["grain"] == "block":  # every block of queries is launches, and as many in the backward pass again
             scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
         step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))
+        if step["grain"] == "block" and WHOLE_TILES * step["token_block"] < workload.T:
+            step["grain"] = "tile"  # what is under way is two tiles then; a tile of a long row hides its wait
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
 
@@ -116,7 +118,7 @@ def choose(
         if taken is not None and budget_bytes is not None:
             # A candidate's pieces are at most twice as large as those of the one before, or so much is to spare.
             peak = predict(workload, *taken).peak_bytes
-            if _spared(peak + max(0, peak - start_bytes)) > budget_bytes:
+            if _spared(peak + max(0, peak - start_bytes - _whole_rows(workload, *taken))) > budget_bytes:
                 break
         measured = probe(workload, plan, arena_dir)
         needed = _spared(predict(workload, plan, measured).peak_bytes)
@@ -131,7 +133,7 @@ def choose(
     assert taken is not None
     if not smallest:
         taken = _in_memory(workload, *taken, budget_bytes)
-    if on_gpu() and not smallest and taken[0].grain == "block":
+    if on_gpu() and not smallest and taken[0].token_block == plans[-1].token_block:
         taken = _large_chunks(workload, *taken, budget_bytes, arena_dir)
     return Planned(workload, taken[0], predict(workload, *taken), budget_bytes)
 
@@ -178,7 +180,7 @@ def _large_chunks(
     rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
     if budget_bytes is not None:
         # Two chunks are under way, and each is logits, what they become, and the product with them.
-        room = int(budget_bytes / (1 + MARGIN)) - predict(workload, plan, measured).phases["head"]
+        room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, measured).phases["head"]
         most = min(most, plan.logits_block_bytes + room // 6)
     larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
     if larger <= plan.logits_block_bytes:
@@ -187,6 +189,15 @@ def _large_chunks(
     again = dataclasses.replace(probe(workload, plan_with, arena_dir), kept_bytes=measured.kept_bytes)
     fits = budget_bytes is None or _spared(predict(workload, plan_with, again).peak_bytes) <= budget_bytes
     return (plan_with, again) if fits else (plan, measured)
+
+
+def _whole_rows(workload: Workload, plan: Plan, measured: Probe) -> int:
+    """Bytes of a peak that are the same for pieces of any size: a block's input and output, and what is kept of the two
+    blocks that are under way where graphs are lazy.
+    """
+    stream = 2 * workload.B * workload.T * workload.model.spec.D * workload.model.dtype.size
+    of_two = 2 * measured.kept_bytes // max(1, workload.model.spec.L - workload.first_trained)
+    return stream + (of_two if plan.is_lazy and workload.is_exact else 0)
 
 
 def _kept_sizes(workload: Workload, plan: Plan) -> KeptSizes:
