@@ -19,7 +19,7 @@ import pytest
 
 from mebp_mlx import train
 from mebp_mlx.data.dataset import Batch
-from mebp_mlx.errors import UserError
+from mebp_mlx.errors import PeerFailed, PeerLost, UserError
 from mebp_mlx.system.group import Group, connect
 from mebp_mlx.training.checkpoint import load_checkpoint
 from mebp_mlx.training.distributed import Deal, check_alike, shares
@@ -385,6 +385,17 @@ def test_the_first_rank_names_what_differs() -> None:
         check_alike(_Rank(0, 2, told), told[0])
     check_alike(_Rank(1, 2, told), told[1])  # hears of it
     check_alike(_Rank(0, 2, [told[0], told[0]]), told[0])
+
+
+@pytest.mark.quick
+def test_a_broken_connection_is_told_wherever_mlx_raises_it() -> None:
+    broken, other = RuntimeError("[ring] connection to a peer was lost"), RuntimeError("[malloc] no memory")
+    with pytest.raises(PeerLost, match=r"lost rank 0 or 2 \(\[ring\]"), _Rank(1, 3).broken_connections_told():
+        raise broken
+    for group, error in ((_Rank(1, 3), other), (Group(), broken), (_Rank(1, 3), PeerFailed(0, 2, "[ring]"))):
+        with pytest.raises(RuntimeError) as caught, group.broken_connections_told():
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.quick
