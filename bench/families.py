@@ -80,8 +80,10 @@ def _row(shape: str, scratch: Path, options: Any, errors: dict[str, float]) -> d
         if "plan" in plan:
             row["plan_1gb"] = plan["plan"]
     if "step" in options.only:
-        limit = ["--limit-mb", LIMIT_MB] if sys.platform.startswith("linux") else []
+        limit_mb = LIMIT_MB if sys.platform.startswith("linux") else None
+        limit = [] if limit_mb is None else ["--limit-mb", limit_mb]
         step = _case(folder, options, options.tokens, "--memory-budget", "min", *limit)
+        row["limit_mb"] = limit_mb
         row |= {"peak_mb": step.get("peak_mb"), "step_s": step.get("first_step_s"), "step_error": step.get("error")}
         if "plan" in step:
             row |= {"plan_min": step["plan"], "n_lora_parameters": step["n_lora_parameters"]}
@@ -146,7 +148,7 @@ def _cells(row: dict[str, Any]) -> list[Any]:
     kept = row.get("plan_1gb")
     where = None if kept is None else "memory" if not kept["arena_bytes"] else "file"
     at_1gb = row["plan_error"] if row.get("plan_error") else _mb(kept)
-    limit = None if "peak_mb" not in row else row["step_error"] or "passed"
+    limit = row.get("step_error") or ("passed" if row.get("limit_mb") else None)
     counts = [f"{row['n_parameters'] / 1e9:.2f} G", _millions(row.get("n_lora_parameters"))]
     error = row.get("gradient_error")
     figures = [_mb(row.get("plan_min")), at_1gb, where, row.get("peak_mb"), limit]

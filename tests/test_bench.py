@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import case, learning, micro, phases, plan_check, profile, projection, report
+from bench import case, families, learning, micro, phases, plan_check, profile, projection, report
 from bench.case import Stepper, add_memory_budget, plan_line
 from bench.instruments import Clock, Phases
 from mebp_mlx.errors import NonFiniteLoss, UserError
@@ -311,3 +311,27 @@ def test_the_projections_errors_are_those_of_the_measurements() -> None:
     assert 0.2 < np.mean(np.abs(list(errors.values()))) < 0.3 and max(errors.values()) == errors["qwen2.5-3b", "mezo"]
     for row in rows:  # saved values are not recomputed
         assert row["ours_s"] == pytest.approx(row["paper_policy_s"]) or row["ours_s"] < row["paper_policy_s"]
+
+
+def test_families_keeps_every_row_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row is in the file as soon as it is measured; a case that fails is a row too."""
+    plan = {"predicted_peak_bytes": 50_000_000, "arena_bytes": 0}
+
+    def measured(module: str, *arguments: object, **_: object) -> dict[str, Any]:
+        if module == "bench.parity":
+            return {"largest_relative_error": {"a": {"saved inputs": 1e-6, "saved products": 2e-6}}}
+        if "lfm2" in str(arguments[0]):
+            raise KeyboardInterrupt
+        if "--plan-only" in arguments:
+            return {"error": "--memory-budget: too little"}
+        return {"peak_mb": 51.0, "first_step_s": 1.0, "n_lora_parameters": 1_500_000, "plan": plan}
+
+    monkeypatch.setattr(report, "run_module", measured)
+    with pytest.raises(KeyboardInterrupt):
+        families.main(["--shapes", "qwen3-0.6b", "lfm2.5-1.2b", "--layers", "1", "--out", str(tmp_path)])
+    line = "| qwen3 | qwen3-0.6b | 0.17 G | 1.5 M | 50 | --memory-budget: too little | - | 51 | passed | 2.0e-06 |"
+    assert line in capsys.readouterr().out.splitlines()
+    (row,), _ = report.read(tmp_path, "families")
+    assert (row["shape"], row["peak_mb"], row["gradient_error"]) == ("qwen3-0.6b", 51.0, 2e-6)
