@@ -3,7 +3,7 @@
 This folder is installed as `mebp_mlx.kernels`.
 
 A wrapper's `impl` is "metal" (the kernel), "reference", or None: the kernel if Metal is available and the kernel has
-passed its check (trust.py), otherwise the reference.
+passed its check (selfcheck.py), otherwise the reference.
 """
 
 from . import attention
@@ -11,7 +11,7 @@ from . import linear_cross_entropy as _linear_cross_entropy
 from . import online_softmax as _online_softmax
 from .linear_cross_entropy import linear_cross_entropy, linear_softmax
 from .online_softmax import online_softmax
-from .trust import KERNELS, uses_metal
+from .selfcheck import KERNELS, uses_metal
 
 _SOURCES = (_online_softmax.SOURCE, _linear_cross_entropy.SOURCE, attention.FORWARD, attention.DQ, attention.DKV)
 sources = {source.name: source for source in _SOURCES}

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import trust
+from . import selfcheck
 from .metal import Source
 
 NAMES = ("attention_forward", "attention_dq", "attention_dkv")
@@ -106,7 +106,7 @@ def is_served(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
 
 def least_keys(dtype: mx.Dtype, head_dim: int) -> float:
     """The shortest row that the kernels serve; infinity for a head_dim or a dtype that they do not have."""
-    if head_dim not in LEAST_KEYS or dtype not in trust.DTYPES:
+    if head_dim not in LEAST_KEYS or dtype not in selfcheck.DTYPES:
         return float("inf")
     return LEAST_KEYS[head_dim] * (_WIDE_ITEMS if dtype == mx.float32 else 1)
 
@@ -115,7 +115,7 @@ def serves(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
     """Whether calls for rows of n_keys go to the kernels: long enough, on Metal, and every kernel passed its check."""
     if not is_served(dtype, head_dim, n_keys):
         return False
-    return _is_assumed or all(trust.uses_metal(name, dtype, head_dim) for name in NAMES)
+    return _is_assumed or all(selfcheck.uses_metal(name, dtype, head_dim) for name in NAMES)
 
 
 @contextlib.contextmanager
@@ -177,7 +177,7 @@ def attention_dkv(
 
 def _run(name: str, arguments: tuple, impl: str | None) -> Any:
     q = arguments[0]
-    return trust.run(name, arguments, impl or ("metal" if _is_assumed else None), q.dtype, q.shape[3])
+    return selfcheck.run(name, arguments, impl or ("metal" if _is_assumed else None), q.dtype, q.shape[3])
 
 
 def _call(
@@ -327,6 +327,6 @@ def dkv_sample(dtype: mx.Dtype, head_dim: int, T: int = 45, **_: int) -> tuple:
     return q, k, v, d_o, lse, delta, *place, 4, k.shape[2]
 
 
-trust.register(NAMES[0], _forward_metal, forward_reference, forward_sample, HEAD_DIMS, "head dim")
-trust.register(NAMES[1], _dq_metal, dq_reference, dq_sample, HEAD_DIMS, "head dim")
-trust.register(NAMES[2], _dkv_metal, dkv_reference, dkv_sample, HEAD_DIMS, "head dim")
+selfcheck.register(NAMES[0], _forward_metal, forward_reference, forward_sample, HEAD_DIMS, "head dim")
+selfcheck.register(NAMES[1], _dq_metal, dq_reference, dq_sample, HEAD_DIMS, "head dim")
+selfcheck.register(NAMES[2], _dkv_metal, dkv_reference, dkv_sample, HEAD_DIMS, "head dim")

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import online_softmax as step
-from . import trust
+from . import selfcheck
 from .metal import Source
 from .online_softmax import SoftmaxState
 
@@ -48,7 +48,7 @@ def linear_cross_entropy(
 
     @mx.custom_function
     def losses(h: mx.array) -> mx.array:
-        result: mx.array = trust.run("linear_cross_entropy", (h, *arguments), impl, h.dtype, group_size)
+        result: mx.array = selfcheck.run("linear_cross_entropy", (h, *arguments), impl, h.dtype, group_size)
         return result
 
     @losses.vjp
@@ -167,4 +167,4 @@ def sample(dtype: mx.Dtype, group_size: int, T: int = 37, V: int = 1003, D: int 
     return h, packed, scales.astype(dtype), biases.astype(dtype), targets.astype(mx.int32), group_size, False
 
 
-trust.register("linear_cross_entropy", metal, reference, sample, group_sizes=GROUP_SIZES)
+selfcheck.register("linear_cross_entropy", metal, reference, sample, group_sizes=GROUP_SIZES)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import trust
+from . import selfcheck
 from .metal import Source
 
 SOURCE = Source(
@@ -92,7 +92,7 @@ def online_softmax(
     is SoftmaxState.gradient.
     """
     arguments = (z, maximum, total, target_logit, targets, first)
-    step: SoftmaxStep = trust.run("online_softmax", arguments, impl, z.dtype)
+    step: SoftmaxStep = selfcheck.run("online_softmax", arguments, impl, z.dtype)
     return step
 
 
@@ -145,4 +145,4 @@ def sample(dtype: mx.Dtype, group_size: int, T: int = 5, C: int = 301, **_: int)
     return z, maximum, total, rows.astype(mx.float32), targets, 100
 
 
-trust.register("online_softmax", metal, reference, sample, group_sizes=(0,))
+selfcheck.register("online_softmax", metal, reference, sample, group_sizes=(0,))

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mebp_mlx import kernels
-from mebp_mlx.kernels import metal, trust
+from mebp_mlx.kernels import metal, selfcheck
 from tests import metal_on_cpu
 
 SOURCES = {name: kernels.sources[name] for name in kernels.KERNELS}
@@ -44,8 +44,8 @@ def running(
             built = {name: text if change is None else change(text) for name, text in texts.items()}
             stack.enter_context(mock.patch.dict(source.__dict__, built))
             source.__dict__.pop("_kernel", None)
-        for kernel in trust.KERNELS.values():
-            stack.enter_context(mock.patch.object(kernel, "verdicts", {}))
+        for kernel in selfcheck.KERNELS.values():
+            stack.enter_context(mock.patch.object(kernel, "problems", {}))
         yield
     for source in SOURCES.values():
         source.__dict__.pop("_kernel", None)

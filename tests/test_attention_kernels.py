@@ -16,7 +16,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.kernels import attention, metal, trust
+from mebp_mlx.kernels import attention, metal, selfcheck
 from mebp_mlx.ops import attention as ops
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
 from mebp_mlx.planner import probe as probes
@@ -210,7 +210,7 @@ def test_every_residue_of_start_length_and_window(case_of: Any, seed: int, check
 def test_a_missing_barrier_between_simdgroups_that_share_rows_is_found(name: str) -> None:
     """The one that only head dims of 128 (dkv) and 256 have."""
     barrier = "        threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-    kernel, shared = trust.KERNELS[name], "if (SPLIT > 1) {"
+    kernel, shared = selfcheck.KERNELS[name], "if (SPLIT > 1) {"
 
     def change(text: str) -> str:
         before, _, after = text.partition(shared)
@@ -219,7 +219,7 @@ def test_a_missing_barrier_between_simdgroups_that_share_rows_is_found(name: str
     problems = []
     for order in (0, 1, 2):
         with running(order, change=change):
-            problems.append(trust.verdict(kernel, mx.float16, 256))
+            problems.append(selfcheck.check(kernel, mx.float16, 256))
     assert any(problems)
 
 

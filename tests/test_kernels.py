@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mebp_mlx import kernels
-from mebp_mlx.kernels import linear_cross_entropy, online_softmax, trust
+from mebp_mlx.kernels import linear_cross_entropy, online_softmax, selfcheck
 from mebp_mlx.kernels.online_softmax import SoftmaxState
 from tests import metal_on_cpu
 from tests.emulated import SOURCES, running
@@ -177,15 +177,15 @@ def test_gradient_of_linear_cross_entropy(impl: str, dtype: mx.Dtype, seed: int,
 @pytest.mark.parametrize("name", NAMES)
 def test_sanitizers_find_nothing(name: str, sanitize: str, check: Any) -> None:
     check(name, f"{sanitize} sanitizer")
-    kernel = trust.KERNELS[name]
+    kernel = selfcheck.KERNELS[name]
     with running(sanitize=sanitize):
         for group_size in {kernel.group_sizes[0], kernel.group_sizes[-1]}:
-            assert trust.verdict(kernel, mx.bfloat16, group_size) == ""
+            assert selfcheck.check(kernel, mx.bfloat16, group_size) == ""
 
 
 def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
     """(function of a kernel's array arguments that calls it with verbose=True, the arguments)."""
-    kernel, source = trust.KERNELS[name], SOURCES[name]
+    kernel, source = selfcheck.KERNELS[name], SOURCES[name]
     arguments = kernel.sample(dtype, group_size)
     arrays = [a for a in arguments if isinstance(a, mx.array)]
 
@@ -206,7 +206,7 @@ def _call(name: str, dtype: mx.Dtype, group_size: int) -> tuple[Any, tuple]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_emulated_signature_equals_mlxs(name: str, dtype: mx.Dtype, check: Any, monkeypatch: Any) -> None:
     check(name, "signature")
-    group_size = trust.KERNELS[name].group_sizes[0]
+    group_size = selfcheck.KERNELS[name].group_sizes[0]
     (call, verbose), arrays = _call(name, dtype, group_size)
     texts: list[str] = []
 
@@ -258,7 +258,7 @@ def _generated(name: str) -> str:
 
         return run
 
-    kernel = trust.KERNELS[name]
+    kernel = selfcheck.KERNELS[name]
     before, kernels.metal.factory = kernels.metal.factory, recording
     SOURCES[name].__dict__.pop("_kernel", None)
     try:
@@ -318,9 +318,9 @@ def test_planted_faults_are_found(fault: str) -> None:
         return text.replace(before, after)
 
     assert before in SOURCES[name].text
-    kernel = trust.KERNELS[name]
+    kernel = selfcheck.KERNELS[name]
     problems = []
     for order in ORDERS if not sanitize else ORDERS[:1]:
         with running(order, sanitize, change):
-            problems += [trust.verdict(kernel, dtype, kernel.group_sizes[0]) for dtype in DTYPES[:2]]
+            problems += [selfcheck.check(kernel, dtype, kernel.group_sizes[0]) for dtype in DTYPES[:2]]
     assert any(problems), "nobody noticed"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 
-from ..kernels import trust
+from ..kernels import selfcheck
 from ..system import allocator
 from ..system.command import DONE, FAILED, run_command
 from ..system.machine import load_blas, machine
@@ -56,7 +56,7 @@ def _chosen(options: argparse.Namespace) -> list[Iterator[Finding]]:
 
 def examine(examinations: list[Iterator[Finding]], as_json: bool) -> int:
     """Prints the findings as they come, or all as JSON; returns the exit code."""
-    trust.mode()
+    selfcheck.mode()
     load_blas()
     allocator.settle()
     findings: list[Finding] = []

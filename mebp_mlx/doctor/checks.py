@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..api import open_model
 from ..engine.arena import choose_folder, filesystem_of
 from ..errors import UserError
-from ..kernels import KERNELS, attention, trust
+from ..kernels import KERNELS, attention, selfcheck
 from ..system import device
 from ..system.files import write_atomically
 from ..system.footprint import PeakMeter, footprint_bytes
@@ -195,29 +195,29 @@ def check_kernels(every: bool = False) -> Iterator[Finding]:
     every: attention's kernels for every head dim, too, and not the first one alone.
     """
     for kernel in KERNELS.values():
-        if not trust.backend.available():
+        if not selfcheck.backend.available():
             reason = "needs Metal; the reference is used (the test suite runs the kernel emulated)"
             yield Finding("kernels", kernel.name, NOT_HERE, reason, {})
             continue
-        for dtype in trust.DTYPES:
+        for dtype in selfcheck.DTYPES:
             for group_size in kernel.group_sizes[: None if every or kernel.name not in attention.NAMES else 1]:
                 yield _kernel(kernel, dtype, group_size)
 
 
 def check_attention() -> Iterator[Finding]:
     """Attention by the kernels and by MLX, timed."""
-    if not trust.backend.available():
+    if not selfcheck.backend.available():
         yield Finding("attention", "times", NOT_HERE, "needs Metal; python -m bench kernels counts", {})
         return
     for what, detail, figures in kernels.measure():
         yield Finding("attention", what, OK, detail, figures)
 
 
-def _kernel(kernel: trust.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
+def _kernel(kernel: selfcheck.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
     what = f"{kernel.name} {device.dtype_name(dtype)}" + (f" /{group_size}" if group_size else "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the row says it
-        problem = "" if trust.trusted(kernel.name, dtype, group_size) else kernel.verdicts[dtype, group_size]
+        problem = "" if selfcheck.passes(kernel.name, dtype, group_size) else kernel.problems[dtype, group_size]
     if problem:
         return Finding("kernels", what, FAIL, problem, {"problem": problem})
     arguments = kernel.sample(dtype, group_size, **KERNEL_SIZES)

@@ -11,7 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..kernels import attention, trust
+from ..kernels import attention, selfcheck
 from ..ops.attention import Attention, Heads
 from ..ops.plan import Barrier, Plan
 from ..system import device
@@ -30,7 +30,7 @@ def measure() -> Iterator[tuple[str, str, dict[str, float]]]:
     """(what, in words, figures) for each shape, dtype and length: the row's last tile, forward and backward."""
     for H, K, head_dim in SHAPES:
         for dtype in DTYPES:
-            if not all(trust.uses_metal(name, dtype, head_dim) for name in attention.NAMES):
+            if not all(selfcheck.uses_metal(name, dtype, head_dim) for name in attention.NAMES):
                 continue  # the check of the kernel says why
             for T in LENGTHS:
                 figures = _times((H, K, head_dim), dtype, T)

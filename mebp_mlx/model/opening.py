@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UserError
-from ..kernels.trust import mode as kernel_mode
+from ..kernels.selfcheck import mode as kernel_mode
 from ..system import allocator, device
 from .base import Model
 

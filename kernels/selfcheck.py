@@ -40,7 +40,7 @@ class Kernel:
     sample: Callable[..., tuple]
     group_sizes: tuple[int, ...]
     sizes_are: str
-    verdicts: dict[tuple[mx.Dtype, int], str] = field(default_factory=dict)
+    problems: dict[tuple[mx.Dtype, int], str] = field(default_factory=dict)
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -77,7 +77,7 @@ def run(name: str, arguments: tuple, impl: str | None, dtype: mx.Dtype, group_si
         if not uses_metal(name, dtype, group_size):
             return kernel.reference(*arguments)
         if mode() == "check":
-            return _beside_reference(kernel, arguments, (dtype, group_size))
+            return _compared(kernel, arguments, (dtype, group_size))
     return (kernel.reference if impl == "reference" else kernel.metal)(*arguments)
 
 
@@ -86,19 +86,19 @@ def uses_metal(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
     setting = mode()
     if setting == "off" or not backend.available() or dtype not in DTYPES:
         return False
-    return setting == "on" or trusted(name, dtype, group_size)
+    return setting == "on" or passes(name, dtype, group_size)
 
 
-def trusted(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
+def passes(name: str, dtype: mx.Dtype, group_size: int = 0) -> bool:
     """Whether a kernel passed its check, which runs at the first call and warns on failure."""
     kernel = KERNELS[name]
     key = (dtype, group_size)
-    if key not in kernel.verdicts:
-        _settle(kernel, key, verdict(kernel, dtype, group_size))
-    return kernel.verdicts[key] == ""
+    if key not in kernel.problems:
+        _record(kernel, key, check(kernel, dtype, group_size))
+    return kernel.problems[key] == ""
 
 
-def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
+def check(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
     """Checks a kernel on this machine. Returns one line that describes the failure; "" if it is correct."""
     arguments = kernel.sample(dtype, group_size)
     try:
@@ -114,18 +114,18 @@ def verdict(kernel: Kernel, dtype: mx.Dtype, group_size: int) -> str:
         return _difference(result, expected, truth, dtype)
 
 
-def _beside_reference(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
+def _compared(kernel: Kernel, arguments: tuple, key: tuple[mx.Dtype, int]) -> Any:
     """The kernel's result if it matches the reference within tolerance, else the reference's result."""
     result, expected = kernel.metal(*arguments), kernel.reference(*arguments)
     problem = _difference(result, expected, expected, key[0])
     if not problem:
         return result
-    _settle(kernel, key, problem)
+    _record(kernel, key, problem)
     return expected
 
 
-def _settle(kernel: Kernel, key: tuple[mx.Dtype, int], problem: str) -> None:
-    kernel.verdicts[key] = problem
+def _record(kernel: Kernel, key: tuple[mx.Dtype, int], problem: str) -> None:
+    kernel.problems[key] = problem
     if problem:
         dtype, group_size = key
         what = str(dtype).rpartition(".")[2] + (f", {kernel.sizes_are} {group_size}" if group_size else "")
