@@ -37,9 +37,11 @@ def _alone_or_with_others(request: pytest.FixtureRequest, tmp_path_factory: pyte
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
-    how = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
-    with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:  # the session's folder
-        fcntl.flock(lock, how)  # until the file is closed
+    folder = tmp_path_factory.getbasetemp().parent  # the session's
+    with open(folder / "alone.lock", "w") as lock, open(folder / "queue.lock", "w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)  # while a test waits to run alone, no other test starts
+        fcntl.flock(lock, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
         yield
 
 

@@ -174,7 +174,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     adapters = make_adapters(tmp_path / "adapters", model)
     command = [sys.executable, "-m", "mebp_mlx.fuse", "--model", str(model), "--adapter-path", str(adapters)]
     more = ["--save-path", str(tmp_path / "out"), "--tolerance", "none"]
-    said = subprocess.run(command + more, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command + more, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     peak_mb = int(said.partition("peak footprint ")[2].partition(" MB")[0])
     assert 0 < peak_mb < 100, said
 

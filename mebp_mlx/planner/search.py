@@ -216,7 +216,7 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
     # twice as many as a query has keys.
     cost = {"q": spec.D, "k": spec.D, "v": spec.D, "g": spec.D, "u": spec.D}
-    cost |= dict.fromkeys(("bcx", "qg", "qkv", "z", "p", "pg"), spec.D)
+    cost |= dict.fromkeys(("bcx", "qg", "qkv", "z", "p", "pg", "logits"), spec.D)
     cost["pp"] = spec.D if spec.layer_inputs is None else spec.layer_inputs.width
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
     order, sizes = sorted(cost, key=lambda name: cost[name]), _kept_sizes(workload, plan)
