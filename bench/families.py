@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.parity import PLANS
 from mebp_mlx.testing.synth import SHAPES, layers_of, model_config
 from mebp_mlx.testing.tiny import CONFIGS
 
@@ -110,7 +111,9 @@ def _worst_error(family: str, options: Any) -> float:
         return math.nan
     how = ("--families", *names, "--weights", "float32", "--seeds", 1)
     result = report.run_module("bench.parity", *how, may_fail=True, timeout_s=options.timeout_s)
-    found = [error for row in result.get("largest_relative_error", {}).values() for error in row.values()]
+    found = [
+        row[plan] for row in result.get("largest_relative_error", {}).values() for plan in row.keys() & PLANS.keys()
+    ]
     return max(found) if found and all(error == error for error in found) else math.nan
 
 

@@ -261,7 +261,7 @@ def begin(cache: Path, tmp_path: Path, *more: str, n: int = 2) -> tuple[list[sub
     return processes, out
 
 
-def end(process: subprocess.Popen[str], timeout_s: float = 60.0) -> tuple[int, list[str]]:
+def end(process: subprocess.Popen[str], timeout_s: float = 180.0) -> tuple[int, list[str]]:
     """Exit code and our own lines on stderr; MLX's ring has some of its own there."""
     _, error = process.communicate(timeout=timeout_s)
     return process.returncode, [line for line in error.splitlines() if not line.startswith("[ring]")]

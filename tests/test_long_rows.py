@@ -124,7 +124,9 @@ def test_groups_hold_every_tile_once(n_rows: list[int]) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "lfm2", "qwen3_5"])
 @pytest.mark.parametrize("T", [64, 130, 500])
-def test_kept_bytes_of_a_long_row_are_counted_on_tiles_of_each_length(tmp_path: Path, name: str, T: int, seed: int) -> None:
+def test_kept_bytes_of_a_long_row_are_counted_on_tiles_of_each_length(
+    tmp_path: Path, name: str, T: int, seed: int
+) -> None:
     model, lora = _opened(tmp_path, name, seed)
     for saved in (SAVE_INPUTS, SAVE_ATTENTION, SAVE_PRODUCTS, SAVE_EVERYTHING):
         plan = Plan(token_block=64, query_block=48, saved=saved)
