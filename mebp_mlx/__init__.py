@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BudgetError, NonFiniteLoss, UserError
 from .system.machine import NO_BACKEND, backend_missing, load_blas
-from .version import __version__ as __version__
+from .system.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .api import Plan, TrainConfig, init_lora, load_adapters, loss, loss_and_grads, open_model, save_adapters

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from mebp_mlx.errors import UserError
-from mebp_mlx.version import __version__
+from mebp_mlx.system.version import __version__
 
 Options = TypeVar("Options")
 _LARGEST = 2**63  # whole numbers stay below it: what counts with them has 64 bits

@@ -18,7 +18,7 @@ from ..kernels import selfcheck
 from ..system import allocator
 from ..system.command import DONE, FAILED, run_command
 from ..system.machine import load_blas, machine
-from ..version import __version__
+from ..system.version import __version__
 from . import checks
 from .checks import Finding
 

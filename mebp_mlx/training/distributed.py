@@ -29,7 +29,7 @@ from ..system.command import NO_BUDGET, WRONG_INPUT
 from ..system.device import DTYPES
 from ..system.group import Group, connect
 from ..system.interrupt import Stopped
-from ..version import __version__
+from ..system.version import __version__
 from .folder import CHECKPOINT, LOG
 
 # Options that machines may have each their own of.

@@ -13,7 +13,7 @@ from ..system.footprint import PeakMeter, footprint_bytes
 from ..system.interrupt import Interrupt, Stopped
 from ..system.last_line import LastLine
 from ..system.units import megabytes
-from ..version import __version__
+from ..system.version import __version__
 from . import folder
 from .best import FOLDER as BEST
 from .callbacks import sender
