@@ -366,7 +366,7 @@ def test_an_exceeded_budget_is_reported_once(tmp_path: Path) -> None:
         (2, 100 * MB, 120 * MB),
         (5, 100 * MB, 120 * MB),
     ]
-    assert "120" in events[0]["text"] and "broken" in events[0]["text"]
+    assert "120" in events[0]["text"] and "exceeded" in events[0]["text"]
 
 
 @pytest.mark.parametrize(

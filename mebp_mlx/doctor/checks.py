@@ -197,7 +197,7 @@ def check_kernels(every: bool = False) -> Iterator[Finding]:
     """
     for kernel in KERNELS.values():
         if not selfcheck.backend.available():
-            reason = "needs Metal; the reference is used (the test suite emulates the kernel)"
+            reason = "needs Metal; the reference is used (tests emulate the kernel)"
             yield Finding("kernels", kernel.name, NOT_HERE, reason, {})
             continue
         for dtype in selfcheck.DTYPES:
