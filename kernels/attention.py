@@ -27,16 +27,17 @@ FORWARD = Source(NAMES[0], ("q", "k", "v", *_PLACE), ("o", "lse"), "attention")
 DQ = Source(NAMES[1], ("q", "k", "v", "o", "d_o", "lse", *_PLACE), ("dq", "delta"), "attention")
 DKV = Source(NAMES[2], ("q", "k", "v", "d_o", "lse", "delta", *_PLACE), ("dk", "dv"), "attention")
 
-# The shortest rows (keys that a query sees) that the kernels serve; below them, MLX's own attention in blocks of
-# queries. Counted, not measured: no Mac has timed them. Untuned kernels of this kind reach 18 to 25 % of a GPU's peak
-# on others' machines. Beside each, the share from which the backward beats MLX's path on four GPUs, by the count of
-# `python -m bench kernels --tokens T`: powers of two from where it is at most 22 %.
+# The shortest rows (keys that a query sees) for which the kernels are used; shorter rows use MLX's own attention in
+# blocks of queries. Counted, not measured: no Mac has timed them. Each comment gives the share of the peak of four GPUs
+# above which the backward beats MLX's path, by the count of `python -m bench kernels --tokens T`. Chosen is the lowest
+# power of two where it is at most 22 %. That untuned kernels of this kind may reach roughly 18 to 25 % of a GPU's peak
+# is an estimate inferred from published ratios, not a measurement.
 LEAST_KEYS = {
-    64: 8192,  # 19 to 22 % (14 heads, 2 of keys); at 4,096 22 to 26 %
-    80: 4096,  # 18 to 21 % (32 heads, 8 of keys); at 1,024 26 % on an M2
-    96: 4096,  # 11 to 13 % (32 heads, each with keys), and MLX's forward of this head dim is not fused
-    128: 16384,  # 19 to 22 % (16 heads, 2 of keys); at 8,192 26 to 30 %
-    256: 16384,  # 17 to 20 % (8 heads, 4 of keys); at 8,192 26 to 30 %; MLX's forward is not fused
+    64: 8192,  # 19 to 22 % (14 heads, 2 key heads); at 4,096 22 to 26 %
+    80: 4096,  # 18 to 21 % (32 heads, 8 key heads); at 1,024 26 % on an M2
+    96: 4096,  # 11 to 13 % (32 heads, 32 key heads); MLX's forward is not fused
+    128: 16384,  # 19 to 22 % (16 heads, 2 key heads); at 8,192 26 to 30 %
+    256: 16384,  # 17 to 20 % (8 heads, 4 key heads); at 8,192 26 to 30 %; MLX's forward is not fused
 }
 _WIDE_ITEMS = 2  # float32: rows must be this much longer, for tiles hold half the rows and MLX's products are as fast
 MLX_FUSED = (64, 80, 128)  # head dims whose forward MLX fuses on Metal, without a log-sum-exp

@@ -1,4 +1,4 @@
-"""`python -m mebp_mlx`, and the console script `mebp-mlx`: lists the commands, or runs one of them."""
+"""`python -m mebp_mlx`, and the console script `mebp-mlx`: lists the commands or runs one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from . import __version__
 
-# Name of a module or folder with `main(argv) -> exit code`: what it does. pyproject.toml has its console script.
+# Name of a module or folder with `main(argv) -> exit code`: what it does. pyproject.toml defines the console scripts.
 COMMANDS = {
     "train": "fine-tune a language model with exact LoRA gradients",
     "evaluate": "measure loss, perplexity and accuracy on any rows, with and without adapters",
     "generate": "continue a prompt, with or without adapters",
-    "fuse": "add adapters to the weights, and measure what that keeps",
-    "export": "adapters for PEFT and llama.cpp, and PEFT's adapters as ours",
+    "fuse": "add adapters to the weights, and measure how much of the gain is kept",
+    "export": "convert adapters to PEFT and llama.cpp, or from PEFT",
     "convert": "quantize a checkpoint, or align it for Metal",
-    "doctor": "check this machine: device, memory meters, BLAS, kernels",
+    "doctor": "check this machine: device, memory meter, BLAS, kernels",
 }
 
 
@@ -30,7 +30,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that is named first with the arguments after it; returns its exit code (2: no such command)."""
+    """Runs the command in the first argument with the remaining ones; returns its exit code (2: no such command)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

@@ -1,7 +1,7 @@
 """TrainConfig: every option of a training run. The only source of flags, YAML keys, defaults and saved JSON.
 
 Names follow mlx-lm where it has them, and its YAML files (`lora_parameters`, `lr_schedule`, ...) are understood.
-Flags win over the YAML file, the YAML file over a resumed run's options, those over the defaults.
+Flags override the YAML file, which overrides a resumed run's options, which override the defaults.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ DATA, METHOD, LORA, OPTIMIZER, LENGTH, SEVERAL, REPORT = (
 class Schedule:
     """mlx-lm's `lr_schedule`: a schedule of mlx.optimizers, its arguments, and `warmup` updates before it."""
 
-    name: str = option(None, OPTIMIZER, "which", choices=SCHEDULES)
-    arguments: tuple[float, ...] = option(None, OPTIMIZER, "highest rate first")
-    warmup: int = option(0, OPTIMIZER, "updates", at_least=0, below=2**31)
+    name: str = option(None, OPTIMIZER, "function of mlx.optimizers", choices=SCHEDULES)
+    arguments: tuple[float, ...] = option(None, OPTIMIZER, "its arguments, the highest rate first")
+    warmup: int = option(0, OPTIMIZER, "updates of warm-up", at_least=0, below=2**31)
     warmup_init: float = option(0.0, OPTIMIZER, "rate of the first update", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The options of a run, checked. Raises UserError naming the flag. `epochs`, when given, replaces `iters`."""
+    """The checked options of a run. Raises UserError naming the flag. `epochs`, if given, replaces `iters`."""
 
     # fmt: off
-    model: str = option("bundled", DATA, "folder, hub id, or the small model in the package")
+    model: str = option("bundled", DATA, "folder, hub id, or `bundled`: the small model in the package")
     data: str = option("bundled", DATA, "folder with train/valid/test.jsonl, hub id, or `bundled`")
     hf_dataset: tuple[Mapping[str, Any], ...] | None = option(
-        None, DATA, "datasets of the hub in place of data, as in mlx-lm", yaml_only=True, may_change=True)
+        None, DATA, "datasets on the hub instead of data, as in mlx-lm", yaml_only=True, may_change=True)
     mask_prompt: bool = option(False, DATA, "the same as --train-on completion, as in mlx-lm")
     train_on: str | None = option(None, DATA, "labels: all, the completion (last message), or every assistant turn",
                                   choices=TRAIN_ON, shown_default="all")
@@ -77,44 +77,44 @@ class TrainConfig:
     completion_feature: str = option("completion", DATA, "key of a row's completion", metavar="KEY", may_change=True)
     text_feature: str = option("text", DATA, "key of a row's text", metavar="KEY", may_change=True)
     chat_feature: str = option("messages", DATA, "key of a row's messages", metavar="KEY", may_change=True)
-    preview: int = option(0, DATA, "print N rows with the labelled text marked, and stop", at_least=0,
+    preview: int = option(0, DATA, "print N rows with the labelled text marked, then stop", at_least=0,
                           may_change=True)
     max_seq_length: int = option(2048, DATA, "longest row in tokens; memory grows with it", at_least=2)
-    overlong: str = option("truncate", DATA, "a longer row: truncate, drop or error",
+    overlong: str = option("truncate", DATA, "what to do with a longer row: truncate, drop or error",
                            choices=OVERLONG)
-    batch_size: int = option(4, DATA, "rows of a micro-batch; memory grows with rows x longest row", at_least=1)
+    batch_size: int = option(4, DATA, "rows per micro-batch; memory grows with rows x longest row", at_least=1)
 
     engine: str = option("mebp", METHOD, "mebp, whole-graph: exact; mezo, kzoo, hizoo, fzoo: forward passes only",
                          choices=("mebp", "whole-graph", *ZEROTH_ORDER))
-    zo_eps: float = option(1e-2, METHOD, "zeroth order: size of a probe along a random direction", metavar="X", above=0)
+    zo_eps: float = option(1e-2, METHOD, "zeroth order: step length along a random direction", metavar="X", above=0)
     kzoo_seeds: int = option(4096, METHOD, "kzoo: size of the pool of directions", at_least=1, below=10**7)
     kzoo_pro: bool = option(False, METHOD, "kzoo: draw directions that gave large slopes more often")
-    hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 is mezo", at_least=0, below=1)
-    fzoo_samples: int = option(8, METHOD, "fzoo: directions a step, one forward pass each", at_least=2, below=10**6)
-    dtype: str = option("auto", METHOD, "of the computation; auto: the checkpoint's on a GPU, float32 on the CPU",
+    hizoo_alpha: float = option(1e-8, METHOD, "hizoo: weight of a step's curvature; 0 gives mezo", at_least=0, below=1)
+    fzoo_samples: int = option(8, METHOD, "fzoo: directions per step, one forward pass each", at_least=2, below=10**6)
+    dtype: str = option("auto", METHOD, "to compute in; auto: the checkpoint's on a GPU, float32 on the CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    weights: str = option("auto", METHOD, "packed: multiply packed weights; decompressed: block by block (CPU: faster)",
+    weights: str = option("auto", METHOD, "packed: multiply as stored; decompressed: block by block (faster on a CPU)",
                           choices=("auto", "packed", "decompressed"))
     arena_dir: str | None = option(None, METHOD, "folder for kept values that do not fit in memory",
                                    path=True, may_change=True, shown_default="temporary")
     memory_budget: int | str | None = size_option(
-        METHOD, "footprint to stay within: 500MB; min: the smallest; none", words=(SMALLEST, UNLIMITED),
+        METHOD, "footprint limit, such as 500MB; min: smallest; none", words=(SMALLEST, UNLIMITED),
         may_change=True, shown_default="1GB, at most 1/4 of memory")
-    over_budget: str = option("stop", METHOD, "if the measured peak exceeds it: save and stop (exit 3), or warn",
+    over_budget: str = option("stop", METHOD, "if the peak exceeds the budget: save and stop (exit 3), or warn",
                               choices=("stop", "warn"), may_change=True)
-    arena_budget: int | None = size_option(METHOD, "for kept activations; less: more is recomputed",
+    arena_budget: int | None = size_option(METHOD, "disk space for kept values; less: more is recomputed",
                                            may_change=True, shown_default="2GB; long rows up to 5GB")
-    device: str | None = option(None, METHOD, "simulate a phone: its app's memory, a projection of its speed",
+    device: str | None = option(None, METHOD, "simulate a phone: an app's memory limit, a projection of its speed",
                                 choices=tuple(DEVICES), may_change=True, shown_default="this machine")
-    dry_run: bool = option(False, METHOD, "print the predicted footprint and stop", may_change=True)
-    seed: int = option(0, METHOD, "of LoRA's initial values, data order, dropout and noise", at_least=0, below=2**63)
+    dry_run: bool = option(False, METHOD, "print the predicted footprint, then stop", may_change=True)
+    seed: int = option(0, METHOD, "for LoRA's initial values, data order, dropout and noise", at_least=0, below=2**63)
 
-    fine_tune_type: str = option("lora", LORA, "lora, or dora: row lengths too, for one more product a projection",
+    fine_tune_type: str = option("lora", LORA, "lora, or dora: also row norms, for one more product per projection",
                                  choices=("lora", "dora"), refused={"full": mlx_lm_options.FULL})
-    rank: int = option(8, LORA, "width of a LoRA pair: 4 bytes a parameter, and again for each copy kept",
+    rank: int = option(8, LORA, "rank of a LoRA pair: 4 bytes per parameter, and again for each copy kept",
                        at_least=1, below=2**31)
     scale: float = option(20.0, LORA, "factor of the LoRA product")
-    rslora_alpha: float | None = option(None, LORA, "rsLoRA: scale is this / sqrt(rank), in place of --scale",
+    rslora_alpha: float | None = option(None, LORA, "rsLoRA: the scale is X / sqrt(rank), instead of --scale",
                                         above=0, shown_default="by --scale")
     dropout: float = option(0.0, LORA, "on the input of every LoRA pair; no memory is kept for it",
                             at_least=0, below=1)
@@ -122,10 +122,10 @@ class TrainConfig:
                                           choices=LORA_KEYS, aliases=SHORT_KEYS, metavar="KEY", shown_default="all")
     num_layers: int = option(-1, LORA, "only the last N layers (fewer: less memory and time), -1 for all",
                              at_least=1, or_minus_one=True)
-    resume_adapter_file: str | None = option(None, LORA, "adapters that a new run starts from, ours or mlx-lm's",
+    resume_adapter_file: str | None = option(None, LORA, "adapters (ours or mlx-lm's) that a new run starts from",
                                              metavar="FILE", path=True, shown_default="none")
 
-    optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: adam, adamw 2; lion, muon 1; sgd 0",
+    optimizer: str | None = option(None, OPTIMIZER, "LoRA copies kept: 2 adam, adamw; 1 lion, muon; 0 sgd",
                                    choices=OPTIMIZERS, shown_default="adam; sgd with zeroth order")
     optimizer_config: Mapping[str, Any] = option({}, OPTIMIZER, "{name: {argument: value}}, as in mlx-lm",
                                                  yaml_only=True)
@@ -136,38 +136,38 @@ class TrainConfig:
                            choices=("constant", "cosine", "linear"))
     lr_schedule: Mapping[str, Any] | None = option(
         None, OPTIMIZER, "{name, arguments, warmup, warmup_init}, as in mlx-lm", yaml_only=True)
-    max_grad_norm: float | None = option(None, OPTIMIZER, "clip to this norm; keeps one LoRA copy of gradients",
+    max_grad_norm: float | None = option(None, OPTIMIZER, "clip gradients to this norm; keeps one LoRA copy",
                                          above=0, shown_default="no clipping")
     grad_accumulation_steps: int = option(1, OPTIMIZER, "micro-batches per update; above 1 keeps one LoRA copy",
                                           at_least=1, below=10**6)
 
-    iters: int = option(150, LENGTH, "micro-batches to train on (as in mlx-lm: not updates); 0: --test alone",
+    iters: int = option(150, LENGTH, "micro-batches to train on, as in mlx-lm (not updates); 0: --test only",
                         at_least=0, may_change=True)
-    epochs: float | None = option(None, LENGTH, "passes over the training rows, in place of --iters", above=0,
+    epochs: float | None = option(None, LENGTH, "passes over the training rows, instead of --iters", above=0,
                                   may_change=True, shown_default="by --iters")
     steps_per_eval: int = option(200, LENGTH, "iterations between validations", at_least=1, may_change=True)
-    val_batches: int = option(25, LENGTH, "batches of a validation, -1 for all, 0 for none", at_least=0,
+    val_batches: int = option(25, LENGTH, "batches per validation, -1 for all, 0 for none", at_least=0,
                               or_minus_one=True, may_change=True)
     patience: int | None = option(None, LENGTH, "early stopping: end after N validations without improvement",
                                   at_least=1, may_change=True, shown_default="never")
-    min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must be lower to be better", at_least=0,
+    min_delta: float = option(0.0, LENGTH, "by how much a validation's loss must fall to be better", at_least=0,
                               may_change=True)
-    test: bool = option(False, LENGTH, "loss on the test rows at the end", may_change=True)
+    test: bool = option(False, LENGTH, "evaluate the test rows at the end", may_change=True)
     test_batches: int = option(500, LENGTH, "batches of that test, -1 for all", at_least=1, or_minus_one=True,
                                may_change=True)
 
-    rows_by_speed: bool = option(False, SEVERAL, "deal rows by each machine's measured speed, not evenly",
+    rows_by_speed: bool = option(False, SEVERAL, "divide rows by each machine's measured speed, not evenly",
                                  may_change=True)
-    reduce_dtype: str = option("float32", SEVERAL, "of gradients on their way; bfloat16: half the bytes, rounded sums",
+    reduce_dtype: str = option("float32", SEVERAL, "of gradients in transit; bfloat16: half the bytes, rounded sums",
                                choices=("float32", "bfloat16"), may_change=True)
-    peer_timeout: float = option(TIMEOUT_S, SEVERAL, "seconds to wait for a machine before the others end", above=0,
+    peer_timeout: float = option(TIMEOUT_S, SEVERAL, "seconds to wait for another machine before ending", above=0,
                                  below=10**6, may_change=True)
 
     adapter_path: str = option("adapters", REPORT, "folder for everything that a run writes", path=True,
                                may_change=True)
     resume: bool = option(False, REPORT, "continue the run in --adapter-path, with its options", may_change=True)
     save_every: int = option(100, REPORT, "iterations between saves", at_least=1, may_change=True)
-    save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; --patience does, too",
+    save_best: bool = option(False, REPORT, "keep the adapters of the best validation in best/; so does --patience",
                              may_change=True)
     steps_per_report: int = option(10, REPORT, "iterations between reports", at_least=1, may_change=True)
     sample_prompt: str | None = option(None, REPORT, "text to continue at the end, without and with LoRA",
@@ -176,7 +176,7 @@ class TrainConfig:
                                                choices=tuple(SERVICES), may_change=True, shown_default="none")
     project_name: str | None = option(None, REPORT, "project of --report-to", may_change=True,
                                       shown_default="the folder's name")
-    config: str | None = option(None, REPORT, "YAML file of options; flags win over it", path=True,
+    config: str | None = option(None, REPORT, "YAML file of options; flags override it", path=True,
                                 flags=("-c",), may_change=True, shown_default="none")
     # fmt: on
 
@@ -190,16 +190,16 @@ class TrainConfig:
         object.__setattr__(self, "lr_schedule", _checked_schedule(self.lr_schedule, _dotted))
         _check_optimizer_config(self.optimizer_config, _dotted)
         if self.mask_prompt and self.train_on not in (None, COMPLETION):
-            raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which is --train-on completion")
+            raise UserError(f"--train-on {self.train_on}: contradicts --mask-prompt, which means --train-on completion")
         _check_sets(self.hf_dataset, _dotted)
         if not self.iters and self.epochs is None and not self.test:
-            raise UserError("--iters: 0 trains nothing; with --test it measures the model and the adapters")
+            raise UserError("--iters: 0 trains nothing; with --test it evaluates the model and the adapters")
         if self.lr_schedule is not None and (self.warmup or self.lr_decay != "constant"):
-            raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which has both")
+            raise UserError("--warmup, --lr-decay: cannot be combined with lr_schedule, which sets both")
 
     @property
     def optimizer_name(self) -> str:
-        """The optimizer that runs: as given, else sgd for zeroth order and adam for exact gradients."""
+        """The optimizer's name: as given, else sgd for zeroth order and adam for exact gradients."""
         return self.optimizer or ("sgd" if self.engine in ZEROTH_ORDER else "adam")
 
     @property
@@ -208,7 +208,7 @@ class TrainConfig:
         return self.save_best or self.patience is not None
 
     def iteration(self, step: int) -> int:
-        """The iteration after `step` updates: iterations are micro-batches."""
+        """The iteration after `step` updates; iterations are micro-batches."""
         return step * self.grad_accumulation_steps
 
     @property
@@ -236,13 +236,13 @@ class TrainConfig:
 
     @property
     def phone(self) -> Phone | None:
-        """The phone that --device names."""
+        """The phone given by --device."""
         return None if self.device is None else DEVICES[self.device]
 
     @property
     def budget_bytes(self) -> int | None:
-        """The footprint to stay within: --memory-budget, else what --device gives an app, else 1 GB or a quarter of
-        the machine's memory, whichever is less. None without a size: for `none`, and for `min` (see `smallest`).
+        """The limit of the footprint: --memory-budget, else an app's limit on --device, else 1 GB or a quarter of the
+        machine's memory, whichever is less. None if the budget is `none` or `min` (see `smallest`).
         """
         if self.memory_budget is None and self.phone is not None:
             return self.phone.budget_bytes
@@ -250,18 +250,16 @@ class TrainConfig:
 
     @property
     def smallest(self) -> bool:
-        """Whether --memory-budget min asks for the smallest footprint at any speed."""
+        """Whether --memory-budget is min: the smallest footprint at any speed."""
         return named_budget(self.memory_budget)[1]
 
     @classmethod
     def from_args(cls, argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Flags over YAML over `saved` (a resumed run's options) over defaults. Raises UserError; --help exits."""
+        """Merges flags, YAML, `saved` (a resumed run's options) and defaults. Raises UserError; --help exits."""
         flags, taken = _from_flags(argv)
         given, more = _from_yaml(flags["config"]) if "config" in flags else ({}, [])
         if "hf_dataset" in given and "data" in flags:
-            raise UserError(
-                f"--data: cannot be combined with the hf_dataset of {flags['config']}, which takes its place"
-            )
+            raise UserError(f"--data: cannot be combined with the hf_dataset of {flags['config']}, which replaces it")
         if (taken or more) and saved is None:
             print(mlx_lm_options.notice(list(dict.fromkeys([*taken, *more]))), flush=True)
         if "lr_schedule" in given and (unused := sorted(flags.keys() & {"warmup", "lr_decay", "learning_rate"})):
@@ -271,7 +269,7 @@ class TrainConfig:
             if "iters" in newer and "epochs" in newer:
                 raise UserError("--epochs: cannot be combined with --iters")
             if "scale" in newer and "rslora_alpha" in newer:
-                raise UserError("--rslora-alpha: cannot be combined with --scale, whose place it takes")
+                raise UserError("--rslora-alpha: cannot be combined with --scale, which it replaces")
         if "iters" in flags:
             given.pop("epochs", None)
         if "scale" in flags:
@@ -280,8 +278,8 @@ class TrainConfig:
 
     @classmethod
     def over(cls, given: Mapping[str, Any], saved: Mapping[str, Any]) -> TrainConfig:
-        """Given options over those of the saved run that is resumed. Raises UserError."""
-        own = ("resume", "config", "adapter_path")  # the given folder counts: the saved one may have been copied
+        """Merges the given options over those of the resumed run. Raises UserError."""
+        own = ("resume", "config", "adapter_path")  # never from the saved run, whose folder may have been moved
         known = {name: value for name, value in saved.items() if name not in own}
         if unknown := sorted(known.keys() - describe(cls).keys()):
             raise UserError(f"--resume: the saved run has an option that this version does not know: {unknown[0]}")
@@ -290,12 +288,12 @@ class TrainConfig:
         return cls(**{**known, **given})
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not at their defaults."""
+        """The options that differ from their defaults."""
         defaults = TrainConfig()
         return {name: v for name in describe(TrainConfig) if (v := getattr(self, name)) != getattr(defaults, name)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-ready values, by field name; `optimizer` is the one that runs."""
+        """The options as JSON-ready values, by field name; `optimizer` is the optimizer_name."""
         sets = None if self.hf_dataset is None else self.data_source
         return {
             **dataclasses.asdict(self),
@@ -310,7 +308,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def fixed_by_run(self) -> dict[str, Any]:
-        """The options that a run's results depend on; a resumed run may not change them."""
+        """The options that determine a run's results; a resumed run may not change them."""
         may_change = {spec.name for spec in describe(type(self)).values() if spec.option.may_change}
         return {name: value for name, value in self.to_dict().items() if name not in may_change}
 
@@ -319,15 +317,15 @@ class TrainConfig:
 
 
 def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """The options that were given, and the names of mlx-lm's options that are accepted without effect."""
+    """The given options, and the names of mlx-lm's options that are accepted but have no effect."""
     parser = build_parser(
         TrainConfig,
         PROG,
         "Fine-tune a language model with exact LoRA gradients in little memory.",
-        "Without options it trains the bundled model on the bundled text. YAML files have the same names with _,\n"
+        "Without options it trains the bundled model on the bundled text. YAML files use the same names with _,\n"
         "and mlx-lm's lora_parameters, lr_schedule and optimizer_config. Memory is the process footprint.\n"
-        "exit codes: 0 done, 1 another machine has gone, 2 wrong option or input, 3 memory budget cannot be met or\n"
-        "was passed (saved), 130 interrupted and saved",
+        "exit codes: 0 done, 1 another machine is gone, 2 wrong option or input, 3 memory budget cannot be met or\n"
+        "was exceeded (saved), 130 interrupted and saved",
     )
     mlx_lm_options.add_flags(parser)
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
@@ -352,7 +350,7 @@ def _from_flags(argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
 
 # YAML
 
-Where = Callable[..., str]  # where(outer_key, inner_key) -> the beginning of an error message
+Where = Callable[..., str]  # where(outer_key, inner_key) -> the start of an error message
 
 
 def _dotted(*keys: str) -> str:
@@ -360,9 +358,9 @@ def _dotted(*keys: str) -> str:
 
 
 def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a YAML file, ours and mlx-lm's, and the names of those that are accepted without effect.
+    """The options in a YAML file (this trainer's and mlx-lm's), and the names of those that have no effect.
 
-    A key with the value null counts as absent.
+    A key whose value is null counts as absent.
     """
     file = read_yaml(path)
     specs = describe(TrainConfig)
@@ -371,7 +369,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
     def take(name: str, raw: Any, where: str) -> None:
         if name in given:
-            raise UserError(f"{where}: given twice, here and at the top level")
+            raise UserError(f"{where}: given twice, also at the top level")
         if raw is not None:
             if specs[name].option.size and type(raw) in (int, float):
                 raw = f"{raw:.20g}"  # a number in a file has no unit, as on the command line
@@ -404,7 +402,7 @@ def _from_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
-    """mlx-lm's lora_parameters, whose keys are options here."""
+    """mlx-lm's lora_parameters, whose keys are names of options."""
     if not isinstance(nested, dict):
         raise UserError(f"{where('lora_parameters')}: expected a mapping, got {nested!r}")
     _only_keys(nested, ("rank", "scale", "dropout", "keys"), where, "lora_parameters")
@@ -414,12 +412,12 @@ def _lora_parameters(nested: Any, where: Where) -> dict[str, Any]:
 def _only_keys(mapping: Mapping[Any, Any], known: Sequence[str], where: Where, *outer: str) -> None:
     for key in mapping:
         if key not in known:
-            hint = "; mlx-lm and this trainer have `scale`" if key == "alpha" else suggest(str(key), known)
+            hint = "; mlx-lm and this trainer use `scale`" if key == "alpha" else suggest(str(key), known)
             raise UserError(f"{where(*outer, str(key))}: unknown key{hint}")
 
 
 def _checked_schedule(schedule: Mapping[str, Any] | None, where: Where) -> dict[str, Any] | None:
-    """mlx-lm's lr_schedule, with the types that the schedules need."""
+    """mlx-lm's lr_schedule, converted to the types that the schedules need."""
     if schedule is None:
         return None
     specs = describe(Schedule)
@@ -448,7 +446,7 @@ def _check_sets(sets: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, wh
 
 
 def _check_optimizer_config(config: Mapping[str, Any], where: Where) -> None:
-    """mlx-lm's optimizer_config: {optimizer: {argument: value}}; arguments are checked where it is built."""
+    """Checks mlx-lm's optimizer_config: {optimizer: {argument: value}}. make_optimizer checks the arguments."""
     _only_keys(config, OPTIMIZERS, where, "optimizer_config")
     for name, arguments in config.items():
         if not isinstance(arguments, Mapping):

@@ -1,6 +1,6 @@
-"""Options of mlx_lm.lora that are no options here: what asks for nothing is taken, the rest refused with a reason.
+"""Options of mlx_lm.lora that this trainer lacks: accepted if they would change nothing, else refused with a reason.
 
-Older names count too: YAML files live longer than flags.
+Former names are included, because YAML files outlive flags.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mebp_mlx.errors import UserError
 
 @dataclass(frozen=True)
 class Foreign:
-    """One of them. why: what takes its place, or why there is nothing; asks_for_nothing: whether a value may stand
-    there; is_told: whether that is worth a notice; has_value: whether its flag takes one.
+    """One such option. why: its replacement, or the reason why there is none; asks_for_nothing: whether a value can be
+    accepted without effect; is_told: whether acceptance is reported; has_value: whether its flag takes a value.
     """
 
     why: str
@@ -31,21 +31,23 @@ def _always(value: Any) -> bool:
 
 FULL = (
     "full is not available: gradients and optimizer state of every weight are many times a phone's memory, and "
-    "weights are mapped read-only; lora with a larger rank and all keys comes nearest"
+    "weights are mapped read-only; lora with a larger rank and all keys comes closest"
 )
 FOREIGN = {
-    "train": Foreign("must be true, this command trains", lambda value: value is True, is_told=False),
-    "grad_checkpoint": Foreign("what is kept or recomputed follows from --memory-budget", _always),
-    "clear_cache_threshold": Foreign("no cache of buffers grows here", _always, has_value=True),
-    "trust_remote_code": Foreign("no code of a model's folder is ever run, and no family here needs any; leave it out"),
-    "use_dora": Foreign("its name is fine_tune_type: dora now"),
+    "train": Foreign("must be true: this command only trains", lambda value: value is True, is_told=False),
+    "grad_checkpoint": Foreign("--memory-budget decides what is kept and what is recomputed", _always),
+    "clear_cache_threshold": Foreign("the cache of buffers does not grow", _always, has_value=True),
+    "trust_remote_code": Foreign(
+        "no code from a model's folder is ever run, and no supported family needs any; leave it out"
+    ),
+    "use_dora": Foreign("use fine_tune_type: dora instead"),
     "wandb": Foreign("use report_to: wandb, and project_name for its project", has_value=True),
-    "lora_layers": Foreign("its name is num_layers now", has_value=True),
+    "lora_layers": Foreign("renamed: use num_layers instead", has_value=True),
 }
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Their flags, which --help does not show; their values come out under their names, if they were given."""
+    """Adds their flags, which --help does not show. Values of given flags appear under the options' names."""
     group = parser.add_argument_group()
     for name, foreign in FOREIGN.items():
         how: dict[str, Any] = {"metavar": "VALUE"} if foreign.has_value else {"action": "store_true"}
@@ -58,9 +60,9 @@ def flag(name: str) -> str:
 
 
 def is_taken(name: str, value: Any, where: str) -> bool:
-    """Whether an option that is taken without effect is worth a notice. UserError for a value that asks for more.
+    """Whether an accepted option has to be reported. Raises UserError for a value that cannot be ignored.
 
-    value: what a flag or a YAML file gives, None: absent; where: what an error begins with.
+    value: from a flag or a YAML file, None if absent; where: the start of an error message.
     """
     foreign = FOREIGN[name]
     if value is None:
@@ -71,6 +73,6 @@ def is_taken(name: str, value: Any, where: str) -> bool:
 
 
 def notice(names: list[str]) -> str:
-    """One line about those that were taken."""
+    """One line about the options that were accepted without effect."""
     reasons = [f"{name} ({FOREIGN[name].why})" if name in FOREIGN else f"{name} (null)" for name in names]
-    return f"note: taken, and without effect here: {', '.join(reasons)}"
+    return f"note: accepted, but without effect: {', '.join(reasons)}"

@@ -1,7 +1,7 @@
-"""Options as dataclass fields: one description gives the flag, the YAML key, the checks and the help line.
+"""Options as dataclass fields: one description defines the flag, the YAML key, the checks and the help line.
 
 `option(...)` describes a field; `describe(cls)` lists the fields; `convert` checks a value from a flag or a YAML
-file; `build_parser` makes the command line; `read_yaml` keeps line numbers.
+file; `build_parser` makes the command-line parser; `read_yaml` keeps line numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mebp_mlx.errors import UserError
 from mebp_mlx.system.version import __version__
 
 Options = TypeVar("Options")
-_LARGEST = 2**63  # whole numbers stay below it: what counts with them has 64 bits
+_LARGEST = 2**63  # integers must be smaller, because counters have 64 bits
 _YAML_BYTES, _YAML_DEPTH, _YAML_NODES = 1_000_000, 20, 10_000
 
 
@@ -35,14 +35,14 @@ class Option:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
-    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # values of mlx-lm's, and why they are no choice
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # mlx-lm's value: why it is not supported
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     or_minus_one: bool = False
-    size: bool = False  # bytes: text with a unit, 500MB or 1.5GB, or a whole number
-    path: bool = False  # of a file or folder; ~ is expanded in flags and files alike
-    words: tuple[str, ...] = ()  # texts that are accepted as they are, besides values of the type
+    size: bool = False  # bytes: text with a unit (500MB, 1.5GB) or an integer
+    path: bool = False  # a file or folder; ~ is expanded
+    words: tuple[str, ...] = ()  # words accepted in addition to values of the type
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     yaml_only: bool = False
@@ -62,7 +62,7 @@ class Spec:
 
     @property
     def flag(self) -> str:
-        """`--kebab-case`; a key that exists only in YAML files keeps its name."""
+        """`--kebab-case`; the plain name for a key that exists only in YAML files."""
         return self.name if self.option.yaml_only else "--" + self.name.replace("_", "-")
 
 
@@ -98,7 +98,7 @@ def describe(cls: type) -> dict[str, Spec]:
 
 
 def convert(spec: Spec, raw: Any) -> Any:
-    """The checked value of an option. Raises ValueError with the reason, without the option's name."""
+    """Checks and converts the value of an option. Raises ValueError with the reason, without the option's name."""
     if raw is None:
         if spec.optional:
             return None
@@ -190,7 +190,7 @@ def _number(kind: type, raw: Any) -> int | float:
 
 
 def _shortened(raw: Any) -> str:
-    """What stands there, as far as a message needs it; Python does not print every integer."""
+    """A short repr for an error message; Python refuses to print very long integers."""
     try:
         text = repr(raw)
     except ValueError:
@@ -222,7 +222,7 @@ def _check_limits(about: Option, value: Any) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` if a known name is close to `name` or one begins with the other; otherwise ""."""
+    """`; did you mean X?` if a known name is close to `name` or one is a prefix of the other; otherwise ""."""
     bare = {each.lstrip("-"): each for each in known}
     name = name.lstrip("-")
     close = difflib.get_close_matches(name, list(bare), n=1, cutoff=0.7)
@@ -239,7 +239,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """One aligned line for each option; choices are in the help text, not in the left column."""
+    """One aligned line per option; choices are listed in the help text, not in the left column."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=33)
@@ -254,7 +254,7 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(cls: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose result holds only the options that were given, as raw text."""
+    """A parser whose result contains only the given options, as raw text."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -291,10 +291,9 @@ def build_parser(cls: type, prog: str, description: str, epilog: str) -> argpars
 def given_options(
     cls: type, parser: argparse.ArgumentParser, argv: Sequence[str] | None, refused: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The options on a command line, checked, by name.
+    """The checked options of a command line, by name.
 
-    refused: flags of mlx-lm's command that do not exist here, with the reason. Raises UserError naming the flag;
-    --help exits.
+    refused: unsupported flags of mlx-lm's command, with the reason. Raises UserError naming the flag; --help exits.
     """
     raw_values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     specs = describe(cls)
@@ -312,12 +311,14 @@ def parse(
     argv: Sequence[str] | None,
     refused: Mapping[str, str] | None = None,
 ) -> Options:
-    """The options on a command line. texts: --help's text before and after the options; otherwise as given_options."""
+    """The options of a command line as an object of `cls`. texts: --help's text before and after the options. The
+    other arguments and the errors are those of given_options.
+    """
     return cls(**given_options(cls, build_parser(cls, prog, *texts), argv, refused))
 
 
 def checked_value(spec: Spec, raw: Any, where: str) -> Any:
-    """The checked value of an option. Raises UserError, which begins with `where`."""
+    """The checked value of an option. Raises UserError whose message begins with `where`."""
     try:
         return convert(spec, raw)
     except ValueError as error:
@@ -338,7 +339,7 @@ def _shown_default(spec: Spec) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class YamlFile:
-    """The values of a YAML mapping, and the line of each."""
+    """The values of a YAML mapping and their line numbers."""
 
     path: str
     values: dict[str, Any]
@@ -352,7 +353,7 @@ class YamlFile:
 
 def read_yaml(path: str) -> YamlFile:
     """Reads a YAML mapping; `1e-5` is a number. Raises UserError naming file and line."""
-    import yaml  # only a run with --config pays for it
+    import yaml  # only runs with --config need it
 
     class Loader(yaml.SafeLoader):
         def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -362,7 +363,7 @@ def read_yaml(path: str) -> YamlFile:
                 kind = node.tag.rpartition(":")[2]
                 raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind}", node.start_mark) from None
 
-    exponent = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 wants a dot and a sign
+    exponent = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 requires a dot and a sign
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789."))
     try:
         with open(path, "rb") as file:
@@ -379,7 +380,7 @@ def read_yaml(path: str) -> YamlFile:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"--config {path}: {reason}") from None
     except RecursionError:
-        raise UserError(f"{path}:1: is nested more than {_YAML_DEPTH} deep") from None
+        raise UserError(f"{path}:1: is nested more than {_YAML_DEPTH} levels deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or "not valid YAML"
@@ -395,9 +396,9 @@ def read_yaml(path: str) -> YamlFile:
 def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
     where = f"{path}:{node.start_mark.line + 1}"
     if len(keys) > _YAML_DEPTH:
-        raise UserError(f"{where}: is nested more than {_YAML_DEPTH} deep")
-    if len(lines) > _YAML_NODES:  # aliases counted as often as they are used
-        raise UserError(f"{where}: holds more than {_YAML_NODES:,} values")
+        raise UserError(f"{where}: is nested more than {_YAML_DEPTH} levels deep")
+    if len(lines) > _YAML_NODES:  # an alias counts each time it is used
+        raise UserError(f"{where}: contains more than {_YAML_NODES:,} values")
     if node.id == "sequence":
         for number, item in enumerate(node.value):
             place = (*keys, str(number))
@@ -409,6 +410,6 @@ def _collect_lines(node: Any, keys: tuple[str, ...], lines: dict[tuple[str, ...]
         key = (*keys, str(key_node.value))
         line = key_node.start_mark.line + 1
         if key in lines:
-            raise UserError(f"{path}:{line}: {'.'.join(key)}: stands twice, first on line {lines[key]}")
+            raise UserError(f"{path}:{line}: {'.'.join(key)}: duplicate key, first on line {lines[key]}")
         lines[key] = line
         _collect_lines(value_node, key, lines, path)

@@ -1,7 +1,7 @@
-"""`python -m mebp_mlx.train`, and `mebp_mlx.train(config)` from Python: fine-tunes a model as the options say.
+"""`python -m mebp_mlx.train`, and `mebp_mlx.train(config)` from Python: fine-tunes a model.
 
-The command and the function have one name, so this module can be called: `mebp_mlx.train(config, callbacks)` is
-`mebp_mlx.train.train(config, callbacks)`, whichever of the two was imported first.
+The command and the function share a name, so this module is callable: `mebp_mlx.train(config, callbacks)` is
+`mebp_mlx.train.train(config, callbacks)`, whichever was imported first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .weights.hub import resolve_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code. What a user can get wrong is one line on stderr, no traceback."""
-    interrupted = "interrupted; the last save, if there was one, stays as it is"
+    """Runs the command; returns the exit code. Errors of the user are one line on stderr, without a traceback."""
+    interrupted = "interrupted; the last save, if there was one, is intact"
 
     def work(interrupt: Interrupt) -> None:
         with joined() as group:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_of(argv: Sequence[str] | None, group: Group | None = None) -> TrainConfig:
-    """The options of the command line, over those of the run that it resumes, which the first rank of a group reads."""
+    """The command line's options, merged over those of the resumed run, which the first rank of a group reads."""
     config, group = TrainConfig.from_args(argv), group or Group()
     if config.resume:
         config = TrainConfig.from_args(argv, saved=_saved_by_first(config, group))
@@ -54,12 +54,11 @@ def _saved_by_first(config: TrainConfig, group: Group) -> dict[str, Any]:
 
 
 def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ()) -> Path:
-    """Trains as `config` says (None: the bundled model on the bundled text) and prints what the command prints.
+    """Trains with the options in `config` (None: the bundled model on the bundled text); prints as the command does.
 
-    With config.resume, options left at their defaults are the resumed run's. callbacks: objects with mlx-lm's
-    on_train_loss_report(info) and on_val_loss_report(info), or one of them. Returns the folder of the adapters.
-    Raises UserError, BudgetError (a UserError), NonFiniteLoss, and KeyboardInterrupt after an interrupt, with
-    everything saved.
+    With config.resume, options that have their default values are taken from the resumed run. callbacks: objects with
+    mlx-lm's on_train_loss_report(info), on_val_loss_report(info) or both. Returns the folder of the adapters. Raises
+    UserError, BudgetError (a UserError) and NonFiniteLoss; KeyboardInterrupt after an interrupt, with everything saved.
     """
     config = TrainConfig() if config is None else config
     with Interrupt() as interrupt, joined() as group:
@@ -70,7 +69,7 @@ def train(config: TrainConfig | None = None, callbacks: Sequence[Callback] = ())
 
 
 def run(config: TrainConfig, interrupt: Interrupt, group: Group, callbacks: Sequence[Callback] = ()) -> None:
-    """Trains as `config` says. Raises UserError, BudgetError, NonFiniteLoss, Stopped, PeerLost, PeerFailed."""
+    """Trains, or only tests. Raises UserError, BudgetError, NonFiniteLoss, Stopped, PeerLost, PeerFailed."""
     is_test = is_test_alone(config)
     config = own_config(config, group)
     with PeakMeter() as meter:
@@ -87,7 +86,7 @@ def run(config: TrainConfig, interrupt: Interrupt, group: Group, callbacks: Sequ
 
 
 class _Command(ModuleType):
-    """This module, which can be called."""
+    """Makes this module callable."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Path:
         return train(*arguments, **options)

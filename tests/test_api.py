@@ -90,7 +90,7 @@ def test_errors_are_raised(home: Path, tmp_path: Path, tokens_made_here: None) -
     with pytest.raises(mebp_mlx.UserError, match="--data"):
         mebp_mlx.train(config_of(home, tmp_path / "out", data=str(tmp_path / "none")))
     mebp_mlx.train(config_of(home, tmp_path / "out", iters=1))
-    with pytest.raises(mebp_mlx.UserError, match="already holds a run"):
+    with pytest.raises(mebp_mlx.UserError, match="already contains a run"):
         mebp_mlx.train(config_of(home, tmp_path / "out"))
     with pytest.raises(mebp_mlx.BudgetError, match="--memory-budget"):
         mebp_mlx.train(config_of(home, tmp_path / "small", memory_budget=1_000_000))

@@ -183,7 +183,7 @@ def test_rows_without_labels_are_counted_and_refused_if_there_are_no_others(
     assert "rows is usable" in refused(capsys, argv)
     write_rows(tmp_path / "data", [good, bad])
     assert train.main(argv) == 0
-    assert "1 skipped, without a label" in capsys.readouterr().out
+    assert "1 skipped (no label)" in capsys.readouterr().out
     assert events(tmp_path / "out", "start")[0]["data"]["train"]["n_masked_rows"] == 1
 
 

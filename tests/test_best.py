@@ -131,7 +131,7 @@ def test_an_interrupted_save_of_best_is_completed_for_a_finished_run(
 
 def test_patience_needs_validations(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, options(home, tmp_path / "out", "--patience", "1", "--val-batches", "0"))
-    assert said.startswith("--patience: there are no validations")
+    assert said.startswith("--patience: no validation is run")
 
 
 def test_a_loss_lower_by_less_than_min_delta_is_not_better() -> None:

@@ -225,7 +225,7 @@ while True:
 @pytest.mark.parametrize("name", [CHECKPOINT, ADAPTERS, ADAPTER_CONFIG])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"--adapter-path.*already holds a run") as caught:
+    with pytest.raises(UserError, match=r"--adapter-path.*already contains a run") as caught:
         check_unused(tmp_path)
     assert ("--resume" in str(caught.value)) == (name == CHECKPOINT)
 
@@ -275,7 +275,7 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
     wider = {**parameters(0), NAMES[1]: mx.zeros((4, 7))}
     with pytest.raises(UserError, match=r"has shape \(3, 7\), not \(4, 7\)"):
         checkpoint.check_arrays(state, fresh_run(wider, optimizer.state))
-    with pytest.raises(UserError, match="is not of this run"):
+    with pytest.raises(UserError, match="is not part of this run"):
         fewer = {name: value for name, value in parameters(0).items() if name != NAMES[0]}
         checkpoint.check_arrays(state, fresh_run(fewer, optimizer.state))
     with pytest.raises(UserError, match="missing"):

@@ -172,7 +172,7 @@ def test_epochs_and_iters(tmp_path: Path) -> None:
         (["--keys", "q_proj", "vproj"], "--keys", "did you mean"),
         (["--keys"], "--keys", "expected at least one argument"),
         (["--learning-rat", "1"], "--learning-rat", "did you mean --learning-rate?"),
-        (["--trust-remote-code"], "--trust-remote-code", "no code of a model's folder is ever run"),
+        (["--trust-remote-code"], "--trust-remote-code", "no code from a model's folder is ever run"),
         (["--fine-tune-type", "full"], "--fine-tune-type", "lora with a larger rank"),
         (["--fine-tune-type", "none"], "--fine-tune-type", "not one of lora, dora"),
         (["--lora-layers", "4"], "--lora-layers", "num_layers"),

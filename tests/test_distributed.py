@@ -271,7 +271,7 @@ def assert_goes_on_alone(out: Path) -> None:
     before = load_checkpoint(out).step
     assert train.main(["--resume", "--adapter-path", str(out), "--iters", str(before + 7)]) == 0
     assert json.loads((out / "adapter_config.json").read_text())["iters"] == before + 7
-    assert "sums are added in another order" in (out / "log.jsonl").read_text()
+    assert "sums are added in a different order" in (out / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("gone", [0, 1])

@@ -49,7 +49,7 @@ def _bytes(folder: Path, shift: int) -> dict[str, int]:
     for info in map(weights.info, weights.names):
         if info.name != "vision_tower.patch.weight":
             n = ITEM_BYTES[info.dtype]
-            what = f"copied at every pass: not {n}-byte aligned" if info.offset % n else "adopted in place"
+            what = f"copied in every pass: not {n}-byte aligned" if info.offset % n else "used in place"
             actual[what] = actual.get(what, 0) + info.n_bytes
     return actual
 
@@ -60,10 +60,10 @@ def test_tensors_that_metal_would_adopt_are_listed(
 ) -> None:
     folder = _model(tmp_path / "model", shift)
     rows = _rows(capsys, "--model", str(folder))
-    assert "not on this machine" in rows["Metal"]["detail"]
+    assert "not available on this machine" in rows["Metal"]["detail"]
     actual = {what: row["figures"]["bytes"] for what, row in rows.items() if "bytes" in row["figures"]}
     assert actual == _bytes(folder, shift)
-    assert ("adopted in place" in actual) == (shift != 1)
+    assert ("used in place" in actual) == (shift != 1)
     assert all(row["state"] == "-" for what, row in rows.items() if what in actual)
 
 
@@ -89,8 +89,8 @@ def test_tensors_that_mlx_refuses_are_listed(
     monkeypatch.setattr(device, "on_metal", lambda: True)
     monkeypatch.setattr(mx, "from_dlpack", from_dlpack)
     rows = _rows(capsys, "--model", str(_model(tmp_path / "model", 0)))
-    refused = rows["copied at every pass: refused by MLX"]
-    assert refused["state"] == "note" and "keep" not in refused["detail"] and "adopted in place" not in rows
+    refused = rows["copied in every pass: refused by MLX"]
+    assert refused["state"] == "note" and "keep" not in refused["detail"] and "used in place" not in rows
 
 
 def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_the_five_measurements_run_on_every_backend(capsys: pytest.CaptureFixtur
     assert len(rows) == 5 and {row["group"] for row in rows} == {"probe"}
     here = device.on_metal()
     assert all(row["state"] == ("ok" if here else "-") for row in rows)
-    assert all(("not on Metal here" in row["detail"]) != here for row in rows)
+    assert all(("not on Metal" in row["detail"]) != here for row in rows)
     figures: dict[str, Any] = {}
     for row in rows:
         figures |= row["figures"]
@@ -124,7 +124,7 @@ def test_measurements_use_adopted_pages_if_available(
     capsys: pytest.CaptureFixture[str], small: None, as_on_metal: None
 ) -> None:
     rows = list(_rows(capsys, "--probe").values())
-    assert rows[0]["figures"]["shared_adopted"] and "adopted and read" in rows[0]["detail"]
+    assert rows[0]["figures"]["shared_adopted"] and "read in place" in rows[0]["detail"]
     assert rows[3]["figures"] == {"same": True, "adopted": True} and rows[3]["state"] == "ok"
 
 

@@ -82,7 +82,7 @@ def test_weights_cut_between_two_passes_are_reported_with_their_sizes(home: Path
     file = model / "model.safetensors"
     assert line == (
         f"error: {file}: was {n_bytes} bytes, is {n_bytes // 2} bytes: cut short while it was in use; "
-        f"what is saved in {out} is the last good state"
+        f"the last good state is saved in {out}"
     )
     # Iteration 3 used complete weights, but the run cannot know this, so the last save is from before.
     assert [e["iter"] for e in events(out, "save")] == [1, 2]

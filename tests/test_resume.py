@@ -134,7 +134,7 @@ def test_a_run_over_budget_may_only_warn(
     with monkeypatch.context() as patch:
         pass_the_budget_at(patch, 3)
         assert train.main(arguments(home, tmp_path / "warned", "--over-budget", "warn")) == 0
-        assert capsys.readouterr().out.count("is broken: the footprint reached 1000000.0 MB") == 1
+        assert capsys.readouterr().out.count("was exceeded: the footprint reached 1000000.0 MB") == 1
         assert train.main(arguments(home, tmp_path / "free", "--memory-budget", "none")) == 0
     with monkeypatch.context() as patch:
         pass_the_budget_at(patch, 6)  # in the last iteration nothing is left to stop, but the notice is still printed

@@ -184,14 +184,14 @@ def _doctor(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 def test_doctor_works_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, table = _doctor(capsys)
-    assert code == 0 and table.endswith("all that applies here works\n")
+    assert code == 0 and table.endswith("everything that applies to this machine works\n")
     code, text = _doctor(capsys, "--json")
     actual = json.loads(text)
     assert code == 0 and actual["ok"] is True and actual["machine"]["mlx"]
     groups = {row["group"] for row in actual["findings"]}
     assert groups == {"device", "memory", "BLAS", "meter", "files", "kernels"}
     states = {row["what"]: row["state"] for row in actual["findings"]}
-    assert states["a planted spike"] == "ok" and states["online_softmax"] == "-"
+    assert states["a deliberate spike"] == "ok" and states["online_softmax"] == "-"
 
 
 @pytest.mark.parametrize("change, code", [(None, 0), (_no_rescaling, 1), (_does_not_compile, 1)])
@@ -224,7 +224,7 @@ def test_doctor_times_attention_both_ways(
     rows = json.loads(text)["findings"]
     assert code == 0 and len(rows) == (2 if not mode else 0)
     for row in rows:
-        assert "not taken at this length" in row["detail"] and len(row["figures"]) == 6
+        assert "kernels not used at this length" in row["detail"] and len(row["figures"]) == 6
         assert all(figure > 0 for name, figure in row["figures"].items() if name.endswith("_ms"))
 
 

@@ -1,1 +1,1 @@
-"""`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here."""
+"""`python -m mebp_mlx.doctor`: describes this machine and checks everything that the trainer relies on."""

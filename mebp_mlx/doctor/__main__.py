@@ -1,8 +1,9 @@
-"""`python -m mebp_mlx.doctor`: what this machine offers, and whether what the trainer relies on works here.
+"""`python -m mebp_mlx.doctor`: describes this machine and checks everything that the trainer relies on.
 
-One row a finding: "ok", "note" (works, and could be better), "FAIL", or "-" (does not apply here). Exit 0, or 1 with a
-FAIL. --json prints the same as one JSON object. --model looks at a checkpoint, --probe measures (probes.py), --kernels
-checks every kernel at every size and times them (kernels.py), in place of the general checks.
+Prints one row per finding: "ok", "note" (works, but could be better), "FAIL", or "-" (does not apply to this machine).
+Exit code 0, or 1 if a row is FAIL. --json prints the rows as one JSON object. Instead of the general checks, --model
+inspects a checkpoint, --probe measures (probes.py), and --kernels checks and times every kernel at every size
+(kernels.py).
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from .checks import Finding
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks everything, prints it, and returns 0, or 1 if something does not work."""
+    """Runs the chosen checks, prints their findings, and returns 0, or 1 if something does not work."""
     parser = argparse.ArgumentParser(
-        prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meters, BLAS, kernels."
+        prog="python -m mebp_mlx.doctor", description="Checks this machine: device, memory meter, BLAS, kernels."
     )
     parser.add_argument("--version", action="version", version=f"mebp_mlx {__version__}", help="print the version")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    parser.add_argument("--model", metavar="M", help="what of this model is adopted in place and what is copied")
-    parser.add_argument("--probe", action="store_true", help="five measurements of footprints, waits and products")
-    parser.add_argument("--kernels", action="store_true", help="each Metal kernel at every size, checked and timed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--model", metavar="M", help="list which tensors of a model are used in place or copied")
+    parser.add_argument("--probe", action="store_true", help="take five measurements of footprint, waits and products")
+    parser.add_argument("--kernels", action="store_true", help="check and time each Metal kernel at every size")
     options = parser.parse_args(argv)
     return run_command(lambda _: examine(_chosen(options), options.json), "interrupted")
 
@@ -55,7 +56,7 @@ def _chosen(options: argparse.Namespace) -> list[Iterator[Finding]]:
 
 
 def examine(examinations: list[Iterator[Finding]], as_json: bool) -> int:
-    """Prints the findings as they come, or all as JSON; returns the exit code."""
+    """Prints each finding as soon as it is known, or all of them as JSON; returns the exit code."""
     selfcheck.mode()
     load_blas()
     allocator.settle()
@@ -69,7 +70,7 @@ def examine(examinations: list[Iterator[Finding]], as_json: bool) -> int:
         rows = [asdict(finding) for finding in findings]
         print(json.dumps({"ok": not failed, "machine": machine(), "findings": rows}))
     else:
-        print("something does not work here: see FAIL above" if failed else "all that applies here works")
+        print("something does not work: see FAIL above" if failed else "everything that applies to this machine works")
     return FAILED if failed else DONE
 
 

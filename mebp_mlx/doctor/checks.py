@@ -1,4 +1,4 @@
-"""The checks: each yields findings. OK works, NOTE works and could be better, FAIL, NOT_HERE does not apply."""
+"""The checks; each yields findings: OK (works), NOTE (works, but could be better), FAIL, NOT_HERE (does not apply)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from . import kernels, probes
 OK, NOTE, FAIL, NOT_HERE = "ok", "note", "FAIL", "-"
 SPIKE_BYTES, SPIKE_S = 50_000_000, 0.02
 SLOW_BLAS_GFLOPS = 20  # MLX's built-in reference BLAS reaches 5
-KERNEL_SIZES = {"T": 256, "C": 8192, "V": 16384, "D": 1024}  # of the timed calls
+KERNEL_SIZES = {"T": 256, "C": 8192, "V": 16384, "D": 1024}  # in timed calls
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: a group of rows, what was looked at, how it stands, and the figures."""
+    """One row of the table. group: its heading; what: the thing checked; state: OK, NOTE, FAIL or NOT_HERE."""
 
     group: str
     what: str
@@ -50,19 +50,19 @@ class Finding:
 
 
 def check_device() -> Iterator[Finding]:
-    """What MLX computes on, and the defaults that follow."""
+    """The device that MLX uses, and the resulting defaults."""
     about, info = machine(), mx.device_info()
     name = f"{info.get('device_name')}, {info.get('architecture')}"
     yield Finding("device", "MLX", OK, f"{about['mlx']} on {mx.default_device().type.name}: {name}", dict(info))
     if not device.on_metal():
-        yield Finding("device", "Metal", NOT_HERE, "not on this machine: kernels are not used", {})
+        yield Finding("device", "Metal", NOT_HERE, "not available on this machine: no kernels are used", {})
     dtype = "the checkpoint's own dtype" if device.on_gpu() else "float32"
     weights = "packed" if device.keeps_packed("auto") else "decompressed"
     yield Finding("device", "defaults", OK, f"computes in {dtype}, weights {weights}", {})
 
 
 def check_memory() -> Iterator[Finding]:
-    """Limits."""
+    """The memory limits, and the footprint so far."""
     about, info = machine(), mx.device_info()
     limits = {"memory_bytes": about["memory_bytes"]}
     limits |= {key: info[key] for key in ("max_recommended_working_set_size", "max_buffer_length") if key in info}
@@ -72,7 +72,7 @@ def check_memory() -> Iterator[Finding]:
 
 
 def check_blas() -> Iterator[Finding]:
-    """Which matrix library, and its speed on a product of a 0.5B model's MLP."""
+    """The BLAS library in use, and its speed on a product of a 0.5B model's MLP."""
     blas = load_blas()
     x, w = mx.random.normal((256, 896)), mx.random.normal((4864, 896))
     mx.eval(x, w)
@@ -85,7 +85,7 @@ def check_blas() -> Iterator[Finding]:
 
 
 def check_meter() -> Iterator[Finding]:
-    """The footprint meter: a planted spike is seen, and mapped pages of a file are not counted."""
+    """The footprint meter: it must see a deliberate spike, and must not count mapped pages of a file."""
     with PeakMeter() as meter:
         before_bytes = footprint_bytes()
         spike = mmap.mmap(-1, SPIKE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -97,7 +97,7 @@ def check_meter() -> Iterator[Finding]:
         seen_bytes = meter.peak_bytes - before_bytes
     right = 0.9 * SPIKE_BYTES <= seen_bytes <= 1.3 * SPIKE_BYTES
     detail = f"{SPIKE_BYTES / 1e6:.0f} MB for {1e3 * SPIKE_S:.0f} ms read as {seen_bytes / 1e6:.1f} MB"
-    yield Finding("meter", "a planted spike", OK if right else FAIL, detail, {"seen_bytes": seen_bytes})
+    yield Finding("meter", "a deliberate spike", OK if right else FAIL, detail, {"seen_bytes": seen_bytes})
     with tempfile.TemporaryFile(dir=choose_folder(None)) as file:
         file.write(os.urandom(1 << 20) * 32)
         file.flush()
@@ -110,7 +110,7 @@ def check_meter() -> Iterator[Finding]:
 
 
 def check_files() -> Iterator[Finding]:
-    """Where the arena goes, and whether mapped pages are adopted."""
+    """The arena's folder, and whether MLX uses mapped pages in place."""
     try:
         folder = choose_folder(None)
     except UserError as error:
@@ -126,14 +126,14 @@ def check_files() -> Iterator[Finding]:
         with open(path, "rb") as file:
             taken = adopt.adopt(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 100, 1000) is not None
     if taken or not device.on_metal():
-        detail = "adopted in place" if taken else "MLX copies on this backend"
+        detail = "used in place" if taken else "MLX copies them on this backend"
         yield Finding("files", "mapped weights", OK if taken else NOT_HERE, detail, {"adopted": taken})
     else:
-        yield Finding("files", "mapped weights", NOTE, "MLX would not adopt them: they are copied", {"adopted": False})
+        yield Finding("files", "mapped weights", NOTE, "MLX refuses them: they are copied", {"adopted": False})
 
 
 def check_saves(folder: Path | None = None) -> Iterator[Finding]:
-    """What saves rely on, tried in `folder` (by default the current one, in which runs make theirs), and limits."""
+    """Tries a save and a lock in `folder` (default: the current folder, where runs create theirs); lists limits."""
     folder = folder or Path.cwd()
     kind, limit = filesystem_of(folder), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     missing: list[str] = []
@@ -160,14 +160,15 @@ def check_saves(folder: Path | None = None) -> Iterator[Finding]:
 
 
 def check_model(name: str) -> Iterator[Finding]:
-    """What of a checkpoint's tensors MLX uses in their mapped pages, and what is copied at every pass, and why."""
+    """Which of a checkpoint's tensors MLX uses in place, which are copied in every pass, and why."""
     model = open_model(resolve_model(name))
     spec = model.spec
     about = f"{spec.family}, {spec.L} layers; computed in {device.dtype_name(model.dtype)}, "
     about += "weights packed" if model.packed else "weights decompressed"
     yield Finding("model", Path(name).name, OK, about, {"path": str(model.path)})
     if not device.on_metal():
-        yield Finding("model", "Metal", NOT_HERE, "not on this machine, all is copied; what follows is for Metal", {})
+        detail = "not available on this machine: everything is copied; the rows below apply to Metal"
+        yield Finding("model", "Metal", NOT_HERE, detail, {})
     placed = model.weights.placement(spec.tensors)
     for why, infos in sorted(placed.items(), key=lambda item: item[0] or ""):
         n_bytes = sum(info.n_bytes for info in infos)
@@ -176,27 +177,27 @@ def check_model(name: str) -> Iterator[Finding]:
             detail += "; python -m mebp_mlx.convert --mode keep aligns them"
         state = NOT_HERE if not device.on_metal() else NOTE if why else OK
         figures = {"tensors": len(infos), "bytes": n_bytes, "why": why, "names": [info.name for info in infos]}
-        yield Finding("model", f"copied at every pass: {why}" if why else "adopted in place", state, detail, figures)
+        yield Finding("model", f"copied in every pass: {why}" if why else "used in place", state, detail, figures)
     model.close()
 
 
 def check_probes() -> Iterator[Finding]:
-    """Measurements whose results on a Mac are awaited."""
+    """The measurements of probes.py, which have not been taken on a Mac yet."""
     for probe in probes.measure():
         here = device.on_metal()
         state = FAIL if not probe.good else OK if here else NOT_HERE
-        detail = probe.detail + ("" if here else "; not on Metal here")
+        detail = probe.detail + ("" if here else "; not on Metal")
         yield Finding("probe", probe.what, state, detail, probe.figures)
 
 
 def check_kernels(every: bool = False) -> Iterator[Finding]:
-    """Each kernel for each dtype and group size: compiled, checked against its reference, timed beside it.
+    """Compiles each kernel for each dtype and group size, checks it against its reference and times both.
 
-    every: attention's kernels for every head dim, too, and not the first one alone.
+    every: check attention's kernels for every head dim, not only for the first one.
     """
     for kernel in KERNELS.values():
         if not selfcheck.backend.available():
-            reason = "needs Metal; the reference is used (the test suite runs the kernel emulated)"
+            reason = "needs Metal; the reference is used (tests emulate the kernel)"
             yield Finding("kernels", kernel.name, NOT_HERE, reason, {})
             continue
         for dtype in selfcheck.DTYPES:
@@ -205,9 +206,9 @@ def check_kernels(every: bool = False) -> Iterator[Finding]:
 
 
 def check_attention() -> Iterator[Finding]:
-    """Attention by the kernels and by MLX, timed."""
+    """Times attention with the kernels and with MLX."""
     if not selfcheck.backend.available():
-        yield Finding("attention", "times", NOT_HERE, "needs Metal; python -m bench kernels counts", {})
+        yield Finding("attention", "times", NOT_HERE, "needs Metal; python -m bench kernels counts operations", {})
         return
     for what, detail, figures in kernels.measure():
         yield Finding("attention", what, OK, detail, figures)
@@ -216,7 +217,7 @@ def check_attention() -> Iterator[Finding]:
 def _kernel(kernel: selfcheck.Kernel, dtype: mx.Dtype, group_size: int) -> Finding:
     what = f"{kernel.name} {device.dtype_name(dtype)}" + (f" /{group_size}" if group_size else "")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the row says it
+        warnings.simplefilter("ignore")  # the row reports the problem
         problem = "" if selfcheck.passes(kernel.name, dtype, group_size) else kernel.problems[dtype, group_size]
     if problem:
         return Finding("kernels", what, FAIL, problem, {"problem": problem})

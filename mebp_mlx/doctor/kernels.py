@@ -1,7 +1,7 @@
-"""`python -m mebp_mlx.doctor --kernels`: attention by the kernels and by MLX in blocks, timed at the engine's shapes.
+"""`python -m mebp_mlx.doctor --kernels`: times attention with the kernels and with MLX, at the engine's shapes.
 
-From these figures the table of lengths in kernels/attention.py is to be set: where the kernels' backward takes less
-time. The general check (checks.py) says whether they are right.
+LEAST_KEYS in kernels/attention.py should be set from these figures: the row lengths from which the kernels' backward
+is faster. The general check (checks.py) tests whether the kernels are correct.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..ops.plan import Barrier, Plan
 from ..system import device
 from . import probes
 
-# (heads, key heads, head dim): Qwen2.5-0.5B, two others' shares of heads, Qwen2.5-3B, Gemma-3-4B.
+# (heads, key heads, head dim): Qwen2.5-0.5B, two other ratios of heads, Qwen2.5-3B, Gemma-3-4B.
 SHAPES = ((14, 2, 64), (32, 8, 80), (32, 32, 96), (16, 2, 128), (8, 4, 256))
 LENGTHS = (1024, 4096, 16384)
 DTYPES = (mx.bfloat16, mx.float16)
 TILE = Plan().token_block
 REPEATS = 3
-_SCORES_BYTES = 16 << 20  # of a block of queries, as the planner cuts them
+_SCORES_BYTES = 16 << 20  # per block of queries, as in the planner
 
 
 def measure() -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(what, in words, figures) for each shape, dtype and length: the row's last tile, forward and backward."""
+    """(name, description, figures) per shape, dtype and length, for forward and backward of a row's last tile."""
     for H, K, head_dim in SHAPES:
         for dtype in DTYPES:
             if not all(selfcheck.uses_metal(name, dtype, head_dim) for name in attention.NAMES):
-                continue  # the check of the kernel says why
+                continue  # the kernel's own check reports why
             for T in LENGTHS:
                 figures = _times((H, K, head_dim), dtype, T)
                 both = ", ".join(
@@ -40,12 +40,12 @@ def measure() -> Iterator[tuple[str, str, dict[str, float]]]:
                     for part in ("forward", "backward")
                 )
                 what = f"attention {device.dtype_name(dtype)} {H}/{K} x {head_dim}, {T:,} keys"
-                serves = "taken" if attention.is_served(dtype, head_dim, T) else "not taken"
-                yield what, f"{both}; {serves} at this length", figures
+                serves = "used" if attention.is_served(dtype, head_dim, T) else "not used"
+                yield what, f"{both}; kernels {serves} at this length", figures
 
 
 def _times(shape: tuple[int, int, int], dtype: mx.Dtype, T: int) -> dict[str, float]:
-    """Milliseconds of the last tile's forward and backward both ways, and the kernels' rate."""
+    """Milliseconds of the last tile's forward and backward with kernels and MLX, and the kernels' TFLOP/s."""
     H, K, head_dim = shape
     n, keys = min(TILE, T), mx.random.split(mx.random.key(3), 4)
     shapes = ((1, H, n, head_dim), (1, K, T, head_dim), (1, K, T, head_dim), (1, n, H * head_dim))

@@ -1,6 +1,7 @@
-"""`python -m mebp_mlx.doctor --probe`: five measurements on which the handling of memory and numbers on a Mac rests.
+"""`python -m mebp_mlx.doctor --probe`: five measurements behind the choices for memory and dtypes on a Mac.
 
-All run on every backend; elsewhere than on Metal they say so, and what could not be adopted is read through its map.
+All run on every backend; rows of other backends end with "not on Metal". A mapped file that MLX cannot use in place is
+read through its map.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LOOKS, REPEATS = 200, 5
 
 @dataclass(frozen=True)
 class Measured:
-    """One measurement: what, in words, and its figures by name. good: False if what must hold does not."""
+    """One measurement. figures: by name; good: False if a required property does not hold."""
 
     what: str
     detail: str
@@ -47,7 +48,7 @@ class Measured:
 
 
 def measure() -> Iterator[Measured]:
-    """The five, one after the other. UserError where no folder on a disk has room for their files."""
+    """Takes the five measurements in turn. Raises UserError if no folder on a disk has room for their files."""
     try:
         yield _adopted_footprint()
         yield _dirty_footprint()
@@ -59,7 +60,7 @@ def measure() -> Iterator[Measured]:
 
 
 def median_s(compute: Callable[[], Any], repeats: int) -> float:
-    """Seconds of an evaluation of what `compute` returns, after a first one."""
+    """Median seconds to evaluate the result of `compute`, after one evaluation to warm up."""
     mx.eval(compute())
     times = []
     for _ in range(repeats):
@@ -70,7 +71,7 @@ def median_s(compute: Callable[[], Any], repeats: int) -> float:
 
 
 def _adopted_footprint() -> Measured:
-    """Why weights are mapped shared: private pages may become the process's own as they are read."""
+    """Footprint of mapped weights, shared and private. They are mapped shared: private pages may count once read."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryFile(dir=choose_folder(None)) as file:
         for _ in range(0, ADOPTED_BYTES, PAGE_BYTES):
@@ -87,13 +88,13 @@ def _adopted_footprint() -> Measured:
             figures |= {f"{kind}_bytes": footprint_bytes() - before_bytes, f"{kind}_adopted": pages is not None}
             del pages
     detail = ", ".join(f"{kind} {figures[f'{kind}_bytes'] / 1e6:.1f} MB" for kind in ("shared", "private"))
-    how = "adopted and read" if figures["shared_adopted"] else "read without adoption"
+    how = "read in place" if figures["shared_adopted"] else "read through the map"
     what = f"{ADOPTED_BYTES / 1e6:.0f} MB of a mapped file"
     return Measured(what, f"footprint once {how}: {detail}", figures)
 
 
 def _dirty_footprint() -> Measured:
-    """What the arena's pages cost until the system has written them."""
+    """Footprint of the arena's pages before the system has written them."""
     with tempfile.TemporaryFile(dir=choose_folder(None)) as file:
         reserve(file.fileno(), DIRTY_BYTES)
         with mmap.mmap(file.fileno(), DIRTY_BYTES) as mapped:
@@ -106,7 +107,7 @@ def _dirty_footprint() -> Measured:
 
 
 def _look() -> Measured:
-    """What a wait costs that computes nothing."""
+    """Cost of a wait that computes nothing."""
     x = mx.zeros((LOOKS + 2, 8))
     mx.eval(x)
     starts = iter(range(LOOKS + 1))
@@ -120,7 +121,7 @@ def _look() -> Measured:
 
 
 def _read_cast_read() -> Measured:
-    """That MLX writes no result into adopted pages."""
+    """Checks that MLX writes no result into mapped pages."""
     with _one_tensor() as (weights, expected):
         for _ in range(2):
             read = Tensor(weights, "w")[...]
@@ -130,13 +131,13 @@ def _read_cast_read() -> Measured:
         same = np.array_equal(np.asarray(Tensor(weights, "w")[...]), expected)
         same = same and np.array_equal(weights.view("w"), expected)
         adopted = weights.in_place("w") is not None
-    detail = ("the same numbers" if same else "OTHER NUMBERS") + (", adopted" if adopted else ", copied, not adopted")
+    detail = ("the same numbers" if same else "DIFFERENT NUMBERS") + (", used in place" if adopted else ", copied")
     return Measured("a float16 tensor read, cast, read again", detail, {"same": same, "adopted": adopted}, same)
 
 
 @contextmanager
 def _one_tensor() -> Iterator[tuple[MappedWeights, np.ndarray]]:
-    """A mapped file with one float16 tensor "w" at a page's beginning, and its values."""
+    """A mapped file with one float16 tensor "w" at the start of a page, and its values."""
     from ..weights.writer import Entry, Shard
 
     value = mx.random.normal((4, 1 << 13)).astype(mx.float16)
@@ -152,7 +153,7 @@ def _one_tensor() -> Iterator[tuple[MappedWeights, np.ndarray]]:
 
 
 def _products() -> Measured:
-    """What float16 checkpoints would lose by bfloat16, which the GPUs of M1 and M2 emulate."""
+    """Times of products in float16 and bfloat16, which the GPUs of M1 and M2 emulate."""
     n, n_in, n_out = PRODUCT if device.on_gpu() else (CPU_ROWS, *PRODUCT[1:])
     figures = {}
     for dtype in (mx.bfloat16, mx.float16):

@@ -1,7 +1,7 @@
-"""Measures the memory of a plan: some blocks of a model forward and backward, and the head's first chunks.
+"""Measures the memory of a plan: runs some blocks of a model forward and backward, and the head's first chunks.
 
-The blocks run as in training, on the batch's real shape; this file has no model of them. Of a matrix that comes in many
-pieces only some are read and multiplied: products of long rows would take minutes, and their sizes repeat.
+The blocks run as in training, with the batch's real shape; nothing about them is modelled. If a matrix is read in many
+blocks, only some are read and multiplied: products of long rows would take minutes, and their sizes repeat.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..system.footprint import PeakMeter
 from .workload import Workload
 
 _CHUNKS = 3  # of the head: from the second chunk on, two states are in memory
-WHOLE_TILES = 8  # of a row; of a longer one most tiles are left out, or planning would take a step's time
+WHOLE_TILES = 8  # per row; most tiles of a longer row are skipped, else planning would take as long as a step
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. phases: the process's peak footprint in bytes by phase, without kept values; arrays_bytes:
-    MLX's own peak; kept_bytes: what all trained blocks keep.
+    """The result. phases: the process's peak footprint in bytes by phase, without kept values; arrays_bytes: MLX's own
+    peak; kept_bytes: of the values that all trained blocks keep.
     """
 
     phases: dict[str, int]
@@ -40,8 +40,8 @@ class Probe:
 
 
 class _Sampled(Model):
-    """A model whose blocks multiply by the first two pieces of a matrix and by its last; zeros of the same size stand
-    for the other products.
+    """A model that multiplies only by the first two blocks of a matrix and by its last; the other products are replaced
+    by zeros of the same size.
     """
 
     def __init__(self, model: Model):
@@ -65,7 +65,7 @@ def _is_sampled(start: int, stop: int, n: int) -> bool:
 
 @dataclass(frozen=True)
 class _Zeros:
-    """A piece [n_out, n_in] of a matrix without its weights."""
+    """A block [n_out, n_in] of a matrix without its weights; its products are zeros."""
 
     n_out: int
     n_in: int
@@ -78,8 +78,8 @@ class _Zeros:
 
 
 def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -> Probe:
-    """Runs some blocks of each kind under `plan`, but for kept values and optimizer state, which go to files here:
-    how much of them is in memory is arithmetic. Parameters and optimizer state stay as they are.
+    """Runs some blocks of each kind under `plan`, but with kept values and optimizer state in files: how much of them
+    stays in memory is calculated afterwards. Parameters and optimizer state are not changed.
     """
     plan = dataclasses.replace(plan, kept_bytes=0, offload_state=workload.is_exact)
     workload = dataclasses.replace(workload, model=_Sampled(workload.model))
@@ -106,7 +106,7 @@ def probe(workload: Workload, plan: Plan, arena_dir: str | Path | None = None) -
 
 
 def _kinds(workload: Workload, is_lazy: bool) -> list[list[Layer]]:
-    """Trained layers of each kind: two, or as many as are under way together and one more."""
+    """Trained layers of each kind: two, or with lazy graphs one more than are in flight together."""
     kinds: dict[object, list[Layer]] = {}
     for layer in workload.model.spec.layers[workload.first_trained :]:
         kinds.setdefault(workload.kind(layer), []).append(layer)
@@ -144,7 +144,7 @@ def _exact(
 
 
 def _leave_tiles_out(workload: Workload, plan: Plan, work: Pass, layers: list[Layer], T: int) -> None:
-    """Long rows: most tiles of blocks with attention, whose cost is quadratic, only keep what they would keep."""
+    """Skips most tiles of attention blocks for long rows, whose cost is quadratic; they only keep their values."""
     if len(plan.tiles(T)) <= WHOLE_TILES:
         return
     unread = Pass(workload.model.unread(), plan, workload.adapter, Barrier(None))
@@ -156,7 +156,7 @@ def _leave_tiles_out(workload: Workload, plan: Plan, work: Pass, layers: list[La
 
 
 class _Update:
-    """The update of one block's parameters; its results are dropped."""
+    """The update of one block's parameters; its results are discarded."""
 
     def __init__(self, workload: Workload, plan: Plan, meter: PeakMeter, prefix: str):
         self.meter, self.updater = meter, None

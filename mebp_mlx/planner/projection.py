@@ -1,4 +1,4 @@
-"""`--device`: this machine as a proxy for a phone. The phone app's memory limit is applied; the speed is projected."""
+"""`--device`: this machine as a proxy for a phone. An app's memory limit is applied; the speed is projected."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .workload import Workload
 
 
 def impose(phone: Phone, budget_bytes: int | None) -> str:
-    """Limits MLX's cache to the phone's and returns a line that says so. The wired limit is not changed.
+    """Limits MLX's cache to the phone's and returns a line that reports it. The wired limit is not changed.
 
-    budget_bytes: None where the options name no size.
+    budget_bytes: None if the options set no size.
     """
     before_bytes = mx.set_cache_limit(phone.cache_bytes)
     cache_bytes = min(before_bytes, phone.cache_bytes)
@@ -30,7 +30,7 @@ def impose(phone: Phone, budget_bytes: int | None) -> str:
 
 
 def host_rates() -> Rates | None:
-    """This machine's rates, measured now in a process of their own; None if that fails."""
+    """This machine's rates, measured in a child process; None if that fails."""
     try:
         rates = run_child(["mebp_mlx.system.rates"], {}, offline=True, timeout_s=60)
     except (ChildFailure, TimeoutError):
@@ -41,22 +41,22 @@ def host_rates() -> Rates | None:
 def project(
     phone: Phone, workload: Workload, plan: Plan, step_s: float | None = None, host: Rates | None = None
 ) -> Iterator[str]:
-    """Lines: a step's counts and its least time on the phone, and a measured time scaled by the two rooflines."""
+    """Lines with a step's counts, its least time on the phone, and a measured time scaled by the two rooflines."""
     rates = Rates(phone.flops[2], phone.bandwidth)
     with attention.assumed():
         there = count(on_phone(workload), plan)
     total, least_s = sum(there.values(), Work()), bound_s(there, rates)
     yield (
         f"projected  {phone.chip}: a micro-batch of {workload.B} x {workload.T:,} tokens is "
-        f"{total.flops / 1e9:,.1f} GFLOP and {total.memory_bytes / 1e9:,.2f} GB, {least_s:.3g} s at the least"
+        f"{total.flops / 1e9:,.1f} GFLOP and {total.memory_bytes / 1e9:,.2f} GB, at least {least_s:.3g} s"
     )
     if step_s is not None and host is not None:
         ratio = least_s / bound_s(count(workload, plan), host)
         rates_here = f"{host.flops / 1e9:,.0f} GFLOP/s and {host.memory_bytes / 1e9:.1f} GB/s, measured"
         yield (
-            f"  {step_s:.3g} s a step here ({rates_here}): {step_s * ratio:.3g} s there, if the phone were used "
-            "as well as this machine was"
+            f"  {step_s:.3g} s per step on this machine ({rates_here}): {step_s * ratio:.3g} s on the phone at the "
+            "same utilization"
         )
     for text in phone.assumptions:
         yield f"  assumed: {text}"
-    yield "  not measured on a phone; how far the paper's own steps are from the least: bench.projection"
+    yield "  not measured on a phone; bench.projection compares the paper's steps with their least times"

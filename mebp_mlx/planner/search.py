@@ -1,4 +1,4 @@
-"""Finds a plan by measuring candidates, from the smallest up while the budget allows the next one."""
+"""Finds a plan by measuring candidates, starting with the smallest, as long as the next one fits the budget."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .probe import WHOLE_TILES, Probe, probe
 from .workload import Workload
 
 ARENA_BUDGET_BYTES = 2_000_000_000
-LONG_ROWS_BYTES = 5_000_000_000  # the most that is written for long rows by default
-MARGIN = 0.08  # spare share of a prediction: by how much a run's peak exceeded its probe's (bench.plan_check)
+LONG_ROWS_BYTES = 5_000_000_000  # default limit of --arena-budget for long rows
+MARGIN = 0.08  # added to a prediction, because a run's peak can exceed its probe's (bench.plan_check)
 _SCORES_BYTES = 16 << 20  # of attention at a time: larger blocks are not faster
-_LOGITS_BYTES = 64 << 20  # on a GPU; a larger chunk has no more columns than its two products can use
-_COLUMNS = 4096  # of a chunk on a GPU: fewer, and the running sum [rows, D] takes the time
+_LOGITS_BYTES = 64 << 20  # largest chunk on a GPU; more columns would not speed up its two products
+_COLUMNS = 4096  # of a chunk on a GPU: with fewer, the running sum [rows, D] dominates the time
 _STEP_BYTES = 100_000  # budgets in messages are rounded up to this
 _MIB = 1 << 20
 
@@ -31,7 +31,7 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class Prediction:
     """phases: peak footprint in bytes by phase; kept_bytes: of a micro-batch's kept values, in memory and in the
-    file; arena_bytes: the files' size, the optimizer's state in it; written_bytes: to the file in each micro-batch.
+    file; arena_bytes: size of the files, including the optimizer's state; written_bytes: written per micro-batch.
     """
 
     phases: dict[str, int]
@@ -50,7 +50,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with its prediction; budget_bytes: if there is one."""
+    """A plan with its prediction; budget_bytes: None if there is no budget."""
 
     workload: Workload
     plan: Plan
@@ -59,7 +59,7 @@ class Planned:
 
 
 def ladder(workload: Workload) -> list[Plan]:
-    """Candidates from the smallest to the fastest. All keep values and optimizer state in files."""
+    """Candidate plans from the smallest to the fastest. All keep values and optimizer state in files."""
     steps: list[dict[str, Any]] = [
         dict(grain="op", token_block=128, query_block=64, logits_block_bytes=1 * _MIB, weight_block_bytes=1 * _MIB),
         dict(grain="op", token_block=256, query_block=128, logits_block_bytes=4 * _MIB, weight_block_bytes=2 * _MIB),
@@ -79,11 +79,11 @@ def ladder(workload: Workload) -> list[Plan]:
         step.setdefault("head_block_bytes", step["logits_block_bytes"])
         step["token_block"] = max(DROPOUT_RUN, step["token_block"] // workload.B // DROPOUT_RUN * DROPOUT_RUN)
         scores, limit = 4 * workload.B * workload.model.spec.H * workload.T_scored, _SCORES_BYTES
-        if step["grain"] == "block":  # every block of queries is launches, and as many in the backward pass again
+        if step["grain"] == "block":  # every block of queries costs launches, forward and backward
             scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
         step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))
         if step["grain"] == "block" and WHOLE_TILES * step["token_block"] < workload.T:
-            step["grain"] = "tile"  # what is under way is two tiles then; a tile of a long row hides its wait
+            step["grain"] = "tile"  # keeps only two tiles in flight; a tile of a long row hides its wait
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
     return plans
 
@@ -97,11 +97,11 @@ def choose(
     known: Plan | None = None,
     arena_dir: str | Path | None = None,
 ) -> Planned:
-    """The fastest plan whose predicted peak, with a margin, is within the budget (None: no limit).
+    """The fastest plan whose predicted peak, plus a margin, is within the budget (None: no limit).
 
-    smallest: the one with the least footprint; known: preferred if it fits; arena_dir: for the files;
-    arena_budget_bytes: None: 2 GB, and for long rows what block inputs and attention's outputs take, up to 5 GB.
-    Raises BudgetError, naming the smallest workable budget, when none fits.
+    smallest: choose the plan with the smallest footprint; known: preferred if it fits; arena_dir: folder of the files;
+    arena_budget_bytes: None means 2 GB, or for long rows the size of block inputs and attention's outputs, up to 5 GB.
+    Raises BudgetError naming the smallest workable budget if none fits.
     """
     if known is not None:
         predicted = predict(workload, known, probe(workload, known, arena_dir))
@@ -116,7 +116,7 @@ def choose(
     taken: tuple[Plan, Probe] | None = None
     for plan in plans:
         if taken is not None and budget_bytes is not None:
-            # A candidate's pieces are at most twice as large as those of the one before, or so much is to spare.
+            # A candidate's blocks are at most twice as large as the previous one's, so its peak grows at most so much.
             peak = predict(workload, *taken).peak_bytes
             if _spared(peak + max(0, peak - start_bytes - _whole_rows(workload, *taken))) > budget_bytes:
                 break
@@ -139,7 +139,7 @@ def choose(
 
 
 def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
-    """Predicts a run's memory from a probe of its plan: adds the values that further blocks keep."""
+    """Predicts a run's memory from a probe of its plan, by adding the values that the other blocks keep."""
     kept = measured.kept_bytes
     in_memory = kept if plan.kept_bytes is None else min(kept, plan.kept_bytes)
     gathered = workload.lora_bytes if workload.gathers or workload.make_updater is None else 0
@@ -155,10 +155,10 @@ def predict(workload: Workload, plan: Plan, measured: Probe) -> Prediction:
 
 
 def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None) -> tuple[Plan, Probe]:
-    """The same plan with as many kept values and as much optimizer state in memory as the budget allows."""
+    """The plan with as many kept values and as much optimizer state in memory as the budget allows."""
     room = math.inf
     if budget_bytes is not None:
-        # One byte less: the product with 1 + MARGIN rounds.
+        # One byte less, because multiplying by 1 + MARGIN rounds.
         room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, measured).peak_bytes
     if not workload.is_exact:
         return plan, measured
@@ -176,10 +176,10 @@ def _in_memory(workload: Workload, plan: Plan, measured: Probe, budget_bytes: in
 def _large_chunks(
     workload: Workload, plan: Plan, measured: Probe, budget_bytes: int | None, arena_dir: str | Path | None
 ) -> tuple[Plan, Probe]:
-    """The same plan with chunks of the vocabulary as large as the budget allows, measured again."""
+    """The plan with chunks of the vocabulary as large as the budget allows, measured again."""
     rows, most = min(workload.B * workload.T, ROWS), _LOGITS_BYTES
     if budget_bytes is not None:
-        # Two chunks are under way, and each is logits, what they become, and the product with them.
+        # Two chunks are in flight, and each consists of logits, their gradients and the product with those.
         room = int(budget_bytes / (1 + MARGIN)) - 1 - predict(workload, plan, measured).phases["head"]
         most = min(most, plan.logits_block_bytes + room // 6)
     larger = min(most, rows * workload.model.spec.V * workload.model.dtype.size)
@@ -192,8 +192,8 @@ def _large_chunks(
 
 
 def _whole_rows(workload: Workload, plan: Plan, measured: Probe) -> int:
-    """Bytes of a peak that are the same for pieces of any size: a block's input and output, and what is kept of the two
-    blocks that are under way where graphs are lazy.
+    """Bytes of a peak that do not depend on block sizes: a block's input and output, and with lazy graphs the kept
+    values of the two blocks in flight.
     """
     stream = 2 * workload.B * workload.T * workload.model.spec.D * workload.model.dtype.size
     of_two = 2 * measured.kept_bytes // max(1, workload.model.spec.L - workload.first_trained)
@@ -201,19 +201,19 @@ def _whole_rows(workload: Workload, plan: Plan, measured: Probe) -> int:
 
 
 def _kept_sizes(workload: Workload, plan: Plan) -> KeptSizes:
-    """The bytes that blocks keep under plans that cut the step as this one does."""
+    """The bytes that blocks keep under plans with the same block sizes as this one."""
     return KeptSizes(workload.model, plan, workload.lora, workload.first_trained, workload.B, workload.T)
 
 
 def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> frozenset[str]:
-    """Every product's output, except the cheapest to recompute per byte, until the file fits."""
+    """The values to keep: all products' outputs, minus the cheapest to recompute per byte until the file fits."""
     saved = SAVE_PRODUCTS
     if not workload.is_exact:
         return saved
     if arena_budget_bytes is None:
         arena_budget_bytes = _long_rows_budget(workload, plan)
     spec = workload.model.spec
-    # A byte of a projection's output costs as many products as the projection has inputs, a byte of attention's
+    # Cost per byte: a projection's output needs as many multiplications as the projection has inputs, attention's
     # twice as many as a query has keys.
     cost = {"q": spec.D, "k": spec.D, "v": spec.D, "g": spec.D, "u": spec.D}
     cost |= dict.fromkeys(("bcx", "qg", "qkv", "z", "p", "pg", "logits"), spec.D)
@@ -226,14 +226,14 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
             return saved
         if not order:
             raise BudgetError(
-                f"--arena-budget: {arena_budget_bytes / 1e6:.1f} MB does not hold the blocks' inputs; the smallest "
+                f"--arena-budget: {arena_budget_bytes / 1e6:.1f} MB is too little for the blocks' inputs; the smallest "
                 f"workable budget is {math.ceil(needed / _STEP_BYTES) * _STEP_BYTES / 1e6:.1f}MB"
             )
         saved -= {order.pop(0)}
 
 
 def _long_rows_budget(workload: Workload, plan: Plan) -> int:
-    """The default --arena-budget. Attention's outputs of long rows are by far the dearest to compute again."""
+    """The default --arena-budget. Attention's outputs of long rows are by far the most expensive to recompute."""
     kept = sum(_kept_sizes(workload, plan).of(dataclasses.replace(plan, saved=SAVE_ATTENTION)))
     return max(ARENA_BUDGET_BYTES, min(kept + workload.state_bytes, LONG_ROWS_BYTES))
 

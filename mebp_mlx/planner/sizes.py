@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 from ..model.base import Model
 from ..model.config import Layer, ModelSpec
 
-ITEM_BYTES = 4  # LoRA parameters and their gradients are float32 always
+ITEM_BYTES = 4  # LoRA parameters and their gradients are always float32
 
 
 @dataclass(frozen=True)
 class LoraSizes:
-    """Bytes. parameters: of all LoRA pairs, and so of all their gradients; block_gradients: of the block that has
-    the most; state: of the optimizer's arrays.
+    """Bytes. parameters: of all LoRA pairs, and of all their gradients; block_gradients: of the block with the most;
+    state: of the optimizer's arrays.
     """
 
     parameters: int
@@ -35,10 +35,10 @@ def lora_sizes(
     optimizer: optim.Optimizer | None = None,
     is_dora: bool = False,
 ) -> LoraSizes:
-    """What LoRA pairs of `rank` on `keys` (None: all matrices) of the last `num_layers` blocks (-1: all) will take.
+    """The sizes of LoRA pairs of `rank` on `keys` (None: all matrices) of the last `num_layers` blocks (-1: all).
 
-    optimizer: with or without state, which is not used; None: there is no state. With one, rank must
-    be below 2^31, MLX's longest axis.
+    optimizer: its own state is not used; None means no state. With an optimizer, rank must be below 2^31, MLX's longest
+    axis.
     """
     blocks = spec.layers if num_layers == -1 else spec.layers[-num_layers:]
     chosen = frozenset(spec.lora_keys if keys is None else keys)
@@ -50,18 +50,18 @@ def lora_sizes(
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Of a model with mixtures of experts: stored bytes of all experts, and of the most that a batch's tokens reach."""
+    """A model with mixtures of experts: the bytes of all experts, and of the most that a batch's tokens can reach."""
 
     stored: int
     reached: int
     n_layers: int
-    n_reached: int  # experts of a layer
+    n_reached: int  # experts per layer
 
 
 def expert_sizes(model: Model, n_tokens: int) -> ExpertSizes | None:
-    """What a pass over n_tokens reads of experts at most; None: the model has none.
+    """The most that a pass over n_tokens reads of the experts; None if the model has none.
 
-    A router that favours no expert reaches nearly as many, one that sends all tokens alike its n_chosen.
+    A router without preferences reaches nearly as many; a router that treats all tokens alike reaches n_chosen.
     """
     if (routing := model.spec.routing) is None:
         return None
@@ -82,7 +82,7 @@ def _shapes(layer: Layer, keys: frozenset[str], rank: int, is_dora: bool) -> Ite
 
 
 def _state_bytes(optimizer: optim.Optimizer, shape: tuple[int, ...]) -> int:
-    """Of one parameter's state, as the optimizer itself starts it: MLX arrays take no memory until evaluated."""
+    """Bytes of one parameter's state, from the optimizer's own initialisation, whose arrays are never evaluated."""
     entry: dict[str, mx.array] = {}
     optimizer.init_single(mx.zeros(shape), entry)
     arrays: dict[str, mx.array] = tree_flatten(entry, destination={})  # type: ignore[assignment]

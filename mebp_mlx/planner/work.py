@@ -1,8 +1,8 @@
-"""Counts the operations and bytes of a step on its own graphs, which are built and never evaluated.
+"""Counts the operations and bytes of a step on its own graphs, which are built but never evaluated.
 
-A matrix product [n, k] x [k, m] is 2 n k m operations; products and decompressions read their inputs and write their
-outputs through memory. Norms, gates, softmax and optimizer are left out: they move what the products around them
-move. Nothing is assumed about caches.
+A matrix product [n, k] x [k, m] is 2 n k m operations; products and decompressions read their inputs from memory and
+write their outputs to it. Norms, gates, softmax and optimizer are left out: they move the same arrays as the products
+around them. No caches are assumed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..ops.plan import Barrier, Plan
 from .workload import Workload
 
 _PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
-_MOVERS = (*_PRODUCTS, *attention.NAMES, "Quantize", "AffineQuantize")  # Quantize: mx.dequantize, too
+_MOVERS = (*_PRODUCTS, *attention.NAMES, "Quantize", "AffineQuantize")  # Quantize: also mx.dequantize
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Work:
         return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def times(self, factor: float) -> Work:
-        """The same work `factor` times."""
+        """The work multiplied by `factor`."""
         return Work(factor * self.flops, factor * self.memory_bytes, factor * self.arena_bytes)
 
 
@@ -53,15 +53,15 @@ class Rates:
     memory_bytes: float
 
     def bound_s(self, work: Work) -> float:
-        """The roofline: the least time for the work if computing and moving data overlap."""
+        """The roofline: the least time for the work if computation and data movement overlap."""
         return max(work.flops / self.flops, work.memory_bytes / self.memory_bytes)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One primitive of a graph: its name, or a kernel's, and (shape, item bytes) of its inputs and outputs.
+    """One primitive of a graph: its name or its kernel's, and (shape, item bytes) of its inputs and outputs.
 
-    place: of an attention kernel, where its queries are.
+    place: an attention kernel's argument for the position of its queries; () for other primitives.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Node:
 
     @property
     def flops(self) -> float:
-        """Of a matrix product or of attention; 0 for any other primitive."""
+        """Operations of a matrix product or of attention; 0 for any other primitive."""
         if self.place:
             (q, item_bytes), (k, _) = self.inputs[:2]
             return attention.operations(self.name, (q, k), item_bytes, self.place)
@@ -81,14 +81,14 @@ class Node:
 
     @property
     def n_bytes(self) -> float:
-        """Read and written."""
+        """Bytes read and written."""
         return float(sum(prod(shape) * item for shape, item in (*self.inputs, *self.outputs)))
 
 
 def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node]:
-    """The primitives of the graph that `run` builds on `inputs`; numpy stays out of it.
+    """The primitives of the graph that `run` builds on `inputs`, without the numpy paths.
 
-    MLX merges what is computed twice from the same inputs: scores of recomputed attention are there once.
+    MLX merges equal primitives with the same inputs: scores of recomputed attention appear once.
     """
     nodes: list[Node] = []
     constants: dict[str, mx.array] = {}
@@ -111,12 +111,12 @@ def nodes_of(run: Callable[..., list[mx.array]], *inputs: mx.array) -> list[Node
 
 
 def bound_s(phases: dict[str, Work], rates: Rates) -> float:
-    """Of a step whose phases follow one another."""
+    """The least time of a step whose phases run one after another."""
     return sum(rates.bound_s(work) for work in phases.values())
 
 
 def on_phone(workload: Workload) -> Workload:
-    """The same as a phone's GPU would have it: 16 bits, packed weights."""
+    """The workload on a phone's GPU: 16 bits, packed weights."""
     model = copy.copy(workload.model)
     model.dtype, model.packed = mx.bfloat16, True
     return dataclasses.replace(workload, model=model)
@@ -141,11 +141,11 @@ class _Counter:
         self.workload, self.plan = workload, plan
         self.model = workload.model.unread()
         self.work = Pass(self.model, plan, workload.lora, Barrier(None))
-        self.known: dict[object, Work] = {}  # by what a layer's graph depends on
+        self.known: dict[object, Work] = {}  # by the properties that a layer's graph depends on
 
     def forward(self, layer: Layer) -> Work:
         def run(*x: mx.array) -> list[mx.array]:
-            self.work.assume(self.workload.B, self.workload.T)  # not what another graph has left
+            self.work.assume(self.workload.B, self.workload.T)  # resets the state left by another graph
             return self.work.forward(layer, list(x))
 
         return self._once(("forward", self._kind(layer)), run)

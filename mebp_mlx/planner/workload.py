@@ -1,4 +1,4 @@
-"""The workload that a plan is made for."""
+"""The input of a plan: a model, its trained parameters and the shape of its batches."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Workload:
     """A model, its trained parameters and the shape of its batches.
 
     B, T: rows of a batch and positions of its longest row; T_eval: of the longest row that is only evaluated;
-    make_updater(lora, plan): as training makes it, for a Lora of its own (None: gradients are collected);
-    state_bytes: of the optimizer's state; gathers: whether a step gathers gradients (clipping, several
-    micro-batches); estimator: of a zeroth-order engine, None for exact gradients; forward_only: nothing is trained;
-    travelling_bytes: of gradients on their way between machines.
+    make_updater(lora, plan): makes the run's updater for a given Lora (None: gradients are collected); state_bytes: of
+    the optimizer's state; gathers: whether a step gathers gradients (clipping, several micro-batches); estimator: of a
+    zeroth-order engine, None for exact gradients; forward_only: nothing is trained; travelling_bytes: of gradients in
+    transit between machines.
     """
 
     model: Model
@@ -61,18 +61,18 @@ class Workload:
 
     @property
     def forward_passes(self) -> int:
-        """Of one micro-batch."""
+        """The number of forward passes per micro-batch."""
         return 1 if self.estimator is None else len(self.estimator.probes)
 
     def kind(self, layer: Layer) -> object:
-        """Layers of one kind differ in no graph and no size, but for how their matrices are packed."""
+        """A key for layers with the same graphs and sizes, apart from the packing of their matrices."""
         named = {**layer.linears, **layer.experts}
         trained = frozenset(short for short, linear in named.items() if linear.name in self.lora.pairs)
         return layer.block, layer.window, layer.head_dim, trained
 
     @property
     def T_scored(self) -> int:
-        """Positions of the longest row whose attention has scores in memory: longer ones go through the kernels."""
+        """Positions of the longest row whose attention scores are in memory; longer rows use the kernels."""
         dtype, spec = self.model.dtype, self.model.spec
         if spec.attention_cap is not None or not attention.serves(dtype, spec.head_dim, self.T):
             return self.T
@@ -84,7 +84,7 @@ class Workload:
 
     @property
     def first_trained(self) -> int:
-        """The lowest layer with a pair; their number without any. 0 where nothing is trained: all layers alike."""
+        """The lowest layer with a LoRA pair; the number of layers if none has one; 0 if nothing is trained."""
         if self.forward_only:
             return 0
         return first_trained(self.lora, self.model.spec.layers)

@@ -1,5 +1,5 @@
-"""What tests and benchmarks both need; nothing else in mebp_mlx imports it.
+"""Helpers for tests and benchmarks; nothing else in mebp_mlx imports them.
 
 synth.py: models of real shapes with random weights, written by streaming. tiny.py: small random models of every
-family, built by mlx-lm's own classes. reference.py: mlx-lm's model and autograd, which ours is compared with.
+family, built with mlx-lm's own classes. reference.py: mlx-lm's model and autograd, the reference for our gradients.
 """

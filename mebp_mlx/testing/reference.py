@@ -14,9 +14,9 @@ from .tiny import relative_error
 
 
 def mlx_lm_model(folder: Path, lora: Any, *, dequantized: bool = True) -> Any:
-    """mlx-lm's model with its LoRA layers, which hold the values of our `lora`; float32.
+    """mlx-lm's model in float32, with its LoRA layers set to the values of our `lora`.
 
-    dequantized: quantized layers become plain ones with the same weights.
+    dequantized: replace quantized layers by plain ones with the same weights.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
@@ -43,8 +43,8 @@ def mlx_lm_loss_and_grads(
 ) -> tuple[float, dict[str, mx.array]]:
     """Loss (mean over labels) and LoRA gradients of mlx-lm's model, by its parameter names.
 
-    tokens, targets: int [B, T]; a target of -100 is no label. Quantized weights are dequantized in float32; everything
-    else is computed in `dtype`.
+    tokens, targets: int [B, T]; a target of -100 is not a label. Quantized weights are dequantized in float32;
+    everything else is computed in `dtype`.
     """
     model = mlx_lm_model(folder, lora)
     model.set_dtype(dtype)
@@ -64,7 +64,7 @@ def mlx_lm_loss_and_grads(
 
 
 class _Taps(nn.Module):
-    """A depthwise nn.Conv1d as a sum over its taps: MLX convolves in no float64."""
+    """A depthwise nn.Conv1d as a sum over its taps: MLX has no float64 convolution."""
 
     def __init__(self, weight: mx.array):
         super().__init__()
@@ -83,7 +83,7 @@ def _replace_convolutions(model: nn.Module) -> None:
 
 
 class _Stack(nn.Module):
-    """mlx-lm's SwitchLinear as products with gathered matrices: MLX's gather_mm is float32 alone on the CPU."""
+    """mlx-lm's SwitchLinear as products with gathered matrices: on the CPU, MLX's gather_mm supports only float32."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -97,7 +97,7 @@ class _Stack(nn.Module):
 
 
 class _LoraStack(_Stack):
-    """The same of LoRASwitchLinear, without dropout."""
+    """mlx-lm's LoRASwitchLinear as such products, without dropout."""
 
     def __init__(self, module: Any):
         super().__init__(module.linear)
@@ -154,10 +154,10 @@ def dequantize_layers(model: nn.Module) -> None:
 
 
 def largest_error(loss: Any, grads: dict[str, Any], expected_loss: float, expected: dict[str, Any]) -> float:
-    """The worst relative error over the loss and every gradient; asserts that the names agree.
+    """The largest relative error of the loss and all gradients; asserts that the names agree.
 
-    A gradient that is zero in truth (queries and keys of a one-token row) is held against a
-    thousandth of the largest gradient, not against its own rounding noise.
+    The error of a gradient whose true value is zero (queries and keys of a one-token row) is taken relative to a
+    thousandth of the largest gradient, not to its own rounding noise.
     """
     assert set(grads) == set(expected)
     floor = 1e-3 * max(float(np.max(np.abs(np.asarray(g, np.float64)))) for g in expected.values())
@@ -167,7 +167,7 @@ def largest_error(loss: Any, grads: dict[str, Any], expected_loss: float, expect
 
 
 def rms_error(grads: dict[str, Any], expected: dict[str, Any]) -> float:
-    """All gradients as one vector: the norm of its error over its norm. Steadier than the worst entry is."""
+    """The relative error of all gradients as one vector, in the L2 norm; it varies less than the largest error."""
     assert set(grads) == set(expected)
     pairs = [(np.asarray(grads[n], np.float64), np.asarray(expected[n], np.float64)) for n in expected]
     return float(np.sqrt(sum(((g - e) ** 2).sum() for g, e in pairs) / sum((e**2).sum() for _, e in pairs)))

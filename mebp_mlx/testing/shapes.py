@@ -1,4 +1,4 @@
-"""The public config.json of real models, as far as it concerns the text model: what memory and time depend on."""
+"""The text-model part of real models' public config.json, which memory and time depend on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 def _shape(
     name: str, D: int, layers: int, heads: tuple[int, int], F: int, V: int, tied: bool, **more: Any
 ) -> dict[str, Any]:
-    """heads: of queries, and of keys and values."""
+    """A config.json. heads: the number of query heads, and of key and value heads."""
     shape = {
         "model_type": name,
         "hidden_act": "silu",
@@ -69,7 +69,7 @@ def _lfm2() -> dict[str, Any]:
 
 
 def _qwen35(D: int, layers: int, heads: tuple[int, int], F: int, n_values: int, tied: bool) -> dict[str, Any]:
-    """n_values: heads of values of the gated delta net; of keys there are 16."""
+    """n_values: value heads of the gated delta net, which has 16 key heads."""
     rope = {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25}
     linear = {"linear_num_key_heads": 16, "linear_num_value_heads": n_values, "linear_key_head_dim": 128}
     linear |= {"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4}
@@ -97,7 +97,7 @@ def _gemma(name: str, D: int, layers: int, heads: tuple[int, int], F: int, V: in
 
 
 def _gemma4(D: int, layers: int, heads: tuple[int, int], F: int, n_shared: int, every: int) -> dict[str, Any]:
-    """n_shared: layers that take keys and values from another; every: of as many layers the last sees the whole row."""
+    """n_shared: layers that use another's keys and values; every: the period of layers with full attention."""
     kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     full = {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25}
     text = {
@@ -135,7 +135,7 @@ def _gemma4(D: int, layers: int, heads: tuple[int, int], F: int, n_shared: int, 
 _GEMMA3: dict[str, Any] = {"rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6}
 _GEMMA3_4B = _GEMMA3 | {"sliding_window": 1024, "max_position_embeddings": 131_072}
 _GEMMA3_4B["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
-# The published factors grow from about 1 to about 50; shapes are what counts here.
+# The published factors grow from about 1 to about 50; only their shape matters for memory and time.
 _PHI4_ROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)]}
 _GPT_OSS_ROPE: dict[str, Any] = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
 _GPT_OSS_ROPE["original_max_position_embeddings"] = 4096

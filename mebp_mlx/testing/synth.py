@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, in the layout that mlx-lm writes and loads.
 
-Memory, time and file sizes of a run depend on shapes alone, so tests and benchmarks need no download. Files are
-streamed: the header first, then each tensor in pieces, so memory does not grow with the model.
+A run's memory, time and file sizes depend only on shapes, so tests and benchmarks need no download. Files are streamed:
+first the header, then each tensor in chunks, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 
 @dataclass(frozen=True)
 class Layer:
-    """A parameter of the model before packing; kind: "matrix" [out, in] or a stack of them, "norm" or "bias"."""
+    """A parameter before packing. kind: "matrix" [out, in] or a stack of them, "norm", "bias" or "other"."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of a safetensors file. Its values are random words for U32, else centre + std * noise.
+    """One entry of a safetensors file. Its values are random words if dtype is U32, else centre + std * noise.
 
     The noise is normal, or uniform in [-1, 1] for scales and biases of quantized weights.
     """
@@ -61,7 +61,7 @@ class Tensor:
 
 
 def model_config(shape: str | dict[str, Any], layers: int | None = None) -> dict[str, Any]:
-    """The config.json of a named shape, or a copy of a given one, cut to `layers` blocks; UserError if unknown."""
+    """The config.json of a named shape, or a copy of a given one, cut to `layers` blocks. UserError if unknown."""
     if isinstance(shape, str) and shape not in SHAPES:
         raise UserError(f"SHAPE {shape} is not one of {', '.join(SHAPES)}")
     config = copy.deepcopy(SHAPES[shape] if isinstance(shape, str) else shape)
@@ -78,7 +78,7 @@ def model_config(shape: str | dict[str, Any], layers: int | None = None) -> dict
 
 
 class _Listing:
-    """What a config asks for, in place of a checkpoint (model/reading.py: Reader)."""
+    """Records the parameters that a config requires, in place of a checkpoint (model/reading.py: Reader)."""
 
     def __init__(self, config: dict[str, Any]):
         text = config.get("text_config", config)
@@ -130,7 +130,7 @@ def _tensors(config: dict[str, Any], bits: int, group_size: int, dtype: str) -> 
             yield Tensor(layer.name, dtype, layer.shape, 0.0, 0.5)
         elif layer.kind == "bias":
             yield Tensor(f"{layer.name}.bias", dtype, layer.shape, 0.0, _WEIGHT_STD)
-        elif bits == 16 or layer.shape[-1] % group_size:  # mlx-lm does not quantize what it cannot group either
+        elif bits == 16 or layer.shape[-1] % group_size:  # mlx-lm does not quantize such rows either
             yield Tensor(f"{layer.name}.weight", dtype, layer.shape, 0.0, _WEIGHT_STD)
         else:
             *rows, n_in = layer.shape
@@ -152,12 +152,12 @@ def write_model(
     seed: int = 0,
     sparse: bool = False,
 ) -> Path:
-    """Writes config.json and model*.safetensors into `folder` and returns it; about 100 MB of memory at any size.
+    """Writes config.json and model*.safetensors to `folder` and returns it; takes about 100 MB of memory at any size.
 
-    shape: a name of SHAPES, or a config.json as a dict. bits: 2 to 8 affine quantization, 16 none. dtype: of scales,
-    norms and everything else that is not quantized. sparse: headers and holes only; every weight is zero. The folder
-    appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be written, if the
-    disk is too full, and for an unknown shape, bits, group size or dtype.
+    shape: a name in SHAPES, or a config.json as a dict. bits: 2 to 8 for affine quantization, 16 for none. dtype: of
+    scales, norms and everything else that is not quantized. sparse: write headers and holes only; all weights are zero.
+    The folder appears only when it is complete. Raises UserError if it exists and is not empty, if it cannot be
+    written, if the disk is too full, and for an unknown shape, bits, group size or dtype.
     """
     config = model_config(shape)
     _check_format(bits, group_size, dtype)
@@ -234,7 +234,7 @@ def _header(shard: list[Tensor]) -> bytes:
 
 
 def _write_values(file: BinaryIO, tensor: Tensor, seed: int) -> None:
-    """The values depend on seed and name alone, neither on the other tensors nor on the shards."""
+    """Writes a tensor's values, which depend only on seed and name, not on the other tensors or the shards."""
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
     left = math.prod(tensor.shape)
     while left:

@@ -1,1 +1,1 @@
-"""A training run: set up from options, stepped, logged, saved, resumed."""
+"""A training run: set-up from options, the loop, logs, saves, resuming."""

@@ -1,4 +1,4 @@
-"""The best validation so far, and whether enough of them in a row were no better: --save-best and --patience."""
+"""The best validation so far, and when to stop for lack of improvement: --save-best and --patience."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from ..config import TrainConfig
 
-FOLDER = "best"  # of its adapters, inside the run's
+FOLDER = "best"  # of the best adapters, inside the run's folder
 
 
 @dataclass
 class Best:
     """loss, iteration: of the best validation, infinite and 0 before the first; n_since: validations after it.
 
-    A validation is better when its loss is lower by more than min_delta. That of iteration 0 is only the one to beat:
-    nothing is trained then. patience: so many in a row that are no better end the run, None: they never do.
+    A validation is better if its loss is lower by more than min_delta. Iteration 0 only sets the loss to beat: nothing
+    is trained yet. patience: the number of validations in a row without improvement that ends the run; None: no limit.
     """
 
     min_delta: float = 0.0
@@ -28,20 +28,20 @@ class Best:
 
     @classmethod
     def of(cls, config: TrainConfig, state: Mapping[str, Any] | None) -> Best:
-        """As the options say, continued from what state() gave; None: from the start."""
+        """The Best for these options. state: a result of state() to continue from; None: start anew."""
         best = cls(config.min_delta, config.patience)
         if state:
             best.loss, best.iteration, best.n_since = state["loss"], state["iteration"], state["n_since"]
         return best
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs; {} before the first validation."""
+        """The values that a resumed run needs; {} before the first validation."""
         if math.isinf(self.loss):
             return {}
         return {"loss": self.loss, "iteration": self.iteration, "n_since": self.n_since}
 
     def observe(self, loss: float, iteration: int) -> bool:
-        """Takes a validation; whether it is better than all before it."""
+        """Records a validation; returns whether it is the best so far."""
         if not loss < self.loss - self.min_delta:
             self.n_since += 1
             return False

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Any object: what it lacks of on_train_loss_report(info) and on_val_loss_report(info) is not called.
+# Any object with on_train_loss_report(info), on_val_loss_report(info) or both; a missing method is not called.
 Callback = Any
-Send = Callable[[dict[str, float], int], Any]  # as of RunLog
+Send = Callable[[dict[str, float], int], Any]  # as in RunLog
 
 
 def sender(callbacks: Sequence[Callback]) -> Send:
-    """What hands a run's numbers to callbacks."""
+    """Returns a function that passes a run's numbers to the callbacks."""
     n_tokens = 0
 
     def send(numbers: dict[str, float], iteration: int) -> None:

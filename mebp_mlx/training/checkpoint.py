@@ -29,9 +29,8 @@ _LORA, _OPTIMIZER, _ENGINE = "lora/", "optimizer/", "engine/"
 class Checkpoint:
     """A state between two optimizer updates. step: updates done; options: TrainConfig.to_dict().
 
-    origin: fingerprints of what the options `model` and `data` stood for; engine: what a zeroth-order estimator keeps;
-    best: as of Best.state().
-    The optimizer's arrays, in dicts of dicts, may be numpy's views of a file.
+    origin: fingerprints of the options `model` and `data`; engine: the state of a zeroth-order estimator; best: the
+    dict of Best.state(). The optimizer's arrays, in nested dicts, may be numpy views of a file.
     """
 
     lora: dict[str, mx.array]
@@ -43,7 +42,7 @@ class Checkpoint:
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, Array]:
-        """All arrays under the names that they have in the file."""
+        """All arrays, under their names in the file."""
         parts: tuple[tuple[str, Mapping[str, Array]], ...] = (
             (_LORA, self.lora),
             (_OPTIMIZER, _flat(self.optimizer)),
@@ -56,14 +55,14 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
-    """checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, when a value is NaN or infinite."""
+    """Writes checkpoint.safetensors. Raises NonFiniteLoss, and keeps the last one, if a value is NaN or infinite."""
     about = {"step": state.step, "options": state.options, "origin": state.origin, "best": state.best}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
     write_arrays(folder / CHECKPOINT, state.arrays(), f"update {state.step}", "--adapter-path", metadata)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
-    """{"a.b": {"m": x}} -> {"a.b/m": x}; parameter names have dots, so the separator is another one."""
+    """{"a.b": {"m": x}} -> {"a.b/m": x}; the separator is not a dot because parameter names contain dots."""
     flat: dict[str, Array] = {}
     for name, value in state.items():
         if isinstance(value, Mapping):
@@ -88,12 +87,12 @@ def _nested(flat: Mapping[str, mx.array]) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """The saved state of a run, its arrays still on the disk. Raises UserError when there is none or it is damaged."""
+    """The saved state of a run; its arrays are still on disk. Raises UserError if it is missing or damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
         raise UserError(f"--resume: nothing is saved in {folder} yet; start without --resume")
     try:
-        MappedWeights(path).close()  # checks the header, of which MLX believes everything
+        MappedWeights(path).close()  # checks the header, which MLX does not
         arrays, metadata = cast(_Loaded, mx.load(str(path), return_metadata=True))
         about = json.loads(metadata["about"]) if metadata.get("format") == FORMAT else None
         if about is not None:
@@ -113,23 +112,23 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _step(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("its step is not a number of updates")
+        raise ValueError("`step` is not a number of updates")
     return value
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The options that a resumed run starts from. Raises UserError like `load_checkpoint`."""
+    """The options that a resumed run starts from. Raises UserError as `load_checkpoint` does."""
     options = load_checkpoint(folder).options
-    newer = recorded_options(folder)  # iters may have been raised since the save
+    newer = recorded_options(folder)  # iters may have increased since the save
     fields = describe(TrainConfig)
     return options | {name: newer[name] for name in fields if name in newer and fields[name].option.may_change}
 
 
 def check_same_run(config: TrainConfig, checkpoint: Checkpoint, origin: Mapping[str, str]) -> None:
-    """Raises UserError naming the first option by which a resumed run would no longer be the same run."""
+    """Raises UserError naming the first option that would make the resumed run a different run."""
     for name, now in config.fixed_by_run().items():
         flag, before = describe(TrainConfig)[name].flag, checkpoint.options.get(name)
-        if name in origin:  # what the name stands for counts: a folder may have moved
+        if name in origin:  # compare the content, not the name: a folder may have moved
             if checkpoint.origin.get(name) != origin[name]:
                 what = f"{before}, not {now}" if before != now else f"{now} as it was then; it has changed since"
                 raise UserError(f"{flag}: the run in {config.adapter_path} uses {what}")
@@ -145,23 +144,24 @@ def _shown(value: Any) -> str:
 
 
 def check_arrays(checkpoint: Checkpoint, fresh: Checkpoint) -> None:
-    """Raises UserError when the checkpoint's names or shapes are not those of this run; reads nothing.
+    """Raises UserError if the checkpoint's names or shapes differ from this run's; reads no values.
 
     fresh: the state of a new run with the same options.
     """
     wanted, saved = fresh.arrays(), checkpoint.arrays()
     for name in sorted(wanted.keys() | saved.keys()):
         if name not in saved or name not in wanted:
-            raise UserError(f"--resume: {CHECKPOINT}: {name} is {'missing' if name in wanted else 'not of this run'}")
+            problem = "missing" if name in wanted else "not part of this run"
+            raise UserError(f"--resume: {CHECKPOINT}: {name} is {problem}")
         if saved[name].shape != wanted[name].shape:
             shapes = f"shape {saved[name].shape}, not {wanted[name].shape}"
             raise UserError(f"--resume: {CHECKPOINT}: {name} has {shapes}")
 
 
 def restore(saved: Checkpoint, lora: Lora, optimizer: Any, estimator: Estimator | None) -> None:
-    """Puts a checkpoint's arrays into a fresh Lora, optimizer and estimator of the same options.
+    """Puts a checkpoint's arrays into a new Lora, optimizer and estimator with the same options.
 
-    One parameter is read at a time, and the optimizer's state not yet: all of it at once would be above the plan.
+    Reads one parameter at a time, and the optimizer's state later: all of it at once would exceed the plan.
     """
     optimizer.init(lora.parameters())  # for names and shapes; nothing is computed
     state = {} if estimator is None else estimator.state()

@@ -1,8 +1,8 @@
-"""A run on several machines (system/group.py): who speaks, what all must agree on, and which rows each one takes.
+"""A run on several machines (system/group.py): which one writes, what must match, and how rows are divided.
 
-Every machine has the whole data and its own copy of the weights, and takes a part of every micro-batch's rows. As each
-divides its loss by the labelled tokens of all, gradients add up to those of one machine; training/update.py adds them
-up. Only the first rank writes and prints; the others run the same code on a temporary folder.
+Every machine has all the data and its own copy of the weights, and takes a part of the rows of every micro-batch. Each
+divides its loss by the labelled tokens of the whole micro-batch, so the gradients that training/update.py sums equal
+those of a single machine. Only the first rank writes and prints; the others run the same code on a temporary folder.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from ..system.interrupt import Stopped
 from ..system.version import __version__
 from .folder import CHECKPOINT, LOG
 
-# Options that machines may have each their own of.
+# Options that may differ between machines.
 _OWN = {
     "model", "data", "adapter_path", "arena_dir", "memory_budget", "arena_budget", "device", "over_budget", "config",
     "report_to", "project_name", "sample_prompt", "peer_timeout", "weights",
 }  # fmt: skip
-_WIDEST_SHARE = 2  # times the even one: what a plan leaves room for when rows are dealt by speed
-_INERTIA = 0.8  # of a machine's measured speed, from one step to the next
+_WIDEST_SHARE = 2  # largest share of rows, relative to an even one, that a plan allows for with --rows-by-speed
+_INERTIA = 0.8  # weight of the previous estimate in a machine's measured speed
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group of this process. An error ends all ranks: the one that has it prints it, after its number."""
+    """The group of this process. An error ends all ranks; the rank where it occurred prints it with its number."""
     group = connect()
     try:
         with contextlib.ExitStack() as stack:
@@ -75,8 +75,8 @@ def _name_rank(error: BaseException, group: Group) -> None:
 
 
 def own_config(config: TrainConfig, group: Group) -> TrainConfig:
-    """A rank's own options, once all are alike. Ranks after the first write into a folder of their own, which begins
-    with what the first one's holds of the run that is resumed or measured. Raises UserError.
+    """A rank's own options, after checking that all ranks agree. Ranks after the first write to their own folder, which
+    starts with a copy of the first rank's files if a run is resumed or evaluated. Raises UserError.
     """
     group.timeout_s = max(group.timeout_s, config.peer_timeout)
     group.reduce_dtype = DTYPES[config.reduce_dtype]
@@ -94,17 +94,17 @@ def own_config(config: TrainConfig, group: Group) -> TrainConfig:
 
 
 def check_alike(group: Group, values: Mapping[str, Any]) -> None:
-    """Raises UserError, on the first rank, naming the rank and the value by which it differs from the first."""
+    """Raises UserError on the first rank, naming a rank and a value that differs from the first rank's."""
     known = json.loads(json.dumps(values))
     for rank, other in enumerate(group.gather(known)):
         for name in dict.fromkeys([*known, *other]):
             if known.get(name) != other.get(name) and group.is_first:
                 raise UserError(f"{name}: rank {rank} has {other.get(name)}, rank 0 has {known.get(name)}")
-    group.gather(None)  # the others learn of it here
+    group.gather(None)  # where the other ranks learn of the error
 
 
 def check_same_parameters(group: Group, lora: Lora) -> None:
-    """Raises UserError, on the first rank, when a machine's adapters are not the first one's to the bit."""
+    """Raises UserError on the first rank if a machine's adapters are not bit-equal to the first rank's."""
     if group.is_alone:
         return
     digest = hashlib.sha256()
@@ -114,20 +114,20 @@ def check_same_parameters(group: Group, lora: Lora) -> None:
 
 
 class Deal:
-    """Which rows of a micro-batch this rank takes: as many as the others, or by its measured speed.
+    """Decides which rows of a micro-batch this rank takes: an even share, or one by measured speed.
 
-    most_rows: of a batch of `batch_size`, what a plan is made for.
+    most_rows: the largest share of a batch of `batch_size` rows; the plan is made for it.
     """
 
     def __init__(self, group: Group, batch_size: int, by_speed: bool = False) -> None:
         self.group, self.batch_size, self.by_speed = group, batch_size, by_speed and not group.is_alone
-        self.speeds = [1.0] * group.size  # positions a second, once measured
+        self.speeds = [1.0] * group.size  # positions per second, once measured
         even = -(-batch_size // group.size)
         self.most_rows = min(batch_size, even * _WIDEST_SHARE if self.by_speed else even)
         self._measured = False
 
     def part(self, batch: Batch) -> Batch:
-        """This rank's rows of a batch; alone: the batch."""
+        """This rank's rows of a batch; the whole batch if it is the only rank."""
         if self.group.is_alone:
             return batch
         counts = shares(len(batch.rows), self.speeds, self.most_rows)
@@ -135,19 +135,20 @@ class Deal:
         return batch.part(start, start + counts[self.group.rank])
 
     def notices(self, n_before: int) -> list[str]:
-        """What a person may not expect; n_before: machines of the run that is resumed, or as many as now."""
+        """Remarks that may surprise the user. n_before: the resumed run's number of machines; a new run's own."""
         remarks, n_now = [], self.group.size
         if n_now > self.batch_size:
-            remarks.append(f"{n_now} machines, batches of {self.batch_size} rows: {n_now - self.batch_size} take none")
+            n_idle = n_now - self.batch_size
+            remarks.append(f"{n_now} machines, batches of {self.batch_size} rows: {n_idle} get no rows")
         if n_before != n_now:
             remarks.append(
                 f"saved on {n_before} machine{'s' * (n_before > 1)}, resumed on {n_now}: the same rows and updates, "
-                "sums are added in another order"
+                "but sums are added in a different order"
             )
         return remarks
 
     def learn(self, positions: Sequence[int], seconds: Sequence[float]) -> None:
-        """Takes a step's positions and seconds of computing, by rank: the next deal follows them."""
+        """Updates the speeds from a step's positions and seconds of computing, by rank."""
         if not self.by_speed or not all(positions):
             return
         now = [n / max(s, 1e-9) for n, s in zip(positions, seconds, strict=True)]
@@ -157,9 +158,9 @@ class Deal:
 
 
 def shares(n_rows: int, speeds: Sequence[float], most: int) -> list[int]:
-    """How many of n_rows each rank takes: in proportion to speeds, at most `most`; they add up to n_rows.
+    """The number of rows for each rank: in proportion to speeds, at most `most`, summing to n_rows.
 
-    Row by row, each to the rank that would have done its rows first with it; ties go to the lower rank.
+    Each row in turn goes to the rank that would finish first with it; ties go to the lower rank.
     """
     counts = [0] * len(speeds)
     for _ in range(n_rows):

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy of a model on rows, with and without adapters, by forward passes that keep nothing."""
+"""Loss, perplexity and accuracy of a model on rows, with and without adapters, from forward passes only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_LORA = Lora({}, rank=1, scale=1.0, dropout=0.0, keys=(), num_layers=0)
 
 @dataclass(frozen=True)
 class Quality:
-    """loss: the mean over labelled tokens, in nats; accuracy: the share of them that are the likeliest token."""
+    """loss: mean over labelled tokens, in nats; accuracy: share of them to which the model gives the highest score."""
 
     loss: float
     accuracy: float
@@ -37,15 +37,15 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that passes what a float holds."""
+        """exp(loss); infinite if that overflows a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def evaluate(
     model: Model, adapter: Adapter, rows: TokenRows, plan: Plan, deal: Deal, batch_size: int, n_batches: int = -1
 ) -> Quality:
-    """The quality on the first `n_batches` batches of some rows, -1: all. Raises NonFiniteLoss naming rows, and
-    UserError when a weight file was cut short.
+    """The quality on the first `n_batches` batches of the rows (-1: all). Raises NonFiniteLoss, which names the rows,
+    and UserError if a weight file was truncated.
     """
     work = Pass(model, plan, adapter)
     loss_sum, n_labels, n_correct, n_rows = 0.0, 0, 0, 0
@@ -72,10 +72,10 @@ def rows_as_trained(
     data: str | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> TokenRows:
-    """The rows of a split, or of the file that `data` names, read as in the run whose options are `known`.
+    """The rows of a split, or of the file `data`, read as in the run whose options are `known`.
 
-    changes: fields of RowOptions that are not None win over these. Rows that are too long are truncated unless they say
-    otherwise. Raises UserError.
+    changes: fields of RowOptions; those that are not None override `known`. Rows that are too long are truncated unless
+    `changes` sets `overlong`. Raises UserError.
     """
     given = {name: value for name, value in (changes or {}).items() if value is not None}
     trained = {"train_on": COMPLETION if known.get("mask_prompt") else ALL, **known, "overlong": "truncate"}
@@ -85,10 +85,10 @@ def rows_as_trained(
 
 
 class Evaluator:
-    """Evaluates models on always the same rows, within a budget.
+    """Evaluates models on the same rows, within a budget.
 
-    n_batches: of the rows, -1: all; budget_bytes: the footprint to stay within, None: no limit; smallest: the plan with
-    the least footprint is taken; dtype: as of open_model; group: of machines that share the work.
+    n_batches: number of batches, -1 for all; budget_bytes: limit of the footprint, None for no limit; smallest: use the
+    plan with the smallest footprint; dtype: as in open_model; group: the machines that share the work.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Evaluator:
         self.budget_bytes, self.smallest = budget_bytes, smallest
 
     def __call__(self, path: Path, lora: Lora | None) -> Quality:
-        """Of the model in a folder, with pairs or without. Raises UserError, NonFiniteLoss, and BudgetError, naming
-        the smallest workable budget, when no plan fits.
+        """The quality of the model in a folder, with or without LoRA pairs. Raises UserError, NonFiniteLoss, and
+        BudgetError, which names the smallest workable budget, if no plan fits.
         """
         model = open_model(path, self.dtype)
         try:
@@ -126,7 +126,7 @@ class Evaluator:
 
 
 def is_test_alone(config: TrainConfig) -> bool:
-    """Whether --test is all that is asked for: --iters 0, or a folder of data without training rows."""
+    """Whether the options request only --test: --iters 0, or a data folder without training rows."""
     if not config.test or config.dry_run or config.preview:
         return False
     if not config.iters and config.epochs is None:
@@ -139,8 +139,8 @@ def is_test_alone(config: TrainConfig) -> bool:
 def evaluate_alone(
     config: TrainConfig, model_path: Path, group: Group | None = None
 ) -> tuple[TokenRows, dict[str, Quality]]:
-    """What `--test` means where nothing is trained: the test rows, and the quality of the model on them, and with the
-    adapters in --adapter-path where it holds some. Raises UserError, BudgetError, NonFiniteLoss.
+    """`--test` without training: the test rows, and the model's quality on them, also with the adapters in
+    --adapter-path if it contains any. Raises UserError, BudgetError, NonFiniteLoss.
     """
     rows = prepare_rows(config.data_source, "test", model_path, config.row_options)
     budget_bytes, smallest = config.budget_bytes, config.smallest
@@ -153,7 +153,7 @@ def evaluate_alone(
 
 
 def table(rows: TokenRows, qualities: Mapping[str, Quality]) -> list[str]:
-    """Lines for a person."""
+    """The results as lines of text."""
     first = next(iter(qualities.values()))
     lines = [f"{rows.name}: {first.n_rows:,} rows, {first.n_labels:,} labelled tokens"]
     lines += [f"{'':<10}{'loss':>10}{'perplexity':>14}{'accuracy':>10}"]

@@ -1,4 +1,4 @@
-"""Hashes of what a run's names stand for: a resumed run must find the same model and the same rows."""
+"""Hashes of a run's model and data: a resumed run must use the same weights and the same rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def model_fingerprint(path: Path) -> str:
-    """Hash of a model folder: config.json, and size and first megabyte of every safetensors file."""
+    """Hash of a model folder: config.json, and the size and first megabyte of every safetensors file."""
     weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     return _fingerprint([path / "config.json", *weights], 1 << 20)
 
 
 def data_fingerprint(tokens: Path, split: str = "train") -> str:
-    """Hash of a split's rows: all of their tokens and labels. `tokens`: DataSets.cache_dir."""
+    """Hash of all tokens and labels of a split. tokens: DataSets.cache_dir."""
     return _fingerprint([tokens / f"{split}.{name}" for name in ("offsets", "labels", "tokens")])
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, whether it is free, and what run.json says."""
+"""A run's folder: the names of its files, whether it is unused, and the contents of run.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 
 def check_unused(folder: Path) -> None:
-    """Raises UserError when a new run in `folder` would overwrite what another run has saved.
+    """Raises UserError if a new run in `folder` would overwrite another run's saved files.
 
-    A run that ended before its first save left run.json and log.jsonl, which do not count.
+    run.json and log.jsonl do not count: a run that ended before its first save leaves only these.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder}: is a file, not a folder")
@@ -27,13 +27,13 @@ def check_unused(folder: Path) -> None:
     if names:
         remedy = "--resume continues it, " if CHECKPOINT in names else "remove the folder, or "
         raise UserError(
-            f"--adapter-path {folder}: already holds a run ({names[0]}); {remedy}"
-            "another --adapter-path starts a new one; --test --iters 0 measures it"
+            f"--adapter-path {folder}: already contains a run ({names[0]}); {remedy}"
+            "another --adapter-path starts a new one; --test --iters 0 evaluates it"
         )
 
 
 def make_folder(folder: Path) -> None:
-    """Creates the folder of a run. Raises UserError when that is not possible or it cannot be written to."""
+    """Creates the folder of a run. Raises UserError if it cannot be created or is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
@@ -44,25 +44,25 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed saves left behind. The caller holds the folder's log, so nobody else is saving there."""
+    """Removes partial files of killed saves. The caller holds the log's lock, so no other process is saving."""
     for path in [*folder.glob(".*.partial"), *folder.glob("best/.*.partial")]:
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """run.json: options, plan, data, machine."""
+    """Writes run.json: options, plan, data, machine."""
     write_json(folder / RUN, record, "--adapter-path")
 
 
 def recorded_options(folder: Path) -> dict[str, Any]:
-    """The options in run.json, {} where it cannot be read."""
+    """The options in run.json; {} if it cannot be read."""
     options = _record(folder).get("options")
     return options if isinstance(options, dict) else {}
 
 
 def recorded_plan(folder: Path) -> Plan | None:
-    """The plan of the run in a folder; None where none was recorded in a way that this version knows."""
+    """The plan of the run in a folder; None if run.json has none that this version can read."""
     try:
         return Plan.from_dict(_record(folder)["plan"])
     except (ValueError, KeyError, TypeError):
@@ -70,7 +70,7 @@ def recorded_plan(folder: Path) -> Plan | None:
 
 
 def recorded_machines(folder: Path) -> int:
-    """On how many machines the run in a folder was last; 1 where it does not say."""
+    """The number of machines that last worked on the run in a folder; 1 if it is not recorded."""
     n_machines = _record(folder).get("n_machines")
     return n_machines if isinstance(n_machines, int) else 1
 

@@ -1,4 +1,4 @@
-"""What a run starts from: rows, the state that it continues, and how many updates that makes."""
+"""The inputs of a run: rows, the saved state if it is resumed, and the number of updates."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .setup import Sizes
 
 @dataclass
 class Inputs:
-    """Read and checked before a model is opened.
+    """The inputs, read and checked before a model is opened.
 
-    fingerprints: of "model" and "data"; n_updates: of the whole run; first_step: updates done before; saved: the state
-    after them, None for a new run and once its arrays have gone where they belong.
+    fingerprints: of "model" and "data"; n_updates: of the whole run; first_step: updates already done; saved: the state
+    after them, None for a new run and after its arrays were restored.
     """
 
     model_path: Path
@@ -38,14 +38,14 @@ class Inputs:
     saved: Checkpoint | None
 
     def compared(self, config: TrainConfig, group: Group) -> dict[str, Any]:
-        """What every machine must have the same of, by the name of its option."""
+        """The values that must be equal on every machine, by option name."""
         splits = [] if group.is_alone else [split for split in self.data.counts if split != "train"]
         evaluated = {f"--data ({split}.jsonl)": data_fingerprint(self.data.cache_dir, split) for split in splits}
         model, data = ({f"--{name}": self.fingerprints[name]} for name in ("model", "data"))
         return {**model, **data, **evaluated, "--iters": self.n_updates, "--resume": self.first_step}
 
     def sizes(self, config: TrainConfig, deal: Deal) -> Sizes:
-        """The largest batches, of this machine's rows."""
+        """The sizes of the largest batches of this machine's rows."""
         train, evaluated = self.data.train, (self.data.valid, self.data.test if config.test else None)
         longest_evaluated = max((int(rows.lengths.max()) - 1 for rows in evaluated if rows is not None), default=0)
         n_rows, longest = min(deal.most_rows, len(train)), int(train.lengths.max()) - 1
@@ -53,21 +53,21 @@ class Inputs:
 
 
 def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
-    """Everything that can be wrong before a model is opened, as UserError."""
+    """Reads and checks the inputs. Raises UserError for everything that can be wrong before a model is opened."""
     folder = Path(config.adapter_path)
     saved = load_checkpoint(folder) if config.resume else None
     if saved is None and not (config.dry_run or config.preview):
         run_folder.check_unused(folder)
     if saved is None and config.resume_adapter_file is not None:
         start_file(config.resume_adapter_file)
-    read_config(model_path)  # its sizes are checked before a library makes anything of them
+    read_config(model_path)  # checks its sizes before any library uses them
     check_installed(config.report_to or ())
     data = prepare(config.data_source, model_path, config.row_options)
     print_data(data, config)
     if config.test and data.test is None:
         raise UserError(f"--test: {config.data} has no test.jsonl")
     if config.patience is not None and (data.valid is None or not config.val_batches):
-        raise UserError("--patience: there are no validations (valid.jsonl, --val-batches)")
+        raise UserError("--patience: no validation is run (needs valid.jsonl and --val-batches)")
     fingerprints = {"model": model_fingerprint(model_path), "data": data_fingerprint(data.cache_dir)}
     if saved is not None:
         check_same_run(config, saved, fingerprints)
@@ -76,7 +76,7 @@ def read_inputs(config: TrainConfig, model_path: Path) -> Inputs:
 
 
 def count_updates(config: TrainConfig, rows: TokenRows) -> int:
-    """Optimizer updates of the run: whole ones only, so that --iters 10 with 4 micro-batches an update makes 2."""
+    """The number of complete optimizer updates of the run: --iters 10 with 4 micro-batches per update makes 2."""
     accumulate = config.grad_accumulation_steps
     if config.epochs is not None:
         return math.ceil(config.epochs * n_batches_per_epoch(rows, config.batch_size) / accumulate)

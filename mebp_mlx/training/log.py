@@ -1,7 +1,7 @@
-"""What a run reports: one JSON object for each event in log.jsonl, and lines or a progress bar for a person.
+"""A run's reports: one JSON object per event in log.jsonl, and lines or a progress bar for the user.
 
 Events: start, train, valid, test, save, notice, interrupted, end. All have `event` and `time` (Unix seconds);
-a value that is NaN or infinite is written as null. A resumed run appends, after a `start` with its iteration.
+NaN and infinite values are written as null. A resumed run appends a `start` with its iteration, then its own events.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Send = Callable[[dict[str, float], int], Any]  # numbers by name, iteration
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """Training since the last report. step_s: seconds for each optimizer step; thermal: the machine's state, where it
-    is known; learning_rate: None where the optimizer sets its own; loss_at: where the loss is, None: at the weights;
-    footprint_bytes, peak_bytes: the largest of the machines'; peak_bytes_by_rank: None for one machine.
+    """Training since the last report. step_s: seconds per optimizer step; thermal: the machine's thermal state, None if
+    unknown; learning_rate: None if the optimizer sets its own; loss_at: the point where the loss is taken, None for the
+    current weights; footprint_bytes, peak_bytes: the largest of all machines; peak_bytes_by_rank: None for one machine.
     """
 
     loss: float
@@ -51,10 +51,10 @@ class TrainReport:
 class RunLog:
     """The log of one run in `folder`, which must exist; use as a context manager.
 
-    n_iters: the run's last iteration; iteration: where it starts, for the progress bar; continues: keeps the events
-    that are there; stream: where a person reads (standard output); senders: called with the number fields and the
-    iteration of every train, valid and test event. Raises UserError when another process is writing the same log, and
-    when the disk refuses an event.
+    n_iters: the run's last iteration; iteration: the first one, for the progress bar; continues: keep existing events;
+    stream: output for the user (default: standard output); senders: called with the numeric fields and the iteration of
+    every train, valid and test event. Raises UserError if another process is writing the same log or an event cannot be
+    written.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RunLog:
         self._path = folder / LOG
         self._file = _open_for_append(self._path)
         if not continues:
-            self._file.truncate(0)  # of a run that saved nothing
+            self._file.truncate(0)  # left by a run that saved nothing
         self._bar = _ProgressBar(self._stream, n_iters, iteration) if _is_terminal(self._stream) else None
 
     def __enter__(self) -> RunLog:
@@ -104,31 +104,31 @@ class RunLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(whole_bytes)  # no half a line
+                self._file.truncate(whole_bytes)  # leave no partial line
             raise UserError(
                 f"--adapter-path {self._path}: cannot be written: {error.strerror or error}; the last save, if there "
-                "was one, is whole"
+                "was one, is intact"
             ) from None
 
     def say(self, text: str) -> None:
-        """One line for a person; not in the file."""
+        """Prints one line for the user; it is not written to the file."""
         if self._bar is not None:
             self._bar.print(text)
         else:
             print(text, file=self._stream, flush=True)
 
     def notice(self, text: str, **fields: Any) -> None:
-        """Something that a person should know, on both ways."""
+        """Writes a notice to the log and prints it."""
         self.event("notice", text=text, **fields)
         self.say(f"note: {text}")
 
     def advance(self, iteration: int) -> None:
-        """Moves the progress bar, where there is one."""
+        """Moves the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.advance(iteration)
 
     def train(self, iteration: int, report: TrainReport) -> None:
-        """Mean loss and speed since the last report."""
+        """Reports the mean loss and the speed since the last report."""
         fields = dataclasses.asdict(report)
         for name in ("thermal", "loss_at", "peak_bytes_by_rank"):
             if fields[name] is None:
@@ -148,7 +148,7 @@ class RunLog:
     def evaluation(
         self, kind: str, iteration: int, *, loss: float, accuracy: float, n_tokens: int, seconds: float
     ) -> None:
-        """A validation or test: `kind` is "valid" or "test", loss and accuracy means over n_tokens labelled tokens."""
+        """Reports a validation or test. kind: "valid" or "test"; loss, accuracy: means over n_tokens labels."""
         self.event(kind, iter=iteration, loss=loss, accuracy=accuracy, n_tokens=n_tokens, seconds=seconds)
         self.say(
             f"iter {iteration:>{len(str(self.n_iters))}}/{self.n_iters}  {kind} loss {loss:.3f}  "
@@ -158,7 +158,7 @@ class RunLog:
 
 
 def events(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The events of that kind in a run's log, in order; what is not JSON is passed over, and so is a missing log."""
+    """The events of one kind in a run's log, in order. Lines that are not JSON are skipped; no log means no events."""
     with contextlib.suppress(FileNotFoundError), open(folder / LOG, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
@@ -168,7 +168,7 @@ def events(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def last_event(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The latest event of that kind."""
+    """The latest event of one kind; None if there is none."""
     return next(iter(deque(events(folder, kind), maxlen=1)), None)
 
 
@@ -183,9 +183,9 @@ def _jsonable(value: Any) -> Any:
 
 
 def _open_for_append(path: Path) -> FileIO:
-    """The log, locked for this process; half a line that a killed process left at its end is cut off."""
+    """Opens the log and locks it for this process; removes a partial last line that a killed process left."""
     try:
-        file = FileIO(path, "a+")  # unbuffered: what the disk refuses is known at once
+        file = FileIO(path, "a+")  # unbuffered: write errors show up at once
     except OSError as error:
         raise UserError(f"--adapter-path {path}: {error.strerror or error}") from None
     try:
@@ -194,7 +194,7 @@ def _open_for_append(path: Path) -> FileIO:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             file.close()
             raise UserError(f"--adapter-path {path.parent}: another process is training there") from None
-        # A file system without locks: go on without.
+        # The file system has no locks: continue without one.
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 65536))
     tail = file.read()
@@ -208,7 +208,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 class _ProgressBar:
-    """rich's progress bar under the lines of the run. Imports rich, which costs 3 MB, so only terminals do."""
+    """rich's progress bar below the run's lines. Only terminals use it, because rich takes 3 MB."""
 
     def __init__(self, stream: Any, n_iters: int, iteration: int) -> None:
         from rich import progress

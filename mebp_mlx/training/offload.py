@@ -1,4 +1,4 @@
-"""The optimizer's state in a mapped file: two more copies of the trainable parameters that need not be memory."""
+"""The optimizer's state in a mapped file: up to two copies of the trainable parameters that need not stay in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..system.pages import page_ceil
 
 
 class ParkedState:
-    """An optimizer's state by parameter name, each in memory only between take() and put().
+    """An optimizer's state by parameter name; each entry is in memory only between take() and put().
 
-    state: of an initialised mlx optimizer, flat under the parameters' names; what is parked is
-    emptied there. folder: as of Arena; UserError when its disk is full.
+    state: of an initialised mlx optimizer, flat under the parameters' names; entries that move to the file are emptied.
+    folder: as in Arena; raises UserError if its disk is full.
     """
 
     def __init__(self, state: dict[str, Any], folder: str | Path | None = None):
@@ -28,7 +28,7 @@ class ParkedState:
             self.put(name, state)
 
     def put(self, name: str, state: dict[str, Any]) -> None:
-        """Move a parameter's entry of `state` into the file."""
+        """Moves a parameter's entry of `state` into the file."""
         parts = _arrays(state[name])
         mx.eval(parts)
         for part in self._names[name]:
@@ -36,11 +36,11 @@ class ParkedState:
         state[name] = {}
 
     def take(self, name: str) -> Any:
-        """A copy of a parameter's entry, in memory."""
+        """Returns a copy of a parameter's entry, in memory."""
         return self._entry(name, self._file.get)
 
     def views(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with numpy's views of the file in every parked entry: no memory, and valid until the next put()."""
+        """`state` with numpy views of the file as parked entries; they take no memory and are valid until put()."""
         return {
             name: self._entry(name, self._file.view) if name in self._names else entry for name, entry in state.items()
         }
@@ -51,7 +51,7 @@ class ParkedState:
 
 
 def parked_bytes(state: dict[str, Any]) -> int:
-    """The file's size for an optimizer's state, in whole pages for every array; 0 if there is nothing to park."""
+    """The file's size for an optimizer's state, with every array in whole pages; 0 if there is nothing to store."""
     entries = [entry for entry in state.values() if isinstance(entry, dict)]
     return sum(page_ceil(array.nbytes) for entry in entries for array in _arrays(entry).values())
 

@@ -1,4 +1,4 @@
-"""An optimizer of mlx.optimizers by its name, with its learning-rate schedule."""
+"""Makes an optimizer of mlx.optimizers from its name, with its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Schedule = Callable[[mx.array], mx.array]
 
 
 class PlainSGD(optim.SGD):
-    """SGD without momentum that keeps no state; mlx's own holds a zero array for each parameter."""
+    """SGD without momentum and without state; mlx's own keeps an array of zeros for each parameter."""
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Nothing to keep."""
+        """Creates no state."""
 
 
-# mlx.optimizers' classes by their lower-case names, of which config.OPTIMIZERS lists those that are offered.
+# mlx.optimizers' classes by lower-case name; config.OPTIMIZERS lists the supported ones.
 _CLASSES = {name.lower(): value for name, value in vars(optim).items() if isinstance(value, type)}
 CLASSES: dict[str, type[optim.Optimizer]] = {name: _CLASSES[name] for name in OPTIMIZERS}
 
 
 def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
-    """The optimizer of a run of `n_updates` updates. Raises UserError for wrong arguments in optimizer_config."""
+    """The optimizer for a run of `n_updates` updates. Raises UserError for wrong arguments in optimizer_config."""
     name = config.optimizer_name
     arguments = dict(config.optimizer_config.get(name, {}))
     known = set(inspect.signature(CLASSES[name].__init__).parameters) - {"self", "learning_rate"}
@@ -42,7 +42,7 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
         kind = with_ratio(kind)
     rate = learning_rate(config, n_updates)
     try:
-        if arguments:  # the classes check little: one update of a throwaway says whether these can be used
+        if arguments:  # the classes check little, so try the arguments in one update of a temporary optimizer
             tried = kind(learning_rate=1e-3, **arguments)  # type: ignore[call-arg]
             mx.eval(tried.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))}))
         optimizer = kind(learning_rate=rate, **arguments)  # type: ignore[call-arg]
@@ -50,13 +50,13 @@ def make_optimizer(config: TrainConfig, n_updates: int) -> optim.Optimizer:
         raise UserError(f"optimizer_config.{name}: {error}") from None
     if config.lora_plus_ratio != 1 and not uses_learning_rate(optimizer):
         raise UserError(
-            f"--lora-plus-ratio: {name} sets its own step sizes, relative_step: false makes it use the rate"
+            f"--lora-plus-ratio: {name} sets its own step sizes; relative_step: false makes it use the learning rate"
         )
     return optimizer
 
 
 def with_ratio(kind: type[optim.Optimizer]) -> type[optim.Optimizer]:
-    """The same optimizer, whose learning rate is `ratio` times what it is set to: LoRA+ (Hayou et al. 2024)."""
+    """A subclass of the optimizer whose learning rate is `ratio` times its set value: LoRA+ (Hayou et al. 2024)."""
 
     class WithRatio(kind):  # type: ignore[misc, valid-type]
         ratio = 1.0
@@ -73,13 +73,13 @@ def with_ratio(kind: type[optim.Optimizer]) -> type[optim.Optimizer]:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """What an initialised optimizer's state takes."""
+    """Bytes of an initialised optimizer's state."""
     flat: list[tuple[str, Any]] = tree_flatten(optimizer.state)  # type: ignore[assignment]
     return sum(int(value.nbytes) for _, value in flat if isinstance(value, mx.array))
 
 
 def uses_learning_rate(optimizer: Any) -> bool:
-    """Whether an optimizer takes the learning rate; adafactor by default sets its own step sizes."""
+    """Whether an optimizer uses the learning rate; adafactor sets its own step sizes by default."""
     return not getattr(optimizer, "relative_step", False)
 
 
@@ -97,15 +97,15 @@ def learning_rate(config: TrainConfig, n_updates: int) -> float | Schedule:
         decay = peak
     if not warmup:
         return decay
-    # From peak / (warmup + 1) on: an update at rate 0 would waste a step.
+    # Warm-up starts at peak / (warmup + 1): an update at rate 0 would waste a step.
     rise = optim.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optim.join_schedules([rise, decay if callable(decay) else lambda _: mx.array(peak)], [warmup])
 
 
 def _from_mlx_lm(schedule: Mapping[str, Any], n_updates: int) -> Schedule:
-    """mlx-lm's `lr_schedule`: after `warmup` updates from `warmup_init` to the first argument, the schedule.
+    """mlx-lm's `lr_schedule`: `warmup` updates from `warmup_init` to the first argument, then the schedule.
 
-    UserError where the rate at the beginning, or after `n_updates`, is no number or below 0.
+    Raises UserError if the rate at the start or after `n_updates` updates is not finite or is negative.
     """
     numbers = [int(n) if float(n).is_integer() and n >= 1 else n for n in schedule["arguments"]]
     try:
@@ -113,8 +113,8 @@ def _from_mlx_lm(schedule: Mapping[str, Any], n_updates: int) -> Schedule:
         rates = [main(mx.array(step)).item() for step in (0, 1, min(n_updates, 2**31 - 1))]
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"lr_schedule.arguments: {error}") from None
-    if not all(-1e-6 <= rate < math.inf for rate in rates):  # a line down to 0 may end beside it
-        raise UserError(f"lr_schedule.arguments: give rates of {rates[0]:g} at first, {rates[-1]:g} at the end")
+    if not all(-1e-6 <= rate < math.inf for rate in rates):  # a linear decay to 0 may end slightly below
+        raise UserError(f"lr_schedule.arguments: give rates of {rates[0]:g} at the start, {rates[-1]:g} at the end")
     if not (warmup := schedule["warmup"]):
         return main
     rise = optim.linear_schedule(schedule["warmup_init"], numbers[0], warmup)

@@ -1,4 +1,4 @@
-"""What a run tells a person before the loop and after it."""
+"""The lines that a run prints before and after the training loop."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ WORTH_ALIGNING_BYTES = 16 << 20
 
 
 def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -> list[str]:
-    """What a person may not expect of this run."""
+    """Remarks about this run that may surprise the user."""
     remarks = []
     if config.epochs is None and n_iters != config.iters:
-        remarks.append(f"{n_iters} iterations, not {config.iters}: an update takes {config.grad_accumulation_steps}")
+        remarks.append(f"{n_iters} iterations, not {config.iters}: each update takes {config.grad_accumulation_steps}")
     if not uses_learning_rate(optimizer):
         remarks.append(
             "adafactor sets its own step sizes; optimizer_config: {adafactor: {relative_step: false}} "
@@ -37,21 +37,21 @@ def notices(config: TrainConfig, data: DataSets, optimizer: Any, n_iters: int) -
     if config.resume and config.lr_decay != "constant":
         remarks.append(f"--lr-decay {config.lr_decay} reaches its end at iteration {n_iters}")
     if data.valid is None and config.val_batches:
-        remarks.append("no valid.jsonl: there are no validations")
+        remarks.append("no valid.jsonl: no validation is run")
     counts = data.counts["train"]
     n_unsure = counts.get("n_unsure", 0)
     if n_rows := counts.get("n_prompt_differs", 0) - n_unsure:
         remarks.append(
             f"{n_rows:,} training rows: the chat template rewrites the prompt before an answer; labels begin with the "
-            "answer (mlx-lm's begin where the prompt would end)"
+            "answer (mlx-lm's begin where the unchanged prompt would end)"
         )
     if n_unsure:
-        remarks.append(f"{n_unsure:,} training rows: the chat template rewrites them, labels may begin early or late")
+        remarks.append(f"{n_unsure:,} training rows: the chat template rewrites them; labels may begin early or late")
     return remarks
 
 
 def alignment_notices(model: Model, model_name: str) -> list[str]:
-    """What copies a conversion would save, where mapped pages are adopted and the checkpoint does not allow it."""
+    """The copies that a conversion would save, if MLX uses mapped pages in place but the checkpoint is not aligned."""
     if not model.weights.adopt:
         return []
     placed = model.weights.placement(model.spec.tensors)
@@ -60,28 +60,28 @@ def alignment_notices(model: Model, model_name: str) -> list[str]:
     if n_bytes < WORTH_ALIGNING_BYTES:
         return []
     return [
-        f"{megabytes(n_bytes)} of weights are copied at every pass: {len(copied):,} tensors are not aligned; "
-        f"python -m mebp_mlx.convert --mode keep --model {model_name} --out DIR saves that and changes no bit"
+        f"{megabytes(n_bytes)} of weights are copied in every pass: {len(copied):,} tensors are not aligned; "
+        f"python -m mebp_mlx.convert --mode keep --model {model_name} --out DIR avoids this and changes no bit"
     ]
 
 
 def print_data(data: DataSets, config: TrainConfig) -> None:
-    """One line for each split, and how long the training rows are."""
+    """Prints one line per split, and a histogram of the training rows' lengths."""
     treated = "dropped" if config.overlong == "drop" else "truncated"
     for split, counts in data.counts.items():
         line = f"{split:<11}{counts['rows']:,} rows, {counts['tokens']:,} tokens"
         if n_rows := counts.get("n_overlong"):
             line += f"; {n_rows:,} too long, {treated}"
         if n_rows := counts.get("n_masked_rows"):
-            line += f"; {n_rows:,} skipped, without a label"
+            line += f"; {n_rows:,} skipped (no label)"
         print(line, flush=True)
     print(f"lengths    {length_histogram(data.train.lengths, config.batch_size)}", flush=True)
 
 
 def length_histogram(lengths: np.ndarray, batch_size: int) -> str:
-    """`9-16 ## 17-32 ########## 33-64 ###; median 25 tokens, longest 60; padding 4%` of rows with so many tokens.
+    """The lengths of rows as `9-16 ## 17-32 ########## 33-64 ###; median 25 tokens, longest 60; padding 4%`.
 
-    padding: its share of what batches hold, which are of rows of similar length.
+    padding: the share of padding in batches, which group rows of similar length.
     """
     exponents = np.ceil(np.log2(lengths)).astype(int)
     parts = []
@@ -97,7 +97,7 @@ def length_histogram(lengths: np.ndarray, batch_size: int) -> str:
 
 
 def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:
-    """The predicted footprint in one line, or as a table with everything the plan decides."""
+    """Prints the predicted footprint in one line, or as a table with everything the plan decides."""
     workload, plan, predicted = planned.workload, planned.plan, planned.predicted
     held_bytes = predicted.kept_bytes - predicted.written_bytes
     if not table:
@@ -125,13 +125,13 @@ def print_plan(config: TrainConfig, planned: Planned, table: bool) -> None:
         "arena": f"{predicted.arena_bytes / 1e6:,.1f} MB on disk",
         "written": f"{predicted.written_bytes / 1e6:,.1f} MB per micro-batch, optimizer state "
         f"{workload.state_bytes * plan.offload_state / 1e6:,.1f} MB per update",
-        "pieces": f"{plan.token_block} tokens, {plan.query_block} queries, weights {weights}, "
+        "blocks": f"{plan.token_block} tokens, {plan.query_block} queries, weights {weights}, "
         f"logits {plan.logits_block_bytes >> 10:,} KiB; a graph is one {plan.grain}",
     }
     if (sizes := expert_sizes(workload.model, workload.B * workload.T)) is not None:
         rows["experts"] = (
-            f"a pass reads at most {sizes.n_reached} a layer in {sizes.n_layers} layers, {sizes.reached / 1e6:,.1f} of "
-            f"{sizes.stored / 1e6:,.1f} MB: those that tokens choose"
+            f"a pass reads at most {sizes.n_reached} per layer in {sizes.n_layers} layers, {sizes.reached / 1e6:,.1f} "
+            f"of {sizes.stored / 1e6:,.1f} MB: those that tokens choose"
         )
     for name, text in rows.items():
         print(f"  {name:<10}{text}")
@@ -151,9 +151,9 @@ def plan_record(planned: Planned) -> dict[str, Any]:
 
 
 class BudgetWatch:
-    """Sees that the measured peak has passed the budget: once in the log, and then aloud or as the end of the run.
+    """Detects that the measured peak exceeds the budget; logs it once, and prints a note or ends the run.
 
-    stop: whether the run has to end then (--over-budget stop). passed: what happened in a sentence, None before.
+    stop: whether the run then has to end (--over-budget stop). passed: a sentence about the excess; None before.
     """
 
     def __init__(self, planned: Planned | None, meter: PeakMeter, log: RunLog, stop: bool):
@@ -161,13 +161,13 @@ class BudgetWatch:
         self.passed: str | None = None
 
     def look(self, iteration: int) -> bool:
-        """Compares the process's peak so far with the budget, if there is one. True: the run has to end."""
+        """Compares the process's peak so far with the budget, if any; returns True if the run has to end."""
         if self.passed is None and self.planned is not None and self.planned.budget_bytes is not None:
             budget, peak = self.planned.budget_bytes, self.meter.peak_bytes
             predicted = self.planned.predicted.peak_bytes
             if peak > budget:
                 self.passed = (
-                    f"the budget of {budget / 1e6:.1f} MB is broken: the footprint reached {peak / 1e6:.1f} MB, "
+                    f"the budget of {budget / 1e6:.1f} MB was exceeded: the footprint reached {peak / 1e6:.1f} MB, "
                     f"{predicted / 1e6:.1f} MB was predicted"
                 )
                 numbers = {"budget_bytes": budget, "peak_bytes": peak, "predicted_peak_bytes": predicted}
@@ -180,7 +180,7 @@ class BudgetWatch:
 def summarize(
     folder: Path, log: RunLog, peak_bytes: int, seconds: float, n_iters: int, planned: Planned | None
 ) -> None:
-    """The last event and the last line: what came out, what it took, where it is."""
+    """Writes the last event and the last line: loss, time, peak footprint, and the adapters' folder."""
     losses = [event["loss"] for event in events(folder, "valid") if isinstance(event.get("loss"), float)]
     log.event("end", iter=n_iters, seconds=seconds, peak_bytes=peak_bytes)
     fall = f"validation loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
@@ -192,8 +192,8 @@ def summarize(
 
 
 def show_sample(config: TrainConfig, model_path: Path, folder: Path) -> None:
-    """Text before and after, as a child process makes it. A failure is told, not raised, and so is an interrupt: the
-    run is complete.
+    """Prints text generated by a child process without and with the adapters. A failure or an interrupt is reported,
+    not raised: the run is complete.
     """
     prompt = config.sample_prompt
     if prompt is None and config.model == "bundled":

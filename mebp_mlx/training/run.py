@@ -1,4 +1,4 @@
-"""A run before its first step: its inputs are read and checked, its model is open, its plan fits the budget."""
+"""Prepares a run for its first step: reads and checks inputs, opens the model, plans within the budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .update import Updater
 def prepare_run(config: TrainConfig, group: Group | None = None) -> Run | None:
     """Reads and checks the inputs, opens the model, and plans within the budget. Writes nothing.
 
-    None when there is nothing to train: a dry run, or a resumed run that has done all of its iterations. Raises
+    Returns None if there is nothing to train: a dry run, or a resumed run that has done all of its iterations. Raises
     UserError, BudgetError.
     """
     group = group or Group()
@@ -59,7 +59,7 @@ def prepare_run(config: TrainConfig, group: Group | None = None) -> Run | None:
     model = open_model(model_path, config.dtype, config.weights)
     if config.phone is not None:
         print(impose(config.phone, config.budget_bytes))
-    if config.keys is None:  # a record of the run says what that was
+    if config.keys is None:  # so that run.json lists them
         config = config.replace(keys=model.spec.lora_keys)
     lora = make_lora(config, model)
     optimizer = make_optimizer(config, inputs.n_updates)
@@ -71,7 +71,7 @@ def prepare_run(config: TrainConfig, group: Group | None = None) -> Run | None:
     known = run_folder.recorded_plan(Path(config.adapter_path)) if config.resume else None
     deal = Deal(group, config.batch_size, config.rows_by_speed)
     planned = make_plan(config, model, lora, inputs.sizes(config, deal), estimator, known)
-    group.gather(None)  # one machine's budget may be too small
+    group.gather(None)  # another machine may have found its budget too small
     if config.dry_run:
         return None
     updater = make_updater(config, lora, None if planned is None else planned.plan, optimizer, group)
@@ -79,7 +79,7 @@ def prepare_run(config: TrainConfig, group: Group | None = None) -> Run | None:
 
 
 def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
-    """Whether a resumed run has nothing left to do, which it says."""
+    """Whether a resumed run has nothing left to do; if so, prints that."""
     step, iteration = inputs.first_step, config.iteration(inputs.first_step)
     folder = Path(config.adapter_path)
     if inputs.saved is None or not is_whole(folder, config, step, best := Best.of(config, inputs.saved.best)):
@@ -101,8 +101,8 @@ def _is_done(config: TrainConfig, inputs: Inputs) -> bool:
 
 @dataclass
 class Run:
-    """Everything that a run works with, before its first step. planned: None for an engine without a plan;
-    machine: what it runs on; deal: of rows to machines; callbacks: as of callbacks.sender.
+    """The parts of a run before its first step. planned: None for an engine without a plan; machine: its description;
+    deal: the division of rows among machines; callbacks: as in callbacks.sender.
     """
 
     config: TrainConfig
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where all that the run writes goes."""
+        """The folder of all files that the run writes."""
         return Path(self.config.adapter_path)
 
     @property
@@ -140,5 +140,5 @@ class Run:
 
     @property
     def n_parameters(self) -> int:
-        """Trainable numbers."""
+        """The number of trainable parameters."""
         return sum(value.size for value in self.lora.parameters().values())

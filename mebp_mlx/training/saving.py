@@ -1,4 +1,4 @@
-"""A save: the checkpoint, the adapters, best/, then the log's event. What a stop cut off is completed later."""
+"""A save: the checkpoint, the adapters, best/, then the log's event. A resumed run completes an interrupted save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .folder import make_folder
 from .log import RunLog, last_event
 from .update import Updater
 
-_EVENT_BYTES = 300  # of a line in the log
+_EVENT_BYTES = 300  # size of a line in the log
 
 
 def is_due(every: int, before: int, now: int) -> bool:
@@ -31,15 +31,15 @@ def is_due(every: int, before: int, now: int) -> bool:
 
 
 class Saver:
-    """Writes a run's state into its folder. fingerprints: as of Checkpoint; best: saved with a state, and where it is
-    that state's own validation, the adapters are saved in best/, too.
+    """Writes a run's state into its folder. fingerprints: as in Checkpoint; best: saved with every state; the adapters
+    are also saved in best/ if the best validation is that of the saved state.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, fingerprints: dict[str, str], lora: Lora, best: Best) -> None:
         self.folder, self.config, self.fingerprints, self.lora, self.best = folder, config, fingerprints, lora, best
 
     def save(self, step: int, updater: Updater, estimator: Estimator | None, log: RunLog) -> None:
-        """The state after `step` updates. Refuses one that is not finite (NonFiniteLoss)."""
+        """Saves the state after `step` updates. Raises NonFiniteLoss if a value is not finite."""
         started_s = time.perf_counter()
         state = Checkpoint(
             self.lora.parameters(),
@@ -55,7 +55,7 @@ class Saver:
         log.event("save", iter=self.config.iteration(step), step=step, seconds=time.perf_counter() - started_s)
 
     def complete(self, step: int, log: RunLog) -> None:
-        """Writes what is missing of the save after `step` updates, from the checkpoint's parameters in `lora`."""
+        """Writes the missing parts of the save after `step` updates, from the checkpoint's parameters in `lora`."""
         if not is_whole(self.folder, self.config, step, self.best):
             self._adapters(step)
         iteration = self.config.iteration(step)
@@ -72,9 +72,9 @@ class Saver:
 
 
 def space_notice(folder: Path, config: TrainConfig, lora: Lora, state: Any, iterations: range) -> str | None:
-    """What these iterations of a run will write, where the folder's disk has less room; None where it has enough.
+    """A warning if the folder's disk has too little space for what these iterations will write; otherwise None.
 
-    state: the optimizer's. A file is written beside the one that it replaces. The arena's room is reserved already.
+    state: the optimizer's. A new file is complete before it replaces the old. The arena's space is already reserved.
     """
     lora_bytes = sum(value.nbytes for value in lora.parameters().values())
     flat: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
@@ -93,7 +93,7 @@ def space_notice(folder: Path, config: TrainConfig, lora: Lora, state: Any, iter
 
 
 def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:
-    """Whether the adapters of the save after `step` updates are all there; adapter_config.json is written last."""
+    """Whether all adapter files of the save after `step` updates exist; adapter_config.json is written last."""
     iteration = config.iteration(step)
     names = [ADAPTERS, *([numbered(iteration)] if _has_copy(config, step) else [])]
     if _is_best(config, step, best):
@@ -104,12 +104,12 @@ def is_whole(folder: Path, config: TrainConfig, step: int, best: Best) -> bool:
 
 
 def _is_best(config: TrainConfig, step: int, best: Best) -> bool:
-    """Whether the state after `step` updates is the one to be found in best/."""
+    """Whether best/ has to contain the state after `step` updates."""
     return config.tracks_best and step > 0 and best.iteration == config.iteration(step)
 
 
 def _has_copy(config: TrainConfig, step: int) -> bool:
-    """Whether the iteration's own copy of the adapters is due."""
+    """Whether the save after `step` updates includes a numbered copy of the adapters."""
     return is_due(config.save_every, config.iteration(step - 1), config.iteration(step))
 
 

@@ -1,7 +1,7 @@
-"""--report-to: a child process for each service, which alone imports the service's library.
+"""--report-to: one child process per service; only the child imports the service's library.
 
-The libraries take tens of megabytes, which belong to no training budget, and some of them wait for the network. A
-service that fails while a run goes on is told once, and the run goes on without it.
+The libraries take tens of megabytes, which do not belong in a training budget, and some of them wait for the network.
+If a service fails during a run, the failure is reported once and the run continues without it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..config import SERVICES
 from ..errors import UserError
 from ..system.feed import Feed, Take, serve
 
-_START_S, _END_S = 120.0, 60.0  # a service may log in, and may upload what is left
+_START_S, _END_S = 120.0, 60.0  # time to log in, and to upload the remaining numbers
 
 
 def check_installed(services: Sequence[str]) -> None:
-    """Raises UserError for a service whose library is not there; imports nothing."""
+    """Raises UserError for a service whose library is not installed; imports nothing."""
     for service in services:
         library = SERVICES[service]
         try:
@@ -31,9 +31,9 @@ def check_installed(services: Sequence[str]) -> None:
 
 
 class Services:
-    """The services of a run, as a context manager. project, name: of the run; options: as JSON; folder: of its files.
+    """The services of a run, as a context manager. project: its name; folder: the run's; options: as JSON values.
 
-    say: called with a line about a service that failed. Raises UserError, before anything is written, when one of them
+    say: called with a line about a service that failed. Raises UserError, before anything is written, if a service
     does not start.
     """
 
@@ -56,15 +56,15 @@ class Services:
         self.close(_END_S)
 
     def send(self, numbers: dict[str, float], iteration: int) -> None:
-        """Numbers by name, to every service that still takes them."""
+        """Sends numbers by name to every service that is still running."""
         for name, feed in list(self.feeds.items()):
             if not feed.send({"numbers": numbers, "iteration": iteration}):
-                self.say(f"--report-to {name}: {feed.problem}; no more is sent there, the run goes on")
+                self.say(f"--report-to {name}: {feed.problem}; nothing more is sent to it, the run continues")
                 del self.feeds[name]
                 feed.close(0.0)
 
     def close(self, timeout_s: float) -> None:
-        """Waits until all is delivered, at most that long for each."""
+        """Waits until everything is delivered, at most timeout_s per service."""
         for name, feed in self.feeds.items():
             feed.problem = None
             feed.close(timeout_s)

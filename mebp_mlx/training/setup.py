@@ -1,4 +1,4 @@
-"""From options to what a run works with: LoRA parameters, estimator, updater and a plan within the budget."""
+"""Builds a run's parts from its options: LoRA parameters, estimator, updater and a plan within the budget."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .optimizers import make_optimizer
 from .report import print_plan
 from .update import Updater
 
-_SUMS = 4  # copies of a block's gradients on their way: what is sent and its sum, of two blocks
+_SUMS = 4  # copies of a block's gradients in transit: the sent array and its sum, for two blocks
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """batch_size: rows of a batch; longest: positions of its longest row; longest_evaluated: of one only evaluated;
-    n_machines: whose gradients add up.
+    """batch_size: rows of a batch; longest: positions of the longest training row; longest_evaluated: positions of the
+    longest validation or test row; n_machines: the number of machines whose gradients are summed.
     """
 
     batch_size: int
@@ -43,7 +43,7 @@ class Sizes:
 
 
 def make_lora(config: TrainConfig, model: Model) -> Lora:
-    """What training starts from, as the options say. BudgetError, before it is made, when there is no room."""
+    """The initial LoRA parameters of a run. Raises BudgetError, before allocating any, if they do not fit."""
     check_lora(config, model)
     lora = init_lora(
         model.spec,
@@ -61,14 +61,14 @@ def make_lora(config: TrainConfig, model: Model) -> Lora:
 
 
 def is_dora(config: TrainConfig) -> bool:
-    """Whether pairs have row lengths, too."""
+    """Whether the pairs also have row norms."""
     return config.fine_tune_type == "dora"
 
 
 def check_lora(config: TrainConfig, model: Model) -> None:
-    """Refuses LoRA parameters that alone, with what a step holds beside them, pass the budget or the machine.
+    """Raises BudgetError if LoRA parameters, gradients and state alone exceed the budget or the machine's memory.
 
-    Sizes only, nothing is allocated. Raises BudgetError.
+    Uses sizes only; nothing is allocated.
     """
     optimizer = make_optimizer(config, 1)
     sizes = lora_sizes(model.spec, config.keys, config.num_layers, config.rank, optimizer, is_dora(config))
@@ -92,7 +92,7 @@ def check_lora(config: TrainConfig, model: Model) -> None:
 
 
 def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
-    """What makes a zeroth-order engine's estimates, as the options say; None for exact gradients."""
+    """The estimator of a zeroth-order engine, as the options describe it; None for exact gradients."""
     if config.engine not in ZEROTH_ORDER:
         return None
     return make_estimator(
@@ -110,8 +110,8 @@ def estimator_of(config: TrainConfig, lora: Lora) -> Estimator | None:
 def make_updater(
     config: TrainConfig, lora: Lora, plan: Plan | None, optimizer: Any | None = None, group: Group | None = None
 ) -> Updater:
-    """What applies gradients, as options and plan say. optimizer: with its state; None: a fresh one; group: of the
-    machines whose gradients add up; a zeroth-order estimate is the same on all of them.
+    """The updater that options and plan describe. optimizer: with its state, None for a new one; group: the machines
+    whose gradients are summed (not with a zeroth-order engine, whose estimate is the same on all of them).
     """
     accumulate = config.grad_accumulation_steps
     return Updater(
@@ -130,10 +130,10 @@ def make_updater(
 def make_plan(
     config: TrainConfig, model: Model, lora: Lora, sizes: Sizes, estimator: Estimator | None, known: Plan | None = None
 ) -> Planned | None:
-    """Chooses and prints a plan; None for the engine that has none.
+    """Chooses and prints a plan; None for an engine without a plan.
 
-    estimator: its arrays are allocated already; known: of the run that is resumed, taken again if it fits, since
-    other pieces would give other last bits. Raises BudgetError naming the smallest workable budget.
+    estimator: its arrays are already allocated; known: the plan of the resumed run, reused if it fits, because other
+    block sizes change the last bits. Raises BudgetError naming the smallest workable budget.
     """
     if config.engine == "whole-graph":
         if config.memory_budget not in (None, UNLIMITED) or config.phone is not None or config.dry_run:
@@ -177,9 +177,9 @@ def make_plan(
 
 
 def plan_without_data(config: TrainConfig, model_path: Path) -> None:
-    """The dry run of a model without a tokenizer, on rows of --max-seq-length tokens."""
+    """The dry run for a model without a tokenizer, on rows of --max-seq-length tokens."""
     print(
-        f"data       not read: {model_path} holds no tokenizer; planned for {config.batch_size} rows of "
+        f"data       not read: {model_path} contains no tokenizer; planned for {config.batch_size} rows of "
         f"{config.max_seq_length:,} tokens"
     )
     model = open_model(model_path, config.dtype, config.weights)

@@ -1,4 +1,4 @@
-"""Trains a prepared run: its folder and log, the loop, and what is said at the end."""
+"""Trains a prepared run: its folder and log, the loop, and the final report."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .trainer import Trainer
 
 
 def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
-    """Trains to the last iteration. The run's folder belongs to it from here on.
+    """Trains up to the last iteration and creates the run's folder.
 
-    Raises Stopped after a signal and BudgetError when the measured footprint passes the budget (--over-budget stop),
+    Raises Stopped after a signal and BudgetError if the measured footprint exceeds the budget (--over-budget stop),
     both with everything saved; NonFiniteLoss; UserError.
     """
     group, sizes = run.group, run.inputs.sizes(run.config, run.deal)
@@ -40,7 +40,7 @@ def train_run(run: Run, interrupt: Interrupt, meter: PeakMeter) -> None:
             watch = BudgetWatch(run.planned, meter, log, stop=run.config.over_budget == "stop")
             trainer = Trainer(run, engine, log, watch, interrupt)
             interrupt.deferred = True
-            group.gather(None)  # all are ready: no machine waits for another's setup from here on
+            group.gather(None)  # all machines are ready: from now on none waits for another's set-up
             group.timeout_s = run.config.peer_timeout
             step = trainer.train()
             if trainer.signal is not None:
@@ -90,7 +90,7 @@ def _print_model(run: Run) -> None:
 
 @contextmanager
 def _open_log(run: Run) -> Iterator[RunLog]:
-    """The run's log, after run.json and the first events."""
+    """Writes run.json, opens the run's log and writes the first events."""
     config, first = run.config, run.config.iteration(run.inputs.first_step)
     project = config.project_name or run.folder.resolve().name
     services = Services(config.report_to or (), project, run.folder, config.to_dict(), print)
@@ -127,11 +127,11 @@ def _open_log(run: Run) -> Iterator[RunLog]:
 
 
 def _check_budget(run: Run, step: int, watch: BudgetWatch) -> None:
-    """Raises BudgetError when the run had to end because the footprint passed the budget."""
+    """Raises BudgetError if the run had to end because the footprint exceeded the budget."""
     iteration = run.config.iteration(step)
     if watch.look(iteration):
         how = "with a larger budget or --over-budget warn"
-        rest = f"--resume {how} continues" if step < run.inputs.n_updates else f"a run {how} would not end so"
+        rest = f"--resume {how} continues" if step < run.inputs.n_updates else f"a run {how} avoids this error"
         done = f"iteration {iteration} of {run.n_iters} is saved in {run.folder}"
         raise BudgetError(f"--memory-budget: {watch.passed}; {done}; {rest}")
-    run.group.gather(None)  # a machine whose budget is broken says so here
+    run.group.gather(None)  # where a machine whose budget was exceeded reports it

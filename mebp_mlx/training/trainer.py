@@ -1,8 +1,8 @@
 """The training loop: updates, reports, validations and saves.
 
-Iterations are micro-batches, as in mlx-lm; an update is made of `grad_accumulation_steps` of them. All random keys
-are functions of the seed and the number of updates done, so that number, the LoRA parameters and the optimizer's
-state are all that an exact resume needs.
+Iterations are micro-batches, as in mlx-lm; an update consists of `grad_accumulation_steps` of them. All random keys
+are functions of the seed and the number of updates done, so an exact resume needs only that number, the LoRA
+parameters and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .saving import Saver, is_due
 
 
 class Trainer:
-    """The loop over a prepared run. seconds: of the whole loop; step_s: seconds a step in the last report; signal: the
-    number of the one that ends the run, on whichever machine it came.
+    """The loop over a prepared run. seconds: duration of the whole loop; step_s: seconds per step in the last report;
+    signal: the number of the signal that ends the run, whichever machine received it.
     """
 
     def __init__(self, run: Run, engine: Engine, log: RunLog, watch: BudgetWatch, interrupt: Interrupt) -> None:
@@ -44,9 +44,9 @@ class Trainer:
         self._throttling_reported = False
 
     def train(self) -> int:
-        """Updates up to the run's last, with reports, saves and validations; returns those done, of all runs.
+        """Runs the remaining updates, with reports, saves and validations; returns the total number of updates done.
 
-        Ends early, with everything saved, when an interrupt is requested or the budget is passed.
+        Ends early, with everything saved, if an interrupt is requested or the budget is exceeded.
         """
         n_updates, began_s, window = self.run.inputs.n_updates, time.perf_counter(), _Window()
         step = saved_step = self.run.inputs.first_step
@@ -75,7 +75,7 @@ class Trainer:
                 self.report(iteration, window)
                 window = _Window()
             if last or is_due(self.config.steps_per_eval, before, iteration):
-                is_best = self.validate(iteration)  # before the save, which keeps no state whose loss is not finite
+                is_best = self.validate(iteration)  # before the save, so that no state with a non-finite loss is saved
             if last or is_best or is_due(self.config.save_every, before, iteration):
                 self.save(step)
                 saved_step = step
@@ -95,7 +95,7 @@ class Trainer:
         return self.run.best.is_exhausted and self.signal is None
 
     def _validation_was_cut_off(self, step: int) -> bool:
-        """Whether the run that is resumed was interrupted within a validation that best/ has to know of."""
+        """Whether the resumed run was interrupted during a validation that best/ depends on."""
         before, iteration = self.config.iteration(step - 1), self.config.iteration(step)
         done = self._last_iteration("valid") or 0
         is_wanted = self.config.tracks_best and is_due(self.config.steps_per_eval, before, iteration)
@@ -107,8 +107,8 @@ class Trainer:
         return self._agree_on_end(self.watch.look(self.config.iteration(step)))
 
     def _agree_on_end(self, has_passed: bool = False) -> bool:
-        """Whether a signal or a passed budget ends the run, on any machine. All ask together: what one knows alone, it
-        does not act on.
+        """Whether a signal or an exceeded budget ends the run on any machine. All machines call this together; none
+        acts on its own knowledge alone.
         """
         signals, passed = zip(*self.group.gather((self.interrupt.requested, has_passed)), strict=True)
         if self.signal is None:
@@ -116,15 +116,15 @@ class Trainer:
         return self.signal is not None or any(passed)
 
     def _last_iteration(self, event: str) -> int | None:
-        """The iteration of the latest such event in the log; None without one."""
+        """The iteration of the latest event of that kind in the log; None if there is none."""
         value: int | None = self.group.first((last_event(self.run.folder, event) or {}).get("iter"))
         return value
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> float | None:
-        """One optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
+        """Makes one optimizer update; returns the mean loss over all labelled tokens of its micro-batches.
 
-        An interrupt between two micro-batches gives up the update, of which nothing is applied yet: None. With several
-        machines it ends with the step.
+        Returns None if an interrupt between two micro-batches cancels the update before anything is applied. With
+        several machines the run ends after the step instead.
         """
         began_s, waited_s, n_positions = time.perf_counter(), self.group.waited_s, 0
         n_labels = sum(batch.n_labels for batch in micro_batches)
@@ -144,7 +144,7 @@ class Trainer:
                 failure = self.not_finite(str(error), step * len(micro_batches) + micro + 1, part)
                 if self.group.is_alone:
                     raise failure from None
-                self.engine.step(batch.part(0, 0), **about)  # the others wait for this rank's sums
+                self.engine.step(batch.part(0, 0), **about)  # the other ranks wait for this rank's sums
         updater.end_step()
         if failure is not None:
             raise failure
@@ -155,7 +155,7 @@ class Trainer:
         return math.fsum(losses)
 
     def check_files(self) -> None:
-        """Raises UserError when a weight file was cut short, before a pass reads beyond its end."""
+        """Raises UserError if a weight file was truncated, before a pass reads beyond its end."""
         try:
             self.run.model.weights.check_sizes()
         except UserError as error:
@@ -164,22 +164,22 @@ class Trainer:
     def _last_save(self) -> str:
         folder = self.run.folder
         if (folder / CHECKPOINT).exists():
-            return f"what is saved in {folder} is the last good state"
+            return f"the last good state is saved in {folder}"
         return "nothing is saved yet"
 
     def not_finite(self, what: str, iteration: int, batch: Batch) -> NonFiniteLoss:
-        """The error that ends the run, after an entry in the log."""
+        """Logs a loss that is not finite and returns the error that ends the run."""
         self.log.event("notice", text=what, iter=iteration, rows=batch.rows)
         return NonFiniteLoss(f"{what} at iteration {iteration} (rows {', '.join(batch.rows)}); {self._last_save()}")
 
     def report(self, iteration: int, window: _Window) -> None:
-        """What the updates since the last report came to."""
+        """Reports the updates since the last report."""
         optimizer = self.run.optimizer
         rate = optimizer.learning_rate.item() if uses_learning_rate(optimizer) else None
         thermal = None if self.config.phone is None else thermal_state()
         if thermal in THROTTLED and not self._throttling_reported:
             self._throttling_reported = True
-            self.log.notice(f"thermal state {thermal}: the system slows this machine down", iter=iteration)
+            self.log.notice(f"thermal state {thermal}: the system is throttling this machine", iter=iteration)
         self.step_s = window.seconds / window.n_updates
         footprints, peaks = zip(*self.group.gather((footprint_bytes(), self.watch.meter.peak_bytes)), strict=True)
         self.log.train(
@@ -199,15 +199,15 @@ class Trainer:
         )
 
     def save(self, step: int) -> None:
-        """Checkpoint and adapters; refuses a state that is not finite (NonFiniteLoss)."""
-        self.check_files()  # or what a pass read as zeros would be kept
+        """Saves checkpoint and adapters. Raises NonFiniteLoss if a value is not finite."""
+        self.check_files()  # a truncated file may have been read as zeros
         check_same_parameters(self.group, self.run.lora)
         if self.group.is_first:
             self.saver.save(step, self.run.updater, self.run.estimator, self.log)
 
     def validate(self, iteration: int) -> bool:
-        """The loss on the first `val_batches` batches of the validation rows, if there are any; whether its adapters
-        are to be kept as the best.
+        """Evaluates the first `val_batches` batches of the validation rows, if there are any; returns whether the
+        adapters are to be saved as the best.
         """
         if self.data.valid is None or not self.config.val_batches:
             return False
@@ -215,15 +215,15 @@ class Trainer:
         return loss is not None and self.run.best.observe(loss, iteration) and self.config.tracks_best and iteration > 0
 
     def test(self, iteration: int) -> None:
-        """The loss on the test rows after the last iteration (--test), unless the log has it already."""
+        """Evaluates the test rows after the last iteration (--test), unless the log already has the result."""
         if self.config.test and self.data.test is not None and self._last_iteration("test") != iteration:
             self.evaluate("test", iteration, self.data.test, self.config.test_batches)
 
     def evaluate(self, kind: str, iteration: int, rows: TokenRows, limit: int) -> float | None:
-        """Token-weighted means over the first `limit` batches; returns the loss. Nothing is reported, and None
-        returned, when it is interrupted.
+        """Reports token-weighted means over the first `limit` batches; returns the loss. If interrupted, it reports
+        nothing and returns None.
 
-        Raises NonFiniteLoss, too.
+        Raises NonFiniteLoss.
         """
         started_s, loss_sum, n_labels, n_correct, is_cut = time.perf_counter(), 0.0, 0, 0, False
         for batch in eval_batches(rows, self.config.batch_size, limit):

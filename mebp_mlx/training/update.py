@@ -1,4 +1,4 @@
-"""The one place where a block's gradients are complete: accumulation, clipping and the update happen here."""
+"""Accumulation and clipping of gradients, and the optimizer's update of each block."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .offload import ParkedState, parked_bytes
 class Updater:
     """Applies gradients to a Lora with an mlx optimizer.
 
-    Without clipping and accumulation each block is updated as soon as it arrives, and its
-    gradients are gone before the next block's exist. Otherwise they are gathered and
-    applied by end_step. The optimizer's state is one flat dict under the parameters' names.
+    Without clipping and accumulation each block is updated as soon as its gradients arrive, and they are freed before
+    the next block's exist. Otherwise gradients are gathered and applied by end_step. The optimizer's state is one flat
+    dict under the parameters' names.
 
-    max_grad_norm: clip the global L2 norm to this, or None; gather: there is more than one
-    micro-batch a step; park: keep the state in a mapped file in arena_dir (training/offload.py);
-    is_lazy: the update of a block is a part of the block's graph, not evaluated one parameter after the other;
-    b_ratio: LoRA+'s, for an optimizer of optimizers.with_ratio; group: of the machines whose gradients add up.
+    max_grad_norm: clip the global L2 norm to this, None: do not clip; gather: a step has several micro-batches; park:
+    keep the state in a mapped file in arena_dir (training/offload.py); is_lazy: the update of a block is part of the
+    block's graph, instead of being evaluated one parameter at a time; b_ratio: LoRA+'s ratio, for an optimizer of
+    optimizers.with_ratio; group: the machines whose gradients are summed.
     """
 
     def __init__(  # noqa: PLR0913 - options of the update, by keyword
@@ -46,38 +46,38 @@ class Updater:
         self.max_grad_norm, self.is_lazy = max_grad_norm, is_lazy and not park
         self.gather = gather or max_grad_norm is not None
         self._gathered: dict[str, mx.array] = {}
-        self._n_missing: dict[str, int] = {}  # micro-batches of this step whose gradients are still to come
+        self._n_missing: dict[str, int] = {}  # micro-batches of this step whose gradients have not arrived
         self._step: mx.array = optimizer.step
         if not optimizer._initialized:
             optimizer.init(lora.parameters())
         self._parked: ParkedState | None = None
         if park and parked_bytes(optimizer.state):
-            self._parked = ParkedState(optimizer.state, arena_dir)  # one parameter's is computed at a time
+            self._parked = ParkedState(optimizer.state, arena_dir)  # computes one parameter's state at a time
         mx.eval(optimizer.state)
 
     @property
     def parked_bytes(self) -> int:
-        """Bytes of the file that holds the state; all of them are written once a step."""
+        """Bytes of the file with the state; each step writes all of them once."""
         return 0 if self._parked is None else self._parked.n_bytes
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's whole state, for a checkpoint.
+        """The optimizer's complete state, for a checkpoint.
 
-        What is in the file stays there, behind numpy's views, which are valid until the next step.
+        Entries in the file are returned as numpy views, which are valid until the next step.
         """
         state = self.optimizer.state
         return state if self._parked is None else self._parked.views(state)
 
     def begin_step(self, n_micro_batches: int = 1) -> None:
-        """Start an optimizer step; sink() then takes each block's gradients of so many micro-batches."""
+        """Starts an optimizer step; sink() then takes each block's gradients of n_micro_batches micro-batches."""
         self._gathered.clear()
         self._n_missing = dict.fromkeys(self.lora.parameters(), n_micro_batches)
         self._step = self.optimizer.step
 
     def sink(self, gradients: dict[str, mx.array]) -> list[mx.array]:
-        """Take one block's gradients (float32, by parameter name) of one micro-batch; what of it is to be evaluated.
+        """Takes one block's gradients (float32, by parameter name) of one micro-batch; returns arrays to evaluate.
 
-        With other machines, what is applied is the block before, whose sum has come meanwhile.
+        With several machines it applies the previous block, whose sum has arrived in the meantime.
         """
         if not self.gather:
             return self._apply(self.group.exchange(gradients))
@@ -91,7 +91,7 @@ class Updater:
         return list(own.values())
 
     def end_step(self) -> float | None:
-        """Apply what was gathered. Returns the gradients' L2 norm before clipping, or None without clipping."""
+        """Applies gathered gradients. Returns their L2 norm before clipping, or None without clipping."""
         norm, rest = None, self.group.rest()
         if not self.gather:
             mx.eval(self._apply(rest))
@@ -102,7 +102,7 @@ class Updater:
                 if norm > self.max_grad_norm:
                     factor = self.max_grad_norm / norm
                     self._gathered = {name: g * factor for name, g in self._gathered.items()}
-            mx.eval(self._apply(self._gathered))  # or a graph would hold all gradients until it is looked at
+            mx.eval(self._apply(self._gathered))  # an unevaluated graph would keep all gradients alive
             self._gathered = {}
         return norm
 
@@ -119,7 +119,7 @@ class Updater:
             self.lora.update(updated)
             states: list[Any] = [entry[1] for name in gradients for entry in tree_flatten(state[name])]
             return [*updated.values(), *states, state["step"]]
-        # One by one: an optimizer works on copies, and new state stands beside the old until it is evaluated.
+        # One at a time: an optimizer works on copies, and the old state is freed only when the new one is evaluated.
         for name, gradient in gradients.items():
             state = self.optimizer.state
             if self._parked is not None:
@@ -132,9 +132,9 @@ class Updater:
         return []
 
     def _updated(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
-        """New values of some parameters, which all take the same rate."""
+        """New values of some parameters, all with the same learning rate."""
         parameters, optimizer = self.lora.parameters(), self.optimizer
-        # Every call would count as a step (bias correction, schedules); all of a step are one.
+        # Each call would count as a step (bias correction, schedules); all calls of a step must count as one.
         optimizer.state["step"] = self._step
         if self.b_ratio != 1:
             optimizer.ratio = self.b_ratio if next(iter(gradients)).endswith(".lora_b") else 1.0
