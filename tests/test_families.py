@@ -52,7 +52,7 @@ def test_default_lora_keys_are_mlx_lms(tmp_path: Path, name: str) -> None:
 
 def test_keys_that_a_family_does_not_have_are_refused(tmp_path: Path) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["phi3"]))
-    with pytest.raises(UserError, match=r"--keys: self_attn\.q_proj; LoRA goes on: self_attn\.qkv_proj, "):
+    with pytest.raises(UserError, match=r"--keys: self_attn\.q_proj; modules that support LoRA: self_attn\.qkv_proj, "):
         mebp_mlx.init_lora(model, keys=["self_attn.q_proj"])
 
 

@@ -225,7 +225,7 @@ def test_experts_packed_otherwise_than_one_another_are_refused(tmp_path: Path) -
     for part in ("weight", "scales", "biases"):
         del tensors[f"{name}.{part}"]
     mx.save_safetensors(str(four / "model.safetensors"), tensors | {f"{name}.weight": dense[f"{name}.weight"]})
-    with pytest.raises(UserError, match=r"experts\.3\.up_proj is packed otherwise than .*experts\.0\.up_proj"):
+    with pytest.raises(UserError, match=r"experts\.3\.up_proj and .*experts\.0\.up_proj are packed differently"):
         mebp_mlx.open_model(four)
 
 
@@ -258,7 +258,7 @@ def test_adapters_go_both_ways(tmp_path: Path, name: str, seed: int) -> None:
 
 def test_what_experts_do_not_have_is_refused(tmp_path: Path) -> None:
     model, lora = _open(tmp_path, "olmoe", 1)
-    with pytest.raises(UserError, match=r"dora: mlp\.switch_mlp\.gate_proj is a mixture's experts"):
+    with pytest.raises(UserError, match=r"dora: mlp\.switch_mlp\.gate_proj holds experts"):
         mebp_mlx.init_lora(model, fine_tune_type="dora")
     mebp_mlx.init_lora(model, fine_tune_type="dora", keys=["mlp.gate", "self_attn.q_proj"])
     from mebp_mlx.export import __main__ as export

@@ -251,8 +251,8 @@ def _changed(folder: Path, **changes: Any) -> Path:
         ({"hidden_size_per_layer_input": -2}, "hidden_size_per_layer_input must be a positive number, found '-2'"),
         ({"num_kv_shared_layers": None}, "num_kv_shared_layers must be 0 to 6, found 'None'"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers must be 0 to 6, found '7'"),
-        ({"num_kv_shared_layers": 6}, "layer 1 shares keys and values, and no layer below 1 is of its kind"),
-        ({"num_kv_shared_layers": 2}, "asks for the tensor model.layers.4.self_attn.k_proj.weight"),
+        ({"num_kv_shared_layers": 6}, "layer 1 shares keys and values, but no layer below 1 is of its kind"),
+        ({"num_kv_shared_layers": 2}, "requires the tensor model.layers.4.self_attn.k_proj.weight"),
         ({"use_double_wide_mlp": False}, "model.layers.4.mlp.gate_proj.weight has shape"),
         ({"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input=100 is less than vocab_size"),
         ({"global_head_dim": None}, "model.layers.1.self_attn.q_proj.weight has shape"),
@@ -268,7 +268,7 @@ def test_what_gemma_4_does_not_have_here_is_refused(tmp_path: Path, changes: dic
 def test_keys_that_two_libraries_read_differently_must_be_there(tmp_path: Path, key: str) -> None:
     folder = write_model(tmp_path / "m", CONFIGS["gemma4_text"])
     (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIGS["gemma4_text"].items() if k != key}))
-    with pytest.raises(UserError, match=f"{key} is missing; mlx-lm takes .* then, transformers "):
+    with pytest.raises(UserError, match=f"{key} is missing; mlx-lm assumes .*, transformers "):
         mebp_mlx.open_model(folder)
 
 
