@@ -103,7 +103,7 @@ def test_nested_rope_parameters_are_the_same_model(tmp_path: Path, name: str) ->
 def test_a_dynamic_rope_ends_where_it_would_depend_on_a_row_s_length(tmp_path: Path) -> None:
     folder = _change(write_model(tmp_path / "m", CONFIGS["internlm3"]), max_position_embeddings=12)
     _loss(folder, 12)
-    with pytest.raises(UserError, match=r"--max-seq-length: 13 positions are more than max_position_embeddings=12"):
+    with pytest.raises(UserError, match=r"--max-seq-length: 13 positions exceed max_position_embeddings=12"):
         _loss(folder, 13)
 
 

@@ -88,8 +88,7 @@ class QuantizedBlock:
 
 
 def _as_half(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Rows of x (bfloat16) divided by the power of two below their largest entry, float16; that power, float32 [...,
-    1].
+    """bfloat16 rows of x over the power of two below their largest entry, float16; that power, float32 [..., 1].
 
     An entry keeps its 8 bits unless it is below 2^-15 of the row's largest. Entries are below 2, so a product overflows
     only if its weights' magnitudes sum to 32,752 or more.

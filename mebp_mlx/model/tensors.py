@@ -63,7 +63,7 @@ class Tensors:
         return f"{name}.weight" in self.weights
 
     def taps(self, name: str, channels: int, n_taps: int) -> bool:
-        """Checks a depthwise kernel [channels, taps, 1] or, as in torch, [channels, 1, taps]; returns whether the latter."""
+        """Checks a depthwise kernel, [channels, taps, 1] or torch's [channels, 1, taps]; returns whether torch's."""
         is_torchs = n_taps > 1 and self._shape(name) == (channels, 1, n_taps)
         self._expect(name, (channels, 1, n_taps) if is_torchs else (channels, n_taps, 1))
         return is_torchs
