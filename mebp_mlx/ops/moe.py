@@ -1,7 +1,7 @@
 """A mixture of experts: each token goes through a few of many gated MLPs; only chosen ones are read.
 
     p = softmax(r) or sigmoid(r),  r = router(h);   c = the k experts of the largest p (sigmoid: of p + selection bias)
-    s = p[c]; normalized: s / (sum s + eps); times a scale; or s = softmax(r[c]), which equals normalized p[c]
+    s = p[c];   normalized: s / (sum s + eps);   times a scale;   or s = softmax(r[c]), which equals normalized p[c]
     y = sum_j E_c[j](h, s_j);   E(x, s) = (s m) Wd^T + s bd,   m = act(x Wg^T) * (x Wu^T),  each W with its LoRA pair
 
 with g = dL/dy on the rows x of an expert (c is a constant; applying s before the last product, which is equivalent,
