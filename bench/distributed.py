@@ -155,7 +155,7 @@ def link(gbit: float) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def kills(n_runs: int) -> dict[str, Any]:
-    """Kills one of two ranks of a run of the bundled model at a random moment; the other must end with exit code 1 and
+    """Kills one of two ranks of a run of the bundled model, each time later; the other must end with exit code 1 and
     one line, and a resumed run of one process must continue.
     """
     whole, seconds = 0, []

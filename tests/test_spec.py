@@ -179,7 +179,7 @@ def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
         ("smollm3", {"rope_parameters": {"rope_theta": 5000.0}, "rope_theta": 5000.0}, None),
     ],
 )
-def test_it_is_said_where_mlx_lm_reads_a_rope_differently(
+def test_a_rope_that_mlx_lm_reads_differently_is_reported(
     tmp_path: Path, name: str, changes: dict, remark: str | None
 ) -> None:
     folder = write_model(tmp_path / "m", CONFIGS[name])
