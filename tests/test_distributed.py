@@ -379,7 +379,7 @@ def test_shares_of_rows_follow_measured_speeds_within_the_plan() -> None:
 
 
 @pytest.mark.quick
-def test_the_first_rank_names_what_differs() -> None:
+def test_the_first_rank_names_the_different_options() -> None:
     told = [{"--seed": 1, "--iters": 2}, {"--seed": 1, "--iters": 3}]
     with pytest.raises(UserError, match="--iters: rank 1 has 3, rank 0 has 2"):
         check_alike(_Rank(0, 2, told), told[0])

@@ -1,7 +1,7 @@
 """Zeroth-order gradient estimates: a few forward passes along random directions, whose noise is never stored.
 
     MeZO    z ~ N(0, I);  c = (L(theta + eps z) - L(theta - eps z)) / (2 eps);  estimate = c z
-    K-ZOO   the same, the seed of z drawn from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
+    K-ZOO   MeZO with the seed of z from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
             gave large slopes are drawn more often)
     HiZOO   z is scaled by H^(-1/2), H a running diagonal estimate of the curvature
     FZOO    u_i = +-1, i = 1..N;  estimate = sum_i (L(theta + eps u_i) - L(theta)) / (N std_i) u_i
@@ -43,7 +43,7 @@ class Estimator:
     whole step's losses, one per probe, and gradient() then returns the estimate, parameter by parameter.
     """
 
-    loss_at: str | None = "mean of both sides"  # where loss() is, None: at theta itself
+    loss_at: str | None = "mean of both sides"  # the point that loss() belongs to; None: theta itself
 
     def __init__(self, seed: int, eps: float):
         self.seed, self.eps, self.step = seed, eps, 0
@@ -84,7 +84,7 @@ class Estimator:
 class SeedPool(Estimator):
     """K-ZOO: noise from a pool of `n_seeds`, each with the sum of its slopes; pro: draw by importance.
 
-    With plain SGD at a constant rate the trained parameters are those of rebuild(), bits of float32 sums apart.
+    With plain SGD at a constant rate, the trained parameters equal rebuild()'s up to float32 rounding.
     """
 
     def __init__(self, seed: int, eps: float, n_seeds: int, pro: bool):

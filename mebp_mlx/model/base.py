@@ -112,8 +112,8 @@ class Tensor:
     `tensor[ids, :8]`, `tensor[...]`. n_axes: leading axes are merged until this many are left; a stack of matrices
     becomes one matrix of all their rows.
 
-    What is read is an MLX array of the tensor's own dtype: a slice of the mapped pages where MLX has adopted them, a
-    copy of these items alone elsewhere.
+    An index returns an MLX array of the tensor's own dtype: a slice of the mapped pages if MLX uses them in place,
+    otherwise a copy of only these items.
     """
 
     def __init__(self, weights: MappedWeights, name: str, n_axes: int | None = None):
@@ -153,9 +153,9 @@ class UnreadTensor(Tensor):
 class Model:
     """An opened checkpoint: its architecture, mapped files and compute settings.
 
-    dtype: of activations and dequantized weights; packed: multiply by packed weights where MLX can
-    (mx.quantized_matmul) rather than dequantize them; adopt: use the mapped pages themselves where MLX can
-    (MappedWeights). half_products: compute packed products of bfloat16 in float16.
+    dtype: of activations and dequantized weights; packed: multiply by packed weights (mx.quantized_matmul) if MLX
+    supports it, rather than dequantize them; adopt: use the mapped pages in place if MLX can (MappedWeights).
+    half_products: compute packed products of bfloat16 in float16.
     """
 
     def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32, *, packed: bool = False, adopt: bool = False):

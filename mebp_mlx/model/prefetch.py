@@ -1,6 +1,6 @@
 """Prefetches the pages of the next block while this one computes, to avoid waiting for the disk.
 
-A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that made them.
+A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that created them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Tensors:
                 continue
             if name.startswith(("model.", "lm_head", f"{prefix}model.", f"{prefix}lm_head")):
                 file = self.weights.info(name).file.name
-                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes another model")
+                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes a different model")
 
     def _packing(self, name: str, rows: tuple[int, ...], in_dims: int) -> Quantization:
         """Infers bits and group size from the shapes; those in config.json must agree."""
