@@ -1,9 +1,9 @@
-"""Processes that share a batch: `python -m bench distributed`. Seconds a step, scaling, bytes sent, waiting, memory.
+"""Processes that share a batch: `python -m bench distributed`. Seconds per step, scaling, bytes sent, waits, memory.
 
-One machine, processes over loopback, one thread each, so that more of them than cores measure nothing but crowding.
-Speed-up is over one process with the whole batch; memory is beside one process with a rank's own rows. With --links
-(Linux, root) two processes sit in network namespaces with a link of a given rate between them. What more machines would
-do is arithmetic on measured bytes and seconds, marked as such.
+All processes run on one machine over loopback, one thread each; more processes than cores only measure crowding.
+Speed-up is relative to one process with the whole batch; memory is compared with one process with a rank's own rows.
+With --links (Linux, root) two processes run in network namespaces, connected by a link of a given rate. Figures for
+more machines are computed from measured bytes and seconds, and marked as such.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import report
 
-SHAPES = {"bundled": None, "qwen2.5-0.5b": 3}  # and how many blocks of it; None: all
+SHAPES = {"bundled": None, "qwen2.5-0.5b": 3}  # and its number of blocks; None: all
 LINKS_GBIT = (1.0, 10.0)
 MORE_MACHINES = (2, 4, 8, 64)
 _WARM_STEPS = 2
@@ -73,7 +73,8 @@ def measure(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def launch(n: int, *arguments: object, hosts: Sequence[str] = (), spaces: Sequence[str] = ()) -> Iterator[str]:
-    """Starts a process a rank of `python ARGUMENTS`, one thread each; yields the standard output of each at its end.
+    """Starts one process of `python ARGUMENTS` per rank, one thread each; yields each one's standard output when it
+    ends.
 
     hosts: their addresses (default: loopback); spaces: their network namespaces.
     """
@@ -89,7 +90,7 @@ def launch(n: int, *arguments: object, hosts: Sequence[str] = (), spaces: Sequen
 def start(
     n: int, scratch: Path, *arguments: object, hosts: Sequence[str] = (), spaces: Sequence[str] = (), **options: Any
 ) -> list[subprocess.Popen[str]]:
-    """The processes of `launch`, running. One process alone gets no group."""
+    """The processes of `launch`, running. A single process gets no group."""
     with contextlib.ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(n)]
     places = [[f"{host}:{port}"] for host, port in zip(hosts or ["127.0.0.1"] * n, free, strict=True)]
@@ -106,7 +107,7 @@ def start(
 
 
 def case(shape: str, n: int, folder: Path, given: Mapping[str, Any], **where: Any) -> dict[str, Any]:
-    """n ranks on a batch: the slowest rank's median seconds a step, and the largest rank's peak."""
+    """n ranks on a batch: the slowest rank's median seconds per step, and the largest rank's peak."""
     lines = launch(n, "-m", "bench", "distributed", "--case", folder, json.dumps(given), **where)
     ranks = [json.loads(output.splitlines()[-1]) for output in lines]
     slowest = max(ranks, key=lambda rank: statistics.median(rank["step_s"]))
@@ -127,7 +128,7 @@ def case(shape: str, n: int, folder: Path, given: Mapping[str, Any], **where: An
 
 @contextlib.contextmanager
 def link(gbit: float) -> Iterator[tuple[list[str], list[str]]]:
-    """(namespaces, addresses) of two ends of a link of this rate. A rate alone: its delay is the kernel's own."""
+    """(namespaces, addresses) of the two ends of a link with this rate. No delay is added to the kernel's own."""
 
     def ip(*words: str) -> None:
         subprocess.run(words, check=True, capture_output=True)
@@ -154,8 +155,8 @@ def link(gbit: float) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def kills(n_runs: int) -> dict[str, Any]:
-    """Kills one of two ranks of a run of the bundled model at some moment; the other must end with exit code 1 and one
-    line, and a resumed run of one process must go on.
+    """Kills one of two ranks of a run of the bundled model, each time later; the other must end with exit code 1 and
+    one line, and a resumed run of one process must continue.
     """
     whole, seconds = 0, []
     for number in range(n_runs):
@@ -186,10 +187,11 @@ def kills(n_runs: int) -> dict[str, Any]:
 
 
 def projected(row: Mapping[str, Any], machines: int, gbit: float, factor: float = 1.0) -> dict[str, Any]:
-    """Arithmetic, not a measurement: a batch of `rows` a machine, whose sums travel while blocks are computed.
+    """Computed, not measured: a batch of `rows` per machine, whose sums travel while blocks are computed.
 
-    row: one process with that many rows. A ring sends 2 (n - 1) / n of the gradients; they travel during the backward
-    pass, two thirds of a step, and what does not fit there is waited for. factor: of the bytes, 0.5 for bfloat16.
+    row: the figures of one process with that many rows. A ring sends 2 (n - 1) / n of the gradients; they travel during
+    the backward pass, two thirds of a step, and the excess is waited for. factor: multiplies the bytes, 0.5 for
+    bfloat16.
     """
     compute_s = row["step_s"]["median"]
     travel_s = 2 * (machines - 1) / machines * row["gradient_bytes"] * factor * 8 / (gbit * 1e9)
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
     parser.add_argument("--rows", type=report.positive, default=4, help="of a batch (default: 4)")
     parser.add_argument("--steps", type=report.positive, default=10)
-    parser.add_argument("--links", action="store_true", help="links of 1 and 10 Gbit/s, too (Linux, root)")
+    parser.add_argument("--links", action="store_true", help="also over links of 1 and 10 Gbit/s (Linux, root)")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill one of two ranks N times, and resume")
     report.add_models(parser)
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)

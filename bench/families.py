@@ -1,8 +1,8 @@
 """Every family's real shapes in one table: `python -m bench families`.
 
-Weights are zeros that take no disk: memory and plans depend on shapes alone. A shape is a row of
-mebp_mlx/testing/shapes.py; its family's small models (mebp_mlx/testing/tiny.py) give the gradient error. Each case is
-a process of its own, and a row is printed and written as soon as it is measured.
+Weights are zeros that take no disk space: memory and plans depend only on shapes. A shape is a row of
+mebp_mlx/testing/shapes.py; its family's small models (mebp_mlx/testing/tiny.py) give the gradient error. Each case runs
+in its own process, and each row is printed and written as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mebp_mlx.testing.synth import SHAPES, layers_of, model_config
 from mebp_mlx.testing.tiny import CONFIGS
 
 PARTS = ("plan", "step", "error", "within")
-# Large models within a budget: T, --memory-budget. For shapes of so many parameters.
+# Large models within a budget: (T, --memory-budget), for shapes with LARGE parameters.
 WITHIN = ((256, "256MB"), (2048, "512MB"))
 LARGE = (7e9, 9.5e9)
 LIMIT_MB = 1000
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _row(shape: str, scratch: Path, options: Any, errors: dict[str, float]) -> dict[str, Any]:
-    """All figures of one shape; errors: of families that were measured before."""
+    """All figures of one shape. errors: of families measured so far."""
     began_s, family = time.perf_counter(), _model_type(model_config(shape, options.layers))
     row: dict[str, Any] = {"family": family, "shape": shape, "layers": options.layers or "all"}
     row["n_parameters"] = _n_parameters(shape, options)
@@ -105,7 +105,7 @@ def _case(folder: Path, options: Any, n_tokens: int, *flags: object) -> dict[str
 
 
 def _worst_error(family: str, options: Any) -> float:
-    """Of the small models of a family in float32 (bench.parity); NaN where there is none, or it fails."""
+    """The gradient error of a family's small models in float32 (bench.parity); NaN if there is none or it fails."""
     names = [name for name, config in CONFIGS.items() if _model_type(config) == family]
     if not names:
         return math.nan
@@ -122,7 +122,7 @@ def _model_type(config: dict[str, Any]) -> str:
 
 
 def _within(scratch: Path, options: Any) -> list[dict[str, Any]]:
-    """One step of each large model within the budgets."""
+    """One step of each large model within each budget."""
     rows: list[dict[str, Any]] = []
     for shape in options.shapes:
         if not LARGE[0] <= _n_parameters(shape, options) <= LARGE[1]:

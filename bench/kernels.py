@@ -1,4 +1,4 @@
-"""The work of the Metal kernels, counted and not measured: kernels (attention), head_backward, head_forward."""
+"""The work of the Metal kernels, counted, not measured: kernels (attention), head_backward, head_forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mebp_mlx.testing.synth import SHAPES
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published peak rates, operations and bytes per second; share: of the peak that MLX's 16-bit products reach."""
+    """Published peak rates, operations and bytes per second. share: of the peak, reached by MLX's 16-bit products."""
 
     name: str
     flops: float
@@ -30,11 +30,11 @@ class Gpu:
     share: float
 
     def bound_s(self, operations: float, n_bytes: float) -> float:
-        """The least time if computing and moving data overlap."""
+        """The least time in seconds, if computing and moving data overlap."""
         return max(operations / self.flops, n_bytes / self.bandwidth)
 
 
-# Shares: published for float16 on M1 Max (M2: the same generation) and M3 Pro; the others are taken to be as M3.
+# Shares: published for float16 on M1 Max (M2: the same generation) and M3 Pro; the others are assumed to equal M3's.
 GPUS = (
     Gpu("A17 Pro", 2.15e12, 51.2e9, 0.6),
     Gpu("M2 (10 cores)", 3.6e12, 100e9, 0.76),
@@ -53,7 +53,7 @@ LAYERS = {
     "gemma3-4b, global": (8, 4, 256, None),
     "gemma3-4b, local": (8, 4, 256, 1024),
 }
-# Of a core, as others have found on M1: published nowhere by Apple, and M3 and later hand out registers as they go.
+# Per core, found by others on M1: Apple publishes no figures, and M3 and later allocate registers dynamically.
 CORE_THREADGROUP_BYTES, CORE_REGISTER_BYTES = 64 << 10, 208 << 10
 OTHER_REGISTERS = 20  # addresses, the row's numbers, one fragment: an estimate
 SCORES_BYTES = 16 << 20  # of a block of queries: the planner's limit
@@ -71,7 +71,7 @@ def registers(name: str, head_dim: int, item_bytes: int) -> int:
 
 
 def occupancy(name: str, head_dim: int, item_bytes: int) -> dict[str, int]:
-    """Threads and bytes of a threadgroup, registers of a thread, and how many threadgroups a core holds by either."""
+    """Threads and bytes of a threadgroup, registers of a thread, and threadgroups per core by either limit."""
     tiles = attention.tiling(name, head_dim, item_bytes)
     n_bytes, n_registers = tiles.threadgroup_bytes(name, head_dim, item_bytes), registers(name, head_dim, item_bytes)
     return {
@@ -84,7 +84,7 @@ def occupancy(name: str, head_dim: int, item_bytes: int) -> dict[str, int]:
 
 
 def attention_nodes(shape: tuple[int, int, int, int | None], T: int, is_fused: bool) -> dict[str, list[Node]]:
-    """Nodes of one layer's forward and of its backward, T tokens in 16 bits, in the plan's tiles and blocks."""
+    """Nodes of one layer's forward and backward, T tokens in 16 bits, in the plan's tiles and blocks."""
     H, K, D, window = shape
     heads = Heads(D, D**-0.5, window, None, 0.0, {})
     query_block = Plan().query_block
@@ -115,7 +115,7 @@ def attention_nodes(shape: tuple[int, int, int, int | None], T: int, is_fused: b
 
 
 def moved_bytes(nodes: list[Node]) -> float:
-    """Read and written by every node that is no view; sums are written in place."""
+    """Bytes read and written by every node that is not a view; sums are written in place."""
     return sum(_node_bytes(node) for node in nodes)
 
 
@@ -129,18 +129,18 @@ def _node_bytes(node: Node) -> float:
 
 
 def largest_bytes(nodes: list[Node]) -> int:
-    """Of the largest array that a node makes."""
+    """Bytes of the largest array that a node outputs."""
     return max(math.prod(shape) * item for node in nodes for shape, item in node.outputs)
 
 
 def kernels(argv: Sequence[str]) -> None:
-    """Attention's kernels: operations, bytes, bounds on four GPUs, occupancy; and the same of MLX's path in blocks.
+    """Attention's kernels and MLX's path in blocks: operations, bytes, bounds on four GPUs, and the kernels' occupancy.
 
     Operations are those of the products, in whole tiles; bytes are read and written by every node of the graphs that
     the engine builds, which are not evaluated. Rates are published peaks; a bound is the larger of operations / rate
-    and bytes / bandwidth. "share": of the peak that the kernels must reach to be as fast as MLX's path, whose products
-    are taken to reach 60 % of it and whose other operations 75 % of the bandwidth. Nothing is timed: on a Mac,
-    `python -m mebp_mlx.doctor --kernels` does that.
+    and bytes / bandwidth. "share": of the peak, which the kernels must reach to be as fast as MLX's path, whose
+    products are assumed to reach 60 % of it, and its other operations 75 % of the bandwidth. Nothing is timed: on a
+    Mac, `python -m mebp_mlx.doctor --kernels` does that.
     """
     parser = report.Parser("kernels", kernels.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=4096, help="T (default: 4,096)")
@@ -174,7 +174,7 @@ def kernels(argv: Sequence[str]) -> None:
 
 
 def attention_row(layer: str, shape: tuple[int, int, int, int | None], T: int) -> dict[str, Any]:
-    """Counts of a layer both ways, and the share of a GPU's peak from which the kernels' backward is the faster one."""
+    """Counts of a layer both ways, and the share of a GPU's peak above which the kernels' backward is faster."""
     row: dict[str, Any] = {"layer": layer}
     with attention.assumed():
         for way, is_fused in (("kernels", True), ("blocks", False)):
@@ -205,9 +205,9 @@ def _counts(nodes: list[Node]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- the head
 
 THREADS = 1024  # Metal's limit for a threadgroup
-REGISTERS = 96  # of 32 bits that a thread of such a threadgroup can have, at most (an estimate)
+REGISTERS = 96  # 32-bit registers per thread of such a threadgroup, at most (an estimate)
 KERNEL_SHARE = 0.45  # of the peak, linear_cross_entropy: an estimate (float tiles, no double buffering)
-WAIT_S = 0.2e-3  # of a small evaluation that is waited for (published: 0.15 to 0.25 ms)
+WAIT_S = 0.2e-3  # of a small blocking evaluation (published: 0.15 to 0.25 ms)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
     # z and p are written and read; the sum [T, D] is read and written for every chunk.
     a_bytes = 2 * weights + 4 * logits * item_bytes + 2 * n_chunks * rows * 4 + n_chunks * rows * item_bytes
     n_tiles = math.ceil(T / ROWS)
-    splits = max(1, 40 // n_tiles)  # of the vocabulary, so that 40 cores have work; each has a sum of its own
+    splits = max(1, 40 // n_tiles)  # of the vocabulary, to occupy 40 cores; each has its own sum
     return [
         Way("A: two products and online_softmax", two_products, a_bytes),
         Way(
@@ -253,14 +253,14 @@ def ways(T: int, V: int, D: int, item_bytes: int = 2) -> list[Way]:
 
 
 def head_backward(argv: Sequence[str]) -> None:
-    """Why the head's dh has no kernel of its own: bytes and operations of three methods, and bounds on four GPUs.
+    """Why the head's dh has no own kernel: bytes and operations of three methods, and bounds on four GPUs.
 
         A  z = h W^T by quantized_matmul, online_softmax, p W by quantized_matmul: logits pass through memory
         B  one kernel that sums 32 rows of dh in the registers of 1,024 threads, as flash attention does
         C  one kernel, dh in device memory, read and written once for every tile of 64 columns of logits
 
-    Nothing is timed. The rates are published; a bound is the larger of operations / rate and bytes / bandwidth. B saves
-    the time of the additional bytes that A moves.
+    Nothing is timed. Rates are published peaks; a bound is the larger of operations / rate and bytes / bandwidth. B
+    saves the time of the additional bytes that A moves.
     """
     parser = report.Parser("head_backward", head_backward.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")
@@ -284,7 +284,7 @@ def head_backward(argv: Sequence[str]) -> None:
 def forward_s(gpu: Gpu, T: int, V: int, D: int, logits_block_bytes: int, waits: bool) -> tuple[float, float]:
     """Seconds of the loss alone by linear_cross_entropy, and by quantized_matmul and online_softmax.
 
-    waits: whether each chunk's logits and state are waited for, as in the smallest plan.
+    waits: whether to wait for each chunk's logits and state, as in the smallest plan.
     """
     operations = 2.0 * T * V * D
     n_chunks = math.ceil(
@@ -298,8 +298,8 @@ def forward_s(gpu: Gpu, T: int, V: int, D: int, logits_block_bytes: int, waits: 
 def head_forward(argv: Sequence[str]) -> None:
     """When linear_cross_entropy beats quantized_matmul and online_softmax for the loss alone: counted, not measured.
 
-    The kernel's share of the peak is an estimate, MLX's are published. In the smallest plan every chunk of 1 MiB of
-    logits is waited for twice; in the others the GPU has the next chunk while one is waited for.
+    The kernel's share of the peak is an estimate, MLX's are published. The smallest plan waits twice for every chunk of
+    1 MiB of logits; in the others, the GPU already has the next chunk during a wait.
     """
     parser = report.Parser("head_forward", head_forward.__doc__)
     parser.add_argument("--tokens", type=report.positive, default=256, help="T (default: 256)")

@@ -1,8 +1,7 @@
-// What the three attention kernels share, the `header` of their mx.fast.metal_kernel: tiles, fragments, which keys a
-// query sees.
+// Shared by the three attention kernels, as the `header` of their mx.fast.metal_kernel: tiles, fragments, and the mask.
 //
-// A simdgroup's 8 x 8 matrix: lane l holds two neighbouring elements of a row. That layout is what MLX's own attention
-// kernels take for granted; Metal's specification does not promise it, and the first-use check would show another one.
+// A simdgroup's 8 x 8 matrix: lane l holds two neighbouring elements of a row. MLX's own attention kernels assume the
+// same layout. Metal's specification does not guarantee it; the first-use check would detect a different one.
 
 #ifndef UNROLL  // arrays of matrices stay in registers only where loops over them are unrolled
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -21,7 +20,7 @@ inline int lane_column(int lane) {
     return (lane / 4 & 2) * 2 + lane % 2 * 2;
 }
 
-// Of the four lanes that hold a row.
+// Over the four lanes that hold a row.
 inline float row_sum(float x) {
     x += metal::simd_shuffle_xor(x, 1);
     return x + metal::simd_shuffle_xor(x, 8);
@@ -37,8 +36,9 @@ inline bool sees(int query, int key, int window) {
     return key <= query && (window <= 0 || key > query - window);
 }
 
-// ROWS rows of D elements into threadgroup memory, 16 bytes at a time and 16 bytes of padding a row (neighbouring rows
-// in other banks); rows from n_rows on become 0. Rows start at multiples of 16 bytes: D is a multiple of 8.
+// Loads ROWS rows of D elements into threadgroup memory, 16 bytes at a time, with 16 bytes of padding per row (so that
+// neighbouring rows use different banks); rows from n_rows on become 0. Rows start at multiples of 16 bytes: D is a
+// multiple of 8.
 template <typename scalar, int ROWS, int D, int THREADS>
 inline void load_rows(threadgroup uint4* tile, const device scalar* rows, size_t stride, int n_rows, int index) {
     constexpr int WORDS = D * sizeof(scalar) / 16;
@@ -52,7 +52,7 @@ inline void load_rows(threadgroup uint4* tile, const device scalar* rows, size_t
     }
 }
 
-// This lane's two elements: of a row, or of a column of the tile, which makes the matrix its transpose.
+// This lane's two elements: of a row, or of a column of the tile, which transposes the matrix.
 template <typename scalar>
 inline void load(thread simdgroup_float8x8& matrix, threadgroup const scalar* at, int step) {
     matrix.thread_elements()[0] = float(at[0]);

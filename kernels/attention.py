@@ -4,8 +4,8 @@
     delta = sum(do o),  ds = p (do v^T - delta),  dq = scale ds k                attention_dq: dq, delta
     dv = p^T do,  dk = scale ds^T q,  over the heads of a key head               attention_dkv: dk, dv
 
-as in FlashAttention-2 (Dao 2023), with dq in a kernel of its own so that nothing is added atomically. Query i stands at
-key `offset + i` and sees the keys up to its own, the last `window` of them if there is a window.
+as in FlashAttention-2 (Dao 2023), but dq has its own kernel, so that no sum is atomic. Query i is at key `offset + i`
+and sees the keys up to its own, or only the last `window` of them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ LEAST_KEYS = {
     128: 16384,  # 19 to 22 % (16 heads, 2 key heads); at 8,192 26 to 30 %
     256: 16384,  # 17 to 20 % (8 heads, 4 key heads); at 8,192 26 to 30 %; MLX's forward is not fused
 }
-_WIDE_ITEMS = 2  # float32: rows must be this much longer, for tiles hold half the rows and MLX's products are as fast
+_WIDE_ITEMS = 2  # float32: rows must be this much longer; tiles hold half the rows, and MLX's products are as fast
 MLX_FUSED = (64, 80, 128)  # head dims whose forward MLX fuses on Metal, without a log-sum-exp
 _is_assumed = False
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows: that a threadgroup owns; columns: of a tile; split: simdgroups that share eight rows, and D; held: whether
-    own rows stay in registers.
+    """rows: owned by a threadgroup; columns: of a tile; split: simdgroups that share eight rows and divide D; held:
+    whether own rows stay in registers.
     """
 
     rows: int
@@ -60,7 +60,7 @@ class Tiling:
         return 4 * self.rows * self.split
 
     def threadgroup_bytes(self, name: str, head_dim: int, item_bytes: int) -> int:
-        """Of threadgroup memory: two tiles, log-sum-exp and delta, and scores that simdgroups exchange."""
+        """Bytes of threadgroup memory: two tiles, log-sum-exp and delta, and scores that simdgroups exchange."""
         is_dkv = name == NAMES[2]
         tiles = 2 * self.columns * (head_dim * item_bytes + 16) + (8 * self.columns if is_dkv else 0)
         exchanged = 4 * self.rows * (self.columns + 4) if self.split > 1 else 4
@@ -78,7 +78,7 @@ def tiling(name: str, head_dim: int, item_bytes: int) -> Tiling:
 
 
 def operations(name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], item_bytes: int, place: tuple) -> float:
-    """Multiplications and additions of a kernel's products, in whole tiles. shapes: of q and k; place: its integers."""
+    """Multiplications and additions of a kernel's whole tiles. shapes: of q and k; place: (offset, window, ...)."""
     (B, H, Tq, D), (_, _, Tk, _) = shapes
     products = {NAMES[0]: 2, NAMES[1]: 3, NAMES[2]: 4}[name]
     return 2.0 * D * products * B * H * tile_pairs(name, tiling(name, D, item_bytes), (Tq, Tk), place)
@@ -101,19 +101,19 @@ def tile_pairs(name: str, tiles: Tiling, lengths: tuple[int, int], place: tuple)
 
 
 def is_served(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
-    """Whether rows of n_keys are as long as the table says."""
+    """Whether rows of n_keys reach the minimum length of LEAST_KEYS."""
     return n_keys >= least_keys(dtype, head_dim)
 
 
 def least_keys(dtype: mx.Dtype, head_dim: int) -> float:
-    """The shortest row that the kernels serve; infinity for a head_dim or a dtype that they do not have."""
+    """The shortest row that the kernels support; infinity for an unsupported head_dim or dtype."""
     if head_dim not in LEAST_KEYS or dtype not in selfcheck.DTYPES:
         return float("inf")
     return LEAST_KEYS[head_dim] * (_WIDE_ITEMS if dtype == mx.float32 else 1)
 
 
 def serves(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
-    """Whether calls for rows of n_keys go to the kernels: long enough, on Metal, and every kernel passed its check."""
+    """Whether to use the kernels for rows of n_keys: long enough, on Metal, and every kernel passed its check."""
     if not is_served(dtype, head_dim, n_keys):
         return False
     return _is_assumed or all(selfcheck.uses_metal(name, dtype, head_dim) for name in NAMES)
@@ -121,7 +121,7 @@ def serves(dtype: mx.Dtype, head_dim: int, n_keys: int) -> bool:
 
 @contextlib.contextmanager
 def assumed() -> Iterator[None]:
-    """Graphs are built as on a machine where the kernels run: for counting, elsewhere they cannot be evaluated."""
+    """Builds graphs as if the kernels were available: for counting; without Metal, they cannot be evaluated."""
     global _is_assumed
     before, _is_assumed = _is_assumed, True
     try:
@@ -135,8 +135,8 @@ def attention_forward(
 ) -> tuple[mx.array, mx.array]:
     """(o [B, Tq, H, D] in q's dtype, log-sum-exp float32 [B, H, Tq]).
 
-    q [B, H, Tq, D], k, v [B, K, Tk, D], float32, float16 or bfloat16; D of HEAD_DIMS. A query that sees nothing has
-    o = 0 and -inf.
+    q [B, H, Tq, D], k, v [B, K, Tk, D], float32, float16 or bfloat16; D in HEAD_DIMS. A query that sees nothing has o =
+    0 and log-sum-exp -inf.
     """
     result: tuple[mx.array, mx.array] = _run(NAMES[0], (q, k, v, scale, offset, window), impl)
     return result
@@ -168,7 +168,7 @@ def attention_dkv(
     place: tuple[float, int, int | None, int, int],
     impl: str | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """(dk, dv) float32 [B, K, high - low, D]: what these queries add to the gradients of the keys [low, high).
+    """(dk, dv) float32 [B, K, high - low, D]: these queries' part of the gradients of the keys [low, high).
 
     rows: log-sum-exp and delta; place: (scale, offset, window, low, high).
     """
@@ -184,7 +184,7 @@ def _run(name: str, arguments: tuple, impl: str | None) -> Any:
 def _call(
     source: Source, inputs: list[mx.array], place: tuple, heads: tuple[int, int], outputs: dict
 ) -> list[mx.array]:
-    """A kernel's outputs. place: scale, then integers; heads: grid's second and third number, rows and heads."""
+    """A kernel's outputs. place: scale, then integers; heads: the grid's second and third sizes (rows, heads)."""
     scale, *integers = place
     dtype, head_dim = inputs[0].dtype, inputs[0].shape[3]
     tiles = tiling(source.name, head_dim, dtype.size)
@@ -199,7 +199,7 @@ def _call(
             output_shapes=list(outputs.values()),
             output_dtypes=dtypes,
         )
-    except RuntimeError:  # without Metal, MLX builds such a node where a graph is exported, and nowhere else
+    except RuntimeError:  # without Metal, MLX builds such a node only in a graph that is exported
         if not _is_assumed:
             raise
         return [mx.zeros(shape, dtype) for shape, dtype in zip(outputs.values(), dtypes, strict=True)]
@@ -233,7 +233,7 @@ def _dkv_metal(q: mx.array, *rest: Any) -> tuple[mx.array, mx.array]:
 
 
 def _scores(q: mx.array, k: mx.array, scale: float, offset: int, window: int | None) -> tuple[mx.array, mx.array]:
-    """Scores float32 [B, K, H / K, Tq, Tk], and which pairs are seen [Tq, Tk]."""
+    """Scores float32 [B, K, H / K, Tq, Tk], and the mask of visible pairs [Tq, Tk]."""
     wide = _grouped(q, k.shape[1]).astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2)[:, :, None]
     i, j = offset + mx.arange(q.shape[2])[:, None], mx.arange(k.shape[2])[None]
     return scale * wide, (j <= i) if not window else (j <= i) & (j > i - window)

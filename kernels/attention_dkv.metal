@@ -1,4 +1,4 @@
-// attention_dkv: dL/dk and dL/dv of attention from its log-sum-exp and from attention_dq's delta.
+// attention_dkv: dL/dk and dL/dv of attention from its log-sum-exp and attention_dq's delta.
 //
 //   p_ij = exp(scale q_i . k_j - l_i)  where query i sees key j, else 0
 //   dv_j = sum_i p_ij do_i      dk_j = scale sum_i p_ij (do_i . v_j - delta_i) q_i      over all heads of the key head
@@ -11,7 +11,7 @@
 //              lse, delta  [B, H, Tq]     float
 //              place       [4]            int      offset, window: as in attention_forward; low, high: keys to write
 //              scale                      float
-// Outputs      dk, dv      [B, K, high - low, D]  float   what these queries add; every element is written
+// Outputs      dk, dv      [B, K, high - low, D]  float   these queries' part; every element is written
 // Template     scalar, D, SPLIT: as in attention_forward, ROWS (own keys), COLUMNS (queries of a tile), HELD (k and v
 //              stay in registers)
 // Grid         (4 ROWS SPLIT, ceil((high - low) / ROWS), B K) threads in threadgroups of (4 ROWS SPLIT, 1, 1)
@@ -19,7 +19,7 @@
 //              lse and delta; with SPLIT > 1 also 8 ROWS (COLUMNS + 4) bytes. Registers a thread: twice D / (4 SPLIT)
 //              for the sums, twice D / 8 (16 bits) or D / 4 (float) if HELD, COLUMNS / 2 for p and ds
 // Numerics     products, sums and the exponential are float. One thread sums an element, heads and queries in order:
-//              the same bits from run to run, no atomics. A hidden pair's p is set to 0: no infinity takes part.
+//              the same bits from run to run, no atomics. A masked pair's p is set to 0: no infinity enters a sum.
 
 constexpr int STRIDE = D + 16 / sizeof(scalar), PARTS = D / 8, OWN = PARTS / SPLIT, TILES = COLUMNS / 8;
 constexpr int THREADS = 4 * ROWS * SPLIT, WORDS = STRIDE * sizeof(scalar) / 16, S_STRIDE = COLUMNS + 4;

@@ -18,8 +18,8 @@
 //              the most keys first
 // Memory       as attention_forward; registers a thread: D / (4 SPLIT) for the sums, twice D / 8 (16 bits) or D / 4
 //              (float) if HELD, COLUMNS / 2 for s and dp
-// Numerics     products, sums and the exponential are float; dq is rounded once. A hidden key's p is set to 0: no
-//              infinity takes part, and tiles are 0 beyond Tk (0 times NaN would spread).
+// Numerics     products, sums and the exponential are float; dq is rounded once. A masked key's p is set to 0: no
+//              infinity enters a sum, and tiles are 0 beyond Tk (0 times NaN would spread).
 
 constexpr int STRIDE = D + 16 / sizeof(scalar), PARTS = D / 8, OWN = PARTS / SPLIT, TILES = COLUMNS / 8;
 constexpr int THREADS = 4 * ROWS * SPLIT, WORDS = STRIDE * sizeof(scalar) / 16, S_STRIDE = COLUMNS + 4;

@@ -1,8 +1,7 @@
 // attention_forward: attention's output and each row's log-sum-exp; no scores in memory.
 //
 //   s_j = scale q . k_j  for the keys that the query sees      l = log sum_j exp(s_j)      o = sum_j exp(s_j - l) v_j
-//
-// online over tiles of keys: m' = max(m, max s);  o' = o e^(m-m') + sum e^(s-m') v;  the same for the sum.
+// online over tiles of keys: m' = max(m, max s);  o' = o e^(m-m') + sum e^(s-m') v;  likewise the sum of e^(s-m').
 //
 // Body of an mx.fast.metal_kernel with attention.metal as header: MLX writes the signature from the names used here.
 //
@@ -13,15 +12,15 @@
 // Outputs      o         [B, Tq, H, D]  scalar   0 where a query sees nothing
 //              lse       [B, H, Tq]     float    natural logarithm; -inf where a query sees nothing
 // Template     scalar, D (a multiple of 8 SPLIT), ROWS (own queries, 8 a simdgroup), COLUMNS (keys of a tile), SPLIT
-//              (simdgroups that share eight queries: each makes its part of a tile's scores, these meet in threadgroup
-//              memory, and each sums its part of D), HELD (queries stay in registers)
+//              (simdgroups that share eight queries: each computes its part of a tile's scores, exchanges it in
+//              threadgroup memory, and each sums its part of D), HELD (queries stay in registers)
 // Grid         (4 ROWS SPLIT, ceil(Tq / ROWS), B H) threads in threadgroups of (4 ROWS SPLIT, 1, 1); the rows that see
 //              the most keys first
 // Memory       a tile of keys and one of values in threadgroup memory, 2 COLUMNS (D scalars + 16 bytes); with SPLIT > 1
 //              also 4 ROWS (COLUMNS + 4) bytes. Registers a thread: D / (4 SPLIT) for the sums, D / 8 (16 bits) or
 //              D / 4 (float) if HELD, COLUMNS / 4 for the scores.
-// Numerics     products, sums and the softmax are float, exponents of two are precise; o is rounded once. A hidden
-//              key's score is -inf, its weight 0; where the maximum is -inf, 0 stands in its place.
+// Numerics     products, sums and the softmax are float, exponents of two are precise; o is rounded once. A masked
+//              key's score is -inf and its weight 0; a maximum of -inf is replaced by 0.
 
 constexpr int STRIDE = D + 16 / sizeof(scalar), PARTS = D / 8, OWN = PARTS / SPLIT, TILES = COLUMNS / 8;
 constexpr int THREADS = 4 * ROWS * SPLIT, WORDS = STRIDE * sizeof(scalar) / 16, S_STRIDE = COLUMNS + 4;

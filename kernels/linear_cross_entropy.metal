@@ -17,12 +17,12 @@
 // Grid         (128, ceil(T / 32), S) threads in threadgroups of (128, 1, 1): 32 rows, and V / S of the vocabulary
 //              rounded up to whole tiles of 64
 // Numerics     codes become float, products and sums are float (simdgroup matrices), exp is the precise one.
-//              Rows beyond T read as zero and are not written; columns beyond V take no part. D is a multiple of GROUP.
-// Memory       one 32 x 32 piece of h and one 64 x 32 piece of the weights in threadgroup memory (13.8 KB); the same
-//              place holds the finished 32 x 64 logits.
+//              Rows beyond T read as zero and are not written; columns beyond V are ignored. D is a multiple of GROUP.
+// Memory       one 32 x 32 tile of h and one 64 x 32 tile of the weights in threadgroup memory (13.8 KB); the same
+//              memory holds the finished 32 x 64 logits.
 
 constexpr int ROWS = 32, COLUMNS = 64, DEPTH = 32;  // a tile of logits, and how much of D at a time
-constexpr int STRIDE = DEPTH + 4, Z_STRIDE = COLUMNS + 4;  // padded: neighbouring rows in other banks
+constexpr int STRIDE = DEPTH + 4, Z_STRIDE = COLUMNS + 4;  // padded: neighbouring rows use different banks
 threadgroup float tile[(ROWS + COLUMNS) * STRIDE];
 threadgroup float* h_tile = tile;
 threadgroup float* w_tile = tile + ROWS * STRIDE;
@@ -38,7 +38,7 @@ const int tiles_per_split = ((V + COLUMNS - 1) / COLUMNS + n_splits - 1) / n_spl
 const int first = split * tiles_per_split * COLUMNS;
 const int last = metal::min(V, first + tiles_per_split * COLUMNS);
 
-// Four neighbouring threads look after one row of logits, sixteen columns each.
+// Four neighbouring threads process one row of logits, sixteen columns each.
 const int own_row = index / 4, own_columns = (index % 4) * (COLUMNS / 4);
 const int target = row_start + own_row < T ? targets[row_start + own_row] : -1;
 float maximum = -INFINITY, sum = 0.0f, target_logit = 0.0f;

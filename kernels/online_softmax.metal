@@ -1,4 +1,4 @@
-// online_softmax: one chunk of logits joins a running softmax; the step between the head's two products.
+// online_softmax: adds one chunk of logits to a running softmax, between the head's two products.
 //
 //   m' = max(m, max_c z_c)        shrink = exp(m - m')
 //   p_c = exp(z_c - m')           s' = s * shrink + sum_c p_c
@@ -12,7 +12,7 @@
 //              target_logit   [T]    float    t
 //              targets        [T]    int      y in the vocabulary; negative: no label, t stays
 //              first          []     int      vocabulary index of the chunk's column 0
-// Outputs      p              [T, C] scalar   what the second product takes
+// Outputs      p              [T, C] scalar   input of the second product
 //              new_maximum, new_total, new_target_logit, shrink   [T] float
 // Template     scalar, THREADS (threads of a threadgroup, a multiple of 32 up to 1,024)
 // Grid         (THREADS, T, 1) threads in threadgroups of (THREADS, 1, 1): one threadgroup a row

@@ -1,8 +1,8 @@
-"""What each process of a group does in test_distributed.py: `python -m tests.ranks RUNS`, where RUNS is a JSON file.
+"""One process of a group in test_distributed.py: `python -m tests.ranks RUNS`, where RUNS is a JSON file.
 
-RUNS: [[name, [argument of the command, ...]], ...]; {rank} and {budget} in an argument are this process's. One process
-makes many runs: starting one takes seconds. Writes the exit code and the final parameters' hash of every run into
-RUNS.RANK.json. In a run named "not finite" rank 1's third loss is not.
+RUNS: [[name, [argument of the command, ...]], ...]; {rank} and {budget} in an argument are replaced by this process's
+values. One process does many runs, because its start takes seconds. Writes the exit code and the final parameters' hash
+of every run into RUNS.RANK.json. In a run named "not finite", rank 1's third loss is not finite.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_readmes_example_runs(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert copied == trained
 
 
-def test_train_is_a_function_and_a_module_whichever_comes_first() -> None:
+def test_train_is_a_function_and_a_module_in_either_import_order() -> None:
     door = importlib.import_module("mebp_mlx.train")
     assert mebp_mlx.train is door and callable(mebp_mlx.train) and callable(mebp_mlx.train.main)
     script = (

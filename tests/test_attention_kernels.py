@@ -1,4 +1,4 @@
-"""The attention kernels' real sources, emulated where there is no Metal, against float64 and their references."""
+"""The attention kernels' real sources, emulated without Metal, compared with float64 and their references."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_m
 from tests.emulated import running
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
-# What a kernel's error may exceed its reference's by: a few roundings of the dtype, relative to the largest number.
+# Margin of a kernel's error over its reference's: a few roundings of the dtype, relative to the largest number.
 TOLERANCE = {mx.float32: 4e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
@@ -55,7 +55,7 @@ CASES = {
 
 @pytest.fixture
 def check(record_property: Any) -> Any:
-    """check(kind): this case counts for each kernel in the table at the end of the run."""
+    """check(kind) counts this case for each kernel in the table at the end of the run."""
     return lambda kind: [record_property("kernel_check", (name, kind)) for name in attention.NAMES]
 
 
@@ -87,7 +87,7 @@ def _seen(case: Case) -> np.ndarray:
 
 
 def _truth(arrays: list[mx.array], case: Case) -> list[np.ndarray]:
-    """The same in float64."""
+    """o, log-sum-exp, dq, delta, dk, dv in float64."""
     q, k, v, d_o = (_wide(x)[0] for x in arrays)
     d_o, scale, G = d_o.swapaxes(0, 1), q.shape[-1] ** -0.5, case.H // case.K
     kk, vv = k.repeat(G, 0), v.repeat(G, 0)
@@ -143,14 +143,14 @@ def test_long_rows(T: int, window: int | None, seed: int, check: Any) -> None:
 
 
 def test_large_scores(seed: int) -> None:
-    """Of about +-60: the same softmax, and gradients that almost vanish."""
+    """Scores of about +-60: the same softmax, and gradients that almost vanish."""
     case = Case(2, 1, 40, 40, 0, None)
     arrays = _draw(np.random.default_rng(seed), case, 64, mx.float32, 20.0)
     with running():
         _assert_no_worse(_by("metal", arrays, case), _by("reference", arrays, case), _truth(arrays, case))
 
 
-def test_queries_before_the_first_key_give_and_get_nothing(seed: int) -> None:
+def test_queries_before_the_first_key_have_no_output_and_no_gradient(seed: int) -> None:
     case = Case(2, 1, 40, 40, -35, 3)
     arrays = _draw(np.random.default_rng(seed), case, 64, mx.float32)
     with running():
@@ -159,7 +159,7 @@ def test_queries_before_the_first_key_give_and_get_nothing(seed: int) -> None:
     assert not _wide(o)[:, :35].any() and not _wide(dq)[:, :, :35].any() and (_wide(lse)[:, :, :35] == -np.inf).all()
 
 
-def test_only_the_keys_that_are_asked_for_are_written(seed: int) -> None:
+def test_only_the_requested_keys_are_written(seed: int) -> None:
     case = Case(2, 1, 20, 60, 40, None)
     arrays = _draw(np.random.default_rng(seed), case, 64, mx.float32)
     with running():
@@ -168,7 +168,7 @@ def test_only_the_keys_that_are_asked_for_are_written(seed: int) -> None:
 
 
 def test_several_rows_of_a_batch(seed: int) -> None:
-    """Each as if it were alone, to the bit."""
+    """Bit-equal to each row alone."""
     case = Case(4, 2, 35, 35, 0, 20)
     rng = np.random.default_rng(seed)
     rows = [_draw(rng, case, 64, mx.float16) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_several_rows_of_a_batch(seed: int) -> None:
 
 
 def sweep(seed: int, case_of: Callable[[int, np.random.Generator], Case]) -> None:
-    """Every residue of the offset for tiles of 32: the bounds of the kernels' loops depend on it alone."""
+    """Every residue of the offset for tiles of 32, on which alone the kernels' loop bounds depend."""
     rng = np.random.default_rng(seed)
     for offset in range(33):
         case = case_of(offset, rng)
@@ -208,7 +208,7 @@ def test_every_residue_of_start_length_and_window(case_of: Any, seed: int, check
 @pytest.mark.skipif(mx.metal.is_available(), reason="faults are planted into emulated kernels only")
 @pytest.mark.parametrize("name", attention.NAMES)
 def test_a_missing_barrier_between_simdgroups_that_share_rows_is_found(name: str) -> None:
-    """The one that only head dims of 128 (dkv) and 256 have."""
+    """The barrier that exists only for head dims of 128 (dkv) and 256."""
     barrier = "        threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     kernel, shared = selfcheck.KERNELS[name], "if (SPLIT > 1) {"
 
@@ -223,7 +223,7 @@ def test_a_missing_barrier_between_simdgroups_that_share_rows_is_found(name: str
     assert any(problems)
 
 
-# Of the loops' bounds, each one too tight: seen at few residues.
+# Loop bounds, each too tight by one: only few residues reveal it.
 BOUNDS = {
     "forward: last key": (
         "offset + metal::min(row_start + ROWS, Tq));",
@@ -285,7 +285,7 @@ def _model(folder: Path, name: str, head_dim: int, seed: int) -> tuple[Any, Any]
 def test_gradients_by_the_kernels_are_as_exact(
     tmp_path: Path, name: str, head_dim: int, saved: Any, kept_bytes: int | None, seed: int, check: Any
 ) -> None:
-    """In tiles, ragged, with windows; whatever is kept, and where."""
+    """In tiles, ragged, with windows; for any kept values, in memory or in the file."""
     check("gradients of a model")
     model, lora = _model(tmp_path, name, head_dim, seed)
     tokens, targets = random_batch(seed, 2, 75, model.spec.V)
@@ -300,8 +300,8 @@ def test_gradients_by_the_kernels_are_as_exact(
 
 @pytest.mark.usefixtures("at_any_length")
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_without_a_backward_the_kernel_serves_where_mlx_has_none(tmp_path: Path, head_dim: int, seed: int) -> None:
-    """Forward-only passes take MLX's own fused forward where there is one; what MLX differentiates, always."""
+def test_without_a_backward_the_kernel_runs_only_if_mlx_has_none(tmp_path: Path, head_dim: int, seed: int) -> None:
+    """Forward-only passes use MLX's own fused forward if it exists; graphs that MLX differentiates always do."""
     model, lora = _model(tmp_path, "llama-sliding", head_dim, seed)
     tokens, targets = random_batch(seed, 1, 20, model.spec.V)
     plan = Plan("tile", checkpoint=True, saved=SAVE_INPUTS)
@@ -322,8 +322,8 @@ def test_without_a_backward_the_kernel_serves_where_mlx_has_none(tmp_path: Path,
     assert largest_error(differentiated[0].item(), differentiated[1], loss.item(), grads) <= 1e-5
 
 
-def test_a_table_of_lengths_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By head dim and dtype; without Metal, or where a kernel failed its check, never."""
+def test_a_table_of_lengths_selects_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By head dim and dtype; never without Metal, or if a kernel failed its check."""
     monkeypatch.delenv("MEBP_KERNELS", raising=False)
     assert not attention.serves(mx.bfloat16, 64, 1 << 20)
     with attention.assumed():
@@ -341,8 +341,8 @@ def test_a_table_of_lengths_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert change is None or "attention_forward (float32, head dim 64) is not used" in str(said[0].message)
 
 
-def test_the_plan_knows_that_long_rows_have_no_scores(tmp_path: Path, seed: int) -> None:
-    """Blocks of queries are as for the longest row with scores, which is probed, too."""
+def test_plans_of_long_rows_have_no_scores(tmp_path: Path, seed: int) -> None:
+    """Blocks of queries are those of the longest row with scores, which is probed too."""
     model, lora = _model(tmp_path, "qwen3", 64, seed)
     workload, least = Workload(model, lora, 1, 1 << 15), int(attention.least_keys(mx.float32, 64))
     without = [plan.query_block for plan in ladder(workload)]
@@ -384,7 +384,7 @@ def test_waits_do_not_depend_on_blocks_of_queries(tmp_path: Path, seed: int) -> 
 
 
 def test_operations_are_those_of_the_visited_tiles(tmp_path: Path, seed: int) -> None:
-    """At least 2 D a seen pair and product, at most what one more tile at each end adds."""
+    """At least 2 D per visible pair and product; at most one more tile at each end."""
     rng = np.random.default_rng(seed)
     for D in attention.HEAD_DIMS:
         n, offset = int(rng.integers(1, 200)), int(rng.integers(0, 100))
@@ -399,7 +399,7 @@ def test_operations_are_those_of_the_visited_tiles(tmp_path: Path, seed: int) ->
 
 
 @pytest.mark.usefixtures("at_any_length")
-def test_a_steps_work_has_the_kernels(tmp_path: Path, seed: int) -> None:
+def test_a_steps_counted_work_includes_the_kernels(tmp_path: Path, seed: int) -> None:
     """No product of scores remains, and attention's operations are counted."""
     model, lora = _model(tmp_path, "qwen3", 64, seed)
     workload, plan = Workload(model, lora, 1, 70), Plan("block", token_block=64)

@@ -64,8 +64,8 @@ def test_every_family_converts_and_loads_in_mlx_lm(tmp_path: Path, name: str, se
     assert config["quantization"] == expected == config["quantization_config"]
 
 
-def test_what_mlx_lm_keeps_in_float32_stays_so(tmp_path: Path, seed: int) -> None:
-    """The logarithm of a gated delta net's decay, whatever dtype the rest gets."""
+def test_tensors_that_mlx_lm_keeps_in_float32_keep_it(tmp_path: Path, seed: int) -> None:
+    """The logarithm of a gated delta net's decay, for any dtype of the other tensors."""
     folder = write_model(tmp_path / "source", packed_config("qwen3_5"), seed=seed)
     assert run(folder, tmp_path / "out", "--bits", "8", "--group-size", "32", "--dtype", "bfloat16") == 0
     before, after = MappedWeights(folder), MappedWeights(tmp_path / "out")
@@ -75,7 +75,7 @@ def test_what_mlx_lm_keeps_in_float32_stays_so(tmp_path: Path, seed: int) -> Non
 
 
 @pytest.mark.parametrize("flags", [("--mode", "keep"), ("--bits", "8", "--group-size", "32")], ids=["keep", "8 bits"])
-def test_a_head_that_mlx_lm_wants_beside_a_tied_embedding_is_kept(
+def test_a_head_that_mlx_lm_requires_with_a_tied_embedding_is_kept(
     tmp_path: Path, flags: tuple[str, ...], seed: int
 ) -> None:
     from mlx_lm.utils import load_model

@@ -84,7 +84,7 @@ def test_a_nan_score_reaches_the_output() -> None:
     assert not np.isnan(a[0, 0]).any() and np.isnan(a[0, 1:]).all()
 
 
-def test_numpy_serves_only_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_supports_only_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, half = mx.zeros(3), mx.zeros(3, mx.bfloat16)
     assert cpu.serves(x) and cpu.serves(x, x) and not cpu.serves(half) and not cpu.serves(x, half)
     with cpu.off():

@@ -110,7 +110,7 @@ def test_an_index_with_a_missing_shard_is_refused(tmp_path: Path) -> None:
     assert file in refusal(tmp_path)
 
 
-def test_a_stale_index_beside_complete_weights_does_not_matter(tmp_path: Path) -> None:
+def test_a_stale_index_next_to_complete_weights_is_harmless(tmp_path: Path) -> None:
     """Conversions keep the source's index, whose shards and tensors may be missing or moved."""
     tensors = {name: mx.full((2, 2), ord(name)) for name in "abcd"}
     save_sharded(tmp_path, tensors, 2, with_index=True)

@@ -1,4 +1,4 @@
-"""Runs on several machines, here processes over loopback: the same adapters everywhere, and those of one machine."""
+"""Runs on several machines (processes over loopback): the same adapters on each, equal to those of one machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CASES: dict[str, list[str]] = {
     "hizoo": ["--engine", "hizoo", "--learning-rate", "1e-4"],
     "fzoo": ["--engine", "fzoo", "--learning-rate", "1e-4", "--fzoo-samples", "2", "--grad-accumulation-steps", "2"],
 }  # fmt: skip
-# Runs that end with an error: the exit code, the rank that says why, and a part of what it says.
+# Runs that end with an error: the exit code, the rank that reports it, and part of its message.
 REFUSED = {
     "options": (2, 0, "--learning-rate: rank 1 has 0.11, rank 0 has 0.01"),
     "model": (2, 0, "--model: rank 1 has "),
@@ -54,7 +54,7 @@ REFUSED = {
 
 
 def environment(tmp_path: Path, n: int) -> list[dict[str, str]]:
-    """What mlx.launch sets for each of n ranks."""
+    """The environment that mlx.launch sets for each of n ranks."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     hosts = tmp_path / f"hosts{n}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets]))
@@ -65,7 +65,7 @@ def environment(tmp_path: Path, n: int) -> list[dict[str, str]]:
 
 
 def start(tmp_path: Path, commands: list[list[str]]) -> list[subprocess.Popen[str]]:
-    """A process a rank: `python COMMAND`."""
+    """One process of `python COMMAND` per rank."""
     pipe = subprocess.PIPE
     return [
         subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=each)
@@ -74,7 +74,7 @@ def start(tmp_path: Path, commands: list[list[str]]) -> list[subprocess.Popen[st
 
 
 def launch(tmp_path: Path, runs: list[tuple[str, list[str]]], n: int = 2) -> list[dict[str, Any]]:
-    """What each rank says of these runs (tests/ranks.py)."""
+    """Each rank's results of these runs (tests/ranks.py)."""
     path = tmp_path / "runs.json"
     path.write_text(json.dumps(runs))
     processes = start(tmp_path, [["-m", "tests.ranks", str(path)]] * n)
@@ -86,7 +86,7 @@ def launch(tmp_path: Path, runs: list[tuple[str, list[str]]], n: int = 2) -> lis
 
 @pytest.fixture(scope="module")
 def cache(home: Path) -> Any:
-    """The rows' tokens, made once in this process; every rank finds them."""
+    """Tokenizes the rows once in this process; every rank finds them in the cache."""
     from tests.runs import tokenize_here
 
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def _difference(a: Path, b: Path) -> float:
 
 @pytest.fixture(scope="module")
 def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(folder, what both ranks say) of all cases, on two ranks and, in this process, alone."""
+    """(folder, both ranks' results) of all cases, on two ranks and, in this process, on one."""
     out = tmp_path_factory.mktemp("distributed")
 
     def run(kind: str, name: str, *more: str) -> tuple[str, list[str]]:
@@ -154,12 +154,12 @@ def outcome(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_adapters_are_the_same_everywhere_and_those_of_one_machine(outcome: Any, name: str) -> None:
+def test_adapters_are_equal_on_all_machines_and_to_those_of_one(outcome: Any, name: str) -> None:
     out, ranks = outcome
     mine, other = (rank[f"two {name}"] for rank in ranks)
     assert mine["code"] == other["code"] == 0, (mine["err"], other["err"])
     assert mine["hash"] == other["hash"]
-    # Other optimizers divide a gradient by its size, and an estimate a difference of losses by eps: last bits count.
+    # Other optimizers divide a gradient by its size, and estimates divide a loss difference by eps: last bits matter.
     assert not _difference(out / f"two {name}", out / f"one {name}") > (1e-5 if name.startswith("sgd") else 0.05)
     for (kind, iteration, loss), (*same, expected) in zip(
         losses(out / f"two {name}"), losses(out / f"one {name}"), strict=True
@@ -188,7 +188,7 @@ def test_two_runs_are_bit_equal(outcome: Any) -> None:
     "name, expected",
     [("two resumed on two", "again adam"), ("one resumed on two", "spare adam"), ("kzoo resumed on two", "again kzoo")],
 )
-def test_a_resumed_run_goes_on_exactly_on_any_number_of_machines(outcome: Any, name: str, expected: str) -> None:
+def test_a_resumed_run_continues_exactly_on_any_number_of_machines(outcome: Any, name: str, expected: str) -> None:
     out, ranks = outcome
     assert [rank[name]["code"] for rank in ranks] == [0, 0], [rank[name]["err"] for rank in ranks]
     assert ranks[0][name]["hash"] == ranks[1][name]["hash"]
@@ -197,7 +197,7 @@ def test_a_resumed_run_goes_on_exactly_on_any_number_of_machines(outcome: Any, n
     assert actual[-1][1] == wanted[-1][1] and not abs(actual[-1][2] - wanted[-1][2]) > 0.02 * wanted[-1][2]
 
 
-def test_only_the_first_rank_speaks_and_writes(outcome: Any) -> None:
+def test_only_the_first_rank_prints_and_writes(outcome: Any) -> None:
     out, ranks = outcome
     for name, result in ranks[1].items():
         if name in REFUSED:
@@ -222,7 +222,7 @@ def test_an_error_of_one_machine_is_one_line_and_ends_all(outcome: Any, name: st
     assert (out / name / "checkpoint.safetensors").exists() == (name == "not finite")
 
 
-def test_rounded_sums_are_near(outcome: Any) -> None:
+def test_rounded_sums_are_close(outcome: Any) -> None:
     out, ranks = outcome
     rounded, exact = "rounded sgd: whole graph", "two sgd: whole graph"
     assert ranks[0][rounded]["hash"] == ranks[1][rounded]["hash"]
@@ -233,10 +233,10 @@ def test_rounded_sums_are_near(outcome: Any) -> None:
 
 
 def test_a_probe_sends_eight_bytes(outcome: Any) -> None:
-    """No gradients: besides the bookkeeping of every run, what is sent depends on the number of losses alone."""
+    """No gradients are sent: besides every run's bookkeeping, traffic depends only on the number of losses."""
     _, ranks = outcome
     sent = {name: ranks[0][f"two {name}"]["sent_bytes"] for name in ("mezo", "hizoo", "adam")}
-    assert abs(sent["hizoo"] - sent["mezo"]) <= 8  # names of options: a short message is 256 bytes, whatever it says
+    assert abs(sent["hizoo"] - sent["mezo"]) <= 8  # option names do not matter: a short message always takes 256 bytes
     assert sent["adam"] > sent["mezo"] + 4 * 6616
 
 
@@ -246,11 +246,11 @@ def test_rows_by_speed_change_no_sum(outcome: Any) -> None:
     assert not _difference(out / "speed adam", out / "one adam") > 0.05
 
 
-# Machines that go
+# Machines that fail
 
 
 def begin(cache: Path, tmp_path: Path, *more: str, n: int = 2) -> tuple[list[subprocess.Popen[str]], Path]:
-    """A run that has saved once, and would go on for long."""
+    """A long run that has saved once."""
     out = tmp_path / "out"
     command = ["-m", "mebp_mlx.train", *arguments(cache, out, "--iters", "100000", "--save-every", "5", *more)]
     processes = start(tmp_path, [command] * n)
@@ -262,7 +262,7 @@ def begin(cache: Path, tmp_path: Path, *more: str, n: int = 2) -> tuple[list[sub
 
 
 def end(process: subprocess.Popen[str], timeout_s: float = 180.0) -> tuple[int, list[str]]:
-    """Exit code and our own lines on stderr; MLX's ring has some of its own there."""
+    """Exit code and our own lines on stderr; MLX's ring also prints some."""
     _, error = process.communicate(timeout=timeout_s)
     return process.returncode, [line for line in error.splitlines() if not line.startswith("[ring]")]
 
@@ -306,7 +306,7 @@ def test_a_signal_at_one_machine_saves_and_ends_all(cache: Path, tmp_path: Path,
     assert interrupted["iter"] == json.loads((out / "adapter_config.json").read_text())["iters"]
 
 
-def test_a_machine_that_never_comes_ends_the_start(tmp_path: Path) -> None:
+def test_a_machine_that_never_connects_ends_the_start(tmp_path: Path) -> None:
     code = "from mebp_mlx.system import group; group.TIMEOUT_S = 0.5; group.connect()"
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment(tmp_path, 2)[0], capture_output=True, text=True, timeout=60
@@ -325,7 +325,7 @@ def _batch(seed: int, B: int, T: int) -> Batch:
 
 
 class _Rank(Group):
-    """One of several ranks, whose messages are taken from `told`."""
+    """One of several ranks; its messages come from `told`."""
 
     def __init__(self, rank: int, size: int, told: list[Any] | None = None) -> None:
         super().__init__()
@@ -336,8 +336,8 @@ class _Rank(Group):
 
 
 @pytest.mark.quick
-def test_parts_of_a_batch_are_the_batch(seed: int) -> None:
-    """Every labelled token is with one rank, under its row's number in the whole batch, with the tokens before it."""
+def test_parts_of_a_batch_make_up_the_batch(seed: int) -> None:
+    """Exactly one rank has each labelled token, with its row's index in the whole batch and the tokens before it."""
     for B, size in ((4, 2), (5, 3), (2, 4), (1, 2), (7, 1)):
         batch = _batch(seed, B, 9)
         found = set()
@@ -365,7 +365,7 @@ def test_shares_follow_speeds(seed: int) -> None:
 
 
 @pytest.mark.quick
-def test_a_deal_learns_speeds_and_keeps_within_its_plan() -> None:
+def test_shares_of_rows_follow_measured_speeds_within_the_plan() -> None:
     deal = Deal(_Rank(0, 2), 8, by_speed=True)
     assert deal.most_rows == 8 and deal.part(_batch(0, 8, 5)).tokens.shape[0] == 4
     for _ in range(20):
@@ -379,16 +379,16 @@ def test_a_deal_learns_speeds_and_keeps_within_its_plan() -> None:
 
 
 @pytest.mark.quick
-def test_the_first_rank_names_what_differs() -> None:
+def test_the_first_rank_names_the_different_options() -> None:
     told = [{"--seed": 1, "--iters": 2}, {"--seed": 1, "--iters": 3}]
     with pytest.raises(UserError, match="--iters: rank 1 has 3, rank 0 has 2"):
         check_alike(_Rank(0, 2, told), told[0])
-    check_alike(_Rank(1, 2, told), told[1])  # hears of it
+    check_alike(_Rank(1, 2, told), told[1])  # it is informed
     check_alike(_Rank(0, 2, [told[0], told[0]]), told[0])
 
 
 @pytest.mark.quick
-def test_a_broken_connection_is_told_wherever_mlx_raises_it() -> None:
+def test_a_broken_connection_is_reported_wherever_mlx_raises_it() -> None:
     broken, other = RuntimeError("[ring] connection to a peer was lost"), RuntimeError("[malloc] no memory")
     with pytest.raises(PeerLost, match=r"lost rank 0 or 2 \(\[ring\]"), _Rank(1, 3).broken_connections_told():
         raise broken
@@ -399,7 +399,7 @@ def test_a_broken_connection_is_told_wherever_mlx_raises_it() -> None:
 
 
 @pytest.mark.quick
-def test_one_process_is_a_group_of_its_own(tmp_path: Path) -> None:
+def test_one_process_is_its_own_group(tmp_path: Path) -> None:
     empty = tmp_path / "hosts"
     for text in ("", "\n", "[]", '[["127.0.0.1:4000"]]'):  # mlx.launch -n 1
         empty.write_text(text)

@@ -163,7 +163,7 @@ def test_a_resumed_dora_run_is_the_same_run(home: Path, tmp_path: Path, tokens_m
     assert saved["scale"] == 8 / math.sqrt(4)
 
 
-def test_dora_trains_by_forward_passes_alone(home: Path, tmp_path: Path, tokens_made_here: None) -> None:
+def test_dora_trains_with_only_forward_passes(home: Path, tmp_path: Path, tokens_made_here: None) -> None:
     assert train.main(arguments(home, tmp_path / "out", "--fine-tune-type", "dora", "--engine", "mezo")) == 0
 
 

@@ -108,7 +108,7 @@ def test_without_training_only_test_rows_are_needed(
 
 
 @pytest.mark.parametrize("more", [[], ["--iters", "0"]], ids=["no training rows", "no iterations"])
-def test_test_alone_measures_and_trains_nothing(
+def test_test_without_training_only_measures(
     home: Path, tmp_path: Path, tokens_made_here: None, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_rows(tmp_path / "data", ROWS, "test")

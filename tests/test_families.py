@@ -52,7 +52,7 @@ def test_default_lora_keys_are_mlx_lms(tmp_path: Path, name: str) -> None:
 
 def test_keys_that_a_family_does_not_have_are_refused(tmp_path: Path) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS["phi3"]))
-    with pytest.raises(UserError, match=r"--keys: self_attn\.q_proj; LoRA goes on: self_attn\.qkv_proj, "):
+    with pytest.raises(UserError, match=r"--keys: self_attn\.q_proj; modules that support LoRA: self_attn\.qkv_proj, "):
         mebp_mlx.init_lora(model, keys=["self_attn.q_proj"])
 
 
@@ -103,7 +103,7 @@ def test_nested_rope_parameters_are_the_same_model(tmp_path: Path, name: str) ->
 def test_a_dynamic_rope_ends_where_it_would_depend_on_a_row_s_length(tmp_path: Path) -> None:
     folder = _change(write_model(tmp_path / "m", CONFIGS["internlm3"]), max_position_embeddings=12)
     _loss(folder, 12)
-    with pytest.raises(UserError, match=r"--max-seq-length: 13 positions are more than max_position_embeddings=12"):
+    with pytest.raises(UserError, match=r"--max-seq-length: 13 positions exceed max_position_embeddings=12"):
         _loss(folder, 13)
 
 

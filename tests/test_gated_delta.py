@@ -98,7 +98,7 @@ def test_the_triangular_inverse_is_exact_where_powers_overflow() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (2, 3, 7), (5,)])
-def test_a_convolution_in_tiles_equals_the_whole_one(cuts: tuple[int, ...], seed: int) -> None:
+def test_a_convolution_in_tiles_equals_that_of_the_whole_row(cuts: tuple[int, ...], seed: int) -> None:
     rng, T, K, D = np.random.default_rng(seed), 11, 4, 6
     w, x, dy = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((K, D), (2, T, D), (2, T, D)))
     zeros = mx.zeros((2, K - 1, D))
@@ -120,7 +120,7 @@ def test_a_convolution_in_tiles_equals_the_whole_one(cuts: tuple[int, ...], seed
 def test_states_between_tiles_are_few_and_change_no_gradient(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row of 10 tiles: its gradients are those of one tile, and a fraction of its states are held at a time."""
+    """A row of 10 tiles has the gradients of one large tile, and holds only a fraction of its states at a time."""
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen3_5"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2, keys=["linear_attn.in_proj_qkv"])
     randomize_lora(lora, seed)

@@ -1,4 +1,4 @@
-"""Packed products of bfloat16 that are made in float16: where, and with which error."""
+"""Packed bfloat16 products computed in float16: on which machines, and with which error."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ N, OUT, IN = 9, 96, 128
     [(f"applegpu_g{name}", True) for name in ("13g", "13s", "14g", "14d")]
     + [(name, False) for name in ("applegpu_g15s", "applegpu_g16g", "applegpu_g17p", "", "sm_90")],
 )
-def test_only_m1s_and_m2s_generation(architecture: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if on Metal; never elsewhere, never for another dtype, never for gemma."""
+def test_only_the_m1_and_m2_generations_use_float16(
+    architecture: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Metal emulated; never without Metal, for other dtypes, or for gemma."""
     monkeypatch.setattr(device.mx, "device_info", lambda: {"architecture": architecture})
     assert not device.emulates_bfloat16()
     monkeypatch.setattr(device, "on_metal", lambda: True)
@@ -48,7 +50,7 @@ def _as_metal_does(x: mx.array, w: mx.array, scales: mx.array, biases: mx.array,
 def test_no_further_from_float64_than_bfloat16(
     bits: int, size: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of any size, one of them zero, one with a channel a thousand times as large; both products."""
+    """Both products, for rows of any magnitude, one of them zero, one with a channel a thousand times as large."""
     rng = np.random.default_rng(seed)
     packed, *of_groups = mx.quantize(mx.array(0.05 * rng.standard_normal((OUT, IN)), mx.float32), bits=bits)
     parts = (packed, *(part.astype(mx.bfloat16) for part in of_groups))
@@ -69,11 +71,11 @@ def test_no_further_from_float64_than_bfloat16(
             errors.append(distance / np.maximum(np.abs(expected).max(axis=1), 1e-60))
         assert (errors[1] <= 2.0**-7).all(), f"seed {seed}"
         assert errors[1].mean() <= 1.1 * errors[0].mean(), (errors, f"seed {seed}")
-        wider = x.astype(mx.float32)  # is not narrowed
+        wider = x.astype(mx.float32)  # not narrowed
         assert getattr(block, name)(wider).dtype == mx.float32
 
 
-def test_not_finite_stays_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_finite_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "quantized_matmul", _as_metal_does)
     parts = mx.quantize(mx.ones((OUT, IN)), bits=4)
     block = QuantizedBlock(tuple(parts), Quantization(4, 64, "affine"), True)
@@ -85,7 +87,7 @@ def test_not_finite_stays_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_are_no_further_from_float64(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a whole model, all gradients as one vector; float32 stands for float64, which 16 bits are far from."""
+    """All gradients of a model as one vector; float32 replaces float64, since 16-bit errors are far larger."""
     config, quantization = packed_config("qwen3"), {"group_size": 32, "bits": 4}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=quantization, dtype=mx.bfloat16)
     monkeypatch.setattr(mx, "quantized_matmul", _as_metal_does)

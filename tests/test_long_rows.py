@@ -1,4 +1,4 @@
-"""Long rows: exact gradients, plans that are found in little time, and attention's outputs kept before all else."""
+"""Long rows: exact gradients, fast planning, and attention's outputs kept first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_m
 from mebp_mlx.training.optimizers import PlainSGD
 from mebp_mlx.training.update import Updater
 
-# As a plan for a long row cuts it: a tile is a small part of the row, and a block of queries a small part of a tile.
+# As in a long row's plan: a tile is a small part of the row, and a query block a small part of a tile.
 LONG = Plan(token_block=128, query_block=16, saved=SAVE_ATTENTION)
 
 
@@ -62,8 +62,8 @@ def test_gradients_equal_autograd_at_2048_tokens(tmp_path: Path, saved: frozense
     assert largest_error(*actual, *expected) <= 3e-5, f"seed {seed}"
 
 
-def test_gradients_equal_float64s_differences_at_8192_tokens(tmp_path: Path, seed: int) -> None:
-    """Along the gradient and a random direction together, by two float64 losses on either side."""
+def test_gradients_equal_float64_differences_at_8192_tokens(tmp_path: Path, seed: int) -> None:
+    """Along the sum of the gradient and a random direction, from two float64 losses on each side."""
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
     model, lora = _opened(tmp_path, "qwen2", seed, num_hidden_layers=1, **small)
     batch = _batch(seed, 1, 8192, model.spec.V, "none")
@@ -90,18 +90,18 @@ def test_gradients_equal_float64s_differences_at_8192_tokens(tmp_path: Path, see
     length = np.sqrt(sum((d**2).sum() for d in direction.values()))
     unit = {name: d / length for name, d in direction.items()}
     near, far = (loss(unit, step) - loss(unit, -step) for step in (0.02, 0.04))
-    slope = (8 * near - far) / (12 * 0.02)  # the error is of the fourth order
+    slope = (8 * near - far) / (12 * 0.02)  # a fourth-order formula
     actual = sum((gradient[name] * d).sum() for name, d in unit.items())
     assert abs(actual - slope) <= 1e-5 * size, f"seed {seed}"
 
 
 @pytest.mark.parametrize("masking", ["ragged", "holes", "prompt"])
-def test_groups_of_rows_give_the_head_no_other_gradients(
+def test_groups_of_rows_do_not_change_the_heads_gradients(
     tmp_path: Path, masking: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, lora = _opened(tmp_path, "gemma2", seed, num_hidden_layers=2)
     batch = _batch(seed, 2, 330, model.spec.V, masking)
-    batch.targets[:, 130:195] = -100  # a tile without a label, among others
+    batch.targets[:, 130:195] = -100  # one tile has no label
     expected = _step("whole-graph", model, lora, batch)
     for n_rows, grain in ((1, "op"), (100, "block"), (4096, "op")):
         monkeypatch.setattr(head, "ROWS", n_rows)
@@ -142,7 +142,7 @@ def _workload(model: Any, lora: Any, T: int, **more: Any) -> Workload:
 
 @pytest.mark.parametrize("grain", ["op", "block"])
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "qwen3_5"])
-def test_a_probe_that_leaves_tiles_out_measures_what_all_of_them_take(
+def test_a_probe_that_skips_tiles_measures_the_memory_of_all(
     tmp_path: Path, name: str, grain: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, lora = _opened(tmp_path, name, seed)
@@ -151,12 +151,12 @@ def test_a_probe_that_leaves_tiles_out_measures_what_all_of_them_take(
     monkeypatch.setattr(probing, "WHOLE_TILES", 1000)
     every = probe(workload, plan, tmp_path)
     assert some.kept_bytes == every.kept_bytes and some.phases.keys() == every.phases.keys()
-    if grain == "op":  # what is under way of a lazy graph on the CPU is chance
+    if grain == "op":  # a lazy graph's memory on the CPU varies at random
         assert abs(some.arrays_bytes / every.arrays_bytes - 1) <= 0.02, (some, every)
 
 
-def test_long_rows_keep_attentions_outputs_before_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if 2 GB and 5 GB were as small as this model."""
+def test_long_rows_keep_attentions_outputs_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 2 GB and 5 GB scaled down to this model."""
     model, lora = _opened(tmp_path, "qwen2", 0, num_hidden_layers=2)
 
     def saved(T: int, budget: int | None = None) -> frozenset[str]:
@@ -176,7 +176,7 @@ def test_long_rows_keep_attentions_outputs_before_all_else(tmp_path: Path, monke
 def test_chunks_of_the_vocabulary_are_as_large_as_a_gpus_budget_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over made-up peaks; never at the price of kept values, and no larger than is of use."""
+    """With invented peaks; never at the expense of kept values, and no larger than useful."""
     model, lora = _opened(tmp_path, "qwen2", 0, vocab_size=50_000)
     workload, mb = _workload(model, lora, 256), 1_000_000
 
@@ -186,23 +186,23 @@ def test_chunks_of_the_vocabulary_are_as_large_as_a_gpus_budget_allows(
 
     monkeypatch.setattr(search, "on_gpu", lambda: True)
     monkeypatch.setattr(search, "probe", made_up)
-    monkeypatch.setattr(search, "footprint_bytes", lambda: 1000 * mb)  # no candidate looks twice as large as another
+    monkeypatch.setattr(search, "footprint_bytes", lambda: 1000 * mb)  # no candidate appears twice as large as another
     plain, whole = ladder(workload)[-1].logits_block_bytes, 256 * 50_000 * 4
     sizes = []
     for budget in (109 * mb, 130 * mb, 200 * mb, 300 * mb, 10_000 * mb, None):
         found = choose(workload, budget)
         sizes.append(found.plan.logits_block_bytes)
         assert budget is None or found.predicted.peak_bytes * (1 + search.MARGIN) <= budget
-        if budget is not None and plain < sizes[-1] < whole:  # as large as it can be
+        if budget is not None and plain < sizes[-1] < whole:  # the largest size
             assert found.predicted.peak_bytes * (1 + search.MARGIN) > budget - mb
     assert sizes == sorted(sizes) and sizes[0] - plain < mb and sizes[-1] == whole and len(set(sizes)) == 5, sizes
     assert choose(workload, 300 * mb, smallest=True).plan.logits_block_bytes < plain
 
 
-def test_long_rows_on_a_gpu_wait_tile_by_tile_and_reach_the_largest_pieces(
+def test_long_rows_on_a_gpu_wait_tile_by_tile_and_reach_the_largest_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not grow with the pieces (rows, values kept of blocks under way) stops no search."""
+    """Memory that does not grow with block sizes (rows, kept values of unfinished blocks) does not end the search."""
     model, lora = _opened(tmp_path, "qwen2", 0)
     monkeypatch.setattr(search, "on_gpu", lambda: True)
     short, long = (ladder(_workload(model, lora, T)) for T in (1024, 16_384))

@@ -123,7 +123,7 @@ def test_a_correct_kernel_has_no_lint() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_a_kernel_with_functions_of_its_own(dtype: mx.Dtype, seed: int) -> None:
+def test_a_kernel_with_its_own_functions(dtype: mx.Dtype, seed: int) -> None:
     need()
     mx.random.seed(seed)
     n_rows, n = 3, 77

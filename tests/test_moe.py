@@ -1,4 +1,4 @@
-"""Mixtures of experts: what is read, whom a token meets, what experts' adapters look like, and how they are stored."""
+"""Mixtures of experts: reads, routing, gradients, adapters and storage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _open(tmp_path: Path, name: str, seed: int, **changes: Any) -> tuple[Any, An
 
 
 def _assert_exact(model: Any, lora: Any, batch: tuple[np.ndarray, np.ndarray], found: Any, seed: int) -> None:
-    """Found (loss, gradients) equal mlx-lm's; where not, they are no further from float64 than mlx-lm's by chance."""
+    """The (loss, gradients) equal mlx-lm's, or are about as close to float64 as mlx-lm's."""
     theirs = mlx_lm_loss_and_grads(model.path, lora, *batch)
     loss, grads = found[0].item(), found[1]
     if largest_error(loss, grads, *theirs) <= TOLERANCE:
@@ -60,7 +60,7 @@ def _stacks(lora: Any) -> list[str]:
 
 
 def _store_apart(folder: Path, hub_names: bool = False) -> Path:
-    """The same model with a tensor for each expert, as it is on the hub."""
+    """The same model with one tensor per expert, as on the hub."""
     path = folder / "model.safetensors"
     tensors: Any = mx.load(str(path))
     apart: dict[str, mx.array] = {}
@@ -77,7 +77,7 @@ def _store_apart(folder: Path, hub_names: bool = False) -> Path:
 
 
 class Reads:
-    """Which experts' rows of which stack were read."""
+    """Records the experts whose rows are read, by stack."""
 
     def __init__(self, patch: pytest.MonkeyPatch, n_rows: dict[str, int]):
         self.experts: dict[str, set[int]] = {}
@@ -167,14 +167,14 @@ def test_gradients_of_packed_stacks(tmp_path: Path, name: str, mode: str, seed: 
     tokens, targets = random_batch(seed, 2, 9, model.spec.V)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
     _assert_exact(model, lora, (tokens, targets), (loss, grads), seed)
-    if mode != "nvfp4":  # products with packed matrices: another rounding
+    if mode != "nvfp4":  # packed products round differently
         packed = Model(folder, packed=True)
         again = mebp_mlx.loss_and_grads(packed, lora, tokens, targets, plan=Plan("block"))
         assert not (largest_error(again[0].item(), again[1], loss.item(), grads) > 1e-4), f"seed {seed}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt_oss"])
-def test_experts_stored_apart_are_the_same_model(tmp_path: Path, name: str, seed: int) -> None:
+def test_experts_stored_separately_are_the_same_model(tmp_path: Path, name: str, seed: int) -> None:
     model, lora = _open(tmp_path, name, seed)
     apart = _store_apart(write_model(tmp_path / "apart", CONFIGS[name], seed=seed), hub_names=name.startswith("lfm2"))
     batch = random_batch(seed, 2, 9, model.spec.V)
@@ -187,7 +187,7 @@ def test_experts_stored_apart_are_the_same_model(tmp_path: Path, name: str, seed
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe-tied", "lfm2_moe"])
-def test_experts_stored_apart_convert_and_fuse_to_stacks(tmp_path: Path, name: str, seed: int) -> None:
+def test_experts_stored_separately_convert_and_fuse_to_stacks(tmp_path: Path, name: str, seed: int) -> None:
     from mlx_lm.utils import load_model
 
     config = packed_config(name)
@@ -215,7 +215,7 @@ def test_experts_stored_apart_convert_and_fuse_to_stacks(tmp_path: Path, name: s
     assert not (abs(plain / with_adapters - 1) > TOLERANCE), f"seed {seed}"
 
 
-def test_experts_packed_otherwise_than_one_another_are_refused(tmp_path: Path) -> None:
+def test_experts_packed_differently_are_refused(tmp_path: Path) -> None:
     config = packed_config("olmoe-tied")
     plain = _store_apart(write_model(tmp_path / "plain", config))
     four = _store_apart(write_model(tmp_path / "four", config, quantization={"group_size": 32, "bits": 4}))
@@ -225,12 +225,12 @@ def test_experts_packed_otherwise_than_one_another_are_refused(tmp_path: Path) -
     for part in ("weight", "scales", "biases"):
         del tensors[f"{name}.{part}"]
     mx.save_safetensors(str(four / "model.safetensors"), tensors | {f"{name}.weight": dense[f"{name}.weight"]})
-    with pytest.raises(UserError, match=r"experts\.3\.up_proj is packed otherwise than .*experts\.0\.up_proj"):
+    with pytest.raises(UserError, match=r"experts\.3\.up_proj and .*experts\.0\.up_proj are packed differently"):
         mebp_mlx.open_model(four)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "lfm2_moe", "gpt_oss"])
-def test_adapters_go_both_ways(tmp_path: Path, name: str, seed: int) -> None:
+def test_adapters_are_exchanged_with_mlx_lm(tmp_path: Path, name: str, seed: int) -> None:
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
     from mlx_lm.utils import load_model
@@ -256,9 +256,9 @@ def test_adapters_go_both_ways(tmp_path: Path, name: str, seed: int) -> None:
     assert all(np.array_equal(np.asarray(read[key]), np.asarray(values[key])) for key in values)
 
 
-def test_what_experts_do_not_have_is_refused(tmp_path: Path) -> None:
+def test_unsupported_settings_of_experts_are_refused(tmp_path: Path) -> None:
     model, lora = _open(tmp_path, "olmoe", 1)
-    with pytest.raises(UserError, match=r"dora: mlp\.switch_mlp\.gate_proj is a mixture's experts"):
+    with pytest.raises(UserError, match=r"dora: mlp\.switch_mlp\.gate_proj holds experts"):
         mebp_mlx.init_lora(model, fine_tune_type="dora")
     mebp_mlx.init_lora(model, fine_tune_type="dora", keys=["mlp.gate", "self_attn.q_proj"])
     from mebp_mlx.export import __main__ as export
@@ -277,7 +277,7 @@ def test_what_experts_do_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_zero_router_sends_every_token_to_the_same_experts_as_in_mlx_lm(tmp_path: Path, seed: int) -> None:
-    """All scores are equal: argpartition decides."""
+    """All scores are equal, so argpartition chooses."""
     folder = write_model(tmp_path / "model", CONFIGS["qwen3_moe"], seed=seed)
     tensors: Any = mx.load(str(folder / "model.safetensors"))
     zeros = {name: mx.zeros(value.shape) for name, value in tensors.items() if name.endswith("mlp.gate.weight")}
@@ -299,7 +299,7 @@ class _Batch:
 def test_the_backward_pass_visits_the_experts_of_the_forward_pass_without_choosing_again(
     tmp_path: Path, name: str, grain: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Even where the router's output is computed again."""
+    """Even if the router's output is recomputed."""
     model, lora = _open(tmp_path, name, seed)
     n_mixtures = sum(bool(layer.experts) for layer in model.spec.layers)
     batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
@@ -325,12 +325,12 @@ def test_the_backward_pass_visits_the_experts_of_the_forward_pass_without_choosi
         engine = BackpropEngine(model, lora, plan=Plan(grain, saved, token_block=64, kept_bytes=0), dropout=False)
         engine.step(batch, step=0, micro=0, n_labels=10, sink=lambda g: None)
         engine.close()
-        assert len(chosen) == 3 * n_mixtures  # once a tile: none in the backward pass
+        assert len(chosen) == 3 * n_mixtures  # once per tile, and not in the backward pass
         assert sorted(visited) == sorted(chosen), f"seed {seed}"
 
 
-def test_a_mixture_costs_one_wait_a_tile(tmp_path: Path, seed: int) -> None:
-    """Beside those of a model without one, whatever is kept: counted with a GPU's grain."""
+def test_a_mixture_costs_one_wait_per_tile(tmp_path: Path, seed: int) -> None:
+    """More than a model without one, for any kept values; counted with a GPU's grain."""
     model, lora = _open(tmp_path, "qwen3_moe-tied", seed)
     mixtures = sum(bool(layer.experts) for layer in model.spec.layers)
     waits = Counter[int]()
@@ -338,7 +338,7 @@ def test_a_mixture_costs_one_wait_a_tile(tmp_path: Path, seed: int) -> None:
         plan = Plan("block", token_block=64, weight_block_bytes=None, head_block_bytes=None)
         engine = BackpropEngine(model, lora, plan=plan, dropout=False)
         monkey = pytest.MonkeyPatch()
-        monkey.setattr(Model, "copied_bytes", lambda *_: 0.0)  # as where pages are adopted
+        monkey.setattr(Model, "copied_bytes", lambda *_: 0.0)  # as if pages were used in place
         batch = _Batch(*random_batch(seed, 1, n_tokens, model.spec.V))
         engine.step(batch, step=0, micro=0, n_labels=10, sink=lambda g: None)
         monkey.undo()
@@ -369,7 +369,7 @@ def test_dropout_is_the_same_in_each_engine_and_tile(tmp_path: Path, seed: int) 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 def test_16_bits_stay_close_to_float32(tmp_path: Path, dtype: mx.Dtype, seed: int) -> None:
-    """Experts with equal rounded scores apart: a few tokens may go elsewhere."""
+    """Except for experts with equal rounded scores: a few tokens may choose differently."""
     folder = write_model(tmp_path / "model", packed_config("lfm2_moe"), seed=seed, dtype=dtype)
     lora = mebp_mlx.init_lora(mebp_mlx.open_model(folder), rank=3, scale=2.0)
     batch = random_batch(seed, 2, 12, 131)
@@ -381,8 +381,8 @@ def test_16_bits_stay_close_to_float32(tmp_path: Path, dtype: mx.Dtype, seed: in
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "lfm2_moe"])
 @pytest.mark.parametrize("engine", ["mezo", "kzoo", "hizoo", "fzoo"])
-def test_zeroth_order_estimates_are_of_this_loss(tmp_path: Path, name: str, engine: str, seed: int) -> None:
-    """Losses at the probes are those of moved parameters; every stack gets an estimate in its own layout."""
+def test_zeroth_order_estimates_use_the_mixtures_loss(tmp_path: Path, name: str, engine: str, seed: int) -> None:
+    """Losses at the probes equal those of perturbed parameters; every stack gets an estimate in its own layout."""
     model, lora = _open(tmp_path, name, seed)
     batch = _Batch(*random_batch(seed, 2, 9, model.spec.V))
     n_labels = int((batch.targets != -100).sum())
@@ -404,8 +404,8 @@ def test_zeroth_order_estimates_are_of_this_loss(tmp_path: Path, name: str, engi
     assert not (abs(estimator.loss(np.array(losses)) / worker.estimator.loss(worker._losses) - 1) > 1e-4), f"{seed}"
 
 
-def test_the_plan_says_what_a_pass_reads_of_experts(tmp_path: Path, seed: int) -> None:
-    """Few tokens reach few experts; the counted bytes are those of the experts that tokens reach."""
+def test_the_plan_counts_the_experts_that_a_pass_reads(tmp_path: Path, seed: int) -> None:
+    """Few tokens reach few experts; only bytes of reached experts are counted."""
     model, lora = _open(tmp_path, "qwen3_moe", seed, num_experts=16)
     stacks = [stack for layer in model.spec.layers for stack in layer.experts.values()]
     one = expert_sizes(model, 1)
@@ -422,7 +422,7 @@ def test_the_plan_says_what_a_pass_reads_of_experts(tmp_path: Path, seed: int) -
 
 
 def test_a_clipped_gate_is_mlx_lms_and_has_its_gradient(seed: int) -> None:
-    """gpt-oss's, with many values beyond its limits; where one is cut nothing flows."""
+    """gpt-oss's, with many values beyond its limits; a clipped value has no gradient."""
     from mlx_lm.models.activations import swiglu_oai
 
     g, u, dm = (10 * mx.random.normal((40, 30), key=mx.random.key(seed + i)) for i in range(3))
@@ -442,7 +442,7 @@ def test_gpt_oss_published_experts_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_pages_of_chosen_experts_are_asked_for_and_of_no_others(
+def test_only_pages_of_chosen_experts_are_prefetched(
     tmp_path: Path, apart: bool, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     folder = write_model(tmp_path / "model", CONFIGS["olmoe"] | {"num_experts": 16}, seed=seed)
@@ -474,7 +474,7 @@ def test_pages_of_chosen_experts_are_asked_for_and_of_no_others(
 
 
 def test_a_selection_bias_keeps_its_dtype(tmp_path: Path, seed: int) -> None:
-    """Rounded, it would send tokens to other experts; mlx-lm's conversions leave it alone, too."""
+    """Rounding would send tokens to other experts; mlx-lm's conversions keep it too."""
     source = write_model(tmp_path / "source", packed_config("lfm2_moe"), seed=seed)
     flags = ["--bits", "4", "--group-size", "32", "--dtype", "bfloat16"]
     assert convert.main(["--model", str(source), "--out", str(tmp_path / "out"), *flags]) == 0

@@ -16,7 +16,7 @@ from tests.texts import write_rows
 TURN, REPLY = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
 
-def test_rows_are_shown_with_what_is_trained_on_and_nothing_is_written(
+def test_rows_are_shown_with_their_labels_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = write_home(tmp_path)

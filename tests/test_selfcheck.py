@@ -165,7 +165,7 @@ def test_the_engine_uses_the_kernels(tmp_path: Path, dtype: str, monkeypatch: py
         loss = mebp_mlx.loss(model, lora, tokens, targets).item()
         assert calls.n["linear_cross_entropy"] == 2 and calls.n["online_softmax"] == 0  # the check, and one launch
         lazily = mebp_mlx.loss(model, lora, tokens, targets, plan=Plan("block")).item()
-        assert calls.n["linear_cross_entropy"] == 2  # MLX's products are faster where nothing is waited for
+        assert calls.n["linear_cross_entropy"] == 2  # MLX's products are faster in grains that do not wait
         n_before = dict(calls.n)
         # numpy handles float32 logits on the CPU; the kernel handles the rest
         actual = mebp_mlx.loss_and_grads(model, lora, tokens, targets)
@@ -228,6 +228,6 @@ def test_doctor_times_attention_both_ways(
         assert all(figure > 0 for name, figure in row["figures"].items() if name.endswith("_ms"))
 
 
-def test_doctor_without_metal_says_where_attention_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_without_metal_names_the_bench_that_counts_attention(capsys: pytest.CaptureFixture[str]) -> None:
     code, table = _doctor(capsys, "--kernels")
     assert code == 0 and "python -m bench kernels counts" in table

@@ -1,4 +1,4 @@
-"""--report-to: numbers reach every service, its library is not in the training process, failures do not end the run."""
+"""--report-to: numbers reach every service, whose library stays outside the training process; no failure ends a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SummaryWriter:
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that this test's libraries write to; the libraries are in tmp_path/libraries."""
+    """The file that this test's libraries write to. The libraries are in tmp_path/libraries."""
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "libraries"))
     monkeypatch.syspath_prepend(str(tmp_path / "libraries"))

@@ -1,4 +1,4 @@
-"""Gemma 4's shared keys and values, whose gradient flows to a lower layer; and its inputs of each layer."""
+"""Gemma 4's shared keys and values, whose gradient flows to a lower layer, and its per-layer inputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
 
 
 def _assert_exact(model: Any, lora: Any, batch: _Batch, plan: Plan, seed: int) -> None:
-    """Equal to mlx-lm's float32, or no further from its float64 than chance."""
+    """Equal to mlx-lm's float32, or about as close to float64 as mlx-lm's float32."""
     loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
     theirs = mlx_lm_loss_and_grads(model.path, lora, batch.tokens, batch.targets)
     if largest_error(loss.item(), grads, *theirs) <= TOLERANCE:
@@ -69,7 +69,7 @@ def _assert_exact(model: Any, lora: Any, batch: _Batch, plan: Plan, seed: int) -
 # All; across both donors (2 and 3); across the upper one, with the lower one constant; above both.
 @pytest.mark.parametrize("num_layers", [-1, 5, 4, 3, 1])
 @pytest.mark.parametrize("saved", [SAVE_PRODUCTS, SAVE_INPUTS], ids=["products", "inputs"])
-def test_gradients_equal_mlx_lms_wherever_training_begins(
+def test_gradients_equal_mlx_lms_for_any_first_trained_layer(
     tmp_path: Path, num_layers: int, saved: frozenset[str], seed: int
 ) -> None:
     model, lora, batch = _setup(tmp_path, seed, num_layers=num_layers)
@@ -83,8 +83,8 @@ def test_rows_shorter_and_longer_than_the_window_and_a_tile(tmp_path: Path, T: i
     _assert_exact(model, lora, _Batch(tokens[:, -T:], targets[:, -T:]), TINY_BLOCKS, seed)
 
 
-def test_another_donor_would_be_seen(tmp_path: Path, seed: int) -> None:
-    """Keys and values of 0 and 1, which are of the same kinds as 2 and 3."""
+def test_a_wrong_donor_is_detected(tmp_path: Path, seed: int) -> None:
+    """Uses keys and values of layers 0 and 1, of the same kinds as 2 and 3."""
     model, lora, batch = _setup(tmp_path, seed)
     assert [layer.donor for layer in model.spec.layers] == [None] * 4 + [2, 3, 2]
     right = _step(make_engine("mebp", model, lora), batch)
@@ -97,10 +97,10 @@ def test_another_donor_would_be_seen(tmp_path: Path, seed: int) -> None:
     assert largest_error(*wrong, *right) > 0.05, f"seed {seed}"
 
 
-def test_gradients_of_those_that_share_would_be_missed(
+def test_missing_gradients_of_sharing_layers_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Nothing else than the donors and what is below them takes part in them."""
+    """They flow only through the donors and the layers below them."""
     model, lora, batch = _setup(tmp_path, seed)
     _, right = _step(make_engine("mebp", model, lora), batch)
     monkeypatch.setattr(SharedKeys, "take_back", lambda *_: None)
@@ -148,7 +148,7 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(tmp_path: Path, numpy
             assert np.array_equal(actual[name], expected), f"{name}, {grain}, {kept_bytes}, seed {seed}"
 
 
-def test_a_forward_pass_alone_has_the_same_loss(tmp_path: Path, seed: int) -> None:
+def test_a_forward_only_pass_has_the_same_loss(tmp_path: Path, seed: int) -> None:
     """Evaluation, and zeroth-order passes with nothing perturbed."""
     model, lora, batch = _setup(tmp_path, seed)
     loss, _ = _step(make_engine("whole-graph", model, lora), batch)
@@ -164,7 +164,7 @@ def test_a_forward_pass_alone_has_the_same_loss(tmp_path: Path, seed: int) -> No
 def test_columns_of_gathered_rows_are_those_of_the_matrix(
     tmp_path: Path, bits: int, group_size: int, seed: int
 ) -> None:
-    """Columns that begin and end inside a group, too."""
+    """Including columns that begin and end inside a group."""
     config = packed_config("gemma4_text") | {"intermediate_size": 128}
     folder = write_model(tmp_path / "m", config, quantization={"group_size": group_size, "bits": bits})
     ids = np.random.default_rng(seed).integers(0, 131, 9).astype(np.int32)
@@ -178,7 +178,7 @@ def test_columns_of_gathered_rows_are_those_of_the_matrix(
             assert np.array_equal(np.asarray(part), whole[:, start:stop]), f"seed {seed}"
 
 
-def test_of_the_second_embedding_only_a_layers_columns_of_the_rows_are_read(
+def test_a_layer_reads_only_its_columns_of_the_second_embedding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     model, lora, batch = _setup(tmp_path, seed)
@@ -192,7 +192,7 @@ def test_of_the_second_embedding_only_a_layers_columns_of_the_rows_are_read(
 
     monkeypatch.setattr(Tensor, "__getitem__", watching)
     _step(BackpropEngine(model, lora, plan=Plan(saved=SAVE_PRODUCTS)), batch)
-    assert read == [(2 * 17, 12)] * 7  # once for each layer, as p is kept
+    assert read == [(2 * 17, 12)] * 7  # once per layer, because p is kept
 
 
 def test_plans_are_measured_and_counted(tmp_path: Path, seed: int) -> None:
@@ -205,8 +205,8 @@ def test_plans_are_measured_and_counted(tmp_path: Path, seed: int) -> None:
     assert work["backward"].flops > 2 * fewer["backward"].flops > 0
 
 
-def test_a_block_alone_needs_stand_ins_for_the_others(tmp_path: Path, seed: int) -> None:
-    """Otherwise it fails at once: it would compute something else."""
+def test_a_single_block_needs_stand_ins_for_the_others(tmp_path: Path, seed: int) -> None:
+    """Without stand-ins it fails at once, instead of computing something else."""
     model, lora, _ = _setup(tmp_path, seed)
     x = [mx.zeros((2, 5, model.spec.D))]
     with pytest.raises(KeyError):
@@ -251,24 +251,24 @@ def _changed(folder: Path, **changes: Any) -> Path:
         ({"hidden_size_per_layer_input": -2}, "hidden_size_per_layer_input must be a positive number, found '-2'"),
         ({"num_kv_shared_layers": None}, "num_kv_shared_layers must be 0 to 6, found 'None'"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers must be 0 to 6, found '7'"),
-        ({"num_kv_shared_layers": 6}, "layer 1 shares keys and values, and no layer below 1 is of its kind"),
-        ({"num_kv_shared_layers": 2}, "asks for the tensor model.layers.4.self_attn.k_proj.weight"),
+        ({"num_kv_shared_layers": 6}, "layer 1 shares keys and values, but no layer below 1 is of its kind"),
+        ({"num_kv_shared_layers": 2}, "requires the tensor model.layers.4.self_attn.k_proj.weight"),
         ({"use_double_wide_mlp": False}, "model.layers.4.mlp.gate_proj.weight has shape"),
         ({"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input=100 is less than vocab_size"),
         ({"global_head_dim": None}, "model.layers.1.self_attn.q_proj.weight has shape"),
     ],
 )
-def test_what_gemma_4_does_not_have_here_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_of_gemma_4_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = _changed(write_model(tmp_path / "m", CONFIGS["gemma4_text"]), **changes)
     with pytest.raises(UserError, match=message.replace("(", "\\(")):
         mebp_mlx.open_model(folder)
 
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "use_double_wide_mlp", "final_logit_softcapping"])
-def test_keys_that_two_libraries_read_differently_must_be_there(tmp_path: Path, key: str) -> None:
+def test_keys_that_two_libraries_read_differently_are_required(tmp_path: Path, key: str) -> None:
     folder = write_model(tmp_path / "m", CONFIGS["gemma4_text"])
     (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIGS["gemma4_text"].items() if k != key}))
-    with pytest.raises(UserError, match=f"{key} is missing; mlx-lm takes .* then, transformers "):
+    with pytest.raises(UserError, match=f"{key} is missing; mlx-lm assumes .*, transformers "):
         mebp_mlx.open_model(folder)
 
 
@@ -280,8 +280,8 @@ def _loss(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_unified"])
-def test_a_checkpoint_by_transformers_names_is_the_same_model(tmp_path: Path, name: str) -> None:
-    """With towers, clipping buffers, and keys of layers that share them."""
+def test_a_checkpoint_with_transformers_names_is_the_same_model(tmp_path: Path, name: str) -> None:
+    """With vision and audio towers, clipping buffers, and keys of layers that share a donor's."""
     ours, theirs = (write_model(tmp_path / folder, CONFIGS[name]) for folder in ("ours", "theirs"))
     path = theirs / "model.safetensors"
     tensors: Any = mx.load(str(path))

@@ -95,7 +95,7 @@ def test_a_rank_without_space_ends_immediately_with_exit_3(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_python_interface_refuses_what_the_machine_cannot_hold(tmp_path: Path) -> None:
+def test_the_python_interface_refuses_sizes_beyond_the_machine(tmp_path: Path) -> None:
     model = mebp_mlx.open_model(write_model(tmp_path, CONFIGS["qwen3"]))
     for rank in (10**9, 10**12):
         with pytest.raises(mebp_mlx.UserError, match=f"rank {rank}: LoRA takes .* the machine's memory is"):

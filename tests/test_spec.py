@@ -33,15 +33,15 @@ def _change(folder: Path, **changes: Any) -> Path:
     [
         ({"model_type": "gpt2"}, r"config\.json: model_type 'gpt2' is not supported; supported: qwen2, qwen3, llama"),
         ({"hidden_size": 64}, r"model\.safetensors: model\.embed_tokens\.weight has shape \[131, 60\].*\[131, 64\]"),
-        ({"intermediate_size": 76}, r"mlp\.gate_proj\.weight has shape \[75, 60\].*asks for \[76, 60\]"),
-        ({"num_hidden_layers": 4}, r"asks for the tensor model\.layers\.3\."),
+        ({"intermediate_size": 76}, r"mlp\.gate_proj\.weight has shape \[75, 60\].*requires \[76, 60\]"),
+        ({"num_hidden_layers": 4}, r"requires the tensor model\.layers\.3\."),
         ({"vocab_size": None}, r"config\.json: vocab_size is missing"),
         ({"rms_norm_eps": "tiny"}, r"rms_norm_eps must be a positive number, found 'tiny'"),
         ({"num_key_value_heads": 4}, r"num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
         ({"rope_scaling": {"type": "ntk", "factor": 2}}, r"rope scaling 'ntk' is not supported"),
         ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, r"needs a list of 5 numbers 'long_factor'"),
         ({"rope_scaling": {"type": "linear"}}, r"needs a positive 'factor'"),
-        ({"tie_word_embeddings": False}, r"asks for the tensor lm_head\.weight"),
+        ({"tie_word_embeddings": False}, r"requires the tensor lm_head\.weight"),
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, changes: dict, said: str) -> None:
@@ -56,10 +56,10 @@ def test_packing_must_agree_with_the_config(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", packed_config("qwen3"), quantization=quantization)
     name = "model.layers.1.mlp.up_proj"
     _change(folder, quantization={**quantization, name: {"group_size": 64, "bits": 4}})
-    with pytest.raises(UserError, match=f"{name} is said to have 4 bits in groups of 64.*groups of 32"):
+    with pytest.raises(UserError, match=f"{name} should have 4 bits in groups of 64.*groups of 32"):
         mebp_mlx.open_model(folder)
     _change(folder, quantization={**quantization, "mode": "nvfp4"})
-    with pytest.raises(UserError, match=r"said to be nvfp4, but has 4 bits in groups of 32, affine"):
+    with pytest.raises(UserError, match=r"should be nvfp4, but has 4 bits in groups of 32, affine"):
         mebp_mlx.open_model(folder)
     _change(folder, quantization={**quantization, "mode": "nf4"})
     with pytest.raises(UserError, match=r"'nf4'.*not supported: affine, mxfp4, mxfp8, nvfp4"):
@@ -85,7 +85,7 @@ def test_the_quantization_mode_is_derived_from_the_tensors(tmp_path: Path, packi
     elif said == "another mode":
         other = next(each["mode"] for each in FLOAT_PACKINGS if each["mode"] != mode)
         _change(folder, quantization={**packing, "mode": other})
-        with pytest.raises(UserError, match=rf"config\.json: model\.embed_tokens is said to be {other}.*, {mode}$"):
+        with pytest.raises(UserError, match=rf"config\.json: model\.embed_tokens should be {other}.*, {mode}$"):
             mebp_mlx.open_model(folder)
         return
     spec = mebp_mlx.open_model(folder).spec
@@ -169,13 +169,17 @@ def test_newer_configs_nest_rope_parameters(tmp_path: Path) -> None:
     [
         ("smollm3", {"rope_parameters": {"rope_theta": 5000.0}}, "rope_theta 10000 instead of 5000"),
         ("smollm3", {"rope_parameters": {"rope_theta": 10_000.0}}, None),  # its default
-        ("glm4", {"rope_parameters": {"rope_theta": 5000.0}}, "does not open this model"),
-        ("qwen2", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}, "another scaling"),
+        ("glm4", {"rope_parameters": {"rope_theta": 5000.0}}, "cannot open this model"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}},
+            "a different rope scaling",
+        ),
         ("qwen3", {"rope_parameters": {"rope_theta": 5000.0}}, None),  # which mlx-lm reads
         ("smollm3", {"rope_parameters": {"rope_theta": 5000.0}, "rope_theta": 5000.0}, None),
     ],
 )
-def test_it_is_said_where_mlx_lm_reads_a_rope_differently(
+def test_a_rope_that_mlx_lm_reads_differently_is_reported(
     tmp_path: Path, name: str, changes: dict, remark: str | None
 ) -> None:
     folder = write_model(tmp_path / "m", CONFIGS[name])
@@ -221,7 +225,7 @@ def test_old_and_new_rope_keys_that_differ_are_refused(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ({"keys": ["self_attn.q"]}, "--keys: self_attn.q; LoRA goes on: self_attn.q_proj"),
+        ({"keys": ["self_attn.q"]}, "--keys: self_attn.q; modules that support LoRA: self_attn.q_proj"),
         ({"rank": 0}, "--rank"),
         ({"num_layers": 9}, "--num-layers: must be -1"),
         ({"dropout": 1.0}, "--dropout"),

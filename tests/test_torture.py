@@ -1,4 +1,4 @@
-"""A short `python -m bench.torture`: stopped runs end like uninterrupted ones, damaged files are refused."""
+"""A short `python -m bench.torture`: stopped runs end like uninterrupted ones, and damaged files are refused."""
 
 from __future__ import annotations
 

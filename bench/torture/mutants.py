@@ -1,6 +1,6 @@
 """Mutants of every input file: each must be read, or refused with a UserError, in seconds and with little memory.
 
-A forked process reads a batch of mutants and reports each through a pipe, so the mutant that ends it is known.
+A forked process reads a batch of mutants and reports each through a pipe, which identifies a mutant that ends it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Engines: who owns memory and order. Each turns a batch into a loss and per-block gradients."""
+"""Engines own memory and the order of evaluation. Each turns a batch into a loss and per-block gradients."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def make_engine(  # noqa: PLR0913 - the options of three engines, by keyword
     arena_dir: str | Path | None = None,
     total: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Engine:
-    """The engine of that name; ValueError for another.
+    """The engine called `name`. Raises ValueError for an unknown name.
 
-    estimator, total: the zeroth-order engines' own (make_estimator of the same name; ZerothOrderEngine).
+    estimator, total: for zeroth-order engines only (make_estimator with the same name; ZerothOrderEngine).
     """
     if name == "mebp":
         return BackpropEngine(model, lora, plan=plan, seed=seed, arena_dir=arena_dir)

@@ -2,7 +2,7 @@
 
 One preallocated, already unlinked file: its pages belong to the page cache and not to the
 process's footprint, a full disk is reported before the first step, and nothing is left
-behind however the process ends.
+behind, however the process ends.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 class Arena:
     """Arrays by key, put during the forward pass and taken back during the backward pass.
 
-    folder: where the file lives for the length of the run (None: the first of the output
-    folder's usual places that is on a disk); capacity_bytes: what it can hold at once.
+    folder: holds the file during the run (None: the first usual temporary folder that is on a disk); capacity_bytes:
+    size of the file.
     """
 
     def __init__(self, capacity_bytes: int, folder: str | Path | None = None):
@@ -44,7 +44,7 @@ class Arena:
         self._used = 0
 
     def put(self, layer: int, name: str, tile: int, value: mx.array) -> None:
-        """Copies an evaluated array in; it replaces an entry of the same key, dtype and shape."""
+        """Copies in an evaluated array, replacing any entry with the same key, dtype and shape."""
         key, kind = (layer, name, tile), (value.dtype, tuple(value.shape))
         known = self._slots.get(key)
         if known is not None and known[1:] == kind:
@@ -59,7 +59,7 @@ class Arena:
         np.frombuffer(self._map, np.uint8, value.nbytes, offset)[:] = raw
 
     def get(self, layer: int, name: str, tile: int) -> mx.array:
-        """A copy of an entry in MLX."""
+        """A copy of an entry as an MLX array."""
         offset, dtype, shape = self._slots[layer, name, tile]
         # Copied as 32-bit words where possible: one memcpy, no conversion.
         if dtype == mx.float32:
@@ -68,7 +68,7 @@ class Arena:
         return mx.array(raw).view(dtype).reshape(shape)
 
     def view(self, layer: int, name: str, tile: int) -> np.ndarray:
-        """A read-only view of an entry in the file, for dtypes that numpy has; it must be dropped before `close`."""
+        """A read-only numpy view of an entry, for dtypes that numpy supports; drop it before calling `close`."""
         offset, dtype, shape = self._slots[layer, name, tile]
         view = np.frombuffer(self._map, dtype_name(dtype), math.prod(shape), offset).reshape(shape)
         view.flags.writeable = False
@@ -84,7 +84,7 @@ class Arena:
 
 
 def choose_folder(folder: str | Path | None) -> Path:
-    """The arena's folder. An explicit folder in memory (tmpfs) is refused: its pages would count as memory."""
+    """The arena's folder. Raises UserError for an explicit folder on tmpfs, whose pages would count as memory."""
     if folder is not None:
         path = Path(folder)
         if not path.is_dir():
@@ -101,7 +101,7 @@ def choose_folder(folder: str | Path | None) -> Path:
 
 
 def filesystem_of(path: Path) -> str:
-    """The type of the file system that holds `path` ("ext4", "tmpfs"); "" if the system does not say."""
+    """The type of the file system that holds `path` ("ext4", "tmpfs"); "" if the system does not report it."""
     try:
         mounts = Path("/proc/self/mounts").read_text()
     except OSError:

@@ -1,7 +1,7 @@
 """MeBP: exact LoRA gradients, block by block.
 
-The forward pass keeps what the plan says of each block (Store). The backward pass visits the blocks in reverse, and a
-block's tiles from the last to the first; each block's gradients are handed over as soon as they are complete.
+The forward pass keeps the values of each block that the plan names (Store). The backward pass visits the blocks in
+reverse, and each block's tiles from last to first; it passes on a block's gradients as soon as they are complete.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BackpropEngine:
         self.barrier = Barrier(self.plan.grain)
         self.store = Store(self.barrier, self.plan.kept_bytes, arena_dir)
         self.ahead = Prefetch(model)
-        self._reserved = (0, 0)  # rows and positions of a batch that fits the file
+        self._reserved = (0, 0)  # rows and positions of the largest batch that fits the file
         # Blocks below the lowest trained one need no gradient: none of their values are kept, and they are not visited.
         self.first_trained = first_trained(lora, model.spec.layers)
 
@@ -60,9 +60,8 @@ class BackpropEngine:
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
         """Returns the batch's share of the step's loss; passes its gradients to `sink`, last block first.
 
-        n_labels: labelled tokens of the whole optimizer step, over all its micro-batches and machines, so
-        that shares and gradients add up to the token-weighted mean. Raises NonFiniteLoss
-        before any gradient is passed on.
+        n_labels: labelled tokens of the whole optimizer step, over all its micro-batches and machines, so that shares
+        and gradients add up to the token-weighted mean. Raises NonFiniteLoss before passing on any gradient.
         """
         self.store.clear()
         if not batch.tokens.size:
@@ -70,7 +69,7 @@ class BackpropEngine:
             return 0.0
         self.reserve(*batch.tokens.shape)
         weight = 1 / max(n_labels, 1)
-        # In float16 a token's share of a mean would be below the type's range: the sum is differentiated instead.
+        # In float16, one token's share of a mean would underflow: differentiate the sum instead.
         loss_scale = 1.0 if self.model.dtype != mx.float16 else float(max(n_labels, 1))
         dropout_parts = (first_row(batch), self.seed, step, micro) if self.dropout else None
         work = Pass(self.model, self.plan, self.lora, self.barrier, dropout_parts, self.ahead)
@@ -109,13 +108,13 @@ class BackpropEngine:
         return Pass(self.model, self.plan, self.lora, self.barrier, ahead=self.ahead).loss(batch)
 
     def close(self) -> None:
-        """Frees the file and stops the thread."""
+        """Frees the file and stops the prefetch thread."""
         self.ahead.close()
         self.store.close()
 
 
 def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
-    """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none, from the last to the first; gradients are in `run`."""
+    """Tiles of dL/dy (emptied) -> tiles of dL/dx, or none. Goes from last to first; gradients are left in `run`."""
     if work.plan.checkpoint:
         return _checkpointed(work, layer, run, dy, need_dx)
     run.begin(sum(tile.shape[1] for tile in dy))
@@ -140,7 +139,7 @@ def block_backward(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], 
 
 
 def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], need_dx: bool) -> list[mx.array]:
-    """The same by mx.checkpoint and MLX's own backward, from the block's inputs alone."""
+    """block_backward by mx.checkpoint and MLX's own backward, from the block's inputs alone."""
     inputs, position = [], 0
     for tile in dy:
         x = run.kept.get("x", position)
@@ -162,7 +161,7 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
             plain.shared.pairs[layer.donor] = arrays[n], arrays[n + 1]
         return [*plain.forward(layer, list(arrays[:n_tiles])), *(plain.shared.pairs[layer.index] if gives else ())]
 
-    # Trainables go in as arguments: a captured one would get a silent zero gradient. Shared keys and values, too.
+    # Trainables, and shared keys and values, are arguments: captured arrays would silently get zero gradients.
     with cpu.off():
         cotangents = [*dy, *(g.astype(work.model.dtype) for g in gives)]
         _, gradients = mx.vjp(mx.checkpoint(block), [*inputs, *trainables.values(), *lent], cotangents)
@@ -178,9 +177,9 @@ def _checkpointed(work: Pass, layer: Layer, run: BlockRun, dy: list[mx.array], n
 
 
 def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
-    """The values that a plan keeps of a layer: those that its backward reads, the block's input among them.
+    """Names of the values of a layer that the plan keeps for its backward pass, including the block's input.
 
-    Queries and keys are kept as they are after their rotation, unless the backward of a norm needs them before it.
+    Queries and keys are kept after rotation, unless a norm's backward needs them before it.
     """
     block = BLOCKS[layer.block]
     names = ((SAVE_INPUTS if plan.checkpoint else plan.saved) & block.names) - block.not_read
@@ -191,15 +190,15 @@ def kept_names(plan: Plan, layer: Layer) -> frozenset[str]:
 
 
 def kept_bytes(model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int) -> list[int]:
-    """What each block from `index` on keeps of a batch [B, T], in whole pages."""
+    """Bytes, in whole pages, that each block from `index` on keeps for a batch [B, T]."""
     return KeptSizes(model, plan, adapter, index, B, T).of(plan)
 
 
 class KeptSizes:
-    """The bytes, in whole pages, that each block from `index` on would keep of a batch [B, T], whatever a plan saves.
+    """Bytes, in whole pages, that each block from `index` on would keep for a batch [B, T], whichever values are saved.
 
-    Counted on forward graphs that are not evaluated: of one layer of each kind, and of one tile of each length. Layers
-    of a kind have the same matrices, placed alike: every piece of the MLP's width fills pages of its own.
+    Counted on unevaluated forward graphs, for one layer of each kind and one tile of each length. Layers of a kind have
+    the same matrices and storage, which sets the MLP's blocks; each kept value fills whole pages.
     """
 
     def __init__(self, model: Model, plan: Plan, adapter: Adapter, index: int, B: int, T: int):
@@ -210,11 +209,11 @@ class KeptSizes:
         self.known: dict[object, Counter[str]] = {}
 
     def of(self, plan: Plan) -> list[int]:
-        """Of a plan that cuts the step in the same way."""
+        """Kept bytes of each layer, for a plan with the same tiles and blocks."""
         return [sum(self._by_name(layer)[name] for name in kept_names(plan, layer)) for layer in self.layers]
 
     def _by_name(self, layer: Layer) -> Counter[str]:
-        """Bytes of all tiles by value."""
+        """Bytes of each value, summed over all tiles."""
         linears = {**layer.linears, **layer.experts}
         widths = tuple((short, linear.out_dims, linear.in_dims) for short, linear in linears.items())
         kind = layer.block, widths, self.model.copied_bytes(linears["down"], 1)
@@ -229,9 +228,9 @@ class KeptSizes:
 
 
 def kept_shapes(work: Pass, layer: Layer, B: int, T: int, names: frozenset[str] | None = None) -> Shapes:
-    """What a block keeps of a batch [B, T], of a pass over an unread model that evaluates nothing.
+    """Shapes that a block keeps for a batch [B, T]. `work`: a pass over an unread model, which evaluates nothing.
 
-    names: of the values, None: the plan's.
+    names: of the values to keep; None keeps those that the plan names.
     """
     shapes = Shapes()
     work.assume(B, T)
@@ -242,7 +241,7 @@ def kept_shapes(work: Pass, layer: Layer, B: int, T: int, names: frozenset[str] 
 
 
 class Shapes:
-    """Kept values by shape alone (families/base.py: Kept). n_bytes: of each, in whole pages."""
+    """Shapes of kept values, without data (families/base.py: Kept). n_bytes: size of each value in whole pages."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, str, int], tuple[tuple[int, ...], mx.Dtype]] = {}

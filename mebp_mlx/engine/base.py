@@ -1,4 +1,4 @@
-"""What engines share: batches and results, the forward pass, and the store of kept values."""
+"""Shared by all engines: batches, results, the forward pass and the store of kept values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Key = tuple[int, str, int]  # layer, name, tile
 
 
 class Evaluation(NamedTuple):
-    """The sum of the labelled tokens' losses, their number, and for how many the label is the likeliest token."""
+    """Sum of the labelled tokens' losses, their number, and the number whose label is the most likely token."""
 
     loss_sum: float
     n_labels: int
@@ -35,9 +35,9 @@ class Evaluation(NamedTuple):
 
 
 class TokenBatch(Protocol):
-    """What an engine reads of a batch: tokens and targets int32 [B, T], target -100 = no label.
+    """The parts of a batch that an engine reads: tokens and targets int32 [B, T], target -100 = no label.
 
-    n_labels: labelled tokens, of the whole micro-batch where this is a part of one.
+    n_labels: labelled tokens; if the batch is part of a micro-batch, those of the whole micro-batch.
     """
 
     @property
@@ -51,12 +51,12 @@ class TokenBatch(Protocol):
 
 
 def first_row(batch: TokenBatch) -> int:
-    """The number of the batch's first row in the micro-batch of which it is a part; 0 for any other batch."""
+    """Index of the batch's first row in its micro-batch; 0 if the batch is a whole micro-batch."""
     return getattr(batch, "first_row", 0)
 
 
 def hand_over_zeros(lora: Lora, layers: Sequence[Layer], sink: Sink) -> None:
-    """The gradients of a batch without rows, last block first: other machines wait for their part of the sums."""
+    """Passes zero gradients to `sink`, last block first: the batch has no rows, but other machines wait for sums."""
     parameters = lora.parameters()
     for layer in reversed(layers):
         zeros = {n: mx.zeros(p.shape) for n, p in parameters.items() if n.startswith(f"{layer.prefix}.")}
@@ -64,7 +64,7 @@ def hand_over_zeros(lora: Lora, layers: Sequence[Layer], sink: Sink) -> None:
 
 
 class Engine(Protocol):
-    """What the trainer asks of an engine. A batch may be this machine's part of one, without rows too."""
+    """The interface that the trainer uses. A batch may be this machine's part of a micro-batch, even an empty one."""
 
     def reserve(self, batch_size: int, n_tokens: int) -> None: ...
 
@@ -78,7 +78,7 @@ class Engine(Protocol):
 class Pass(Context):
     """The forward pass of a model over one batch: blocks and head."""
 
-    T: int | None = None  # the length of the row, where some tiles of it are passed alone
+    T: int | None = None  # row length, if forward() gets only some tiles of the row
 
     @cached_property
     def shared(self) -> SharedKeys:
@@ -87,11 +87,11 @@ class Pass(Context):
 
     @cached_property
     def left_out(self) -> dict[int, dict[str, tuple[tuple[int, ...], mx.Dtype]]]:
-        """Of a probe of memory, which leaves tiles of long rows out: what a tile keeps, by layer and name."""
+        """For memory probes: shapes and dtypes that a skipped tile of a long row keeps, by layer and name."""
         return {}
 
     def runs(self, layer: Layer, tile: int, n_tiles: int) -> bool:
-        """Whether a tile is run. A probe leaves out those between a row's first and its last three, which take most."""
+        """Whether to run a tile. A probe runs only the first and the last three, which need the most memory."""
         return layer.index not in self.left_out or tile == 0 or tile >= n_tiles - 3
 
     def embed(self, tokens: np.ndarray) -> list[mx.array]:
@@ -102,20 +102,20 @@ class Pass(Context):
         return tiles
 
     def run(self, layer: Layer, kept: Kept | None = None, names: frozenset[str] | None = frozenset()) -> BlockRun:
-        """One block at work; kept, names: where and which values are kept, as of BlockRun."""
+        """A run of one block. kept, names: where and which values are kept, as for BlockRun."""
         run = BlockRun(self, layer, BLOCKS[layer.block], kept, names)
         self.shared.lend(layer, run.attention, backward=names is None)
         return run
 
     def assume(self, B: int, T: int) -> None:
-        """What blocks of a batch [B, T] find of the embedding and of other blocks, where some of them run alone."""
+        """Stand-ins for tokens [B, T] and for other blocks' keys and values, to run single blocks."""
         self.tokens = np.zeros((B, T), np.int32)
         self.shared.assume(self.model, B, T)
 
     def forward(
         self, layer: Layer, x: list[mx.array], kept: Kept | None = None, names: frozenset[str] = frozenset()
     ) -> list[mx.array]:
-        """Tiles [B, tile, D] of a block's input (emptied) -> tiles of its output."""
+        """Tiles [B, tile, D] of a block's input (the list is emptied) -> tiles of its output."""
         if self.ahead is not None:
             self.ahead.block(layer.index + 1)
         run, y, position = self.run(layer, kept, names), [], 0
@@ -147,28 +147,28 @@ class Pass(Context):
 class Store:
     """Values kept between forward and backward (families/base.py: Kept): in memory while there is room, else in a file.
 
-    A value that goes to the file is written when it has been computed: at once where values are evaluated at once,
-    otherwise one block behind the GPU, whose next block computes meanwhile.
+    A value bound for the file is written once it is computed: immediately in eager grains, otherwise one block later,
+    while the GPU computes the next block.
 
-    memory_bytes: room in memory, None: no limit; folder: of the file.
+    memory_bytes: limit of values in memory, None: no limit; folder: holds the file.
     """
 
     def __init__(self, barrier: Barrier, memory_bytes: int | None, folder: str | Path | None = None):
         self.barrier, self.memory_bytes, self.folder = barrier, memory_bytes, folder
         self.arena: Arena | None = None
-        self.written_bytes, self.read_bytes = 0, 0  # of the file, since clear()
+        self.written_bytes, self.read_bytes = 0, 0  # file traffic since clear()
         self.held_bytes = 0  # in memory
         self._arrays: dict[Key, mx.array] = {}
-        self._behind: list[Key] = []  # to be written when the block that computes them is done
+        self._behind: list[Key] = []  # to write once their block is computed
         self._new: list[Key] = []
 
     def reserve(self, n_bytes: int, block_bytes: int) -> None:
-        """Reserves space for all blocks' values, in whole pages; block_bytes: the most of one block. UserError if the
-        disk has no room for those that do not fit in memory.
+        """Reserves space for all blocks' values, in whole pages; block_bytes: the most of any block. Raises UserError
+        if the disk has no room for the values that do not fit in memory.
         """
         if self.memory_bytes is None or n_bytes <= self.memory_bytes:
             return
-        # The first value that does not fit in memory leaves less than a block's size of it unused.
+        # When a value first does not fit in memory, less than one block's size is left unused.
         needed = min(n_bytes, n_bytes - self.memory_bytes + block_bytes)
         if self.arena is None or self.arena.capacity_bytes < needed:
             if self.arena is not None:
@@ -198,7 +198,7 @@ class Store:
         return False
 
     def write_behind(self) -> None:
-        """Writes the values of the previous block; called once they are computed."""
+        """Writes the previous block's values; call it once they are computed."""
         for key in self._behind:
             self._write(key, self._arrays.pop(key))
         self._behind, self._new = self._new, []

@@ -1,7 +1,7 @@
-"""Keys and values that several layers attend to: those of a donor, kept from its forward pass to its backward pass.
+"""Keys and values shared by several layers: computed by a donor layer, kept from its forward to its backward pass.
 
-The pass from the top meets every layer that shares them before their donor. Its gradients are the sum over those
-layers in this order, the donor's own last; only then do they go through the donor's norms, rope and projections.
+The backward pass reaches every sharing layer before the donor. It sums their gradients in that order, adds the donor's
+own last, and only then goes through the donor's norms, rope and projections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Pair = tuple[mx.array, mx.array]  # keys and values, or their gradients: [B, K, 
 
 
 class SharedKeys:
-    """Of one pass over a batch. Donors below the lowest layer that `adapter` trains are constants."""
+    """The shared keys and values of one pass. Those of donors below the first layer with a LoRA pair are constants."""
 
     def __init__(self, layers: Sequence[Layer], adapter: Adapter):
         self.layers, self.adapter = layers, adapter
@@ -29,7 +29,7 @@ class SharedKeys:
         self.gradients: dict[int, Pair] = {}
 
     def is_trained(self, donor: int) -> bool:
-        """Whether gradients of its keys and values are of use."""
+        """Whether gradients of its keys and values are needed."""
         return donor >= self._first_trained
 
     @cached_property
@@ -37,7 +37,7 @@ class SharedKeys:
         return first_trained(self.adapter, self.layers)
 
     def lend(self, layer: Layer, attention: Attention, backward: bool) -> None:
-        """Before a layer's pass: keys and values that it finds there, and on the way back their gradients so far."""
+        """Before a layer's pass: gives it its shared keys and values, and in a backward pass their gradients so far."""
         source = layer.donor
         if source is None and backward and layer.index in self.donors:
             source = layer.index
@@ -53,13 +53,13 @@ class SharedKeys:
             del self.pairs[source]
 
     def take(self, layer: Layer, attention: Attention) -> None:
-        """After a donor's forward pass: its keys and values."""
+        """After a donor's forward pass: takes its keys and values."""
         if layer.index in self.donors and attention.keys is not None and attention.values is not None:
             self.pairs[layer.index] = attention.keys, attention.values
 
     @staticmethod
     def add(attention: Attention, dk: mx.array, dv: mx.array) -> None:
-        """The gradients of all keys and values at once, where attention did not sum them up itself."""
+        """Adds gradients of all keys and values at once, if attention did not sum them itself."""
         if not attention.sums_keys:
             return
         so_far = attention.sums()
@@ -68,12 +68,12 @@ class SharedKeys:
         attention.d_keys, attention.d_values = total
 
     def take_back(self, layer: Layer, attention: Attention) -> None:
-        """After the backward pass of a layer that shares them: the sum of their gradients."""
+        """After the backward pass of a sharing layer: takes the sum of their gradients."""
         if layer.donor is not None and attention.d_keys is not None and attention.d_values is not None:
             self.gradients[layer.donor] = attention.d_keys, attention.d_values
 
     def assume(self, model: Model, B: int, T: int) -> None:
-        """Stand-ins for all of it, where only some layers of a model run."""
+        """Stand-ins for all shared keys and values, if only some layers of a model run."""
         spec = model.spec
         for donor in self.donors:
             shape = (B, spec.K, T, spec.layers[donor].head_dim)

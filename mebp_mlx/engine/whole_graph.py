@@ -1,7 +1,7 @@
-"""The baseline and the oracle: MLX's own autograd over the whole model, with mx.checkpoint per block.
+"""The baseline and test oracle: MLX's own autograd over the whole model, with mx.checkpoint per block.
 
-Shares the blocks' equations with the streaming engine, and none of its backward code, its one-pass head, its tiles or
-its blocks of weights.
+It shares the block equations with the streaming engine, but not the backward code, one-pass head, tiles or weight
+blocks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..ops.plan import Barrier, Plan
 from .base import Evaluation, Pass, Sink, TokenBatch, first_row, hand_over_zeros
 from .shared_keys import Pair
 
-_RUN = 128  # terms that are added up one after the other
+_RUN = 128  # terms summed sequentially
 
 
 class WholeGraphEngine:
     """The engine `whole-graph`. Packed weights stay in memory; the model decides whether a product decompresses them.
 
-    last_block_first: evaluate gradients from the last block to the first (the order that
-    lets checkpointing free memory early); False evaluates them all at once.
+    last_block_first: evaluate gradients from the last block to the first, so that checkpointing frees memory early;
+    False evaluates them all at once.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class WholeGraphEngine:
                 work.tokens, work.shared.pairs = batch.tokens, dict(shared)
                 return work.forward(layer, [x])[0], work.shared.pairs
 
-            # Trainables go in as arguments: a captured one would get a silent zero gradient. Shared keys, too.
+            # Trainables and shared keys are arguments: captured arrays would silently get zero gradients.
             x, shared = (mx.checkpoint(block) if self.checkpoint else block)(x, own, shared)
         logits = capped(self._linear(model.spec.head, final_norm(model)(x)), model.spec.logit_cap)
         return logits.astype(mx.float32) if logits.dtype.size < 4 else logits
@@ -117,7 +117,7 @@ def _masked_loss_sum(logits: mx.array, targets: np.ndarray) -> mx.array:
 def log_sum_exp(x: mx.array) -> mx.array:
     """log sum exp over the last axis, summed in runs of 128 and then over the runs.
 
-    MLX's own adds up one after the other on the CPU: its error grows with the vocabulary.
+    MLX's logsumexp adds sequentially on the CPU, so its error grows with the vocabulary.
     """
     highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
     terms = mx.exp(x - highest)

@@ -1,14 +1,14 @@
 """Zeroth-order gradient estimates: a few forward passes along random directions, whose noise is never stored.
 
     MeZO    z ~ N(0, I);  c = (L(theta + eps z) - L(theta - eps z)) / (2 eps);  estimate = c z
-    K-ZOO   the same, the seed of z drawn from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
+    K-ZOO   MeZO with the seed of z from a pool of K: theta is theta_0 and K numbers (FedKSeed; Pro: seeds that
             gave large slopes are drawn more often)
     HiZOO   z is scaled by H^(-1/2), H a running diagonal estimate of the curvature
     FZOO    u_i = +-1, i = 1..N;  estimate = sum_i (L(theta + eps u_i) - L(theta)) / (N std_i) u_i
 
-Equations: Malladi et al. 2023, Qin et al. 2024 (FedKSeed), Zhao et al. 2025 (HiZOO), Dang et al. 2025 (FZOO). The
-perturbed parameters are made where a block uses them, so theta itself is never moved and restoring it loses no bit. A
-loss that is not finite ends the run, for K-ZOO too (FedKSeed's authors skip such a step).
+Equations: Malladi et al. 2023, Qin et al. 2024 (FedKSeed), Zhao et al. 2025 (HiZOO), Dang et al. 2025 (FZOO). Perturbed
+parameters are computed where a block uses them, so theta never changes and needs no lossy restore. A loss that is not
+finite ends the run, in K-ZOO too (FedKSeed's authors skip such a step).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Probe(NamedTuple):
 
 
 class Estimator:
-    """How an estimate is made of losses at a step's probes; this one is MeZO's. A subclass changes what differs.
+    """Computes the gradient estimate from losses at a step's probes. This one is MeZO's; subclasses override parts.
 
-    begin(step) comes first, then direction() as often as a probe's forward passes ask for it; observe() takes the
-    losses of the whole step, one a probe, and gradient() then gives the estimate, parameter by parameter.
+    Call begin(step) first, then direction() any number of times during the probes' forward passes; observe() takes the
+    whole step's losses, one per probe, and gradient() then returns the estimate, parameter by parameter.
     """
 
-    loss_at: str | None = "mean of both sides"  # where loss() is, None: at theta itself
+    loss_at: str | None = "mean of both sides"  # the point that loss() belongs to; None: theta itself
 
     def __init__(self, seed: int, eps: float):
         self.seed, self.eps, self.step = seed, eps, 0
@@ -58,11 +58,11 @@ class Estimator:
         self.step = step
 
     def direction(self, index: int, name: str, shape: tuple[int, ...]) -> mx.array:
-        """The step's direction number `index` for one parameter; the same whenever it is asked for."""
+        """The step's direction number `index` for one parameter; the same at every call."""
         return gaussian((self.seed, self.step), name, shape)
 
     def observe(self, losses: np.ndarray) -> None:
-        """Take the step's mean losses at the probes, float64."""
+        """Takes the step's mean losses at the probes, float64."""
         self.slope = float(losses[0] - losses[1]) / (2 * self.eps)
 
     def gradient(self, name: str, shape: tuple[int, ...]) -> mx.array:
@@ -74,17 +74,17 @@ class Estimator:
         return float(losses.mean())
 
     def state(self) -> dict[str, mx.array]:
-        """The state that a resumed run needs besides seed and step, as references to the current arrays."""
+        """The state that a resumed run needs besides seed and step; references the current arrays."""
         return {}
 
     def load(self, state: Mapping[str, mx.array]) -> None:
-        """Takes over the state of another run's estimator with the same options."""
+        """Loads the state of another estimator with the same options."""
 
 
 class SeedPool(Estimator):
     """K-ZOO: noise from a pool of `n_seeds`, each with the sum of its slopes; pro: draw by importance.
 
-    With plain SGD at a constant rate the trained parameters are those of rebuild(), bits of float32 sums apart.
+    With plain SGD at a constant rate, the trained parameters equal rebuild()'s up to float32 rounding.
     """
 
     def __init__(self, seed: int, eps: float, n_seeds: int, pro: bool):
@@ -98,7 +98,7 @@ class SeedPool(Estimator):
         self.chosen = int(rng.choice(len(self.sums), p=self.probabilities() if self.pro else None))
 
     def probabilities(self) -> np.ndarray:
-        """softmax(minmax(mean |clip(slopes of a seed)|)), float64 [K]; a seed without history has the mean 0."""
+        """softmax(minmax(mean |clip(slopes of a seed)|)), float64 [K]; the mean is 0 for a seed without history."""
         means = self.magnitudes.astype(np.float64) / np.maximum(self.counts, 1)
         spread = means.max() - means.min()
         weights = np.exp((means - means.min()) / spread) if spread > 0 else np.ones_like(means)
@@ -203,7 +203,7 @@ class Normalized(Estimator):
 
 
 class Perturbed(Mapping[str, Pair]):
-    """A Lora's pairs at a probe: theta + amount * direction, made where a block asks for them."""
+    """A Lora's pairs at a probe: theta + amount * direction, computed when a block reads them."""
 
     def __init__(self, lora: Lora, estimator: Estimator, probe: Probe):
         self.pairs, self.estimator, self.probe = lora.pairs, estimator, probe
@@ -226,14 +226,14 @@ class Perturbed(Mapping[str, Pair]):
 
 
 def perturbed(lora: Lora, estimator: Estimator, probe: Probe) -> Adapter:
-    """A Lora as it is at a probe."""
+    """A Lora perturbed by a probe."""
     return Adapter(Perturbed(lora, estimator, probe), lora.scale, lora.dropout)
 
 
 class ZerothOrderEngine:
-    """The engines `mezo`, `kzoo`, `hizoo` and `fzoo`: the footprint of a forward pass, and some of them a step.
+    """The engines `mezo`, `kzoo`, `hizoo` and `fzoo`: the footprint of a forward pass, several times a step.
 
-    total: sums a step's losses, float64, one a probe, over the run's machines: all that one has to know of another.
+    total: sums a step's losses, float64, one per probe, over the run's machines; nothing else is exchanged.
     """
 
     def __init__(
@@ -249,20 +249,20 @@ class ZerothOrderEngine:
         self.model, self.lora, self.estimator, self.seed, self.total = model, lora, estimator, seed, total
         self.plan = plan or Plan()
         self.barrier = Barrier(self.plan.grain)
-        self._losses = np.zeros(0)  # of the step so far, one for each probe
+        self._losses = np.zeros(0)  # sums over the step so far, one for each probe
         self._n_seen, self._done = 0, False
 
     def reserve(self, batch_size: int, n_tokens: int) -> None:
-        """Nothing to reserve: no activation is kept."""
+        """Does nothing: no activation is kept."""
 
     def step(self, batch: TokenBatch, *, step: int, micro: int, n_labels: int, sink: Sink) -> float:
-        """The batch's share of the step's loss. With a step's last micro-batch the estimate goes to `sink`, block by
+        """The batch's share of the step's loss. After a step's last micro-batch, the estimate goes to `sink` block by
         block: all micro-batches use the same directions, and an estimate need not be a sum over them.
         """
         if micro == 0:
             self.estimator.begin(step)
             self._losses, self._n_seen, self._done = np.zeros(len(self.estimator.probes)), 0, False
-        # All passes draw the same dropout masks: a difference must come from the direction alone.
+        # All passes draw the same dropout masks: loss differences must come from the direction alone.
         dropout = (first_row(batch), self.seed, step, micro)
         shares = np.zeros(len(self.estimator.probes))
         for number, probe in enumerate(self.estimator.probes):
@@ -323,9 +323,9 @@ def make_estimator(  # noqa: PLR0913 - the options of four estimators, by keywor
 
 
 def rebuild(start: Mapping[str, mx.array], sums: np.ndarray, seed: int, learning_rate: float) -> dict[str, mx.array]:
-    """K-ZOO's trained parameters from the first ones and K numbers: theta_0 - rate * sum_k sums_k z_k.
+    """K-ZOO's trained parameters from the initial ones and K numbers: theta_0 - rate * sum_k sums_k z_k.
 
-    start: by name; sums: SeedPool's, float32 [K]; for plain SGD at a constant rate.
+    start: initial parameters by name; sums: SeedPool's, float32 [K]. Holds for plain SGD at a constant rate.
     """
     parameters = dict(start)
     for name in parameters:
@@ -337,7 +337,7 @@ def rebuild(start: Mapping[str, mx.array], sums: np.ndarray, seed: int, learning
 
 
 def gaussian(noise_parts: tuple[int, ...], name: str, shape: tuple[int, ...]) -> mx.array:
-    """The noise of one parameter: standard normal, the same whenever it is asked for."""
+    """The noise of one parameter: standard normal, the same at every call."""
     return mx.random.normal(shape, key=random_key("noise", *noise_parts, name))
 
 

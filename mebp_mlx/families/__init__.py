@@ -1,4 +1,4 @@
-"""One file a family: its decoder block as equations, the backward beside them."""
+"""One file per family: its decoder block as equations, with their backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .moe import GptOssBlock, Lfm2MoeBlock, LlamaMoeBlock
 from .olmo2 import Olmo2Block
 from .qwen3_5 import Qwen35Block
 
-# By the name that a layer has in model/families.py.
+# By block name, as in model/families.py.
 BLOCKS: dict[str, type[Block]] = {
     "llama": LlamaBlock,
     "llama_moe": LlamaMoeBlock,

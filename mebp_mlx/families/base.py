@@ -1,7 +1,7 @@
-"""A decoder block on one tile of the sequence, as named equations; and what the tiles of a block share.
+"""A decoder block on one tile of the sequence, as named equations, and the state that a block's tiles share.
 
-A family's block is a subclass of Block: its values, and beside them its backward. What was kept stands in its
-equation's place, what was not is computed again by being asked for.
+A family's block is a subclass of Block with its values and its backward. A kept value replaces its equation; any other
+is recomputed when it is read.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Kept(Protocol):
     """Values kept between a block's forward and its backward, by layer, name and the position of their tile."""
 
     def put(self, layer: int, name: str, position: int, value: mx.array) -> bool:
-        """Keep a value; whether its array stays in use."""
+        """Keeps a value; returns whether its array stays in use."""
 
     def get(self, layer: int, name: str, position: int) -> mx.array | None:
         """A kept value, or None."""
 
     def take(self, layer: int, name: str, position: int) -> mx.array | None:
-        """The same, handed over: the caller holds the only reference."""
+        """Removes and returns a kept value, or None; the caller holds the only reference."""
 
 
 class BlockKept:
-    """What one block keeps in its forward pass, and finds again in its backward pass (ops/lora_linear.py: Memory).
+    """The values that one block keeps in its forward pass and reads in its backward pass (ops/lora_linear.py: Memory).
 
     names: of the values to keep in a forward pass; None in a backward pass.
     """
@@ -45,28 +45,28 @@ class BlockKept:
         self.kept, self.layer, self.names = kept, layer, names
 
     def keeps(self, name: str) -> bool:
-        """Whether values of that name, without their number, may be kept."""
+        """Whether values of that name (without its number suffix) may be kept."""
         return self.kept is not None and (self.names is None or name in self.names)
 
     def put(self, name: str, position: int, value: mx.array) -> bool:
-        """Keep a value if the plan says so, in a forward pass; whether its array stays in use."""
+        """In a forward pass, keeps a value if the plan names it; returns whether its array stays in use."""
         if self.kept is None or self.names is None or name.partition(".")[0] not in self.names:
             return False
         return self.kept.put(self.layer, name, position, value)
 
     def get(self, name: str, position: int) -> mx.array | None:
-        """A kept value, in a backward pass."""
+        """In a backward pass, a kept value, or None."""
         return None if self.kept is None or self.names is not None else self.kept.get(self.layer, name, position)
 
     def take(self, name: str, position: int) -> mx.array | None:
-        """The same, given away."""
+        """In a backward pass, removes and returns a kept value, or None."""
         return None if self.kept is None or self.names is not None else self.kept.take(self.layer, name, position)
 
 
 class value:
     """An equation `value(lambda block, input, ...: result)` of a block; its parameters name its inputs.
 
-    Computed when first asked for. In a forward pass an input is given up when its last reader has read it.
+    It is computed at first access. In a forward pass, an input is released after its last reader.
     """
 
     def __init__(self, equation: Callable[..., mx.array]):
@@ -86,14 +86,14 @@ class value:
             block.was_read(self.inputs)
             block.run.barrier.value(value)
             block.run.kept.put(self.name, block.position, value)
-        block.__dict__[self.name] = value  # from now on the attribute itself
+        block.__dict__[self.name] = value  # later accesses find the attribute
         return value
 
 
 class BlockRun:
-    """One block at work on a sequence in tiles: its norms, projections and attention, and its gradients.
+    """One run of a block over a sequence in tiles: its norms, projections, attention and gradients.
 
-    block: its class; kept: where values are kept, None: nowhere; names: of the values to keep, None in a backward pass.
+    block: its class; kept: stores values, None keeps none; names: of the values to keep, None in a backward pass.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class BlockRun:
         self.block, self.delta = block, spec.delta
         self.norms, self.arrays = model.norms(layer), model.arrays(layer)
         self.shared = Shared(context, self.kept)
-        self.gradients = self.shared.gradients  # of the pairs by parameter name, float32
+        self.gradients = self.shared.gradients  # of the LoRA pairs, by parameter name, float32
         self.linear = {short: LoraLinear(self.shared, short, linear) for short, linear in layer.linears.items()}
         self.trained = frozenset(short for short, linear in self.linear.items() if linear.pair is not None)
         self.mlp: GatedMlp | None = None
@@ -133,21 +133,21 @@ class BlockRun:
         )
         self.attention = Attention(heads, context.plan.query_block, self.barrier, self.kept.keeps("a"))
         self.index = layer.index
-        self.blocks: list[Block] = []  # of a backward pass, a tile each
-        self.states: dict[int, mx.array] = {}  # of a backward pass, by the number of the tile that they stand before
-        self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents in a backward
+        self.blocks: list[Block] = []  # in a backward pass, one per tile
+        self.states: dict[int, mx.array] = {}  # in a backward pass: the state before each tile, by tile index
+        self.carried: dict[str, mx.array] = {}  # from tile to tile: values in a forward pass, cotangents backward
 
     @cached_property
     def layer_input(self) -> LayerInput:
-        """What the layer reads of its tokens, in families that have this."""
+        """The layer's input computed from its tokens, in families that have one."""
         return LayerInput(self.shared, self.index)
 
     def begin(self, n_positions: int) -> None:
-        """The tiles of a row of that length follow."""
+        """Call it before the tiles of a row of that length."""
         self.attention.choose(self.dtype, n_positions)
 
     def look_back(self) -> None:
-        """Bring the keys and values of all tiles back, for a backward pass; once."""
+        """For a backward pass, restores the keys and values of all tiles, once."""
         if self.attention.keys is None:
             for block in self.blocks:
                 block.show_keys()
@@ -157,19 +157,19 @@ class BlockRun:
 class Block:
     """The values of a block on one tile.
 
-    run: what its tiles share; position: of the tile's first row; shape: (B, tile); x: the block's input [B, tile, D],
-    None in a backward pass, which finds it among what was kept.
+    run: state shared by the block's tiles; position: of the tile's first row; shape: (B, tile); x: the block's input
+    [B, tile, D]; None in a backward pass, which reads the kept input.
     """
 
     gate: ClassVar[Gate]
-    not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # by the backward: of no use when kept
-    always: ClassVar[frozenset[str]] = frozenset({"x"})  # kept whatever the plan says
-    serves: ClassVar[dict[str, str]] = {}  # values that the backward reads only to make another one
-    names: ClassVar[frozenset[str]]  # of its values, those inside the MLP and xA of the pairs among them
+    not_read: ClassVar[frozenset[str]] = frozenset({"y"})  # not read by the backward pass: useless to keep
+    always: ClassVar[frozenset[str]] = frozenset({"x"})  # kept under every plan
+    serves: ClassVar[dict[str, str]] = {}  # values read by the backward only to compute another
+    names: ClassVar[frozenset[str]]  # of its values, including the MLP's and the pairs' xA
     readers: ClassVar[Counter[str]]
 
-    x = value(lambda b: b.without_input())  # given to a forward pass, kept for a backward pass
-    Q: value  # what every family has: rotated queries and keys, values, and the block's output
+    x = value(lambda b: b.without_input())  # passed to a forward pass, kept for the backward pass
+    Q: value  # in every family: rotated queries and keys, values, and the block's output
     K: value
     v: value
     y: value
@@ -187,7 +187,7 @@ class Block:
             run.kept.put("x", position, x)
 
     def was_read(self, names: tuple[str, ...]) -> None:
-        """Release values that have no further reader."""
+        """Releases values that have no further reader."""
         if self.unread is None:
             return
         self.unread.subtract(names)
@@ -197,12 +197,12 @@ class Block:
         raise AssertionError("a block kept no input")
 
     def drop(self, *names: str) -> None:
-        """Give up values; asked for again, they are computed again."""
+        """Releases values; a later access recomputes them."""
         for name in names:
             self.__dict__.pop(name, None)
 
     def left_out(self, shapes: Mapping[str, tuple[tuple[int, ...], mx.Dtype]]) -> mx.array:
-        """In place of y where a probe leaves this tile out: zeros stand for keys, values and what is kept (shapes)."""
+        """x in place of y, if a probe skips this tile: keys, values and kept values (of these shapes) are zeros."""
         for name, (shape, dtype) in shapes.items():
             if name != "x":
                 self.run.kept.put(name, self.position, mx.zeros(shape, dtype))
@@ -212,10 +212,10 @@ class Block:
         x: mx.array = self.x
         return x
 
-    # The vocabulary of equations
+    # Building blocks of the equations
 
     def evaluated(self, x: mx.array) -> mx.array:
-        """x, a value of its own where the plan evaluates values."""
+        """x, evaluated if the plan's grain evaluates values."""
         self.run.barrier.value(x)
         return x
 
@@ -224,7 +224,7 @@ class Block:
         return self.run.linear[short](x, self.position)
 
     def linear_backward(self, source: str, need_dx: bool, g: dict[str, mx.array]) -> mx.array | None:
-        """dL/d(source), or None, from g = dL/dy of each projection of that value, emptied; pairs' gradients add up."""
+        """dL/d(source), or None, from g = dL/dy of its projections (emptied); accumulates the pairs' gradients."""
         dx: mx.array | None = None
         dtype = self.run.dtype
         for short in list(g):
@@ -237,7 +237,7 @@ class Block:
         return None if dx is None else self.evaluated(dx.astype(dtype))
 
     def branch(self, x: mx.array) -> mx.array:
-        """A branch's output as it joins the stream, and its cotangent as it comes from there."""
+        """A branch's output, scaled for the residual stream; applied to its cotangent too."""
         scale = self.run.residual_scale
         return x if scale == 1 else x * scale
 
@@ -246,11 +246,11 @@ class Block:
         return mx.fast.rms_norm(x, self.run.norms[name], self.run.norm_eps)
 
     def norm_backward(self, name: str, x: mx.array, g: mx.array) -> mx.array:
-        """dL/dx of that norm."""
+        """dL/dx of norm(name, x) from g."""
         return self.evaluated(mx.vjp(lambda x: self.norm(name, x), [x], [g])[1][0])
 
     def rotate(self, short: str, x: mx.array) -> mx.array:
-        """Q or K [B, heads, tile, head_dim] of a projection's output."""
+        """Q or K [B, heads, tile, head_dim] from a projection's output."""
         return self.run.attention.heads.rotated(short, x, self.position)
 
     def rotate_backward(self, short: str, g: mx.array) -> mx.array:
@@ -261,29 +261,29 @@ class Block:
         return self.evaluated(heads.rotated_backward(short, x, g, self.position))
 
     def attend(self, Q: mx.array) -> mx.array:
-        """Attention of a tile's queries; its keys and values join those of the tiles before it."""
+        """Attention of a tile's queries; in a forward pass, appends its keys and values to those of earlier tiles."""
         if self.unread is not None:
             self.show_keys()
         else:
             self.run.look_back()
         a, fused = self.run.attention(Q, self.position), self.run.attention.fused
         if self.unread is not None and self.position in fused:
-            self.run.kept.put("a.lse", self.position, fused.pop(self.position)[1])  # kept where `a` is
+            self.run.kept.put("a.lse", self.position, fused.pop(self.position)[1])  # kept if `a` is
         return a
 
     def show_keys(self) -> None:
-        """The tile's keys and values join those that attention sees."""
+        """Appends the tile's keys and values to those that attention reads."""
         self.run.attention.append(self.K, self.v)
         self.drop("K", "v")
 
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
-        """dL/d of each projection before attention, of a tile; later tiles must have been visited."""
+        """dL/d(output) of each projection before attention, for a tile; visit later tiles first."""
         dq = self.query_backward(da)
         dK, dv = self.run.attention.cotangents(self.position, self.shape[1])
         return {"q": dq, "k": self.rotate_backward("k", dK), "v": self.evaluated(dv)}
 
     def query_backward(self, da: mx.array) -> mx.array:
-        """dL/dq of a tile; its part of dL/dK and dL/dV is summed up."""
+        """dL/dq of a tile; accumulates its part of dL/dK and dL/dV."""
         self.run.look_back()
         attention, lse = self.run.attention, self.run.kept.get("a.lse", self.position)
         if attention.is_fused and lse is not None and (a := self.run.kept.get("a", self.position)) is not None:
@@ -299,16 +299,16 @@ class Block:
         return self.run.mlp(x, self.position)
 
     def mlp_backward(self, source: str, dy: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/d(source) of the gated MLP of that value, or None."""
+        """dL/d(source) from dy = dL/d(mlp(source)), or None."""
         assert self.run.mlp is not None
         x = getattr(self, source)
-        self.drop(*self.names)  # the MLP holds the most; what this value was made of can be had again
+        self.drop(*self.names)  # the MLP needs the most memory; these values can be recomputed
         return self.run.mlp.backward(x, dy, self.position, need_dx)
 
     def trains(self, *shorts: str) -> bool:
-        """Whether one of these projections has a pair."""
+        """Whether any of these projections has a LoRA pair."""
         return not self.run.trained.isdisjoint(shorts)
 
     def backward(self, dy: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dx from dy = dL/dy, or None; the pairs' gradients on the way. Tiles come from the last to the first."""
+        """dL/dx from dy = dL/dy, or None; accumulates the pairs' gradients. Call it from the last tile to the first."""
         raise NotImplementedError

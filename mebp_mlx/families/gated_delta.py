@@ -14,8 +14,8 @@ from ..ops.gated_delta import Tokens
 from .base import value
 from .lfm2 import ShortConvBlock
 
-_UNIT_EPS = 1e-6  # beside the sum of squares
-_APART = 8  # tiles: a state takes as much memory as many tokens (2 MB in the 4B model)
+_UNIT_EPS = 1e-6  # added to the sum of squares
+_APART = 8  # tiles between stored states: one takes as much memory as many tokens (2 MB in the 4B model)
 
 
 class GatedDeltaBlock(ShortConvBlock):
@@ -30,10 +30,10 @@ class GatedDeltaBlock(ShortConvBlock):
     m = value(lambda b, r, z: b.gated(r, z))
     o = value(lambda b, m: b.linear("out", m))
 
-    states: list[mx.array] | None = None  # before each chunk of the tile and after the last, in a backward pass
+    states: list[mx.array] | None = None  # in a backward pass: before each chunk of the tile, and after the last
 
     def tokens(self, c: mx.array, alpha: mx.array, beta: mx.array) -> Tokens:
-        """What the rule reads."""
+        """The rule's inputs."""
         return Tokens(*self.heads(silu.silu(_wide(c))), *self.gates(alpha, beta))
 
     def heads(self, qkv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -52,7 +52,7 @@ class GatedDeltaBlock(ShortConvBlock):
         return g, mx.sigmoid(_wide(beta))
 
     def rule(self, c: mx.array, alpha: mx.array, beta: mx.array) -> mx.array:
-        """r [B, T, Hv * Dv]; the state goes on to the next tile."""
+        """r [B, T, Hv * Dv]; the state is carried to the next tile."""
         tokens = self.tokens(c, alpha, beta)
         S = self.run.carried.get("S") if self.unread is not None else self.first_state()
         S = gated_delta.first_state(tokens) if S is None else S
@@ -64,8 +64,8 @@ class GatedDeltaBlock(ShortConvBlock):
         return r.reshape(*r.shape[:2], -1).astype(self.run.dtype)
 
     def first_state(self) -> mx.array | None:
-        """The state before this tile, in a backward pass. The tiles before it are gone through from the left, once for
-        every _APART-th state, and once more for those between two of them, when they are asked for.
+        """The state before this tile, in a backward pass. Earlier tiles are recomputed from the left: once for every
+        _APART-th state, and once more for the states between two of these, on demand.
         """
         tiles: list[GatedDeltaBlock] = self.run.blocks  # type: ignore[assignment]
         index, states = tiles.index(self), self.run.states

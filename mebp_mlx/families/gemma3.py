@@ -1,4 +1,4 @@
-"""Gemma 3's decoder block: both branches are normed before and after, weights are 1 + w (model/base.py).
+"""Gemma 3's decoder block: both branches are normed before and after, norm weights are 1 + w (model/base.py).
 
 x1 = x + norm(Wo attention(Wq h, Wk h, Wv h)),  h = norm(x);   y = x1 + norm(mlp(norm(x1)))
 """

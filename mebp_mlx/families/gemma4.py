@@ -1,10 +1,10 @@
-"""Gemma 4's decoder block: Gemma 3's with normed values, in most models inputs of its own, and a scale behind all.
+"""Gemma 4's decoder block: Gemma 3's with normed values, per-layer inputs in most models, and a final scale.
 
 x1 = x + norm(Wo attention(norm(Wq h), norm(Wk h), unit(Wv h))),  h = norm(x);   x2 = x1 + norm(mlp(norm(x1)))
-y = c (x2 + norm(Wpp t)),  t = gelu(Wpg x2) * p;   without inputs y = c x2
-c: layer_scalar;  p: ops/layer_input.py;  scores are not scaled;  what is not written here: families/gemma3.py
+y = c (x2 + norm(Wpp t)),  t = gelu(Wpg x2) * p;   without per-layer inputs y = c x2
+c: layer_scalar;  p: ops/layer_input.py;  scores are not scaled; the rest: families/gemma3.py
 
-In the upper layers keys and values may be those of a lower one (engine/shared_keys.py).
+Upper layers may share a lower layer's keys and values (engine/shared_keys.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .gemma3 import Gemma3Block
 
 
 class PlainBlock(Gemma3Block):
-    """Without inputs."""
+    """Without per-layer inputs."""
 
     V = value(lambda b, v: b.unit(v))
     x2 = value(lambda b, x1, d: x1 + b.norm("post_feedforward_layernorm", d))
@@ -43,7 +43,7 @@ class PlainBlock(Gemma3Block):
         return None if dx2 is None else super().backward(dx2, need_dx)
 
     def input_backward(self, dx3: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dx2 from the cotangent of what is scaled, or None."""
+        """dL/dx2 from the cotangent of the scaled value, or None."""
         return dx3 if need_dx else None
 
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
@@ -62,7 +62,7 @@ class Gemma4Block(PlainBlock):
     y = value(lambda b, x2, pp: b.scaled(x2 + b.norm("post_per_layer_input_norm", pp)))
 
     def input_backward(self, dx3: mx.array, need_dx: bool) -> mx.array | None:
-        """The same through x2 + norm(Wpp t); p is a constant."""
+        """dL/dx2 through x2 + norm(Wpp t), or None; p is a constant."""
         dpp = self.norm_backward("post_per_layer_input_norm", self.pp, dx3)
         self.drop("pp")
         dt = self.linear_backward("t", need_dx or self.trains("per_layer_input_gate"), {"per_layer_projection": dpp})
@@ -75,10 +75,10 @@ class Gemma4Block(PlainBlock):
 
 
 class PlainSharedBlock(PlainBlock):
-    """With another layer's keys and values, and without inputs: k, v, K and V are never asked for."""
+    """With another layer's keys and values, without per-layer inputs: k, v, K and V are never read."""
 
     def show_keys(self) -> None:
-        """Attention has them already."""
+        """Does nothing: attention already has them."""
 
     def attend_backward(self, da: mx.array) -> dict[str, mx.array]:
         return {"q": self.query_backward(da)}

@@ -2,7 +2,7 @@
 
 [b | c | z] = Win h;   o = Wout m,   m = c * conv(b * z)                                   conv: ops/short_conv.py
 
-ShortConvBlock is what every block with such a convolution has.
+ShortConvBlock is the base of every block with such a convolution.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class ShortConvBlock(PreNormBlock):
         return short_conv.kernel(self.run.arrays["conv"])
 
     def neighbour(self, name: str) -> mx.array:
-        """K - 1 rows of the neighbouring tile, zeros where there is none."""
+        """K - 1 rows of the neighbouring tile; zeros if there is none."""
         K, channels = self.w.shape
         rows = self.run.carried.get(name)
         return mx.zeros((self.shape[0], K - 1, channels), self.run.dtype) if rows is None else rows
 
     def convolved(self, u: mx.array, before: mx.array) -> mx.array:
-        """conv(u); the next tile needs the last rows."""
+        """conv(u); carries the last rows to the next tile."""
         if self.unread is not None:
             self.run.carried["u"] = short_conv.last(before, u)
         return short_conv.forward(self.w, u, before)
 
     def convolved_backward(self, g: mx.array) -> mx.array:
-        """dL/du from g = dL/d conv(u); the tile before needs the first rows."""
+        """dL/du from g = dL/d conv(u); carries the first rows to the previous tile."""
         after = self.neighbour("dconv")
         self.run.carried["dconv"] = short_conv.first(g, after)
         return short_conv.backward(self.w, g, after)

@@ -1,9 +1,9 @@
-"""The decoder block of llama and of most families: they differ in biases, q/k norms, rope and windows alone.
+"""The decoder block of llama and of most families, which differ only in biases, q/k norms, rope and windows.
 
-x1 = x + c o(norm(x));   y = x1 + c mlp(norm(x1));   c = 1 but in granite and minicpm
+x1 = x + c o(norm(x));   y = x1 + c mlp(norm(x1));   c = 1 except in granite and minicpm
 o(h) = Wo attention(Wq h, Wk h, Wv h)
 
-PreNormBlock is that order, whatever mixes the tokens: a subclass has values h -> o, and their backward.
+PreNormBlock has this order for any token mixer; a subclass adds the values h -> o and their backward.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PreNormBlock(Block):
         return self.evaluated(dx1 + self.norm_backward("input_layernorm", self.x, dh))
 
     def mixer_backward(self, do: mx.array, need_dx: bool) -> mx.array | None:
-        """dL/dh from dL/do, or None; the pairs' gradients on the way."""
+        """dL/dh from dL/do, or None; accumulates the pairs' gradients."""
         raise NotImplementedError
 
 

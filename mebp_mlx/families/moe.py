@@ -1,4 +1,4 @@
-"""Blocks with a mixture of experts instead of an MLP (ops/moe.py), whatever mixes the tokens.
+"""Blocks with a mixture of experts instead of an MLP (ops/moe.py), for any token mixer.
 
 d = sum_j expert_c[j](h2, s_j);   c, s = the experts of a token and their weights, of logits = Wr h2
 """
@@ -15,7 +15,7 @@ from .llama import LlamaBlock, PreNormBlock
 
 
 class MoeBlock(PreNormBlock):
-    always = frozenset({"x", "c"})  # the backward pass visits the experts that the forward pass did
+    always = frozenset({"x", "c"})  # the backward pass visits the same experts as the forward pass
 
     logits = value(lambda b, h2: b.linear("router", h2))
     c = value(lambda b, logits: b.mixture.choose(logits))
@@ -23,7 +23,7 @@ class MoeBlock(PreNormBlock):
 
     @property
     def mixture(self) -> Moe:
-        """The experts that the block's tiles share."""
+        """The mixture, shared by the block's tiles."""
         assert self.run.moe is not None
         return self.run.moe
 
@@ -42,7 +42,7 @@ class MoeBlock(PreNormBlock):
 
 
 class LlamaMoeBlock(MoeBlock, LlamaBlock):
-    """qwen3_moe, olmoe, and LFM2-MoE's layers with attention."""
+    """The block of qwen3_moe, olmoe, and LFM2-MoE's layers with attention."""
 
 
 class GptOssBlock(LlamaMoeBlock):
@@ -50,6 +50,6 @@ class GptOssBlock(LlamaMoeBlock):
 
 
 class Lfm2MoeBlock(MoeBlock, Lfm2Block):
-    """LFM2-MoE's short convolutions."""
+    """LFM2-MoE's short convolution block."""
 
     always = MoeBlock.always | Lfm2Block.always

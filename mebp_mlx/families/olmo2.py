@@ -1,4 +1,4 @@
-"""The decoder block of OLMo 2, OLMo 3 and EXAONE 4: a branch is normed behind it alone (families/base.py).
+"""The decoder block of OLMo 2, OLMo 3 and EXAONE 4: norms only follow the branches (families/base.py).
 
 x1 = x + norm(Wo attention(Wq x, Wk x, Wv x));   y = x1 + norm(mlp(x1))
 """

@@ -1,4 +1,4 @@
-"""Qwen 3.5's block with attention: its output is gated head by head (families/llama.py; gated_delta.py: the others).
+"""Qwen 3.5's attention block: llama's with an output gate per head (families/llama.py; other layers: gated_delta.py).
 
 [q | s] = Wq h, head by head;   o = Wo (attention(q, Wk h, Wv h) * sigmoid(s))
 """
@@ -20,7 +20,7 @@ class Qwen35Block(LlamaBlock):
     o = value(lambda b, m: b.linear("o", m))
 
     def part(self, qg: mx.array, which: int) -> mx.array:
-        """The queries or the gates [B, T, heads * head_dim] of the query projection's output."""
+        """The queries or the gates [B, T, heads * head_dim] from the query projection's output."""
         heads = qg.reshape(*qg.shape[:2], -1, 2, self.run.attention.heads.head_dim)
         return heads[:, :, :, which].reshape(*qg.shape[:2], -1)
 

@@ -1,3 +1,3 @@
-"""A checkpoint as data and as frozen matrices, and the LoRA parameters beside it."""
+"""A checkpoint as data and as frozen matrices, and its LoRA parameters."""
 
-NO_LABEL = -100  # a target that is no label
+NO_LABEL = -100  # the target of a token without a label

@@ -1,7 +1,7 @@
-"""The frozen parameters of a model, brought into MLX a block of a matrix at a time.
+"""The frozen parameters of a model, read into MLX one weight block at a time.
 
-What is returned is a fresh array made from the mapped file, or a view of its pages where MLX adopts them; nothing is
-kept here, so a block lives exactly as long as its caller holds it.
+Each block is a new array copied from the mapped file, or a view of its pages if MLX uses them in place. Nothing is
+cached, so a block lives exactly as long as its caller holds it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ..weights.safetensors import MappedWeights
 from .config import FLOAT_MODES, Layer, Linear, ModelSpec, Quantization
 from .reading import read_config, read_spec
 
-# What mx.quantized_matmul takes; other packings are dequantized.
+# Packings that mx.quantized_matmul supports; others are dequantized.
 PACKED_GROUP_SIZES = {"affine": (32, 64, 128), **{mode: (size,) for mode, (_, size) in FLOAT_MODES.items()}}
-_NORM_BYTES = 2 << 20  # of rows whose norms are measured at a time
-Index = Callable[["Tensor"], Any]  # which items of a tensor, as numpy writes it
+_NORM_BYTES = 2 << 20  # of rows whose norms are computed at a time
+Index = Callable[["Tensor"], Any]  # an index of a tensor, as in numpy
 
 
 def can_stay_packed(packing: Quantization | None) -> bool:
-    """Whether MLX multiplies by such a matrix without dequantizing it."""
+    """Whether mx.quantized_matmul supports this packing."""
     return packing is not None and packing.group_size in PACKED_GROUP_SIZES[packing.mode]
 
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """Some rows or columns of a frozen matrix, W [n_out, n_in] in the compute dtype, ready for its two products."""
+    """A row or column block W [n_out, n_in] of a frozen matrix in the compute dtype, and its two products."""
 
     matrix: mx.array
 
@@ -51,9 +51,9 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """The same, with W's codes and group parameters; parts: weight, scales(, biases).
+    """A row or column block that stays packed. parts: weight, scales(, biases).
 
-    in_half: products of bfloat16 are made in float16 (_as_half).
+    in_half: compute products of bfloat16 in float16 (_as_half).
     """
 
     parts: tuple[mx.array, ...]
@@ -88,19 +88,19 @@ class QuantizedBlock:
 
 
 def _as_half(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Rows of x, bfloat16, divided by the power of two below their largest entry, float16; and that, float32 [..., 1].
+    """bfloat16 rows of x over the power of two below their largest entry, float16; that power, float32 [..., 1].
 
-    An entry keeps its 8 bits unless it is 2^-15 of the row's largest; no product can overflow: its rows have a largest
-    entry below 2, and it would take a sum of weights of 32,752.
+    An entry keeps its 8 bits unless it is below 2^-15 of the row's largest. Entries are below 2, so a product overflows
+    only if its weights' magnitudes sum to 32,752 or more.
     """
     largest = mx.abs(x).max(axis=-1, keepdims=True)
-    size = (largest.view(mx.uint16) & 0x7F80).view(mx.bfloat16).astype(mx.float32)  # without its fraction
+    size = (largest.view(mx.uint16) & 0x7F80).view(mx.bfloat16).astype(mx.float32)  # cleared fraction: a power of two
     size = mx.maximum(size, 2.0**-100)
     return (x.astype(mx.float32) / size).astype(mx.float16), size
 
 
 class WeightBlock(Protocol):
-    """Some rows or columns of a frozen matrix, W [n_out, n_in]."""
+    """A row or column block W [n_out, n_in] of a frozen matrix."""
 
     def matmul(self, x: mx.array) -> mx.array: ...
 
@@ -108,12 +108,12 @@ class WeightBlock(Protocol):
 
 
 class Tensor:
-    """A tensor of the checkpoint, to be indexed as numpy would: `tensor[2:5]`, `tensor[:, :8]`, `tensor[ids]`,
-    `tensor[ids, :8]`, `tensor[...]`. n_axes: leading axes become one until it has so many: a stack of matrices is one
-    of all their rows.
+    """A tensor of the checkpoint, indexed as in numpy: `tensor[2:5]`, `tensor[:, :8]`, `tensor[ids]`,
+    `tensor[ids, :8]`, `tensor[...]`. n_axes: leading axes are merged until this many are left; a stack of matrices
+    becomes one matrix of all their rows.
 
-    What is read is an MLX array of the tensor's own dtype: a slice of the mapped pages where MLX has adopted them, a
-    copy of these items alone elsewhere.
+    An index returns an MLX array of the tensor's own dtype: a slice of the mapped pages if MLX uses them in place,
+    otherwise a copy of only these items.
     """
 
     def __init__(self, weights: MappedWeights, name: str, n_axes: int | None = None):
@@ -127,7 +127,7 @@ class Tensor:
 
     @cached_property
     def items(self) -> np.ndarray:
-        """All of it as a view of the map; bfloat16 as uint16."""
+        """The whole tensor as a view of the map; bfloat16 as uint16."""
         return self.weights.view(self.name).reshape(self.shape)
 
     def __getitem__(self, index: Any) -> mx.array:
@@ -135,27 +135,27 @@ class Tensor:
         if self.in_place is not None and not isinstance(first, np.ndarray):
             return self.in_place[index]
         items = self.items[index]
-        if not items.flags.c_contiguous:  # MLX would copy all that lies between its first byte and its last
+        if not items.flags.c_contiguous:  # MLX would copy everything between its first byte and its last
             items = items.copy()
-        if not items.flags.aligned:  # bytes have no alignment, and MLX's own buffer is aligned
+        if not items.flags.aligned:  # bytes need no alignment, and MLX's own buffer is aligned
             return mx.array(items.reshape(-1).view(np.uint8)).view(self.dtype).reshape(items.shape)
         array = mx.array(items)
         return array if array.dtype == self.dtype else array.view(self.dtype)
 
 
 class UnreadTensor(Tensor):
-    """The same by shape and dtype alone: what is read is never evaluated."""
+    """A tensor with shape and dtype but no data: its items must never be evaluated."""
 
     def __getitem__(self, index: Any) -> mx.array:
         return stand_in(np.broadcast_to(np.uint8(0), self.shape)[index].shape, self.dtype)
 
 
 class Model:
-    """An opened checkpoint: its architecture, its mapped files, and how to compute with it.
+    """An opened checkpoint: its architecture, mapped files and compute settings.
 
-    dtype: of activations and dequantized weights; packed: multiply by packed weights where MLX can
-    (mx.quantized_matmul) rather than dequantize them; adopt: use the mapped pages themselves where MLX can
-    (MappedWeights). half_products: packed products of bfloat16 are made in float16.
+    dtype: of activations and dequantized weights; packed: multiply by packed weights (mx.quantized_matmul) if MLX
+    supports it, rather than dequantize them; adopt: use the mapped pages in place if MLX can (MappedWeights).
+    half_products: compute packed products of bfloat16 in float16.
     """
 
     def __init__(self, path: str | Path, dtype: mx.Dtype = mx.float32, *, packed: bool = False, adopt: bool = False):
@@ -176,16 +176,16 @@ class Model:
         return self._tensors[key]
 
     def _parts(self, linear: Linear) -> list[Tensor]:
-        """The tensors of a matrix; those of a stack as one of all rows."""
+        """The tensors of a matrix; a stack is read as one matrix of all its rows."""
         return [self.tensor(name, 2) for name in linear.tensors]
 
     def row_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
-        """Rows [start, stop) of the matrix, ready for products. IndexError beyond its rows."""
+        """Rows [start, stop) of the matrix, ready for products. Raises IndexError beyond its rows."""
         rows = rows_of(linear, start, stop)
         return self._block(linear, lambda _: rows)
 
     def column_block(self, linear: Linear, start: int, stop: int) -> WeightBlock:
-        """Columns [start, stop) of the matrix, between groups of a packed one, ready for products."""
+        """Columns [start, stop) of the matrix, ready for products; whole groups if it is packed."""
         if stop - start == linear.in_dims:
             return self.row_block(linear, 0, linear.out_dims)
         if not 0 <= start <= stop <= linear.in_dims:
@@ -199,7 +199,7 @@ class Model:
         return self._dense(linear, lambda _: rows)
 
     def squared_norms(self, linear: Linear) -> mx.array:
-        """The squared length of each row of the matrix, float32 [out_dims]: measured once, a few rows at a time."""
+        """The squared length of each row of the matrix, float32 [out_dims]; computed once, a few rows at a time."""
         if linear not in self._squared_norms:
             if self.is_unread:
                 return stand_in((linear.out_dims,), mx.float32)
@@ -214,14 +214,14 @@ class Model:
         return self._squared_norms[linear]
 
     def row_lengths(self, linear: Linear) -> mx.array:
-        """The length of each row of the matrix, float32 [out_dims]: what DoRA's m starts as."""
+        """The length of each row of the matrix, float32 [out_dims]: the initial value of DoRA's m."""
         return mx.sqrt(self.squared_norms(linear))
 
     def gather(self, linear: Linear, ids: np.ndarray, columns: tuple[int, int] | None = None) -> mx.array:
         """The rows `ids` (int, [n]) of the matrix, or columns [start, stop) of them, dequantized: [n, in_dims] in the
-        compute dtype. Nothing else is read.
+        compute dtype. No other row is read.
 
-        IndexError if an id is negative or beyond the rows.
+        Raises IndexError if an id is negative or beyond the rows.
         """
         if ids.size and not (ids.min() >= 0 and ids.max() < linear.out_dims):
             raise IndexError(f"{linear.name}: row ids {ids.min()}..{ids.max()} of {linear.out_dims}")
@@ -234,11 +234,11 @@ class Model:
         return rows[:, columns[0] - first : columns[1] - first]
 
     def stays_packed(self, linear: Linear) -> bool:
-        """Whether products with this matrix are made without dequantizing it."""
+        """Whether products with this matrix use its packed form."""
         return self.packed and can_stay_packed(linear.quantization)
 
     def copied_bytes(self, linear: Linear, n_items: int) -> float:
-        """Memory that n_items of the matrix take where products are made with them; 0: the mapped pages themselves."""
+        """Bytes of memory that n_items of the matrix take during a product; 0 if the mapped pages are used in place."""
         packing = linear.quantization
         if not self.stays_packed(linear):
             stored = None if packing is not None else self.tensor(linear.tensors[0]).in_place
@@ -250,17 +250,17 @@ class Model:
 
     @property
     def is_unread(self) -> bool:
-        """Whether it has shapes alone (unread())."""
+        """Whether the model has shapes but no data (unread())."""
         return self._kind is UnreadTensor
 
     def unread(self) -> Model:
-        """The same model without weights: for graphs that are built and never evaluated."""
+        """This model without weights, for graphs that are never evaluated."""
         model = copy.copy(self)
         model._tensors, model._kind = {}, UnreadTensor
         return model
 
     def close(self) -> None:
-        """Gives the maps back, once no array of their pages is in use any more."""
+        """Closes the maps once no array uses their pages."""
         self._tensors.clear()
         self.weights.close()
 
@@ -269,7 +269,7 @@ class Model:
         if packing is None or not self.stays_packed(linear):
             return DenseBlock(self._dense(linear, index))
         weight, *parts = (tensor[index(tensor)] for tensor in self._parts(linear))
-        if packing.mode == "affine":  # else a float32 scale would make the product float32
+        if packing.mode == "affine":  # a float32 scale would make the product float32
             parts = [part.astype(self.dtype) for part in parts]
         return QuantizedBlock((weight, *parts), packing, self.half_products and packing.mode == "affine")
 
@@ -280,7 +280,7 @@ class Model:
             return weight[index(weight)].astype(dtype)
         parts = [tensor[index(tensor)] for tensor in of_groups]
         if packing.mode == "affine":
-            # Scales are widened first: dequantize computes in their dtype, and 16 bits would lose weight bits.
+            # Widen scales first: dequantize computes in their dtype, and 16 bits would lose weight bits.
             parts = [part.astype(dtype) for part in parts]
             if packing.bits in cpu.BITS and cpu.serves(*parts):
                 return cpu.dequantize(weight.items[index(weight)], *parts, packing.bits, packing.group_size)
@@ -295,7 +295,7 @@ class Model:
         return self.tensor(f"{linear.name}.bias", 1)[rows_of(linear, start, stop)].astype(self.dtype)
 
     def norm(self, name: str) -> mx.array:
-        """A norm's weight vector as rms_norm takes it, in the compute dtype."""
+        """A norm's weight vector for rms_norm, in the compute dtype."""
         weight = self.tensor(name)[...].astype(self.dtype)
         return self.spec.norm_offset + weight if self.spec.norm_offset else weight
 
@@ -304,27 +304,25 @@ class Model:
         return {norm: self.norm(name) for norm, name in layer.norms.items()}
 
     def arrays(self, layer: Layer) -> dict[str, mx.array]:
-        """A block's tensors that are no matrices and no norms, in float32 (float64 where that is computed in)."""
+        """A block's tensors other than matrices and norms, in float32 (float64 if that is the compute dtype)."""
         dtype = self.dtype if self.dtype.size > 4 else mx.float32
         return {name: self.tensor(tensor)[...].astype(dtype) for name, tensor in layer.arrays.items()}
 
     def embed(self, tokens: np.ndarray) -> mx.array:
-        """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled where the family does."""
+        """tokens int32 [B, T] -> embeddings [B, T, D] in the compute dtype, scaled if the family does so."""
         x = self.gather(self.spec.embedding, tokens.reshape(-1)).reshape(*tokens.shape, self.spec.D)
         scale = self.spec.embed_scale
         return x if scale is None else x * scale
 
 
 def _columns(linear: Linear, tensor: Tensor, start: int, stop: int) -> slice:
-    """Columns [start, stop) of a matrix in one of its tensors: a packed one, or one with a number for each group, has
-    fewer.
-    """
+    """The index of columns [start, stop) in one tensor of a matrix; packed and per-group tensors have fewer."""
     first, last = (at * tensor.shape[1] // linear.in_dims for at in (start, stop))
     return slice(first, last)
 
 
 def rows_of(linear: Linear, start: int, stop: int) -> slice:
-    """Rows [start, stop) of a matrix in its tensors."""
+    """The index of rows [start, stop) in a matrix's tensors."""
     if not 0 <= start <= stop <= linear.out_dims:
         raise IndexError(f"{linear.name}: rows {start}..{stop} of {linear.out_dims}")
     return slice(linear.first_row + start, linear.first_row + stop)
@@ -334,5 +332,5 @@ _numbers = itertools.count()
 
 
 def stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """A distinct array that is never evaluated: exporting a graph merges equal parts."""
+    """A distinct array that is never evaluated; distinct, because exporting a graph merges equal parts."""
     return mx.full(shape, mx.array(next(_numbers), mx.int32)).astype(dtype)

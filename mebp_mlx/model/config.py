@@ -1,6 +1,6 @@
-"""What a model is, as data: its matrices, its blocks, and the numbers that its equations need.
+"""A model as data: its matrices, its blocks, and the numbers in its equations.
 
-reading.py makes it of a config.json and checks the checkpoint against it.
+reading.py builds it from config.json and checks the checkpoint against it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from .families import CLASSIC
 from .hybrid import DeltaHeads
 from .rope import Rope
 
-PROJECTIONS = {shorts[0]: key for key, shorts in CLASSIC.items()}  # of most families, by the names that blocks use
+PROJECTIONS = {shorts[0]: key for key, shorts in CLASSIC.items()}  # most families' modules, by short name
 
 
-FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> bits, group size: it has no others
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> its only bits and group size
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a packed weight is laid out: mx.dequantize's own terms."""
+    """Layout of a packed weight, in mx.dequantize's terms."""
 
     bits: int
     group_size: int
@@ -32,9 +32,9 @@ class Quantization:
 class Linear:
     """A frozen matrix in the checkpoint: [out_dims, in_dims], perhaps packed, perhaps with a bias.
 
-    first_row: where its rows begin in a tensor that several matrices share. n_experts: of a stack of that many such
-    matrices [n_experts, out_dims, in_dims], 0: it is one; apart: how a checkpoint calls each of them, with {} for its
-    number, where it stores no stack.
+    first_row: where its rows begin in a tensor that several matrices share. n_experts: size of a stack [n_experts,
+    out_dims, in_dims]; 0 for a single matrix. apart: name of one expert's matrix, with {} for its number, if the
+    checkpoint stores no stack.
     """
 
     name: str
@@ -47,30 +47,30 @@ class Linear:
     apart: str | None = None
 
     def expert(self, index: int) -> Linear:
-        """One matrix of a stack. A stored stack is read as a matrix of all rows, one expert's after another's."""
+        """One matrix of a stack. A stored stack is read as a matrix of all rows, expert by expert."""
         if self.apart is not None:
             return replace(self, name=self.apart.format(index), n_experts=0, apart=None)
         return replace(self, first_row=index * self.out_dims, n_experts=0)
 
     @property
     def without_bias(self) -> Linear:
-        """The same matrix alone."""
+        """The Linear of that expert alone."""
         return replace(self, bias=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[out_dims, in_dims], of a stack with n_experts in front."""
+        """[out_dims, in_dims]; [n_experts, out_dims, in_dims] for a stack."""
         return (self.n_experts, self.out_dims, self.in_dims)[0 if self.n_experts else 1 :]
 
     def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a LoRA pair: a [in, r], b [r, out]; of a stack a [E, r, in], b [E, out, r], as in mlx-lm."""
+        """Shapes of a LoRA pair: a [in, r], b [r, out]; for a stack a [E, r, in], b [E, out, r], as in mlx-lm."""
         if self.n_experts:
             return (self.n_experts, rank, self.in_dims), (self.n_experts, self.out_dims, rank)
         return (self.in_dims, rank), (rank, self.out_dims)
 
     @cached_property
     def tensors(self) -> list[str]:
-        """The names of the weight and of what it is dequantized with."""
+        """Names of the weight and of the tensors that dequantize it."""
         if self.apart is not None:
             return [name for index in range(self.n_experts) for name in self.expert(index).tensors]
         parts = ["weight"]
@@ -81,30 +81,30 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder block: where its tensors are and what its attention may see."""
+    """One decoder block: its tensors and the settings of its attention."""
 
     index: int
     prefix: str
-    block: str  # whose equations these are (families/)
-    rope: Rope | None  # None: queries and keys are not rotated
+    block: str  # name of its equations (families/)
+    rope: Rope | None  # None: no rotation of queries and keys
     window: int | None  # sliding window in tokens, None = all earlier tokens
     head_dim: int
-    donor: int | None  # the layer whose keys and values its queries meet; None: its own
-    linears: dict[str, Linear]  # as the block names them: "q", "k", "v", "o", "gate", "up", "down"
-    matrices: dict[str, Linear]  # as they are stored and adapted ("self_attn.q_proj"); one may hold several projections
-    norms: dict[str, str]  # tensors of norms' weights by the norm's name in the block ("input_layernorm")
-    arrays: dict[str, str]  # other tensors by their name in the block, which stay as they are ("conv")
-    experts: dict[str, Linear]  # stacks of a mixture's "gate", "up" and "down", which are no `linears`; or none
+    donor: int | None  # the layer whose keys and values it attends to; None: its own
+    linears: dict[str, Linear]  # by name in the block: "q", "k", "v", "o", "gate", "up", "down"
+    matrices: dict[str, Linear]  # by module ("self_attn.q_proj"); one may hold several projections
+    norms: dict[str, str]  # norm weight tensors by the norm's name in the block ("input_layernorm")
+    arrays: dict[str, str]  # other frozen tensors by their name in the block ("conv")
+    experts: dict[str, Linear]  # a mixture's stacks "gate", "up" and "down", not among `linears`
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A second embedding, of which every layer reads its own `width` columns (ops/layer_input.py)."""
+    """A second embedding; every layer reads its own `width` columns (ops/layer_input.py)."""
 
     width: int  # P
     embedding: Linear  # [tokens, L * P]
     projection: Linear  # [L * P, D], of the first embedding's rows
-    norm: str  # tensor of its weight [P]
+    norm: str  # tensor of the norm's weight [P]
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,22 @@ class ModelSpec:
     norm_eps: float
     attention_scale: float
     embed_scale: float | None  # multiplies the embeddings
-    residual_scale: float  # multiplies what a branch adds to the stream
-    head_divisor: float  # divides the rows that the head gets
+    residual_scale: float  # multiplies a branch's output
+    head_divisor: float  # divides the head's input rows
     attention_cap: float | None  # scores and logits are cap * tanh(x / cap)
     logit_cap: float | None
     norm_after_rope: bool
-    norm_offset: float  # is added to every norm's weight
-    delta: DeltaHeads | None  # of layers with a gated delta net
-    routing: Routing | None  # of layers with a mixture of experts
+    norm_offset: float  # added to every norm's weight
+    delta: DeltaHeads | None  # for layers with a gated delta net
+    routing: Routing | None  # for layers with a mixture of experts
     layer_inputs: LayerInputs | None
     layers: tuple[Layer, ...]
     embedding: Linear
     head: Linear
     final_norm: str
-    tensors: tuple[str, ...] = ()  # every one that the model reads, and the spare head's
-    spare_head: Linear | None = None  # stored beside a tied embedding: read by nobody, but mlx-lm misses it
-    remarks: tuple[str, ...] = ()  # where mlx-lm reads the config otherwise, a line each
+    tensors: tuple[str, ...] = ()  # every tensor that the model reads, and the spare head's
+    spare_head: Linear | None = None  # stored although the embedding is tied: unused, but mlx-lm requires it
+    remarks: tuple[str, ...] = ()  # differences from how mlx-lm reads the config, one per line
 
     @property
     def tied(self) -> bool:
@@ -145,5 +145,5 @@ class ModelSpec:
 
     @property
     def lora_keys(self) -> tuple[str, ...]:
-        """Where mlx-lm puts LoRA by default: every matrix of a block, by its name inside it."""
+        """mlx-lm's default LoRA modules: every matrix of a block, by its name in the block."""
         return tuple(dict.fromkeys(key for layer in self.layers for key in layer.matrices))

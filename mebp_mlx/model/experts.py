@@ -1,4 +1,4 @@
-"""Mixtures of experts, as the rows of families.py name them: which layers have one, and how tokens are routed."""
+"""Mixtures of experts, named in the rows of families.py: which layers have one, and how tokens are routed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from ..errors import UserError
 from .settings import Settings
 
-ROUTER_PACKING = (8, 64)  # bits and group size of most routers, however the rest is packed
+ROUTER_PACKING = (8, 64)  # bits and group size of most packed routers, regardless of the other weights
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a token's experts and their weights s follow from the router's output (ops/moe.py has the equations).
+    """How the router's output gives a token's experts and their weights s (equations: ops/moe.py).
 
     n_chosen: experts of a token; score: "softmax", "sigmoid" or "softmax of the chosen"; normalizes: s / (sum s + eps);
-    scale: multiplies s; packed_router: the router's module in a layer if ROUTER_PACKING is its own in an affine-packed
-    model, else None.
+    scale: multiplies s; packed_router: the router's module in a layer if affine-packed models pack it by
+    ROUTER_PACKING, else None.
     """
 
     n_experts: int
@@ -29,18 +29,19 @@ class Routing:
     packed_router: str | None = None
 
     def packs_router(self, name: str) -> bool:
-        """Whether that is a router which is packed in its own way."""
+        """Whether that module is a router with its own packing."""
         return self.packed_router is not None and name.endswith(f".{self.packed_router}")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """router, experts: modules in a layer; apart: where a checkpoint stores each expert by itself; width: the key of an
-    expert's inner width; has_experts(settings, layer): whether a layer has a mixture instead of an MLP.
+    """router, experts: modules in a layer; apart: the module of one expert, if a checkpoint stores them separately;
+    width: config key of an expert's inner width; has_experts(settings, layer): whether a layer has a mixture instead of
+    an MLP.
 
-    selection_bias: (module, key that says whether there is one) of what is added to scores where experts are chosen;
-    packs_router: whether mlx-lm packs the router by ROUTER_PACKING; router_bias: whether it has one; n_experts: the key
-    of their number.
+    selection_bias: (module, config key that enables it) of the bias added to scores to choose experts;
+    packs_router: whether mlx-lm packs the router by ROUTER_PACKING; router_bias: whether the router has a bias;
+    n_experts: config key of the number of experts.
     """
 
     router: str
@@ -58,11 +59,11 @@ class Mixture:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The matrices that LoRA goes on, by their names in a layer."""
+        """The matrices that support LoRA, by their names in a layer."""
         return (self.router, *(f"{self.experts}.{part}" for part in self.parts.values()))
 
     def routing(self, settings: Settings) -> Routing:
-        """Raises UserError where a token would have more experts than there are."""
+        """Raises UserError if a token would choose more experts than exist."""
         n_experts, n_chosen = settings.integer(self.n_experts), settings.integer("num_experts_per_tok")
         if n_chosen > n_experts:
             raise UserError(
@@ -79,7 +80,7 @@ def every_layer(settings: Settings, index: int) -> bool:
 
 
 def by_sparse_step(settings: Settings, index: int) -> bool:
-    """Qwen3-MoE's: the last of every decoder_sparse_step layers, but those of mlp_only_layers."""
+    """Qwen3-MoE's: the last of every decoder_sparse_step layers, except mlp_only_layers."""
     dense = settings.get("mlp_only_layers", [])
     if not isinstance(dense, list):
         raise UserError(f"{settings.where}: mlp_only_layers must be a list, found {str(dense)[:100]!r}")

@@ -1,6 +1,6 @@
-"""What distinguishes one family of decoders from another: a row each, by config.json's model_type.
+"""The differences between decoder families: one row per config.json model_type.
 
-The equations are those of mlx-lm's class of the same name; a string in a row is the config key that decides.
+The equations are those of mlx-lm's class of the same name; a string in a row is the config key that holds the setting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .hybrid import Hybrid, conv_widths, delta_widths, has_every_nth, has_listed
 from .settings import Settings
 from .sharing import Variant, gemma4_layers
 
-# Matrices of a block as they are stored, and the projections that each holds.
+# Stored matrices of a block, and the projections that each holds.
 Matrices = dict[str, tuple[str, ...]]
 _QKV: Matrices = {"self_attn.q_proj": ("q",), "self_attn.k_proj": ("k",), "self_attn.v_proj": ("v",)}
 _FUSED_QKV: Matrices = {"self_attn.qkv_proj": ("q", "k", "v")}
@@ -28,7 +28,7 @@ _LFM2_CONV: Matrices = {"conv.in_proj": ("in",), "conv.out_proj": ("out",)}
 _LFM2_MOE_MLP: Matrices = {f"feed_forward.{short}_proj": (short,) for short in ("gate", "up", "down")}
 _LFM2_MLP: Matrices = {"feed_forward.w1": ("gate",), "feed_forward.w3": ("up",), "feed_forward.w2": ("down",)}
 
-# Norms of a block: their names in its equations, and their modules.
+# Norms of a block: names in its equations -> modules.
 _PRE = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
 _LFM2_NORMS = {"input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm"}
 _POST = {name: name for name in ("post_attention_layernorm", "post_feedforward_layernorm")}
@@ -38,14 +38,14 @@ _POST = {name: name for name in ("post_attention_layernorm", "post_feedforward_l
 class Family:
     """See the module's docstring.
 
-    block: whose equations; matrices, norms: see above; qk_norms: modules of the norms of queries and keys, over a head
-    or over a whole row, before the rotation or after it.
+    block: name of its equations; matrices, norms: see above; qk_norms: modules of the norms of queries and keys, over a
+    head or over a whole row, before the rotation or after it.
     """
 
     block: str = "llama"
     matrices: Matrices = field(default_factory=lambda: CLASSIC)
     norms: Mapping[str, str] = field(default_factory=lambda: _PRE)
-    norm_offset: float = 0.0  # is added to every norm's weight
+    norm_offset: float = 0.0  # added to every norm's weight
     qk_norm: bool | str = False
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     qk_norm_of_rows: bool = False
@@ -54,44 +54,44 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     variants: Callable[[Settings, int, list[int | None], int, int], list[Variant]] | None = None  # sharing.py
-    layer_inputs: bool = False  # there is a second embedding, of which every layer reads a part
-    without_inputs: Family | None = None  # the row for a config that has none
+    layer_inputs: bool = False  # a second embedding exists; every layer reads part of it
+    without_inputs: Family | None = None  # the row for a config without it
     arrays: Mapping[str, str] = field(default_factory=dict)  # modules of numbers [1] in every layer, by name
     own_head_dim: bool = True  # False: head_dim is always hidden_size / heads
-    sinks: bool = False  # one score more in each head's softmax
-    gated_query: bool = False  # q_proj has a gate of the output beside each head's query
+    sinks: bool = False  # one extra score in each head's softmax
+    gated_query: bool = False  # q_proj holds each head's query and output gate
     hybrid: Hybrid | None = None  # layers without attention
-    mixture: Mixture | None = None  # of experts, in layers without an MLP
+    mixture: Mixture | None = None  # experts, in layers without an MLP
     norm_eps: str = "rms_norm_eps"
     final_norm: str = "model.norm"
-    width: Callable[[Settings], int] | None = None  # of the MLP, instead of intermediate_size
-    keeps_head: bool = False  # mlx-lm wants a stored head beside a tied embedding, and does not use it
-    head: str = "config"  # what says whether there is one beside the embedding; or "stored", "always", "never"
+    width: Callable[[Settings], int] | None = None  # the MLP's width, instead of intermediate_size
+    keeps_head: bool = False  # mlx-lm requires a stored head with a tied embedding, but does not use it
+    head: str = "config"  # config key that ties it to the embedding; or "stored", "always", "never"
 
-    layer_types: bool = False  # whether the config's layer_types are read
-    window_pattern: bool = False  # whether sliding_window_pattern is, where there are no layer_types
-    window_theta: str = "rope_theta"  # the rotary base of layers with a window
+    layer_types: bool = False  # whether the config's layer_types is read
+    window_pattern: bool = False  # whether sliding_window_pattern is read if layer_types is missing
+    window_theta: str = "rope_theta"  # key of the rotary base in layers with a window
     window_rope_is_plain: bool = False  # layers with a window do not scale their rope
-    rope_in_windows_only: bool = False  # where there is a pattern
-    rope_skips_layers: bool = False  # by no_rope_layers or no_rope_layer_interval
-    reads_rope_parameters: bool = False  # mlx-lm does, too
-    partial_rope: bool = False  # partial_rotary_factor of a head is rotated
-    traditional: bool = False  # pairs (2j, 2j + 1) are rotated, unless rope_traditional says otherwise
+    rope_in_windows_only: bool = False  # if the config has a pattern
+    rope_skips_layers: bool = False  # those of no_rope_layers or no_rope_layer_interval
+    reads_rope_parameters: bool = False  # so does mlx-lm
+    partial_rope: bool = False  # only partial_rotary_factor of a head is rotated
+    traditional: bool = False  # pairs (2j, 2j + 1) are rotated, unless rope_traditional is false
 
     embed_scale: str | None = None
     embed_scale_is_root: bool = False  # sqrt(hidden_size)
-    embed_scale_is_rounded: bool = False  # to bfloat16, whatever it is computed in: gemma 3 was trained so
+    embed_scale_is_rounded: bool = False  # to bfloat16, in every compute dtype: gemma 3 was trained so
     attention_scale: str | float | None = None  # instead of head_dim^-1/2
-    query_scalar: str | None = None  # its power -1/2 is the scale
+    query_scalar: str | None = None  # the scale is its power -1/2
     residual_scale: str | None = None
     residual_scale_per_root_layer: bool = False  # divided by sqrt(layers)
     head_divisor: str | None = None
-    head_base: str | None = None  # hidden_size / this divides the rows of a head of its own
+    head_base: str | None = None  # hidden_size / this divides the rows of an untied head
     attention_cap: str | None = None
     logit_cap: str | None = None
 
-    ignores: tuple[str, ...] = ()  # beginnings of tensors that belong to no block
-    renamed_parts: Mapping[str, str] = field(default_factory=dict)  # of tensors' names as transformers writes them
+    ignores: tuple[str, ...] = ()  # prefixes of tensors outside the blocks
+    renamed_parts: Mapping[str, str] = field(default_factory=dict)  # tensor names as transformers writes them
     ignored_ends: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -236,7 +236,7 @@ FAMILIES: dict[str, Family] = {
     "iquestcoder": _LLAMA,
     "xverse": _LLAMA,
     "ministral3": _MINISTRAL3,
-    "mistral3": _LLAMA,  # or what its text_config says (reading.py)
+    "mistral3": _LLAMA,  # or the model_type of its text_config (reading.py)
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "gemma3": _GEMMA3,

@@ -1,4 +1,4 @@
-"""Layers without attention, as the rows of families.py name them: widths of their matrices, and their other tensors."""
+"""Layers without attention, named in the rows of families.py: widths of their matrices, and their other tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class DeltaHeads:
-    """Heads of a gated delta net: keys (and queries), values, and their widths."""
+    """Heads of a gated delta net: numbers of keys (and queries) and values, and their widths."""
 
     n_keys: int
     n_values: int
@@ -21,7 +21,7 @@ class DeltaHeads:
 
 @dataclass(frozen=True)
 class Widths:
-    """rows, inputs: of matrices by short name (an input that is missing is hidden_size); arrays: shapes by name, a
+    """rows, inputs: matrix sizes by short name (a missing input is hidden_size); arrays: shapes by name, a
     depthwise kernel's as [channels, taps].
     """
 
@@ -33,10 +33,10 @@ class Widths:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """block: whose equations; matrices, norms: as of a Family; arrays: modules of other tensors, by name.
+    """block: name of its equations; matrices, norms: as in Family; arrays: modules of other tensors, by name.
 
-    has_attention(settings, layer): whether a layer is one of the others; offset_in_torch_layout: where the depthwise
-    kernel is stored as torch does, norms are stored as weight - 1.
+    has_attention(settings, layer): whether a layer has attention instead; offset_in_torch_layout: if the depthwise
+    kernel is stored in torch's layout, norms are stored as weight - 1.
     """
 
     block: str
@@ -50,7 +50,7 @@ class Hybrid:
 
 
 def conv_widths(settings: Settings, D: int) -> Widths:
-    """LFM2's short convolution: [b | c | z] of D each, a kernel over D channels."""
+    """LFM2's short convolution: [b | c | z] of width D each, a kernel over D channels."""
     if settings.get("conv_bias", False):
         raise UserError(f"{settings.where}: conv_bias is not supported")
     return Widths({"in": 3 * D, "out": D}, {"out": D}, {"conv": (D, settings.integer("conv_L_cache"))})
@@ -63,7 +63,7 @@ def has_listed_attention(settings: Settings, index: int) -> bool:
         return index in listed
     types = settings.get("layer_types")
     if not isinstance(types, list) or index >= len(types):
-        raise UserError(f"{settings.where}: neither full_attn_idxs nor layer_types says what layer {index} is")
+        raise UserError(f"{settings.where}: neither full_attn_idxs nor layer_types gives the kind of layer {index}")
     return bool(types[index] == "full_attention")
 
 
@@ -77,7 +77,7 @@ def lfm2_width(settings: Settings) -> int:
 
 
 def delta_widths(settings: Settings, D: int) -> Widths:
-    """Qwen 3.5's gated delta net: queries, keys and values from one matrix, the output's gate, and two gates a head."""
+    """Qwen 3.5's gated delta net: queries, keys and values from one matrix, an output gate, and two gates per head."""
     keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
     heads = DeltaHeads(*(settings.integer(f"linear_{key}") for key in keys))
     if heads.n_values % heads.n_keys:

@@ -1,4 +1,4 @@
-"""The kinds of layers that a model has, with attention and perhaps without, and the tensors of a layer of each."""
+"""A model's kinds of layers, with and without attention, and the tensors of a layer of each kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .settings import Settings
 
 
 class Reader(Protocol):
-    """What asks for a model's tensors: a checkpoint's (tensors.py), or a list to be written (testing/synth.py)."""
+    """Receives requests for a model's tensors: a checkpoint (tensors.py), or a list to write (testing/synth.py)."""
 
     read: list[str]
 
@@ -28,13 +28,13 @@ class Reader(Protocol):
     def vector(self, name: str, size: int) -> str: ...
 
     def taps(self, name: str, channels: int, n_taps: int) -> bool:
-        """Ask for a depthwise kernel; whether it is stored as [channels, 1, taps], as torch does."""
+        """Requests a depthwise kernel; returns whether it has torch's layout [channels, 1, taps]."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """matrices: short names of what each holds; norms: module and size; biases: by the matrix's first short name;
-    mixture: of experts, instead of an MLP.
+    """matrices: short names of the projections that each holds; norms: module and size; biases: by the matrix's first
+    short name; mixture: of experts, instead of an MLP.
     """
 
     block: str
@@ -50,7 +50,7 @@ class Kind:
     mixture: Mixture | None = None
 
     def with_experts(self, mixture: Mixture, settings: Settings) -> Kind:
-        """The same with a mixture of experts instead of its MLP."""
+        """This kind with a mixture of experts instead of its MLP."""
         n_experts, F = settings.integer(mixture.n_experts), settings.integer(mixture.width)
         own = {key: shorts for key, shorts in self.matrices.items() if shorts[0] not in mixture.parts}
         arrays, shapes = dict(self.arrays), dict(self.widths.arrays)
@@ -63,7 +63,7 @@ class Kind:
         return replace(self, block=block, matrices=own, arrays=arrays, widths=widths, biases=biases, mixture=mixture)
 
     def layer(self, tensors: Reader, index: int, prefix: str, rope: Rope | None, window: int | None) -> Layer:
-        """A layer of this kind, whose tensors are asked for. Raises UserError."""
+        """A layer of this kind; requests its tensors. Raises UserError."""
         rows, inputs = self.widths.rows, self.widths.inputs
         matrices = {
             key: tensors.linear(
@@ -105,7 +105,7 @@ class Kind:
         }
 
     def is_in_torch_layout(self, tensors: Reader, prefix: str) -> bool:
-        """Asks for the layer's depthwise kernel, if it has one; whether torch's order of axes is its."""
+        """Requests the layer's depthwise kernel, if it has one; returns whether it has torch's layout."""
         kernels = [(self.arrays[name], shape) for name, shape in self.widths.arrays.items() if len(shape) == 2]
         return any([tensors.taps(f"{prefix}.{module}", *shape) for module, shape in kernels])
 
@@ -113,7 +113,7 @@ class Kind:
 def kinds_of(
     family: Family, settings: Settings, D: int, F: int, heads: tuple[int, int, int]
 ) -> tuple[Kind, Kind | None]:
-    """Layers with attention, and those without; heads: of queries, of keys and values, and their width."""
+    """The kinds of layers with and without attention. heads: of queries, of keys and values, and their width."""
     H, K, head_dim = heads
     mlp, mlp_inputs = {"gate": F, "up": F, "down": D}, {"down": F}
     flags = dict.fromkeys("qkv", family.qkv_bias) | {"o": family.o_bias}
@@ -146,7 +146,7 @@ def kinds_of(
 
 
 def without_keys(kind: Kind, donor: int) -> Kind:
-    """The same layer with the keys and values of another one."""
+    """This layer with another layer's keys and values."""
     matrices = {name: shorts for name, shorts in kind.matrices.items() if shorts not in (("k",), ("v",))}
     norms = {name: norm for name, norm in kind.norms.items() if name != "k_norm"}
     return replace(kind, block=f"{kind.block}_shared", matrices=matrices, norms=norms, donor=donor)

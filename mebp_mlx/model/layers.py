@@ -1,4 +1,4 @@
-"""What differs from layer to layer of a model: its window and its rope."""
+"""The settings that differ between a model's layers: window and rope."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 
 class LayerRules:
-    """A family's rules, with the config's keys."""
+    """A family's rules for layers, applied to a config."""
 
     def __init__(self, settings: Settings, family: Family, L: int):
         self.settings, self.family, self.L, self.where = settings, family, L, settings.where
         self.pattern = settings.get("sliding_window_pattern") if family.window_pattern else None
 
     def _rotated(self) -> float:
-        """What part of a head is rotated."""
+        """The fraction of a head that is rotated."""
         nested = self.settings.get("rope_parameters")
         part = nested.get("partial_rotary_factor") if isinstance(nested, dict) else None
         return float(self.settings.number("partial_rotary_factor", 1.0)) if part is None else float(part)
 
     def window(self, index: int) -> int | None:
-        """A layer's sliding window in tokens: by layer_types where they are read, by the family's pattern otherwise."""
+        """A layer's sliding window in tokens: from layer_types if the family reads it, otherwise from its pattern."""
         types = self.settings.get("layer_types") if self.family.layer_types else None
         if types is not None:
             if index >= len(types):
-                raise UserError(f"{self.where}: layer_types lists {len(types)} layers, num_hidden_layers says more")
+                raise UserError(f"{self.where}: layer_types lists {len(types)} layers, fewer than num_hidden_layers")
             slides = types[index] == "sliding_attention"
         elif isinstance(self.pattern, str) and self.pattern:
             slides = self.pattern[index % len(self.pattern)] == "L"
@@ -37,9 +37,9 @@ class LayerRules:
         return self.settings.integer("sliding_window") if slides else None
 
     def rope(self, index: int, window: int | None, head_dim: int) -> Rope | None:
-        """A layer's rope, from the keys at the top level or from rope_parameters, which may hold a set a layer type.
+        """A layer's rope, from top-level keys or from rope_parameters, which may hold one set per layer type.
 
-        Both may stand there (mlx-lm reads the old keys only) if they say the same. None: nothing is rotated.
+        A config may have both if they agree (mlx-lm reads only the top-level keys). None: nothing is rotated.
         """
         if self._skips(index, window):
             return None
@@ -56,7 +56,7 @@ class LayerRules:
             raise UserError(f"{self.where}: rope_scaling must be an object, found {str(old)[:100]!r}")
         new = nested if not local or is_by_type or family.window_theta != "rope_theta" else None
         ropes = [self._made(dims, base, scaling) for scaling in (old, new) if scaling]
-        differ = any(rope != ropes[0] or rope.freqs is not ropes[0].freqs for rope in ropes)  # made once for a setting
+        differ = any(rope != ropes[0] or rope.freqs is not ropes[0].freqs for rope in ropes)  # built once per setting
         if len(set(bases)) > 1 or differ:
             what = key if len(set(bases)) > 1 else "rope_scaling"
             raise UserError(f"{self.where}: {what} and rope_parameters contradict each other; remove one of them")
@@ -81,7 +81,7 @@ class LayerRules:
         return not listed[index]
 
     def _rope_parameters(self, layer_type: str) -> tuple[dict, bool]:
-        """The rope_parameters of a layer type, {} where the config has none, and whether they are sets by type."""
+        """The rope_parameters of a layer type ({} if the config has none), and whether there is one set per type."""
         nested = self.settings.get("rope_parameters") or {}
         is_by_type = isinstance(nested, dict) and bool(nested.keys() & _KINDS)
         if is_by_type:

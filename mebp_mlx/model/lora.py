@@ -1,11 +1,11 @@
-"""LoRA pairs under mlx-lm's names, their start values, dropout, and random keys.
+"""LoRA pairs under mlx-lm's names, their initial values, dropout, and random keys.
 
     y = x W^T + b + s * (dropout(x) A) B,   A [in, r],  B [r, out]
 
-The gradients of that projection (written once, in ops/lora_linear.py) are
+The gradients of that projection (implemented once, in ops/lora_linear.py) are
     dB = s (x A)^T g,   dA = s x^T (g B^T),   dx = g W + s (g B^T) A^T.
 
-DoRA (Liu et al. 2024, arXiv 2402.09353; mlx-lm's form) trains the length m of each row of the adapted matrix, too:
+DoRA (Liu et al. 2024, arXiv 2402.09353; mlx-lm's form) also trains the length m of each row of the adapted matrix:
     y = (m / n) (x W^T + s (dropout(x) A) B) + b,   n = |W + s (A B)^T| by rows, a constant for the gradients.
 """
 
@@ -23,16 +23,16 @@ import mlx.core as mx
 from ..errors import UserError
 from .config import Layer, Linear, ModelSpec
 
-DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns whose dropout is drawn together
+DROPOUT_RUN, DROPOUT_COLUMNS = 64, 512  # positions and columns of one dropout draw
 
 
-_SIDES = {"lora_a": "a", "lora_b": "b", "m": "m"}  # the last parts of parameters' names, as mlx-lm has them
+_SIDES = {"lora_a": "a", "lora_b": "b", "m": "m"}  # last parts of parameter names, as in mlx-lm
 
 
 class Pair(NamedTuple):
-    """The two LoRA matrices of one projection: a [in, r], b [r, out]; m [out], the lengths of rows: DoRA's alone.
+    """The two LoRA matrices of one projection: a [in, r], b [r, out]; m [out], row lengths, for DoRA only.
 
-    Of a stack of experts: a [E, r, in], b [E, out, r], mlx-lm's other layout.
+    For a stack of experts: a [E, r, in], b [E, out, r], as in mlx-lm.
     """
 
     a: mx.array
@@ -42,9 +42,9 @@ class Pair(NamedTuple):
 
 @dataclass
 class Adapter:
-    """LoRA pairs as a block sees them, by the name of their projection; those that are not there are not trained.
+    """LoRA pairs by the name of their projection, for a block; a missing pair is not trained.
 
-    pairs: not copied, so that an adapter of a Lora's own pairs keeps no value that the Lora has replaced.
+    pairs: not copied, so that an adapter of a Lora's own pairs holds no replaced value.
     """
 
     pairs: Mapping[str, Pair]
@@ -76,7 +76,7 @@ class Lora(Adapter):
         self._pairs = pairs_of(parameters)
         super().__init__(self._pairs, scale, dropout)
         self.rank, self.keys, self.num_layers = rank, keys, num_layers
-        self.session: object = None  # the engine that loss_and_grads uses again (api.py)
+        self.session: object = None  # the engine that loss_and_grads reuses (api.py)
 
     def parameters(self) -> dict[str, mx.array]:
         """A new flat dict of the current parameters: `{layer prefix}.{key}.lora_a`, `.lora_b`, and DoRA's `.m`, in the
@@ -90,7 +90,7 @@ class Lora(Adapter):
         return "dora" if any(pair.m is not None for pair in self._pairs.values()) else "lora"
 
     def update(self, parameters: dict[str, mx.array]) -> None:
-        """Replace parameters by name. ValueError for an unknown name or another shape; values become float32."""
+        """Replaces parameters by name, as float32. Raises ValueError for an unknown name or a different shape."""
         for name, value in parameters.items():
             linear, _, part = name.rpartition(".")
             pair, side = self._pairs.get(linear), _SIDES.get(part, "")
@@ -103,7 +103,7 @@ class Lora(Adapter):
 
 
 def pairs_of(parameters: Mapping[str, mx.array]) -> dict[str, Pair]:
-    """Pairs by the name of their projection, of parameters by their own."""
+    """Pairs by projection name, from parameters by parameter name."""
     names = [name.removesuffix(".lora_a") for name in parameters if name.endswith(".lora_a")]
     return {
         name: Pair(parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"], parameters.get(f"{name}.m"))
@@ -112,7 +112,7 @@ def pairs_of(parameters: Mapping[str, mx.array]) -> dict[str, Pair]:
 
 
 def flat(pairs: Mapping[str, Pair]) -> dict[str, mx.array]:
-    """The arrays of pairs by parameter name: `{projection}.lora_a`, `.lora_b`, `.m`."""
+    """The pairs' arrays by parameter name: `{projection}.lora_a`, `.lora_b`, `.m`."""
     return {
         f"{name}.{part}": value
         for name, pair in pairs.items()
@@ -132,17 +132,17 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
     seed: int = 0,
     lengths: Callable[[Linear], mx.array] | None = None,
 ) -> Lora:
-    """Fresh LoRA pairs: A uniform in +-1/sqrt(in), B zero, as mlx-lm starts them.
+    """New LoRA pairs: A uniform in +-1/sqrt(in), B zero, as in mlx-lm.
 
     keys: projection names inside a block (default: all of the family); num_layers: the last N
-    blocks, -1 for all. Each A depends on (seed, its name) only. lengths: of the rows of a frozen
-    matrix, float32 [out], which DoRA's m starts as; None: plain LoRA. Raises UserError.
+    blocks, -1 for all. Each A depends only on (seed, its name). lengths: row lengths of a frozen matrix, float32 [out],
+    the initial m of DoRA; None: plain LoRA. Raises UserError.
     """
     chosen = spec.lora_keys if keys is None else tuple(dict.fromkeys(keys))
     unknown = [key for key in chosen if key not in spec.lora_keys]
     if unknown or not chosen:
         known = ", ".join(spec.lora_keys)
-        raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; LoRA goes on: {known}")
+        raise UserError(f"--keys: {', '.join(unknown) or 'none given'}; modules that support LoRA: {known}")
     if rank < 1:
         raise UserError(f"--rank: must be at least 1, found {rank}")
     if not 0 <= dropout < 1:
@@ -156,7 +156,9 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
                 continue
             bound = 1 / math.sqrt(linear.in_dims)
             if lengths is not None and linear.n_experts:
-                raise UserError(f"--fine-tune-type dora: {key} is a mixture's experts, which have LoRA alone; --keys")
+                raise UserError(
+                    f"--fine-tune-type dora: {key} holds experts, which support only LoRA; exclude it by --keys"
+                )
             shape_a, shape_b = linear.pair_shapes(rank)
             a = mx.random.uniform(-bound, bound, shape_a, key=random_key("lora", seed, linear.name))
             parameters[f"{linear.name}.lora_a"], parameters[f"{linear.name}.lora_b"] = a, mx.zeros(shape_b)
@@ -167,7 +169,7 @@ def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
 
 
 def random_key(*parts: int | str) -> mx.array:
-    """A random key that is a pure function of its parts: the same on every machine, whatever the order of calls."""
+    """A random key that is a pure function of its parts: the same on every machine, for any order of calls."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else struct.pack("<q", part)
@@ -176,10 +178,10 @@ def random_key(*parts: int | str) -> mx.array:
 
 
 class Dropout:
-    """Inverted dropout; masks are drawn again at each use.
+    """Inverted dropout; masks are redrawn at each use.
 
-    rate in (0, 1); parts: what the random keys are made of besides projection, position, column and row: the number of
-    the batch's first row in the whole micro-batch, then seed, step and micro-batch.
+    rate in (0, 1); parts: inputs of the random keys besides projection, position, column and row: the index of the
+    batch's first row in the whole micro-batch, then seed, step and micro-batch.
     """
 
     def __init__(self, rate: float, parts: tuple[int, ...]):
@@ -191,7 +193,7 @@ class Dropout:
         """The factor, 1 / (1 - rate) or 0, on columns of a projection's input: [B, T, columns]; shape: (B, T).
 
         Drawn in cells of a row, DROPOUT_RUN positions and DROPOUT_COLUMNS columns with a key for each, so that it does
-        not depend on how the work is cut into ranges and rows are dealt out; a range must begin with a cell.
+        not depend on how work is cut into ranges or rows are distributed; a range must begin with a cell.
         """
         (B, T), (start, stop) = shape, columns
         assert position % DROPOUT_RUN == 0 and start % DROPOUT_COLUMNS == 0

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: how its weights are held and what is computed in."""
+"""Opens a checkpoint: chooses the weights' form in memory and the compute dtype."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
     dtype: of the computation, "float32", "bfloat16", "float16"; weights: "packed" (products with packed weights) or
     "decompressed" (block by block); "auto": the checkpoint's own dtype (that of its embedding, or of the embedding's
     scales) and packed on a GPU, float32 and decompressed on the CPU backend. LoRA parameters and their gradients are
-    float32 always. Raises UserError for a missing or damaged file, an unknown family, shapes that contradict
-    config.json, or a dtype that the family cannot be computed in. From here on MLX keeps next to no freed buffers in
-    this process: they would count as footprint.
+    always float32. Raises UserError for a missing or damaged file, an unknown family, shapes that contradict
+    config.json, or a dtype that the family does not support. Afterwards MLX's buffer cache is almost off in this
+    process: cached buffers would count as footprint.
     """
     for flag, value, known in (("--dtype", dtype, ("auto", *device.DTYPES)), ("--weights", weights, WEIGHTS)):
         if value not in known:
             raise UserError(f"{flag}: {value!r} is none of {', '.join(known)}")
-    kernel_mode()  # a wrong MEBP_KERNELS is refused before anything is computed
+    kernel_mode()  # refuse an invalid MEBP_KERNELS before computing anything
     allocator.settle()
     model = Model(path, packed=device.keeps_packed(weights), adopt=device.on_metal())
     model.dtype = device.compute_dtype(dtype, model.spec.family, _own_dtype(model))
@@ -36,10 +36,10 @@ def open_model(path: str | Path, dtype: str = "auto", weights: str = "auto") -> 
 
 
 def _own_dtype(model: Model) -> mx.Dtype:
-    """What mlx-lm would compute in: activations take the embedding's dtype, or that of its scales."""
+    """mlx-lm's compute dtype: activations take the dtype of the embedding, or of its scales."""
     embedding = model.spec.embedding
     part = "scales" if embedding.quantization else "weight"
     dtype = model.weights.info(f"{embedding.name}.{part}").mlx_dtype
-    if not mx.issubdtype(dtype, mx.floating):  # mxfp4's scales are bytes
+    if not mx.issubdtype(dtype, mx.floating):  # mxfp4 scales are bytes
         dtype = model.weights.info(model.spec.final_norm).mlx_dtype
     return dtype if dtype in device.DTYPES.values() else mx.bfloat16

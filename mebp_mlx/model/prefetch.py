@@ -1,6 +1,6 @@
-"""Asks the system for the pages of the next block while this one computes, to avoid waiting for the disk.
+"""Prefetches the pages of the next block while this one computes, to avoid waiting for the disk.
 
-A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that made them.
+A plain thread that only calls madvise: it never touches MLX, whose arrays belong to the thread that created them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .config import Linear
 
 
 class Prefetch:
-    """One thread for one model's files, started when it is first needed; close() ends it."""
+    """One thread per model, started at first use; close() ends it."""
 
     def __init__(self, model: Model):
         self._weights = model.weights
@@ -26,7 +26,7 @@ class Prefetch:
         self._last: Future[None] | None = None
 
     def block(self, index: int) -> None:
-        """Ask for a block's matrices, but for experts, which are not chosen yet; L means the head.
+        """Prefetches a block's matrices, except experts, which are not chosen yet; index L is the head.
 
         A block that does not exist is ignored.
         """
@@ -36,14 +36,14 @@ class Prefetch:
             self._ask([(name, 0, None) for name in self._head])
 
     def experts(self, stack: Linear, chosen: Iterable[int]) -> None:
-        """Ask for these matrices of a stack."""
+        """Prefetches these matrices of a stack."""
         if stack.apart is None:
             self._ask([(name, index, index + 1) for index in chosen for name in stack.tensors])
         else:
             self._ask([(name, 0, None) for index in chosen for name in stack.expert(index).tensors])
 
     def wait(self) -> None:
-        """Until everything asked for so far has been passed on to the system."""
+        """Waits until all requests so far have been passed to the system."""
         if self._last is not None:
             self._last.result()
 
@@ -53,7 +53,7 @@ class Prefetch:
             self._thread = None
 
     def _ask(self, parts: list[tuple[str, int, int | None]]) -> None:
-        """parts: tensors, and which of their rows."""
+        """parts: tensors and ranges of their rows."""
 
         def run() -> None:
             for name, start, stop in parts:

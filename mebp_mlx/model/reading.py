@@ -1,4 +1,4 @@
-"""config.json -> ModelSpec: what the family's row (families.py) and the config's keys say, checked by the tensors."""
+"""config.json -> ModelSpec, from the family's row (families.py) and the config's keys, checked against the tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MULTIMODAL = {
     "gemma4_unified": "gemma4_text",
     "mistral3": "llama",
     "qwen3_5": "qwen3_5_text",
-}  # the decoder under text_config, where that names none
+}  # default model_type of text_config
 _TEXT_TYPES = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
@@ -34,11 +34,11 @@ _TEXT_TYPES = {
 }
 
 
-# Of multimodal models, beside the decoder.
+# Prefixes of a multimodal model's tensors outside the decoder.
 _OTHER_MODULES = (
     "vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_audio", "embed_vision", "vision_embedder"
 )  # fmt: skip
-# Far above any model's. Libraries that read config.json make lists of these lengths.
+# Far above any model's sizes. Libraries that read config.json allocate lists of these lengths.
 SIZE_LIMITS = {
     "num_hidden_layers": 10_000,
     "hidden_size": 10**7,
@@ -53,8 +53,8 @@ SIZE_LIMITS = {
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder as a dict; UserError when it is missing, not a JSON object, or gives a size beyond
-    SIZE_LIMITS.
+    """config.json of a model folder as a dict. Raises UserError if it is missing, not a JSON object, or has a size
+    beyond SIZE_LIMITS.
     """
     path = folder / "config.json"
     try:
@@ -73,9 +73,9 @@ def read_config(folder: Path) -> dict:
 def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") -> ModelSpec:
     """The ModelSpec of a checkpoint.
 
-    config: config.json; weights: the checkpoint, whose shapes are checked against it; tensors of a multimodal model
-    that transformers has named are called as mlx-lm calls them from here on. Raises UserError for an unknown family, a
-    missing key, or a tensor that contradicts the config.
+    config: config.json; weights: the checkpoint, whose shapes are checked against it; tensors of a multimodal model are
+    renamed from transformers' names to mlx-lm's. Raises UserError for an unknown family, a missing key, or a tensor
+    that contradicts the config.
     """
     family, prefix = family_of(config, where)[1:]
     weights.rename_parts(family.renamed_parts)
@@ -87,7 +87,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
     if fused := next((name for name in weights.names if ".mlp.experts.gate_up_proj" in name), None):
         raise UserError(
             f"{weights.info(fused).file}: {fused}: experts whose gate and up rows alternate are not supported; "
-            "mlx_lm.convert writes them apart"
+            "mlx_lm.convert separates them"
         )
     spec = describe(config, tensors, where)
     head = f"{prefix}lm_head"
@@ -100,7 +100,7 @@ def read_spec(config: dict, weights: MappedWeights, where: str = "config.json") 
 
 
 def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
-    """The decoder's own config, its family, and what its tensors' names begin with. Raises UserError."""
+    """The decoder's config, its family, and the prefix of its tensors' names. Raises UserError."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -114,13 +114,13 @@ def family_of(config: dict, where: str) -> tuple[dict, Family, str]:
         known = ", ".join(_TEXT_TYPES[name])
         raise UserError(f"{where}: model_type {inner!r} of text_config is not supported in {name}; supported: {known}")
     if name == "gemma3":
-        # As in mlx-lm: the heads default to the 4B model's, the vocabulary is the outer config's.
+        # As in mlx-lm: heads default to the 4B model's; vocab_size comes from the outer config.
         outer = {"vocab_size": config.get("vocab_size", 262_208)}
         text = {"num_attention_heads": 8, "num_key_value_heads": 4, **text, **outer}
     elif name in ("gemma4", "gemma4_unified"):
         text = {**text, "vocab_size": config.get("vocab_size", 262_144)}
         if name == "gemma4_unified":
-            text = {"hidden_size_per_layer_input": 0, **text}  # transformers knows no such key here
+            text = {"hidden_size_per_layer_input": 0, **text}  # transformers has no such key
     elif name == "mistral3":
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
         text = {**text, "tie_word_embeddings": tied}
@@ -133,7 +133,7 @@ def _row(family: Family, text: dict) -> Family:
 
 
 def describe(config: dict, tensors: Reader, where: str = "config.json") -> ModelSpec:
-    """The ModelSpec of a config.json, asking `tensors` for every tensor that it implies. Raises UserError."""
+    """The ModelSpec of a config.json; requests every tensor that it implies from `tensors`. Raises UserError."""
     text, family, prefix = family_of(config, where)
     settings = Settings(text, family.defaults, where)
     D, L = settings.integer("hidden_size"), settings.integer("num_hidden_layers")
@@ -190,7 +190,7 @@ def _layers(
     sizes: tuple[int, int, int],
     heads: tuple[int, int, int],
 ) -> tuple[list[Layer], Kind | None, bool]:
-    """The layers; the kind of those without attention, and whether that is stored in torch's layout.
+    """The layers; the kind of layer without attention; whether its kernels have torch's layout.
 
     sizes: D, F, L; heads: of queries, of keys and values, and their width.
     """
@@ -217,7 +217,7 @@ def _layers(
 
 
 def _layer_inputs(settings: Settings, tensors: Reader, name: str, D: int, L: int) -> LayerInputs:
-    """The second embedding, and what is added to it."""
+    """The second embedding, with the projection of the first that is added to it."""
     P, V = settings.integer("hidden_size_per_layer_input"), settings.integer("vocab_size_per_layer_input")
     if settings.integer("vocab_size") > V:
         raise UserError(f"{settings.where}: vocab_size_per_layer_input={V} is less than vocab_size")
@@ -230,7 +230,7 @@ def _layer_inputs(settings: Settings, tensors: Reader, name: str, D: int, L: int
 
 
 def _remarks(family: Family, settings: Settings, layers: list[Layer]) -> tuple[str, ...]:
-    """Where mlx-lm's rotation is another one: most of its classes read no rope_parameters (transformers 5's)."""
+    """Differences from mlx-lm's rotation: most of its classes ignore rope_parameters (from transformers 5)."""
     if family.reads_rope_parameters or not settings.get("rope_parameters"):
         return ()
     config = {key: value for key, value in settings.config.items() if key != "rope_parameters"}
@@ -242,12 +242,12 @@ def _remarks(family: Family, settings: Settings, layers: list[Layer]) -> tuple[s
         try:
             rope = theirs.rope(layer.index, layer.window, layer.head_dim)
         except UserError:
-            return ("mlx-lm does not open this model: it reads no rope_parameters, and config.json has no rope_theta",)
+            return ("mlx-lm cannot open this model: it ignores rope_parameters, and config.json has no rope_theta",)
         if rope is not None and (rope != ours or rope.freqs is not ours.freqs):
-            what = "another scaling of the rotation"
+            what = "a different rope scaling"
             if rope.base != ours.base:
                 what = f"rope_theta {rope.base:g} instead of {ours.base:g}"
-            return (f"mlx-lm reads this model differently: it reads no rope_parameters, and takes {what}",)
+            return (f"mlx-lm reads this model differently: it ignores rope_parameters and uses {what}",)
     return ()
 
 
@@ -257,12 +257,12 @@ def _head(family: Family, settings: Settings, tensors: Reader, embedding: Linear
     if tied is None:
         tied = bool(settings.get("tie_word_embeddings", not stored))
     if family.head_base is not None and not stored:
-        tied = True  # mlx-lm copies the embedding then, and divides as for a head of its own
+        tied = True  # then mlx-lm copies the embedding and divides as for an untied head
     return embedding if tied else tensors.linear(name, embedding.out_dims, embedding.in_dims)
 
 
 def _scales(family: Family, settings: Settings, D: int, L: int, head_dim: int) -> dict[str, Any]:
-    """The factors and caps of a ModelSpec."""
+    """The scale factors and caps of a ModelSpec."""
 
     def number(key: str | float | None) -> float | None:
         return settings.number(key) if isinstance(key, str) else key

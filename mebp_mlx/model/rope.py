@@ -1,4 +1,4 @@
-"""Rotary position embedding: which frequencies a config asks for; ops/attention.py rotates.
+"""Rotary position embedding: the frequencies that a config specifies; ops/attention.py rotates.
 
 The frequency formulas are those of the models' published configs ("llama3", "yarn", "longrope", "dynamic", "linear"
 and "proportional" rope scaling); float32 throughout, so that they equal mlx-lm's to the bit.
@@ -22,12 +22,12 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", 
 
 @dataclass(frozen=True)
 class Rope:
-    """How one layer rotates its queries and keys.
+    """One layer's rotation of queries and keys.
 
-    dims: rotated dimensions of a head, the first ones; base: rotary base; scale: position scale (linear scaling has
-    1/factor); freqs: wavelength divisors [dims/2] that stand in base's place, or None; magnitude: a factor on what is
-    rotated; limit: positions from which on the frequencies would depend on a row's length, or None; growth: (beta,
-    context), queries are multiplied by 1 + beta ln(1 + floor(position / context)), or None.
+    dims: rotated dimensions of a head (its first ones); base: rotary base; scale: position scale (linear scaling has
+    1/factor); freqs: wavelength divisors [dims/2] that replace base, or None; magnitude: multiplies the rotated
+    dimensions; limit: number of positions beyond which frequencies would depend on the row's length, or None; growth:
+    (beta, context), queries are multiplied by 1 + beta ln(1 + floor(position / context)), or None.
     """
 
     dims: int
@@ -49,13 +49,13 @@ def make_rope(
     where: str,
     lengths: Mapping[str, float] | None = None,
 ) -> Rope:
-    """The Rope that config.json's rope_scaling (or None) asks for. UserError for a kind that is not supported.
+    """The Rope specified by config.json's rope_scaling (or None). Raises UserError for an unsupported kind.
 
-    lengths: (original_)max_position_embeddings of the config, which some kinds need.
+    lengths: (original_)max_position_embeddings of the config, for the kinds that need them.
     """
     scaling = scaling or {}
     kind = scaling.get("type") or scaling.get("rope_type") or "default"
-    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)  # mrope is plain where all positions are text's
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)  # mrope equals plain rope if all positions are text
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
     settings = _settings(kind, scaling, dict(lengths or {}), dims, where)
@@ -70,7 +70,7 @@ def make_rope(
 
 
 def _are_positive(freqs: mx.array, kind: str) -> bool:
-    finite = freqs[:1] if kind == "proportional" else freqs  # what it does not turn has infinite wavelengths
+    finite = freqs[:1] if kind == "proportional" else freqs  # dimensions that do not rotate have infinite wavelengths
     return bool(mx.isfinite(finite).all() & (freqs > 0).all())
 
 
@@ -86,7 +86,7 @@ def _made(kind: str, plain: Rope, settings: dict[str, Any]) -> Rope:
 
 
 def _settings(kind: str, scaling: dict, lengths: dict, dims: int, where: str) -> dict[str, Any]:
-    """The checked numbers of a kind of scaling: rope_scaling's, and what is beside it."""
+    """The checked parameters of a scaling kind: from rope_scaling and from the config."""
     if kind not in ("default", "longrope", "proportional") and "alpha" not in scaling:
         factor = scaling.get("factor")
         if not is_positive(factor):
@@ -108,7 +108,7 @@ _LENGTHS = {"max_position_embeddings": 131_072, "original_max_position_embedding
 
 
 def _growth(scaling: dict) -> tuple[float, float] | None:
-    """Llama 4's and Ministral 3's factor of queries, where rope_parameters have it."""
+    """Llama 4's and Ministral 3's growth of queries, if rope_parameters has it."""
     beta, context = scaling.get("llama_4_scaling_beta"), scaling.get("original_max_position_embeddings")
     return None if not beta or not context else (float(beta), float(context))
 
@@ -123,7 +123,7 @@ def _frequencies(kind: str, dims: int, base: float, settings: tuple[tuple[str, A
 
 
 def _longrope(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
-    """As in mlx-lm, long_factor for rows of any length."""
+    """long_factor for rows of any length, as in mlx-lm."""
     plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     context = s["original_max_position_embeddings"]
     factor = s["max_position_embeddings"] / context
@@ -132,14 +132,14 @@ def _longrope(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
 
 
 def _proportional(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
-    """Gemma 4's: the first part of the pairs turns, at the frequencies that it has where all of them turn."""
+    """Gemma 4's: only the first pairs rotate, at the frequencies that they have in a full rotation."""
     n_turned = int(dims * s.get("partial_rotary_factor", 1.0))
     turned = s.get("factor", 1.0) * base ** (mx.arange(0, n_turned, 2, dtype=mx.float32) / dims)
     return mx.concatenate([turned, mx.full(((dims - n_turned) // 2,), mx.inf)]), 1.0
 
 
 def _alpha(dims: int, base: float, s: dict) -> tuple[mx.array, float]:
-    """Hunyuan's: a larger base whatever the length."""
+    """Hunyuan's: a larger base, for rows of any length."""
     base = base * s["alpha"] ** (dims / (dims - 2))
     return base ** (mx.arange(0, dims, 2) / dims), 1.0
 

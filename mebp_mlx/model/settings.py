@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 def is_positive(value: Any) -> TypeGuard[float]:
-    """Whether it is a positive number that a float holds."""
+    """Whether the value is a positive number within float's range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
@@ -26,23 +26,23 @@ class Settings:
         return self.defaults.get(key, default) if value is None else value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number that a float holds. Raises UserError."""
+        """The key's value as a positive number within float's range. Raises UserError."""
         return self.positive(key, self.get(key, default))
 
     def positive(self, key: str, value: Any) -> float:
-        """The same for a value that stands under `key` somewhere else."""
+        """number() for a value found elsewhere; `key` names it in the error."""
         if not is_positive(value):
             problem = "is missing" if value is None else f"must be a positive number, found {str(value)[:100]!r}"
             raise UserError(f"{self.where}: {key} {problem}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number. Raises UserError."""
+        """The key's value as a positive integer. Raises UserError."""
         value = self.number(key, default)
         if value != int(value):
             raise UserError(f"{self.where}: {key} must be an integer, found {value!r}")
         return int(value)
 
     def flag(self, value: bool | str) -> bool:
-        """The value itself, or that of the key it names; False where there is none."""
+        """The value itself, or that of the key it names; False if there is none."""
         return value if isinstance(value, bool) else bool(self.get(value, False))

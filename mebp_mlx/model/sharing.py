@@ -1,4 +1,4 @@
-"""Layers that differ in their widths and share keys and values, as the rows of families.py name them: Gemma 4's."""
+"""Layers with different widths and shared keys and values, named in the rows of families.py: Gemma 4's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Variant:
-    """What a layer has of its own. F: of its MLP; donor: the layer whose keys and values its queries meet."""
+    """A layer's own settings. F: width of its MLP; donor: the layer whose keys and values it attends to."""
 
     head_dim: int
     F: int
@@ -34,14 +34,14 @@ def gemma4_layers(settings: Settings, L: int, windows: list[int | None], head_di
     variants = []
     for index, window in enumerate(windows):
         if window not in donors:
-            raise UserError(f"{where}: layer {index} shares keys and values, and no layer below {M} is of its kind")
+            raise UserError(f"{where}: layer {index} shares keys and values, but no layer below {M} is of its kind")
         own = head_dim if window is not None else full or head_dim
         shares = index >= M
         variants.append(Variant(own, F * wide if shares else F, donors[window] if shares else None))
     return variants
 
 
-# What mlx-lm and transformers take for a key that is missing; tensors do not tell, or not clearly.
+# mlx-lm's and transformers' defaults for missing keys; the tensors do not settle them clearly.
 _READ_DIFFERENTLY = {
     "num_kv_shared_layers": ("20", "0"),
     "use_double_wide_mlp": ("true", "false"),
@@ -52,9 +52,7 @@ _READ_DIFFERENTLY = {
 def _refuse_what_is_not_there(settings: Settings) -> None:
     for key, (mlx_lm, transformers) in _READ_DIFFERENTLY.items():
         if key not in settings.config:
-            raise UserError(
-                f"{settings.where}: {key} is missing; mlx-lm takes {mlx_lm} then, transformers {transformers}"
-            )
+            raise UserError(f"{settings.where}: {key} is missing; mlx-lm assumes {mlx_lm}, transformers {transformers}")
     allowed: dict[str, tuple[Any, ...]] = {
         "enable_moe_block": (False,),
         "attention_k_eq_v": (False,),

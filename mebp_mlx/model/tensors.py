@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: checked against what a config asks for, and how each matrix is packed."""
+"""The tensors of a checkpoint, checked against the config; infers the packing of each matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .config import FLOAT_MODES, Linear, Quantization
 
 
 class Tensors:
-    """Checks the checkpoint's tensors against the config, and infers how each matrix is packed."""
+    """Checks the checkpoint's tensors against the config, and infers the packing of each matrix."""
 
     def __init__(self, weights: MappedWeights, config: dict, where: str):
         self.weights, self.where = weights, where
@@ -19,14 +19,14 @@ class Tensors:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.weights:
-            raise UserError(f"{self.where} asks for the tensor {name}, which the checkpoint does not have")
+            raise UserError(f"{self.where} requires the tensor {name}, which the checkpoint does not have")
         return tuple(self.weights.info(name).shape)
 
     def _expect(self, name: str, want: tuple[int, ...]) -> None:
         shape = self._shape(name)
         if shape != want:
             file = self.weights.info(name).file.name
-            raise UserError(f"{file}: {name} has shape {list(shape)}, but {self.where} asks for {list(want)}")
+            raise UserError(f"{file}: {name} has shape {list(shape)}, but {self.where} requires {list(want)}")
         self.read.append(name)
 
     def vector(self, name: str, size: int) -> str:
@@ -42,9 +42,7 @@ class Tensors:
         return Linear(name, out_dims, in_dims, bias, self._packing(name, (out_dims,), in_dims))
 
     def experts(self, name: str, apart: str, shape: tuple[int, int, int], bias: bool = False) -> Linear:
-        """A stack [experts, out, in], or the experts' own matrices. Raises UserError where these are packed otherwise
-        than one another.
-        """
+        """A stack [experts, out, in], or the experts' own matrices. Raises UserError if their packings differ."""
         n_experts, out_dims, in_dims = shape
         if self.has(name) or not self.has(apart.format(0)):
             if bias:
@@ -57,7 +55,7 @@ class Tensors:
             return Linear(name, out_dims, in_dims, bias, packing, n_experts=n_experts)
         own = [self.linear(apart.format(index), out_dims, in_dims, bias) for index in range(n_experts)]
         if odd := next((linear for linear in own if linear.quantization != own[0].quantization), None):
-            raise UserError(f"{self.where}: {odd.name} is packed otherwise than {own[0].name}")
+            raise UserError(f"{self.where}: {odd.name} and {own[0].name} are packed differently")
         return Linear(name, out_dims, in_dims, bias, own[0].quantization, n_experts=n_experts, apart=apart)
 
     def has(self, name: str) -> bool:
@@ -65,7 +63,7 @@ class Tensors:
         return f"{name}.weight" in self.weights
 
     def taps(self, name: str, channels: int, n_taps: int) -> bool:
-        """Checks a depthwise kernel [channels, taps, 1], or [channels, 1, taps]; whether it is the latter, torch's."""
+        """Checks a depthwise kernel, [channels, taps, 1] or torch's [channels, 1, taps]; returns whether torch's."""
         is_torchs = n_taps > 1 and self._shape(name) == (channels, 1, n_taps)
         self._expect(name, (channels, 1, n_taps) if is_torchs else (channels, n_taps, 1))
         return is_torchs
@@ -73,10 +71,10 @@ class Tensors:
     def refuse_unread(
         self, prefix: str, tied_head: str | None, ignored: Sequence[str] = (), ignored_ends: Sequence[str] = ()
     ) -> None:
-        """UserError for a tensor of the decoder that nothing reads: the loss would be another model's.
+        """Raises UserError for a decoder tensor that nothing reads: the loss would be a different model's.
 
-        Buffers of frequencies are computed here; the head's matrix beside a tied embedding is the embedding. ignored,
-        ignored_ends: beginnings and ends of other names.
+        Frequency buffers are allowed, since frequencies are computed; so is the head of a tied embedding, which is a
+        copy. ignored, ignored_ends: prefixes and suffixes of other allowed names.
         """
         spare = [] if tied_head is None else [f"{tied_head}.{part}" for part in ("weight", "scales", "biases")]
         known, ends = {*self.read, *spare}, (".inv_freq", *ignored_ends)
@@ -85,10 +83,10 @@ class Tensors:
                 continue
             if name.startswith(("model.", "lm_head", f"{prefix}model.", f"{prefix}lm_head")):
                 file = self.weights.info(name).file.name
-                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes another model")
+                raise UserError(f"{file}: nothing reads the tensor {name}, so {self.where} describes a different model")
 
     def _packing(self, name: str, rows: tuple[int, ...], in_dims: int) -> Quantization:
-        """Bits and group size follow from the shapes; what config.json says of them must agree."""
+        """Infers bits and group size from the shapes; those in config.json must agree."""
         said: dict = self.quantized if isinstance(self.quantized, dict) else {}
         own = said.get(name, said)
         packed, scales = self._shape(f"{name}.weight"), self._shape(f"{name}.scales")
@@ -104,13 +102,13 @@ class Tensors:
         named = isinstance(own, dict) and own is not said and "bits" in own
         if named and (own["bits"], own.get("group_size", group_size)) != (bits, group_size):
             raise UserError(
-                f"{self.where}: {name} is said to have {own['bits']} bits in groups of {own.get('group_size')}, "
+                f"{self.where}: {name} should have {own['bits']} bits in groups of {own.get('group_size')}, "
                 f"but its shapes give {bits} bits in groups of {group_size}"
             )
         return Quantization(bits, group_size, mode)
 
     def _mode(self, name: str, own: dict, bits: int, group_size: int) -> str:
-        """The mode that the tensors have, where config.json names another one or one that is not supported: UserError.
+        """The mode of the tensors. Raises UserError if config.json names a different or an unsupported one.
 
         Byte scales belong to one of FLOAT_MODES, each of which has one number of bits and one group size.
         """
@@ -125,6 +123,6 @@ class Tensors:
             mode = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), "unknown")
         if mode == "unknown" or said not in (None, mode):
             what = f"{bits} bits in groups of {group_size}" + (" with byte scales" if mode != "affine" else "")
-            named = f"is said to be {said}, but " if said is not None else ""
+            named = f"should be {said}, but " if said is not None else ""
             raise UserError(f"{self.where}: {name} {named}has {what}, {mode if named else 'which no mode has'}")
         return mode

@@ -1,4 +1,4 @@
-"""Equations with their gradients: each file has an operation's forward and backward side by side.
+"""Equations with their gradients: each file has an operation's forward and backward.
 
-plan.py says where a graph is evaluated. Beside it only numpy's loops (kernels/cpu.py) evaluate what they work on.
+plan.py decides where a graph is evaluated. Apart from it, only numpy's loops (kernels/cpu.py) evaluate their inputs.
 """

@@ -1,13 +1,13 @@
-"""Attention of one block over the tiles of a sequence, with its rotary embedding and its q/k norms.
+"""Attention of one block over the tiles of a sequence, with rotary embedding and q/k norms.
 
     Q = rope(norm(q)), K = rope(norm(k)), or norm(rope());  P = softmax(scale Q K^T + mask),  A = P V
     dV = P^T dA,  dP = dA V^T,  dS = scale P (dP - sum(P dP)),  dQ = dS K,  dK = dS^T Q
 
-A tile's queries, in small blocks, meet only the keys that the mask lets in: exact, about half the work of the full
-square, and no [H, T, T] array in either direction. Heads that share a key head are rows of one product. Rows are
-padded on the right, so causality alone keeps padding out of every labelled position.
+A tile's queries, in small blocks, are multiplied only by the keys that the mask admits: exact, about half the work of
+the full square, and no [H, T, T] array in either direction. Heads that share a key head become rows of one product.
+Rows are padded on the right, so causality alone hides padding from every labelled position.
 
-Long rows on Metal go through kernels instead (kernels/attention.py): a tile's queries at once, no scores in memory.
+Long rows on Metal use kernels instead (kernels/attention.py): all of a tile's queries at once, no scores in memory.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from .plan import Barrier
 
 @dataclass(frozen=True)
 class Heads:
-    """The settings of a layer's attention. window: the number of keys that a query sees, None: all before it."""
+    """The settings of a layer's attention. window: the number of keys that a query sees; None: all up to its own."""
 
     head_dim: int
     scale: float
     window: int | None
     rope: Rope | None
     norm_eps: float
-    norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], or [heads * head_dim] over a row, or None
+    norms: Mapping[str, mx.array | None]  # "q", "k": weights [head_dim], [heads * head_dim] if over a row, or None
     norm_after_rope: bool = False
     cap: float | None = None  # scores are cap * tanh(score / cap)
-    sinks: mx.array | None = None  # [heads]: one score more in each head's softmax, of no key
+    sinks: mx.array | None = None  # [heads]: one extra score, without a key, in each head's softmax
 
     @property
     def is_plain(self) -> bool:
-        """Whether numpy's softmax is this attention's."""
+        """Whether numpy's softmax supports these settings."""
         return self.cap is None and self.sinks is None
 
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
@@ -51,7 +51,7 @@ class Heads:
         return self._normed(short, self._turned(short, self.split(x), position))
 
     def rotated_backward(self, short: str, x: mx.array | None, g: mx.array, position: int) -> mx.array:
-        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, where there is a norm."""
+        """dL/dq [B, T, heads * head_dim] from g = dL/dQ; x: q, needed if there is a norm."""
         if x is not None and self.norm_after_rope:
             g = self._normed_backward(short, self._turned(short, self.split(x), position), g)
         g = self._turned(short, g, position, back=True).transpose(0, 2, 1, 3)
@@ -59,14 +59,14 @@ class Heads:
         return g if x is None or self.norm_after_rope else self._normed_backward(short, x, g)
 
     def _turned(self, short: str, x: mx.array, position: int, back: bool = False) -> mx.array:
-        """The rotary embedding of [B, heads, T, head_dim] from `position` on, or its transpose, its inverse."""
+        """The rotary embedding of [B, heads, T, head_dim] from `position` on; back: its transpose, the inverse."""
         rope, n_positions = self.rope, position + x.shape[2]
         if rope is None:
             return x
         if rope.limit is not None and n_positions > rope.limit:
             raise UserError(
-                f"--max-seq-length: {n_positions} positions are more than max_position_embeddings={rope.limit}, from "
-                "which on this model's dynamic rope depends on a row's length"
+                f"--max-seq-length: {n_positions} positions exceed max_position_embeddings={rope.limit}, beyond "
+                "which this model's dynamic rope depends on the row's length"
             )
         if rope.magnitude != 1.0:
             factor = mx.where(mx.arange(self.head_dim) < rope.dims, rope.magnitude, 1.0)
@@ -95,7 +95,7 @@ class Heads:
         return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
-        """Which keys [low, high) the queries [start, stop) may see: causal, and within the window."""
+        """The keys [low, high) that the queries [start, stop) may see: causal, and within the window."""
         return (0 if self.window is None else max(0, start - self.window + 1)), stop
 
 
@@ -113,13 +113,13 @@ class Attention:
         self.d_keys: mx.array | None = None  # float32 sums
         self.d_values: mx.array | None = None
         self.sums_keys = True  # False: keys and values are constants
-        self.fused: dict[int, tuple[mx.array, mx.array]] = {}  # by position: what a kernel gave, and log-sum-exp
+        self.fused: dict[int, tuple[mx.array, mx.array]] = {}  # by position: a kernel's output, and log-sum-exp
 
     def choose(self, dtype: mx.Dtype, n_positions: int) -> None:
-        """Whether rows of that length go through the kernels; without a call they do not."""
+        """Chooses whether rows of that length use the kernels; until it is called, they do not."""
         heads = self.heads
-        # Without a backward pass MLX's own forward is fused for these head dims (it gives no log-sum-exp), and a traced
-        # one is differentiated by MLX, which a kernel is not.
+        # Without a backward pass, MLX's own forward is fused for these head dims (but returns no log-sum-exp). MLX
+        # differentiates a traced pass, and it cannot differentiate a kernel.
         has_none = not self.has_backward and (heads.head_dim in fused.MLX_FUSED or self.barrier.grain is None)
         n_keys = min(n_positions, heads.window or n_positions)
         self.is_fused = (
@@ -146,7 +146,7 @@ class Attention:
         return mx.concatenate(pieces, axis=1)
 
     def backward(self, Q: mx.array, da: mx.array, position: int) -> mx.array:
-        """dQ of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is summed up."""
+        """dQ of a tile from da = dL/dA [B, tile, H * head_dim]; its part of dK and dV is accumulated."""
         assert self.keys is not None
         if self.is_fused:
             return self._fused_backward(Q, da, position)
@@ -160,7 +160,7 @@ class Attention:
         return mx.concatenate(pieces, axis=2)
 
     def _fused_forward(self, Q: mx.array, position: int) -> mx.array:
-        """A of a tile by the kernel; with its log-sum-exp it is held for a backward pass."""
+        """A of a tile by the kernel; holds A and log-sum-exp for the backward pass."""
         assert self.keys is not None and self.values is not None
         heads = self.heads
         a, lse = fused.attention_forward(Q, self.keys, self.values, heads.scale, position, heads.window)
@@ -185,7 +185,7 @@ class Attention:
         return dq
 
     def cotangents(self, position: int, T: int) -> tuple[mx.array, mx.array]:
-        """(dK [B, K, T, head_dim], dv [B, T, K * head_dim]) of a tile, after the backward of it and all later tiles."""
+        """(dK [B, K, T, head_dim], dv [B, T, K * head_dim]) of a tile, once it and all later tiles went backward."""
         assert self.keys is not None and self.d_keys is not None and self.d_values is not None
         dk, dv = (d[:, :, position : position + T].astype(self.keys.dtype) for d in (self.d_keys, self.d_values))
         return dk, dv.transpose(0, 2, 1, 3).reshape(dv.shape[0], T, -1)
@@ -205,7 +205,7 @@ class Attention:
         self.d_values[:, :, low:high] += dv
 
     def sums(self) -> list[mx.array]:
-        """The arrays that later tiles' graphs add to."""
+        """The gradient sums that other tiles' graphs add to."""
         return [] if self.d_keys is None or self.d_values is None else [self.d_keys, self.d_values]
 
     def _seen(self, low: int, high: int) -> tuple[mx.array, mx.array]:
@@ -213,13 +213,13 @@ class Attention:
         return self.keys[:, :, low:high], self.values[:, :, low:high]
 
     def _blocks(self, T: int, position: int) -> list[tuple[int, int, int, int]]:
-        """(first query, end, first key, end) of each block of queries."""
+        """(query start, stop, key start, stop) of each block of queries."""
         ranges = [(s, min(s + self.query_block, position + T)) for s in range(position, position + T, self.query_block)]
         return [(start, stop, *self.heads.key_range(start, stop)) for start, stop in ranges]
 
 
 def forward(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
-    """A [B, Tq, H * head_dim] of the queries from position `start` on, on the keys from `low` on.
+    """A [B, Tq, H * head_dim] of the queries from position `start` on, over the keys from `low` on.
 
     q [B, H, Tq, head_dim]; k, v [B, K, Tk, head_dim], ending with the last query's own key.
     """
@@ -250,7 +250,7 @@ def backward(
 
 
 def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
-    """MLX's own attention, or with capped scores: [B, H, Tq, head_dim]."""
+    """MLX's own attention, or attention with capped scores: [B, H, Tq, head_dim]."""
     if heads.cap is not None:
         return _capped(heads, q, k, v, start, low)
     mask: mx.array | str = "causal"  # aligned at the end: query i sees the keys up to its own
@@ -261,7 +261,7 @@ def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low:
 
 
 def _capped(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low: int) -> mx.array:
-    """The same with scores t = cap tanh(scale Q K^T / cap), as products: [B, H, Tq, head_dim]."""
+    """Attention with scores t = cap tanh(scale Q K^T / cap), by matrix products: [B, H, Tq, head_dim]."""
     assert heads.cap is not None
     n_queries, n_keys = q.shape[2], k.shape[2]
     scores = heads.cap * mx.tanh((_grouped(q, k) * heads.scale) @ k.swapaxes(-1, -2) / heads.cap)
@@ -271,7 +271,7 @@ def _capped(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low
 
 
 def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) -> mx.array:
-    """Which keys from `low` on each query from `start` on sees, bool [n_queries, n_keys]."""
+    """The mask of queries from `start` on over keys from `low` on, bool [n_queries, n_keys]; True: seen."""
     i, j = mx.arange(start, start + n_queries)[:, None], mx.arange(low, low + n_keys)[None]
     return j <= i if heads.window is None else (j <= i) & (j > i - heads.window)
 
@@ -291,6 +291,6 @@ def _probabilities(heads: Heads, rows: mx.array, k: mx.array, n_queries: int, st
 
 
 def _merged(out: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Heads, grouped or not, back as [B, Tq, H * head_dim]."""
+    """Merges heads, grouped or not, into [B, Tq, H * head_dim]."""
     B, H, Tq, width = shape
     return out.reshape(B, H, Tq, width).transpose(0, 2, 1, 3).reshape(B, Tq, H * width)

@@ -1,7 +1,7 @@
 """The final norm, the output matrix and the loss over the labelled rows, a chunk of the vocabulary at a time.
 
-One pass (kernels/online_softmax.py has its algebra): two products a chunk, no [N, V] array. A chunk's graph is
-submitted, and the chunk before it waited for, so that two chunks' logits exist at most.
+One pass (algebra: kernels/online_softmax.py): two products per chunk, no [N, V] array. After submitting a chunk's
+graph, the pass waits for the previous chunk, so at most two chunks' logits exist.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..model import NO_LABEL
 from ..model.base import Model, QuantizedBlock
 from .plan import Context
 
-# Labelled rows that go through the vocabulary together: the running sum and a chunk's product are two [rows, D] arrays
-# that pass through memory with every chunk, and longer ones leave a chunk of the same logits fewer columns.
+# Labelled rows processed together: every chunk streams two [rows, D] arrays through memory (the running sum and its
+# product), and with more rows, a chunk of the same size has fewer columns.
 ROWS = 4096
 
 
 class HeadResult(NamedTuple):
-    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those whose label is the likeliest
+    """loss_sum: sum of the labelled tokens' losses; n_labels: how many; n_correct: those whose label is the most likely
     token; dx: tiles of the loss's gradient, or None.
     """
 
@@ -44,10 +44,11 @@ def cross_entropy(
     weight: float = 1.0,
     max_chunks: int | None = None,
 ) -> HeadResult:
-    """x: tiles [B, tile, D] of the last block's output, emptied; targets int32 [B, T], NO_LABEL where there is none.
+    """x: tiles [B, tile, D] of the last block's output, emptied; targets int32 [B, T], NO_LABEL for tokens without a
+    label.
 
-    dx is multiplied by `weight`. Rows without a label are left out of the products. max_chunks: stop early (a probe
-    of memory; the loss is that of a part of the vocabulary).
+    dx is multiplied by `weight`. Rows without a label are excluded from the products. max_chunks: stop early (for
+    memory probes; the loss then covers only part of the vocabulary).
     """
     starts = np.cumsum([0, *(tile.shape[1] for tile in x)])
     tile_targets = [targets[:, start:stop].reshape(-1) for start, stop in pairwise(starts)]
@@ -71,7 +72,7 @@ def cross_entropy(
         del state
         if dh is not None:
             dx += _tiles_of(context, normed, picked, dh, rows, shapes)
-            if x:  # or a lazy graph would hold every group's sums until the backward pass
+            if x:  # otherwise a lazy graph would hold every group's sums until the backward pass
                 context.barrier.chunk(*dx[-n_tiles:])
     context.barrier.wait(*losses, *correct)
     loss_sum = float(sum(float(np.asarray(loss)) for loss in losses))
@@ -79,7 +80,7 @@ def cross_entropy(
 
 
 def _groups(n_rows: list[int]) -> list[int]:
-    """How many tiles of these many labelled rows go through the vocabulary together: as many as have ROWS rows."""
+    """Numbers of consecutive tiles to process together, at most ROWS labelled rows each; n_rows: of each tile."""
     groups, rows = [0], 0
     for n in n_rows:
         if groups[-1] and rows + n > ROWS:
@@ -164,14 +165,14 @@ def scan(context: Context, h: mx.array, labels: mx.array, need_dx: bool, max_chu
             barrier.piece(*(part for part in (z, slope) if part is not None))
             softmax = cpu.online_softmax if cpu.serves(z) else softmax_kernel
             if slope is not None and cpu.serves(z):
-                mx.eval(z, slope)  # numpy reuses the memory of z, which the slope still has to read
+                mx.eval(z, slope)  # numpy reuses z's memory, so the slope must be computed first
             step = softmax(z, *state.softmax, labels, first)
             del z
             dz = step.p if slope is None else step.p * slope
             state = state.update(step, block.matmul_t(dz) if need_dx else None)
             del step, dz, slope
         barrier.chunk(*(part for part in state if part is not None))
-        del block  # before the next one is read
+        del block  # before reading the next one
     return state
 
 
@@ -192,14 +193,15 @@ def capped(z: mx.array, cap: float | None) -> mx.array:
 
 
 def _slope(z: mx.array, cap: float) -> mx.array:
-    """dz/dl of capped logits z of l."""
+    """dz/dl for capped logits z = cap tanh(l / cap)."""
     return 1 - (z / cap) ** 2
 
 
 def _is_fused(model: Model) -> bool:
     """Whether one kernel can compute the loss without logits.
 
-    Its own products are slower than MLX's (bench.head_forward): it is used where every chunk's logits are waited for.
+    Its own products are slower than MLX's (bench.head_forward): it is used only in grains that wait for every chunk's
+    logits.
     """
     packing = model.spec.head.quantization
     if (

@@ -1,6 +1,6 @@
-"""The gated delta rule (Qwen 3.5) in chunks: matrix products, and memory of one chunk and of the states between chunks.
+"""The gated delta rule (Qwen 3.5) in chunks: matrix products, and memory for one chunk and the states between chunks.
 
-A head at a token, with the state S [Dk, Dv]:
+One head at one token, with the state S [Dk, Dv]:
 
     S_t = a_t S_(t-1) + k_t u_t^T,   u_t = b_t (v_t - a_t S_(t-1)^T k_t),   o_t = S_t^T q_t,   a_t = exp(g_t)
 
@@ -10,9 +10,9 @@ from j to its end, and over all of it:
     N = strictly lower (D * K K^T),   P = D * Q K^T,   T = (I + b N)^-1
     R = V - c (K S),   U = T (b R),   O = c (Q S) + P U,   S' = f S + (e K)^T U
 
-Sums of g are made pair by pair, never as differences of running sums: a strong decay would leave its rounding error in
-every later pair. T comes by halves, from products whose entries b bounds. Value head h reads key head h // (Hv / Hk).
-Everything is float32. Only a chunk's R, U, O and S' wait for the chunk before.
+Sums of g are computed pair by pair, never as differences of running sums: a strong decay would leave its rounding error
+in every later pair. T is computed by halves, from products whose entries b bounds. Value head h reads key head h // (Hv
+/ Hk). All arrays are float32. Only a chunk's R, U, O and S' depend on the previous chunk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 class Chunk:
-    """The rule on C tokens from a state S [B, Hk, Hv / Hk, Dk, Dv] on; arrays are [B, Hk, Hv / Hk, C, width]."""
+    """The rule on C tokens from state S [B, Hk, Hv / Hk, Dk, Dv]; arrays are [B, Hk, Hv / Hk, C, width]."""
 
     def __init__(self, tokens: Tokens, S: mx.array):
         n_keys = tokens.q.shape[2]
@@ -113,7 +113,7 @@ class Chunk:
         return self.through * self.S + _t(self.onto * self.k) @ self.u
 
     def backward(self, do: mx.array, d_after: mx.array) -> tuple[Tokens, mx.array]:
-        """Cotangents of the tokens and of S, from those of O [B, C, Hv, Dv] and of S'.
+        """Cotangents of the tokens and S from those of O [B, C, Hv, Dv] and S'.
 
         Y = T^T (P^T dO + e K dS'),   dV = b Y,   db_i = Y_i . (R - N U)_i
         X = -strictly lower (D * dV U^T),   Z = D * dO U^T      (of K K^T and Q K^T)
@@ -142,7 +142,7 @@ class Chunk:
 
 
 def forward(tokens: Tokens, S: mx.array, barrier: Barrier) -> tuple[mx.array, list[mx.array]]:
-    """Outputs [B, T, Hv, Dv], and the states before each chunk and after the last."""
+    """Outputs [B, T, Hv, Dv], and the states before each chunk and after the last one."""
     outputs, states = [], [S]
     for at in _chunks(tokens.v.shape[1]):
         chunk = Chunk(_cut(tokens, at), states[-1])
@@ -153,7 +153,7 @@ def forward(tokens: Tokens, S: mx.array, barrier: Barrier) -> tuple[mx.array, li
 
 
 def last_state(tokens: Tokens, S: mx.array, barrier: Barrier) -> mx.array:
-    """The state after the last token alone."""
+    """Only the state after the last token."""
     for at in _chunks(tokens.v.shape[1]):
         S = Chunk(_cut(tokens, at), S).after
         barrier.piece(S)
@@ -163,9 +163,9 @@ def last_state(tokens: Tokens, S: mx.array, barrier: Barrier) -> mx.array:
 def backward(
     tokens: Tokens, states: list[mx.array], do: mx.array, dS: mx.array, barrier: Barrier
 ) -> tuple[Tokens, mx.array]:
-    """Cotangents of the tokens and of the first state, from those of the outputs and of the last state.
+    """Cotangents of the tokens and the first state from those of the outputs and the last state.
 
-    A chunk is computed again from the state before it (`states`, as forward() gives them).
+    A chunk is recomputed from the state before it (`states`, from forward()).
     """
     parts = []
     for number, at in reversed(list(enumerate(_chunks(tokens.v.shape[1])))):
@@ -176,7 +176,7 @@ def backward(
 
 
 def first_state(tokens: Tokens) -> mx.array:
-    """Zeros, as S before the first token."""
+    """Zeros: S before the first token."""
     (B, _, n_keys, key_dim), (n_values, value_dim) = tokens.k.shape, tokens.v.shape[2:]
     return mx.zeros((B, n_keys, n_values // n_keys, key_dim, value_dim), tokens.v.dtype)
 

@@ -1,7 +1,7 @@
 """The gated MLP: d = (act(x Wg^T) * (x Wu^T)) Wd^T, each W with its LoRA pair.
 
-Where W comes in blocks, so does the inner width F: no [tile, F] array exists then, in either direction. The blocks'
-contributions to the output, to dx and to the gradients are summed.
+If W is read in blocks, so is the inner width F: no [tile, F] array exists in either direction. The blocks'
+contributions to the output, dx and the gradients are summed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .lora_linear import Backward, Input, LoraLinear
 
 @dataclass(frozen=True)
 class Gate:
-    """m = act(g) * u: as MLX operations, and by numpy in place (cpu.py; None: not), forward and backward."""
+    """m = act(g) * u, forward and backward: as MLX operations, and by numpy in place (cpu.py; None: not available)."""
 
     plain: Callable[[mx.array, mx.array], mx.array]
     plain_backward: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
@@ -31,7 +31,7 @@ class Gate:
         return cpu.gate_forward(self.on_cpu, g, u, in_place)
 
     def backward(self, g: mx.array, u: mx.array, dm: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """(m, dg, du) from dm = dL/dm; the memory of all three arguments may be used for them."""
+        """(m, dg, du) from dm = dL/dm; all three arguments' memory may be reused."""
         if self.on_cpu_backward is None or not cpu.serves(g, u, dm):
             return self.plain_backward(g, u, dm)
         return cpu.gate_backward(self.on_cpu_backward, g, u, dm)
@@ -72,7 +72,7 @@ CLIPPED = Gate(_clipped, _clipped_backward)  # gpt-oss's: act(g) = g sigmoid(1.7
 
 
 class GatedMlp:
-    """gate, up, down: the three projections. Values g and u of a block of F are kept as "g.0", "u.0", "g.1" ..."""
+    """gate, up, down: the three projections. Values g and u of a block of F are kept as "g.0", "u.0", "g.1", ..."""
 
     def __init__(self, gate: LoraLinear, up: LoraLinear, down: LoraLinear, act: Gate):
         self.gate, self.up, self.down, self.act, self.barrier = gate, up, down, act, down.barrier

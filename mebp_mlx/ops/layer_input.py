@@ -1,9 +1,9 @@
-"""What a layer reads of a token beside the stream: its columns of a second embedding, and a projection of the first.
+"""A layer's input besides the residual stream: its columns of a second embedding, and a projection of the first.
 
     p = (norm(x0 Wi^T / sqrt(D)) + Ei[t] sqrt(P)) / sqrt(2)        x0: the first block's input;  i: the layer
 
-(mlx-lm's gemma4_text.) All of it is frozen and follows from the tokens t alone: p is a constant, without a backward.
-It is made for one layer and one tile, whose rows of both embeddings are read again.
+(mlx-lm's gemma4_text.) All of it is frozen and depends only on the tokens t: p is a constant, without a backward.
+It is computed per layer and tile, which reads the tile's rows of both embeddings again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .lora_linear import LoraLinear, Shared
 
 
 class LayerInput:
-    """p of one layer. index: the layer's."""
+    """p of one layer. index: of the layer."""
 
     def __init__(self, shared: Shared, index: int):
         context, inputs = shared.context, shared.context.model.spec.layer_inputs

@@ -1,4 +1,4 @@
-"""A frozen matrix with its LoRA pair: the projection that all families use.
+"""A frozen matrix with its LoRA pair: the projection of all families.
 
     y = x W^T + b + s (dropout(x) A) B
     dB = s (xA)^T g,  dA = s x^T (g B^T),  dx = g W + s (g B^T) A^T      (x after dropout in the LoRA terms)
@@ -6,11 +6,11 @@
 DoRA's pairs have row lengths m:  y = c (x W^T + s (dropout(x) A) B) + b,  c = m / n,  n = |W + s (A B)^T| by rows:
     dm = sum over positions of g (y - b) / m, taken as g (x W^T + s (xA) B) / n;  all else as above, with c g for g
     n^2 = |W|^2 + 2 s (W A) B + s^2 B^T (A^T A) B,  the diagonal of each by rows: n needs no matrix [out, in]
-(mlx-lm's DoRALinear; n is a constant for the gradients.) dm takes the product x W^T once more in the backward pass.
+(mlx-lm's DoRALinear; n is a constant for the gradients.) dm needs the product x W^T once more in the backward pass.
 
-xA is seldom kept: it is r columns, and recomputing it is cheaper than its place unless launches count. W may come in
+xA is seldom kept: recomputing its r columns is cheaper than storing them, unless kernel launches matter. W may come in
 blocks of rows, which are columns of y, or of columns, which are columns of x (`Input`). Sums over blocks and over tiles
-are float32. A slice of everything and a concatenation of one piece cost nothing.
+are float32. Slicing a whole array and concatenating a single one cost nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .plan import Context
 
 
 class Memory(Protocol):
-    """What a block keeps of a tile, by name and position (families/base.py: BlockKept)."""
+    """Values that a block keeps of its tiles, by name and position (families/base.py: BlockKept)."""
 
     def keeps(self, name: str) -> bool: ...
 
@@ -36,10 +36,10 @@ class Memory(Protocol):
 
 
 class Shared:
-    """What the projections of one block share.
+    """State shared by the projections of one block.
 
-    memory: where s (xA), r columns, is kept as "low.SHORT", if the plan says so. gradients: where those of the pairs
-    are summed up, float32, by parameter name.
+    memory: keeps s (xA), r columns, as "low.SHORT" if the plan names it. gradients: sums of the pairs' gradients,
+    float32, by parameter name.
     """
 
     def __init__(self, context: Context, memory: Memory):
@@ -60,22 +60,22 @@ class Shared:
         return self._wide
 
     def clear(self) -> None:
-        """Drops the values."""
+        """Drops the converted values."""
         self._value = self._wide = None
 
 
 class LoraLinear:
-    """One projection of a block, on one tile of the sequence after another. short: its name in the block."""
+    """One projection of a block, applied tile by tile. short: its name in the block."""
 
     def __init__(self, shared: Shared, short: str, linear: Linear):
         context = shared.context
         self.shared, self.short, self.low_name, self.linear = shared, short, f"low.{short}", linear
         self.model, self.plan, self.barrier, self.memory = context.model, context.plan, context.barrier, shared.memory
         self.scale = context.adapter.scale
-        self.whole = self.pair_of()  # of the matrix that this projection is, or is rows of
+        self.whole = self.pair_of()  # of the matrix that holds this projection's rows
         self.pair = None if self.whole is None else self._own(self.whole)
         row_bytes = self.model.copied_bytes(linear, linear.in_dims)
-        self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # of W's rows that are read at a time
+        self.row_blocks = self.plan.row_blocks(linear.out_dims, row_bytes)  # row ranges of W that are read at a time
 
     def pair_of(self) -> Pair | None:
         """The pair of the matrix; None: it is not trained."""
@@ -101,8 +101,8 @@ class LoraLinear:
         return mx.concatenate(pieces, axis=-1)
 
     def backward(self, x: mx.array | None, g: mx.array, position: int, need_dx: bool) -> mx.array | None:
-        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; the pair's gradients are
-        added up. x: only with a pair.
+        """dL/dx from g = dL/dy [B, tile, out], not rounded to the compute dtype, or None; accumulates the pair's
+        gradients. x: needed only with a pair.
         """
         backward = Backward(self, x, position, need_dx)
         for start, stop in self.row_blocks:
@@ -124,7 +124,7 @@ class LoraLinear:
     def rows(
         self, x: mx.array, low: mx.array | None, start: int, stop: int, block: WeightBlock | None = None
     ) -> mx.array:
-        """Columns [start, stop) of y. block: those rows of the matrix, None: they are brought in here."""
+        """Columns [start, stop) of y. block: those rows of the matrix; None reads them."""
         block = block or self.block(start, stop)
         y, c = block.matmul(x), self.factor(start, stop, block)
         bias = self.model.bias(self.linear, start, stop)
@@ -145,13 +145,13 @@ class LoraLinear:
         return mx.addmm(y, low, b) if y.dtype == low.dtype else y + (low @ b).astype(y.dtype)
 
     def factor(self, start: int, stop: int, block: WeightBlock | None = None) -> mx.array | None:
-        """DoRA's c for rows [start, stop) of the matrix, float32; None for a plain pair. block: those rows."""
+        """DoRA's c for rows [start, stop) of the matrix, float32; None for a LoRA pair. block: those rows."""
         if self.pair is None or self.pair.m is None:
             return None
         return self.pair.m[start:stop] / self.row_lengths(start, stop, block)
 
     def row_lengths(self, start: int, stop: int, block: WeightBlock | None = None) -> mx.array:
-        """n of rows [start, stop), float32; found once a pass. block: those rows, None: they are brought in here."""
+        """n of rows [start, stop), float32; computed once per pass. block: those rows; None reads them."""
         first = self.linear.first_row
         known, key = self.shared.context.row_lengths, (self.linear.name, first + start, first + stop)
         if key in known:
@@ -164,12 +164,12 @@ class LoraLinear:
         base = self.model.squared_norms(self.linear)[start:stop]
         n = mx.sqrt(mx.maximum(base + 2 * self.scale * cross + self.scale**2 * own, 0))
         self.barrier.piece(n)
-        if self.barrier.grain is not None:  # a traced pass must not see another's
+        if self.barrier.grain is not None:  # a traced pass must not reuse another's
             known[key] = n
         return n
 
     def all_factors(self) -> mx.array | None:
-        """c of all rows, for columns that come in ranges; None for a plain pair."""
+        """c of all rows, for input in column ranges; None for a LoRA pair."""
         if self.pair is None or self.pair.m is None:
             return None
         return self.pair.m / self.all_lengths()
@@ -195,7 +195,7 @@ class LoraLinear:
     def dropped(self, x: mx.array, rows: mx.array, position: int, start: int = 0, stop: int | None = None) -> mx.array:
         """Columns [start, stop) of the pair's input, or of its cotangent, after dropout.
 
-        rows [B, tile, ...]: what the mask is drawn for begins at a position.
+        rows [B, tile, ...]: sets the mask's shape; its first row is at `position`.
         """
         dropout = self.shared.dropout
         if dropout is None:
@@ -216,7 +216,7 @@ class Backward:
         self.dm: list[mx.array] = []
 
     def take(self, start: int, stop: int, g: mx.array, block: WeightBlock | None = None) -> None:
-        """g = dL/dy [B, tile, stop - start] of those columns. block: those rows of the matrix, None: as in rows()."""
+        """Takes g = dL/dy [B, tile, stop - start]. block: those rows of the matrix; None reads them."""
         linear, pair, barrier = self.linear, self.linear.pair, self.linear.barrier
         is_dora = pair is not None and pair.m is not None
         if block is None and (self.need_dx or is_dora):
@@ -234,7 +234,7 @@ class Backward:
             barrier.piece(self.g_b, self.db[-1])
 
     def _through_lengths(self, start: int, stop: int, g: mx.array, block: WeightBlock) -> mx.array:
-        """c g, and dm of those columns."""
+        """c g; adds those columns' dm."""
         linear = self.linear
         assert self.x is not None and self.low is not None
         y = linear.with_low(block.matmul(self.x), self.low, start, stop)
@@ -245,7 +245,7 @@ class Backward:
         return g * c.astype(g.dtype)
 
     def finish(self) -> mx.array | None:
-        """dx, not rounded to the compute dtype (several of them may be added up), after the last column."""
+        """dx, after the last column; not rounded to the compute dtype, since several may be summed."""
         linear, pair = self.linear, self.linear.pair
         if pair is None or self.g_b is None or self.x is None:
             return self.dx
@@ -265,14 +265,14 @@ class Backward:
 
 
 class Input:
-    """A projection whose input x comes in ranges of columns, in order: the same equations, with y summed up.
+    """A projection whose input x comes in ranges of columns, in order: the same equations, summing y.
 
     g: dL/dy [B, tile, out] for a backward pass, None for a forward pass.
     """
 
     def __init__(self, linear: LoraLinear, position: int, g: mx.array | None = None):
         self.linear, self.position, self.g = linear, position, g
-        self.dy: mx.array | None = None  # g, where DoRA's dm needs it
+        self.dy: mx.array | None = None  # g, if DoRA's dm needs it
         c = None if g is None else linear.all_factors()
         if g is not None and c is not None:
             self.dy = g
@@ -331,7 +331,7 @@ class Input:
             self.linear.barrier.piece(self.y)
 
     def finish(self) -> None:
-        """Sums the pair's gradients, after the last columns."""
+        """Adds the pair's gradients, after the last columns."""
         if self.g is None or self.x_a is None or not self.da:
             return
         x_a = _flat(self.linear.scale * self.x_a).astype(mx.float32)
@@ -355,7 +355,7 @@ class Input:
 
 
 def _added(total: mx.array | None, part: mx.array) -> mx.array:
-    """A sum over blocks, in float32: in 16 bits every block would round it once more."""
+    """A sum over blocks, in float32: in 16 bits, every block would round it again."""
     part = part.astype(mx.float32)
     return part if total is None else total + part
 

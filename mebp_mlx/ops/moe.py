@@ -1,22 +1,21 @@
-"""A mixture of experts: each token goes through a few of many gated MLPs, which are read only if a token chose them.
+"""A mixture of experts: each token goes through a few of many gated MLPs; only chosen ones are read.
 
     p = softmax(r) or sigmoid(r),  r = router(h);   c = the k experts of the largest p (sigmoid: of p + selection bias)
-    s = p[c];   normalized: s / (sum s + eps);   times a scale;   or s = softmax(r[c]), which is the same normalized
+    s = p[c];   normalized: s / (sum s + eps);   times a scale;   or s = softmax(r[c]), which equals normalized p[c]
     y = sum_j E_c[j](h, s_j);   E(x, s) = (s m) Wd^T + s bd,   m = act(x Wg^T) * (x Wu^T),  each W with its LoRA pair
 
-with g = dL/dy on the rows x of an expert (c is a constant; a weight s inside the last product, where it has the same
-place as outside, gives dL/ds without the expert's output):
-    d(s m) = g Wd,   ds = sum(m * g Wd) + sum(g * bd),   dm = s g Wd;   from there the gated MLP's (gated_mlp.py)
-    dr: autograd's of s on [tokens, experts]; through a softmax that is not normalized it is dense
-(mlx-lm's qwen3_moe, olmoe, lfm2_moe and gpt_oss.) MLX's argpartition chooses among equals, as there; olmoe's class
-partitions -p, which may choose others of them. An expert's matrices come in blocks as everywhere; sums over experts are
-float32, in the experts' order. An expert without rows is not read and has a gradient of zeros.
+with g = dL/dy on the rows x of an expert (c is a constant; applying s before the last product, which is equivalent,
+gives dL/ds without the expert's output):
+    d(s m) = g Wd,   ds = sum(m * g Wd) + sum(g * bd),   dm = s g Wd;   the rest as in gated_mlp.py
+    dr: by autograd through s on [tokens, experts]; dense if s is not normalized
+(mlx-lm's qwen3_moe, olmoe, lfm2_moe and gpt_oss.) argpartition breaks ties as in mlx-lm, except in olmoe, where mlx-lm
+partitions -p and may choose differently. An expert's matrices are read in blocks, like all others; sums over experts
+are float32, in the experts' order. An expert without rows is not read and has zero gradients.
 
-Which experts are read is known when c is: one blocking wait for each mixture and tile, in the forward pass alone. c is
-kept for the backward pass whatever the plan says, so that it visits the same experts without a wait; s follows from r,
-whose equation gives the same bits again. Where a graph is traced no value is known: there each expert takes all rows,
-with s = 0 where it was not chosen. On a model without weights, which is only counted, tokens spread evenly: the most
-experts that they can reach.
+Reading the chosen experts requires c: one blocking wait per mixture and tile, only in the forward pass. Every plan
+keeps c, so that the backward pass visits the same experts without a wait; s follows from r, which is recomputed to the
+same bits. In a traced graph no value is known, so each expert takes all rows, with s = 0 if it was not chosen. On a
+model without weights, used for counting, tokens are spread evenly, over as many experts as they can reach.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _SHORTS = ("gate", "up", "down")
 
 
 class _Nowhere:
-    """Keeps nothing (lora_linear.py: Memory): an expert's values are made again with the weights that its backward
+    """Keeps nothing (lora_linear.py: Memory): an expert's values are recomputed from the weights that its backward
     reads in any case, and its rows are few."""
 
     def keeps(self, name: str) -> bool:
@@ -51,21 +50,21 @@ class _Nowhere:
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass needs beside the pairs': of the mixture's input, and of the router's output."""
+    """The gradients that a backward pass needs besides the pairs': of the mixture's input and the router's output."""
 
     dx: bool
     dr: bool
 
 
 class Visit(NamedTuple):
-    """The rows of one expert in a tile. at: of [tokens, k] as one axis, int [n]; None: every token, with s or 0."""
+    """The rows of one expert in a tile. at: indices into flat [tokens, k], int [n]; None: every token, with s or 0."""
 
     expert: int
     at: np.ndarray | None
 
 
 class ExpertLinear(LoraLinear):
-    """One matrix of an expert on rows [1, n, in]. whole: the stack's pair; mask: dropout's factors of those rows."""
+    """One matrix of an expert on rows [1, n, in]. whole: the stack's pair; mask: dropout factors of those rows."""
 
     def __init__(self, shared: Shared, short: str, linear: Linear, whole: Pair | None, mask: mx.array | None):
         self._whole, self.mask = whole, mask
@@ -84,7 +83,7 @@ class ExpertLinear(LoraLinear):
 
 
 class Expert:
-    """One gated MLP of the mixture, on its rows."""
+    """One gated MLP of the mixture, on its own rows."""
 
     def __init__(self, gate: ExpertLinear, up: ExpertLinear, down: ExpertLinear, act: Gate):
         self.gate, self.up, self.down, self.act, self.barrier = gate, up, down, act, down.barrier
@@ -105,7 +104,7 @@ class Expert:
         return down.output()
 
     def backward(self, x: mx.array, s: mx.array, dy: mx.array, need: Needs) -> tuple[mx.array | None, mx.array | None]:
-        """(dL/dx [1, n, D], not rounded to the compute dtype, dL/ds [1, n, 1] but for the bias); or None."""
+        """(dL/dx [1, n, D], not rounded to the compute dtype, dL/ds [1, n, 1] without the bias's part); or None."""
         inner = need.dx or self.gate.pair is not None or self.up.pair is not None
         down = Input(self.down, 0, dy)
         gate, up = (Backward(linear, x, 0, need.dx) for linear in (self.gate, self.up))
@@ -137,9 +136,9 @@ class Expert:
 
 
 class Moe:
-    """The mixture of one layer, on one tile of the sequence after another.
+    """The mixture of one layer, applied tile by tile.
 
-    selection_bias: float32 [E] or None; gradients: where those of the stacks' pairs are summed up, by parameter name.
+    selection_bias: float32 [E] or None; gradients: accumulates those of the stacks' pairs, by parameter name.
     """
 
     def __init__(
@@ -160,13 +159,13 @@ class Moe:
         self.is_copied = any(self.model.copied_bytes(stack, stack.in_dims) for stack in layer.experts.values())
 
     def choose(self, r: mx.array) -> mx.array:
-        """The experts of each token, uint32 [B, tile, k], in no order; evaluated, but in a graph that is traced."""
+        """The experts of each token, uint32 [B, tile, k], unordered; evaluated, except in a traced graph."""
         p, k = self._scores(r), self.routing.n_chosen
         if self.selection_bias is not None:
             p = p.astype(mx.float32) + self.selection_bias
         choice = mx.stop_gradient(mx.argpartition(p, kth=-k, axis=-1)[..., -k:])
         if self.barrier.grain is not None:
-            choice = mx.contiguous(choice)  # a view would keep the order of all
+            choice = mx.contiguous(choice)  # a view would hold the array of all experts
             self.barrier.wait(choice)
         return choice
 
@@ -200,8 +199,8 @@ class Moe:
     def backward(
         self, x: mx.array, r: mx.array, choice: mx.array, dy: mx.array, position: int, need: Needs
     ) -> tuple[mx.array | None, mx.array | None]:
-        """(dL/dx [B, tile, D] but for the router's part, not rounded to the compute dtype, dL/dr [B, tile, E]); or
-        None. The pairs' gradients are added up.
+        """(dL/dx [B, tile, D] without the router's part, not rounded to the compute dtype, dL/dr [B, tile, E]); or
+        None. Accumulates the pairs' gradients.
         """
         rows, g = _flat(x), _flat(dy)
         s, masks = self.weights(r, choice), self._masks(x, position)
@@ -237,7 +236,7 @@ class Moe:
         return dr
 
     def _visits(self, choice: mx.array, asks: bool = True) -> Iterator[Visit]:
-        """The experts that a tile's tokens chose, in order. asks: for their pages."""
+        """The experts that a tile's tokens chose, in order. asks: prefetch their pages."""
         E = self.routing.n_experts
         if self.model.is_unread:
             chosen = np.arange(choice.size) % E
@@ -265,7 +264,7 @@ class Moe:
         return own
 
     def _added(self, total: mx.array, part: mx.array, visit: Visit) -> mx.array:
-        """total [tokens, D] with the expert's part [1, n, D] on its rows, each of which is there once."""
+        """total [tokens, D] plus the expert's part [1, n, D] on its rows, which are distinct."""
         part = part[0].astype(total.dtype)
         total = total + part if visit.at is None else total.at[self._tokens(visit)].add(part)
         self.barrier.piece(total)
@@ -294,7 +293,7 @@ class Moe:
         return Expert(linears["gate"], linears["up"], linears["down"], self.act)
 
     def _masks(self, x: mx.array, position: int) -> dict[str, mx.array]:
-        """Dropout's factors [tokens, in] of each stack with a pair: a token's are the same in all of its experts."""
+        """Dropout factors [tokens, in] of each stack with a pair; a token has the same in all of its experts."""
         dropout, masks = self.shared.dropout, {}
         for short, stack in self.stacks.items():
             if dropout is not None and self.pairs[short] is not None:
@@ -313,7 +312,7 @@ class Moe:
                 self.barrier.piece(self.gradients[name])
 
     def _submit(self, *sums: mx.array) -> None:
-        """Bounds what is under way where an expert's weights are copied: two experts' at most."""
+        """If expert weights are copied, limits unfinished work to two experts."""
         self.shared.clear()
         if self.is_copied and self.barrier.is_lazy:
             self.barrier.chunk(*sums)

@@ -1,7 +1,7 @@
-"""How a step is cut, and where it is evaluated.
+"""How a step is divided, and where it is evaluated.
 
-The plan says which values are kept, how large a piece of work is, and how much of it is one graph; the barrier submits
-the graphs and waits for them.
+The plan sets which values are kept, the sizes of blocks, and how much work is one graph; the barrier submits the graphs
+and waits for them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..system.device import on_gpu
 SAVE_PROJECTIONS = frozenset(
     {"x", "q", "k", "v", "o", "g", "u", "d", "qg", "bcx", "qkv", "z", "p", "pg", "pp", "logits"}
 )
-# Attention's too, which saves one of its two recomputations.
+# Attention's output too, which saves one of its two recomputations.
 SAVE_PRODUCTS = SAVE_PROJECTIONS | {"a"}
-# Norms and xA of the pairs too: the backward repeats nothing but the gate. For a GPU, where launches count.
+# Norms and the pairs' xA too: the backward repeats only the gate. For GPUs, where kernel launches matter.
 SAVE_EVERYTHING = SAVE_PRODUCTS | {"h", "x1", "h2", "low"}
-# Block inputs and what costs the square of a row's length.
+# Block inputs, and values whose cost is quadratic in the row length.
 SAVE_ATTENTION = frozenset({"x", "a"})
 # The paper's policy: block inputs only, everything inside a block is recomputed.
 SAVE_INPUTS = frozenset({"x"})
@@ -38,15 +38,15 @@ _LEAST_ROWS, _ALL_ROWS = 32, 1 << 31
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is cut.
+    """How a step is divided.
 
-    grain: how much is one graph (Barrier), "block" on a GPU, "op" on the CPU; saved: names of values that the
+    grain: the extent of one graph (Barrier), "block" on a GPU, "op" on the CPU; saved: names of values that the
     forward pass keeps for the backward pass; checkpoint: blocks are recomputed by mx.checkpoint and MLX's own
-    backward instead, `saved` is their inputs; kept_bytes: of kept values in memory, those beyond it go to a file
-    (None: all in memory); weight_block_bytes: of a frozen matrix in memory at a time where its pages cannot be used
-    in place (None: whole matrices); head_block_bytes, logits_block_bytes: the same for the vocabulary's matrix and
-    its logits; token_block: positions of the sequence at a time; query_block: queries of attention at a time;
-    offload_state: the optimizer's state is in a file.
+    backward instead, `saved` is their inputs; kept_bytes: limit of kept values in memory, the others go to a file
+    (None: all in memory); weight_block_bytes: bytes of a frozen matrix in memory at a time if its pages cannot be used
+    in place (None: whole matrices); head_block_bytes, logits_block_bytes: likewise for the head's matrix and the
+    logits; token_block: positions of a tile, processed at a time; query_block: queries of attention at a time;
+    offload_state: keep the optimizer's state in a file.
     """
 
     grain: str = field(default_factory=lambda: "block" if on_gpu() else "op")
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def is_lazy(self) -> bool:
-        """Whether a tile of a block is one graph."""
+        """Whether one tile of a block is one graph."""
         return self.grain not in ("op", "stage")
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
-        """The plan in a record of to_dict(), whose other keys are ignored. Raises KeyError if a field is missing."""
+        """The plan from a to_dict() record; ignores other keys. Raises KeyError if a field is missing."""
         values = {field.name: record[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**values, "saved": frozenset(values["saved"])})
 
@@ -80,7 +80,7 @@ class Plan:
         return _ranges(n_rows, self.weight_block_bytes, row_bytes, _LEAST_ROWS)
 
     def column_blocks(self, n_columns: int, column_bytes: float) -> list[tuple[int, int]]:
-        """The same for columns, in multiples of the columns whose dropout is drawn together."""
+        """Ranges [start, stop) of a matrix's columns to read at a time, in multiples of DROPOUT_COLUMNS."""
         return _ranges(n_columns, self.weight_block_bytes, column_bytes, DROPOUT_COLUMNS)
 
     def vocabulary_chunk(self, n_rows: int, row_bytes: float, logit_bytes: int) -> int:
@@ -104,13 +104,13 @@ def _ranges(n: int, limit_bytes: int | None, item_bytes: float, least: int) -> l
 
 
 class Barrier:
-    """The one place where graphs are submitted and waited for.
+    """Submits graphs and waits for them; nothing else does.
 
-    grain "block": each (block, tile) is submitted, and only the block before is waited for; "tile": the same, but the
-    tile before is waited for; "stage": every named value is evaluated when computed; "op": every piece of it too,
-    which holds the least memory. None: nothing is evaluated here, the caller traces the graph. Gradients are bit-equal
-    for every grain. Whatever the grain, a mixture of experts waits once a tile in a forward pass, for the experts that
-    its tokens chose (ops/moe.py).
+    grain "block": submits each (block, tile) and waits only for the previous block; "tile": submits the same graphs,
+    waits for the previous tile; "stage": evaluates every named value when computed; "op": evaluates every part of a
+    value too, which needs the least memory. None: evaluates nothing, for a caller that traces the graph. Gradients are
+    bit-equal for every grain. With any grain, a mixture of experts waits once per tile in a forward pass, for the
+    experts that its tokens chose (ops/moe.py).
     """
 
     def __init__(self, grain: str | None):
@@ -119,37 +119,37 @@ class Barrier:
         self.grain = grain
         self.n_waits, self.n_submissions = 0, 0
         self._submitted: list[mx.array] = []  # since the last wait
-        self._before: list[mx.array] = []  # submitted before that, and perhaps still running
+        self._before: list[mx.array] = []  # submitted earlier, and perhaps still running
 
     @property
     def is_lazy(self) -> bool:
-        """Whether values are left unevaluated until a tile is submitted."""
+        """Whether values stay unevaluated until a tile is submitted."""
         return self.grain not in ("op", "stage")
 
     def piece(self, *arrays: mx.array) -> None:
-        """A piece of an operation: the next one may need its memory."""
+        """A part of an operation is built: the next part may need its memory."""
         if self.grain == "op":
             self.wait(*arrays)
 
     def value(self, *arrays: mx.array) -> None:
-        """A named value of a block."""
+        """A named value of a block is built."""
         if self.grain in ("op", "stage"):
             self.wait(*arrays)
 
     def tile(self, *arrays: mx.array) -> None:
-        """What a block gives on one tile."""
+        """A block's outputs on one tile are built."""
         self._submit(*arrays)
         if self.grain == "tile":
             self._wait_for_the_one_before()
 
     def chunk(self, *arrays: mx.array) -> None:
-        """The state after a chunk of the vocabulary: at most it and the one before it are under way afterwards."""
+        """The state after a vocabulary chunk is built; at most this chunk and the previous one stay unfinished."""
         self._submit(*arrays)
         if self.grain is not None and self.is_lazy:
             self._wait_for_the_one_before()
 
     def block(self) -> None:
-        """The end of a block: at most it and the one before it are under way afterwards."""
+        """A block ends; at most this block and the previous one stay unfinished."""
         if self.grain == "block":
             self._wait_for_the_one_before()
 
@@ -174,7 +174,7 @@ class Barrier:
         self._before, self._submitted = self._submitted, []
 
     def finish(self) -> None:
-        """Drops references to submitted graphs; readers of their results wait for them."""
+        """Drops references to submitted graphs; reading their results waits for them."""
         self._before, self._submitted = [], []
 
 
@@ -182,7 +182,7 @@ class Context:
     """The context of a pass's operations.
 
     adapter: the trainable pairs; dropout_parts: as `parts` of model.lora.Dropout, so that recomputation draws the same
-    mask (None: no dropout); ahead: reads pages meanwhile.
+    mask (None: no dropout); ahead: prefetches pages.
     """
 
     def __init__(
@@ -198,6 +198,6 @@ class Context:
         self.model, self.plan, self.adapter = model, plan, adapter
         self.barrier = barrier or Barrier(plan.grain)
         self.dropout_parts = dropout_parts
-        self.tokens: np.ndarray | None = None  # [B, T] of the batch, for layers that read them
-        # Of adapted matrices by name and range of rows, where DoRA asks (lora_linear.py).
+        self.tokens: np.ndarray | None = None  # [B, T], for layers that read the batch's tokens
+        # DoRA's row lengths n, by matrix name and row range (lora_linear.py).
         self.row_lengths: dict[tuple[str, int, int], mx.array] = {}

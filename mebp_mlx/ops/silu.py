@@ -1,4 +1,4 @@
-"""silu(x) = x s, s = sigmoid(x);   dx = g s (1 + x (1 - s)).   And exp(x): both by numpy where that is faster."""
+"""silu(x) = x s, s = sigmoid(x);   dx = g s (1 + x (1 - s)).   Also exp(x). numpy computes both if it is faster."""
 
 from __future__ import annotations
 

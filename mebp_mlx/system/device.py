@@ -1,8 +1,8 @@
-"""The device that MLX computes on, and the defaults that depend on it.
+"""MLX's compute device, and the defaults that depend on it.
 
-GPU (Metal or CUDA): the checkpoint's own dtype, and products with packed weights; only Metal adopts mapped pages and
-runs the kernels. CPU, where 16-bit and packed products run at 1/50 of the BLAS's speed: float32, and weights
-dequantized block by block.
+GPU (Metal or CUDA): the checkpoint's own dtype, and products with packed weights; only Metal uses mapped pages in place
+and runs the kernels. CPU, where 16-bit and packed products run at 1/50 of BLAS speed: float32, and weights dequantized
+block by block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def on_metal() -> bool:
 
 
 def emulates_bfloat16() -> bool:
-    """Whether the GPU is one of M1's or M2's generation, which have float16 in hardware and bfloat16 not."""
+    """Whether the GPU is of the M1 or M2 generation, which has float16 but not bfloat16 in hardware."""
     if not on_metal():
         return False
     generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
@@ -35,7 +35,7 @@ def emulates_bfloat16() -> bool:
 
 
 def takes_float16(dtype: mx.Dtype, family: str) -> bool:
-    """Whether packed products of bfloat16 are made in float16: there these take 1.8 times as long. Not for gemma."""
+    """Whether to compute packed bfloat16 products in float16: on M1 and M2 (1.8 times as fast), except for gemma."""
     return dtype == mx.bfloat16 and emulates_bfloat16() and not family.startswith("gemma")
 
 

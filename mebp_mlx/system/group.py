@@ -1,8 +1,8 @@
-"""The processes of one run on several machines: what they tell one another, over the transports of mx.distributed.
+"""The processes of one run on several machines, and their messages, over mx.distributed's transports.
 
 `mlx.launch` starts a process on each machine and names its rank in the environment. Every message is a collective: all
-ranks make the same calls in the same order. Sums and messages come in the order of ranks, so that every rank has the
-same bits. For one process everything here gives back what it was given.
+ranks make the same calls in the same order. Sums and messages follow the order of ranks, so that every rank has the
+same bits. With one process, every message returns its input.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..errors import PeerFailed, PeerLost, UserError
 from .allocator import zeros_given_back
 
 TIMEOUT_S = 60.0
-_SETUP_S = 600.0  # before the first step a machine may tokenize, read lengths of rows or measure plans for minutes
-_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of mlx.launch, and of two kinds of mpirun
-_PIECE_BYTES = 4 << 20  # of a file at a time
-_MESSAGE_BYTES = 256  # of a message whose text is short
-_BROKEN = re.compile(r"\[(ring|mpi|jaccl|nccl)", re.IGNORECASE)  # how MLX's transports begin an error
-_WORKS = 0  # the status in a message's header, or else an exit code
+_SETUP_S = 600.0  # before the first step, a machine may tokenize, measure row lengths or test plans for minutes
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of mlx.launch, and of two mpirun implementations
+_PIECE_BYTES = 4 << 20  # of a file per message
+_MESSAGE_BYTES = 256  # of a message that carries a short text
+_BROKEN = re.compile(r"\[(ring|mpi|jaccl|nccl)", re.IGNORECASE)  # prefixes of errors from MLX's transports
+_WORKS = 0  # status in a message's header; any other value is an exit code
 
-# Arguments: the line to print, a folder to remove or "". faulthandler writes into the pipe when time is up; otherwise
-# the pipe ends with the process.
+# Arguments: the line to print, a folder to remove or "". faulthandler writes to the pipe on a timeout; otherwise the
+# pipe closes with the process.
 _SCRIPT = r"""
 IFS= read -r fault && { cat > /dev/null; echo "$1" >&2; }
 rm -rf -- "$2"
@@ -43,19 +43,19 @@ rm -rf -- "$2"
 
 
 class _Sum(NamedTuple):
-    """A block's gradients on their way: names and shapes of the parts of `total`."""
+    """A block's gradients in transit: names and shapes of the parts of `total`."""
 
     shapes: dict[str, tuple[int, ...]]
     total: mx.array
 
 
 class Group:
-    """The ranks of a run; connect() makes it, and without arguments it is one process alone.
+    """The ranks of a run, created by connect(); without arguments, a single process.
 
-    rank, size: of this process; waited_s: seconds spent waiting for others; sent_bytes: by this process, as a ring
-    sends; timeout_s: how long a wait may take, after which the process ends with one line and exit code 1;
-    reduce_dtype: in which gradients travel. Every message raises PeerLost when a machine has gone, and PeerFailed when
-    a rank told of an error.
+    rank, size: of this process; waited_s: seconds spent waiting for others; sent_bytes: by this process, counted as in
+    a ring; timeout_s: limit of a wait, after which the process ends with one line and exit code 1; reduce_dtype: of
+    gradients in transit. Every message raises PeerLost if a machine is gone, and PeerFailed if a rank reported an
+    error.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None, deadline: Deadline | None = None) -> None:
@@ -73,30 +73,30 @@ class Group:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this rank prints and writes for all."""
         return self.rank == 0
 
     def close(self) -> None:
-        """Ends the connection's deadline, and removes this rank's folder."""
+        """Cancels the connection's deadline, and removes this rank's folder."""
         if self._deadline is not None:
             self._deadline.close()
 
     @property
     def folder(self) -> Path:
-        """A temporary folder of a rank that is not the first, removed when its process ends, however it ends."""
+        """A temporary folder, for ranks other than the first; removed when the process ends, however it ends."""
         assert self._deadline is not None
         return Path(self._deadline.folder)
 
     # Messages
 
     def gather(self, value: Any) -> list[Any]:
-        """One value of each rank, in the order of ranks. value: anything that is JSON."""
+        """One value from each rank, in the order of ranks. value: any JSON value."""
         if self.is_alone:
             return [value]
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
 
     def first(self, value: Any) -> Any:
-        """The first rank's value. value: anything that is JSON; other ranks' does not count."""
+        """The first rank's value. value: any JSON value; ignored on other ranks."""
         return self.gather(value if self.is_first else None)[0]
 
     def total(self, values: np.ndarray) -> np.ndarray:
@@ -107,14 +107,14 @@ class Group:
         return sum((np.frombuffer(part, np.float64) for part in parts), np.zeros(values.size)).reshape(values.shape)
 
     def fail(self, exit_code: int, text: str) -> None:
-        """Tells the others, at their next message, that this rank ends with an error; what cannot be told is not."""
+        """Reports to the others, at their next message, that this rank ends with an error, if that is possible."""
         if not self.is_alone:
             self._pending = None
-            with contextlib.suppress(Exception):  # where the others are amid a sum, an answer is no message
+            with contextlib.suppress(Exception):  # if the others are in a sum, the answer is not a message
                 self._gather_bytes(text.encode(), exit_code)
 
     def copy_file(self, source: Path, target: Path) -> None:
-        """Writes the first rank's file `source` as `target` on every other rank, where it exists."""
+        """Writes the first rank's file `source`, if it exists, as `target` on every other rank."""
         n_bytes = self.first(source.stat().st_size if self.is_first and source.is_file() else None)
         if n_bytes is None or self.is_alone:
             return
@@ -130,7 +130,7 @@ class Group:
                     file.write(np.asarray(total).tobytes())
 
     def _gather_bytes(self, own: bytes, status: int = _WORKS) -> list[bytes]:
-        """Bytes of every rank: what is short goes with the header, in one message."""
+        """Bytes from every rank; short ones travel with the header, in one message."""
         begin = np.zeros((_MESSAGE_BYTES,), np.uint8)
         begin[:16] = np.array([status, len(own)], np.int64).view(np.uint8)
         short = own[: _MESSAGE_BYTES - 16]
@@ -157,9 +157,9 @@ class Group:
     # Gradients
 
     def exchange(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Sends a block's gradients on their way; returns the sums over all ranks of those sent before, {} if none.
+        """Starts sending a block's gradients; returns the sums over all ranks of those sent before, {} if none.
 
-        So a block's sum travels while the next one is computed. Alone: the gradients themselves.
+        Thus a block's sum travels while the next block computes. With one process: returns the gradients.
         """
         if self.is_alone or not gradients:
             return gradients
@@ -172,7 +172,7 @@ class Group:
         return self._arrived(before)
 
     def rest(self) -> dict[str, mx.array]:
-        """The sums of what was sent last; {} if nothing is under way."""
+        """The sums of the gradients sent last; {} if none are in transit."""
         before, self._pending = self._pending, None
         return self._arrived(before)
 
@@ -185,7 +185,7 @@ class Group:
         return {name: part.reshape(shape) for (name, shape), part in zip(sent.shapes.items(), parts, strict=True)}
 
     def _ring_bytes(self, array: mx.array) -> int:
-        """What a rank sends when a ring sums an array."""
+        """Bytes that a rank sends when a ring sums an array."""
         return 2 * (self.size - 1) * array.nbytes // self.size
 
     def _wait(self, array: mx.array) -> None:
@@ -197,7 +197,7 @@ class Group:
 
     @contextlib.contextmanager
     def broken_connections_told(self) -> Iterator[None]:
-        """Turns MLX's error about a broken connection, which any evaluation after it may raise, into PeerLost."""
+        """Turns MLX's error for a broken connection, which any later evaluation may raise, into PeerLost."""
         try:
             yield
         except RuntimeError as error:
@@ -205,25 +205,25 @@ class Group:
                 raise
             who = " or ".join(str(n) for n in sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size}))
             raise PeerLost(
-                f"lost rank {who} ({error}); the last save is whole, --resume goes on with the machines that are left"
+                f"lost rank {who} ({error}); the last save is complete; --resume continues on the remaining machines"
             ) from None
 
 
 class Deadline:
-    """Ends the process with one line when a wait takes too long, from outside of Python, whose lock MLX may hold."""
+    """Ends the process with one line if a wait takes too long. Runs outside Python, since MLX may hold the GIL."""
 
     def __init__(self, rank: int) -> None:
-        line = f"error: rank {rank}: no answer from another machine in time (--peer-timeout); the last save is whole"
+        line = f"error: rank {rank}: no answer from another machine within --peer-timeout; the last save is complete"
         self.folder = tempfile.mkdtemp(prefix=f"mebp_mlx-rank-{rank}-") if rank else ""
         read, self._pipe = os.pipe()
         command = ["/bin/sh", "-c", _SCRIPT, "sh", line, self.folder]
-        # A session of its own, so that Ctrl-C does not reach the shell.
+        # In its own session, so that Ctrl-C does not reach the shell.
         self._shell = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, start_new_session=True)
         os.close(read)
 
     @contextlib.contextmanager
     def within(self, timeout_s: float) -> Iterator[None]:
-        """The process ends with exit code 1 unless the context is left in time."""
+        """Ends the process with exit code 1 unless the context exits in time."""
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._pipe)
         try:
             yield
@@ -231,18 +231,18 @@ class Deadline:
             faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
-        """Lets the shell end, which removes the folder."""
+        """Ends the shell, which removes the folder."""
         os.close(self._pipe)
         self._shell.wait()
 
 
 def connect(environment: Mapping[str, str] = os.environ) -> Group:
-    """The group that the environment names, once all of its processes are there; Group() where it names none."""
+    """The group named by the environment, once all its processes have connected; Group() if it names none."""
     rank = next((environment[name] for name in _RANKS if name in environment), None)
     hosts = environment.get("MLX_HOSTFILE")
     with contextlib.suppress(OSError, ValueError):
         if hosts is not None and len(json.loads(Path(hosts).read_text().strip() or "[]")) < 2:
-            rank = None  # MLX's ring refuses to be one machine; mlx.launch -n 1 leaves an empty file
+            rank = None  # MLX's ring refuses a single machine; mlx.launch -n 1 leaves an empty file
     if rank is None:
         return Group()
     deadline = Deadline(int(rank))
