@@ -45,17 +45,30 @@ def _blocks(gradients: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     return list(reversed(actual.values()))
 
 
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_an_update_in_place_keeps_the_parameters_memory(tmp_path: Path, is_lazy: bool, seed: int) -> None:
+    """But not while a lazy graph may still read the old values."""
+    lora = _lora(tmp_path, seed)
+    updater = Updater(optim.SGD(1.0), lora, in_place=True, is_lazy=is_lazy)
+    before = lora.parameters()
+    updater.begin_step()
+    mx.eval(updater.sink(_gradients(lora, np.random.default_rng(seed))))
+    updater.end_step()
+    assert all((value is before[name]) != is_lazy for name, value in lora.parameters().items())
+
+
 @pytest.mark.parametrize(
     "how",
-    [{}, {"park": True}, {"is_lazy": True}, {"is_lazy": True, "gather": True}],
-    ids=["one by one", "parked", "lazy", "lazy, gathered"],
+    [{}, {"park": True}, {"in_place": True}, {"is_lazy": True, "in_place": True}, {"is_lazy": True, "gather": True}],
+    ids=["one by one", "parked", "in place", "lazy", "lazy, gathered"],
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_is_one_step_for_any_number_of_blocks(
     tmp_path: Path, name: str, how: dict[str, bool], seed: int
 ) -> None:
     lora, rng = _lora(tmp_path, seed), np.random.default_rng(seed)
-    expected, whole = lora.parameters(), OPTIMIZERS[name]()
+    expected, whole = {name: value + 0 for name, value in lora.parameters().items()}, OPTIMIZERS[name]()
+    mx.eval(expected)  # an update in place overwrites the parameters' own memory
     updater = Updater(OPTIMIZERS[name](), lora, **how, arena_dir=tmp_path)
     for _ in range(6):
         gradients = _gradients(lora, rng)

@@ -162,7 +162,9 @@ class _Update:
         self.meter, self.updater = meter, None
         if workload.make_updater is not None:
             lora = workload.lora
-            own = {name: value for name, value in lora.parameters().items() if name.startswith(prefix)}
+            # Copies, because an update may overwrite them.
+            own = {name: value + 0 for name, value in lora.parameters().items() if name.startswith(prefix)}
+            mx.eval(own)
             part = Lora(
                 own, rank=lora.rank, scale=lora.scale, dropout=lora.dropout, keys=lora.keys, num_layers=lora.num_layers
             )

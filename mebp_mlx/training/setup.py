@@ -121,6 +121,7 @@ def make_updater(
         gather=accumulate > 1,
         park=plan is not None and plan.offload_state and config.engine == "mebp",
         is_lazy=plan is not None and plan.is_lazy,
+        in_place=config.engine == "mebp",
         b_ratio=config.lora_plus_ratio,
         arena_dir=config.arena_dir,
         group=None if config.engine in ZEROTH_ORDER else group,

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..kernels import cpu
 from ..model.lora import Lora
 from ..system.group import Group
 from .offload import ParkedState, parked_bytes
@@ -24,8 +25,9 @@ class Updater:
 
     max_grad_norm: clip the global L2 norm to this, None: do not clip; gather: a step has several micro-batches; park:
     keep the state in a mapped file in arena_dir (training/offload.py); is_lazy: the update of a block is part of the
-    block's graph, instead of being evaluated one parameter at a time; b_ratio: LoRA+'s ratio, for an optimizer of
-    optimizers.with_ratio; group: the machines whose gradients are summed.
+    block's graph, instead of being evaluated one parameter at a time; in_place: on the CPU, write new values into the
+    parameters' memory, which nothing else may use, because new arrays among old ones leave gaps in the C heap; b_ratio:
+    LoRA+'s ratio, for an optimizer of optimizers.with_ratio; group: the machines whose gradients are summed.
     """
 
     def __init__(  # noqa: PLR0913 - options of the update, by keyword
@@ -37,6 +39,7 @@ class Updater:
         gather: bool = False,
         park: bool = False,
         is_lazy: bool = False,
+        in_place: bool = False,
         arena_dir: str | Path | None = None,
         b_ratio: float = 1.0,
         group: Group | None = None,
@@ -44,6 +47,7 @@ class Updater:
         self.group = group or Group()
         self.optimizer, self.lora, self.b_ratio = optimizer, lora, b_ratio
         self.max_grad_norm, self.is_lazy = max_grad_norm, is_lazy and not park
+        self.in_place = in_place and not is_lazy  # a lazy graph may read the old values later
         self.gather = gather or max_grad_norm is not None
         self._gathered: dict[str, mx.array] = {}
         self._n_missing: dict[str, int] = {}  # micro-batches of this step whose gradients have not arrived
@@ -125,8 +129,11 @@ class Updater:
             if self._parked is not None:
                 state[name] = self._parked.take(name)
             updated = self._updated({name: gradient})
-            self.lora.update(updated)
             mx.eval(updated, state[name], state["step"])
+            if self.in_place and cpu.serves(*updated.values()):
+                np.copyto(cpu.buffer_of(self.lora.parameters()[name]), np.asarray(updated[name]))
+            else:
+                self.lora.update(updated)
             if self._parked is not None:
                 self._parked.put(name, state)
         return []
