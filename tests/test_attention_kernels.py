@@ -263,6 +263,7 @@ def at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _model(folder: Path, name: str, head_dim: int, seed: int) -> tuple[Any, Any]:
     heads: dict[str, Any] = {"head_dim": head_dim, "sliding_window": 50, "query_pre_attn_scalar": head_dim}
+    heads["global_head_dim"] = head_dim
     config = CONFIGS[name] | heads
     config |= {"text_config": config["text_config"] | heads} if "text_config" in config else {}
     model = mebp_mlx.open_model(write_model(folder / "m", config, seed=seed))
@@ -280,6 +281,7 @@ def _model(folder: Path, name: str, head_dim: int, seed: int) -> tuple[Any, Any]
         ("llama-sliding", 64, SAVE_INPUTS, 0),
         ("gemma3_text", 80, SAVE_PROJECTIONS, None),
         ("qwen3_5", 64, SAVE_PRODUCTS, None),
+        ("gemma4_text", 64, SAVE_PRODUCTS, None),  # layers that share keys and values
     ],
 )
 def test_gradients_by_the_kernels_are_as_exact(
