@@ -34,7 +34,9 @@ def mlx_lm_model(folder: Path, lora: Any, *, dequantized: bool = True) -> Any:
         use_dora=lora.fine_tune_type == "dora",
     )
     assert set(dict(tree_flatten(model.trainable_parameters()))) == set(lora.parameters())
-    model.load_weights(list(lora.parameters().items()), strict=False)
+    values = {name: value + 0 for name, value in lora.parameters().items()}  # an update may overwrite the originals
+    mx.eval(values)
+    model.load_weights(list(values.items()), strict=False)
     return model
 
 

@@ -124,6 +124,7 @@ class Updater:
             states: list[Any] = [entry[1] for name in gradients for entry in tree_flatten(state[name])]
             return [*updated.values(), *states, state["step"]]
         # One at a time: an optimizer works on copies, and the old state is freed only when the new one is evaluated.
+        own = self.lora.parameters() if self.in_place else {}
         for name, gradient in gradients.items():
             state = self.optimizer.state
             if self._parked is not None:
@@ -131,7 +132,7 @@ class Updater:
             updated = self._updated({name: gradient})
             mx.eval(updated, state[name], state["step"])
             if self.in_place and cpu.serves(*updated.values()):
-                np.copyto(cpu.buffer_of(self.lora.parameters()[name]), np.asarray(updated[name]))
+                np.copyto(cpu.buffer_of(own[name]), np.asarray(updated[name]))
             else:
                 self.lora.update(updated)
             if self._parked is not None:
