@@ -34,9 +34,9 @@ _WARM_STEPS = 2
 def measure(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """One rank's case in this process."""
     from bench.case import Stepper  # isort: skip  (before mlx: it loads the BLAS)
+    from mebp_mlx.system.device import DTYPES
     from mebp_mlx.system.footprint import PeakMeter, footprint_bytes
     from mebp_mlx.system.group import connect
-    from mebp_mlx.training.distributed import DTYPES
 
     group = connect()
     group.reduce_dtype = DTYPES[given["reduce_dtype"]]

@@ -12,10 +12,12 @@ import mebp_mlx  # noqa: F401  isort: skip  (before mlx: it loads the BLAS)
 import mlx.core as mx
 
 from bench import report
+from bench.dispatch.watch import VIEWS
 from mebp_mlx.kernels import attention
 from mebp_mlx.kernels.linear_cross_entropy import COLUMNS, ROWS
 from mebp_mlx.ops.attention import Attention, Heads
 from mebp_mlx.ops.plan import Barrier, Plan
+from mebp_mlx.planner.search import query_block
 from mebp_mlx.planner.work import Node, nodes_of
 from mebp_mlx.testing.synth import SHAPES
 
@@ -56,8 +58,6 @@ LAYERS = {
 # Per core, found by others on M1: Apple publishes no figures, and M3 and later allocate registers dynamically.
 CORE_THREADGROUP_BYTES, CORE_REGISTER_BYTES = 64 << 10, 208 << 10
 OTHER_REGISTERS = 20  # addresses, the row's numbers, one fragment: an estimate
-SCORES_BYTES = 16 << 20  # of a block of queries: the planner's limit
-VIEWS = frozenset({"Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten"})
 
 
 def registers(name: str, head_dim: int, item_bytes: int) -> int:
@@ -87,10 +87,8 @@ def attention_nodes(shape: tuple[int, int, int, int | None], T: int, is_fused: b
     """Nodes of one layer's forward and backward, T tokens in 16 bits, in the plan's tiles and blocks."""
     H, K, D, window = shape
     heads = Heads(D, D**-0.5, window, None, 0.0, {})
-    query_block = Plan().query_block
-    if not is_fused:
-        query_block = max(16, min(query_block, SCORES_BYTES // (4 * H * T) // 16 * 16))
-    plan = Plan(query_block=query_block)
+    most = Plan().query_block
+    plan = Plan(query_block=most if is_fused else query_block(most, 4 * H * T))
 
     def layer(names: Sequence[str]) -> Callable[..., list[mx.array]]:
         def run(q: mx.array, k: mx.array, v: mx.array, d_o: mx.array, lse: mx.array) -> list[mx.array]:

@@ -235,8 +235,13 @@ def _dkv_metal(q: mx.array, *rest: Any) -> tuple[mx.array, mx.array]:
 def _scores(q: mx.array, k: mx.array, scale: float, offset: int, window: int | None) -> tuple[mx.array, mx.array]:
     """Scores float32 [B, K, H / K, Tq, Tk], and the mask of visible pairs [Tq, Tk]."""
     wide = _grouped(q, k.shape[1]).astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2)[:, :, None]
-    i, j = offset + mx.arange(q.shape[2])[:, None], mx.arange(k.shape[2])[None]
-    return scale * wide, (j <= i) if not window else (j <= i) & (j > i - window)
+    return scale * wide, visible(q.shape[2], k.shape[2], offset, window)
+
+
+def visible(n_queries: int, n_keys: int, offset: int, window: int | None) -> mx.array:
+    """Which keys each query sees, bool [n_queries, n_keys]. offset: the first query's key; window: None shows all."""
+    i, j = mx.arange(offset, offset + n_queries)[:, None], mx.arange(n_keys)[None]
+    return (j <= i) & (j > i - window) if window else j <= i
 
 
 def _grouped(x: mx.array, n_key_heads: int) -> mx.array:
@@ -274,11 +279,16 @@ def _differences(
     return p, place[0] * p * (dp - _grouped(delta, K)[..., None])
 
 
+def _delta(o: mx.array, d_o: mx.array) -> mx.array:
+    """float32 [B, H, Tq]."""
+    return (d_o.astype(mx.float32) * o.astype(mx.float32)).sum(axis=-1).swapaxes(1, 2)
+
+
 def dq_reference(
     q: mx.array, k: mx.array, v: mx.array, o: mx.array, d_o: mx.array, lse: mx.array, *place: Any
 ) -> tuple[mx.array, mx.array]:
     """The same in MLX's own operations."""
-    delta = (d_o.astype(mx.float32) * o.astype(mx.float32)).sum(axis=-1).swapaxes(1, 2)
+    delta = _delta(o, d_o)
     _, ds = _differences(q, k, v, d_o, lse, delta, place)
     return (ds @ k.astype(mx.float32)[:, :, None]).reshape(q.shape).astype(q.dtype), delta
 
@@ -324,8 +334,7 @@ def dq_sample(dtype: mx.Dtype, head_dim: int, T: int = 45, **_: int) -> tuple:
 def dkv_sample(dtype: mx.Dtype, head_dim: int, T: int = 45, **_: int) -> tuple:
     """Arguments for the first-use check and for timing: keys from 4 on, 63 of them."""
     (q, k, v, o, d_o, lse), place = _sample(dtype, head_dim, T)
-    delta = (d_o.astype(mx.float32) * o.astype(mx.float32)).sum(axis=-1).swapaxes(1, 2)
-    return q, k, v, d_o, lse, delta, *place, 4, k.shape[2]
+    return q, k, v, d_o, lse, _delta(o, d_o), *place, 4, k.shape[2]
 
 
 selfcheck.register(NAMES[0], _forward_metal, forward_reference, forward_sample, HEAD_DIMS, "head dim")

@@ -11,7 +11,7 @@ import numpy as np
 
 from .config import TrainConfig
 from .engine.backprop import BackpropEngine
-from .engine.base import Pass
+from .engine.base import Pass, WholeBatch
 from .errors import UserError
 from .export.adapters import load_adapters as _load_adapters
 from .export.adapters import write_adapters
@@ -68,15 +68,6 @@ def load_adapters(folder: str | Path, model: Model) -> Lora:
     model.
     """
     return _load_adapters(Path(folder).expanduser(), model.spec, "folder")
-
-
-class _Batch(NamedTuple):
-    tokens: np.ndarray
-    targets: np.ndarray
-
-    @property
-    def n_labels(self) -> int:
-        return int((self.targets != NO_LABEL).sum())
 
 
 def init_lora(  # noqa: PLR0913 - the options of LoRA, by keyword
@@ -161,8 +152,8 @@ def loss(model: Model, lora: Lora, tokens: Any, targets: Any, plan: Plan | None 
     return mx.array(loss_sum / n_labels)
 
 
-def _checked(model: Model, tokens: Any, targets: Any) -> _Batch:
-    batch = _Batch(np.asarray(tokens, dtype=np.int32), np.asarray(targets, dtype=np.int32))
+def _checked(model: Model, tokens: Any, targets: Any) -> WholeBatch:
+    batch = WholeBatch(np.asarray(tokens, dtype=np.int32), np.asarray(targets, dtype=np.int32))
     if batch.tokens.ndim != 2 or batch.tokens.shape != batch.targets.shape or batch.tokens.size == 0:
         raise UserError(
             f"tokens and targets must both be [B, T], found {list(batch.tokens.shape)} and {list(batch.targets.shape)}"

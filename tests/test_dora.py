@@ -17,6 +17,7 @@ from mebp_mlx import fuse, train
 from mebp_mlx.config import TrainConfig
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.base import WholeBatch
 from mebp_mlx.export import __main__ as export_command
 from mebp_mlx.export.adapters import adapters_of
 from mebp_mlx.model.lora import Lora
@@ -65,11 +66,6 @@ def test_gradients_equal_mlx_lms_dora(tmp_path: Path, name: str, packed: bool, p
     assert abs(forward - loss.item()) <= TOLERANCE * forward
 
 
-class _Batch:
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
-        self.tokens, self.targets = tokens, targets
-
-
 @pytest.mark.parametrize("keys", [None, ["mlp.down_proj"], ["self_attn.v_proj", "mlp.up_proj"]])
 def test_dropout_tiles_and_columns_give_the_whole_graphs_gradients(
     tmp_path: Path, keys: list[str] | None, seed: int
@@ -77,7 +73,7 @@ def test_dropout_tiles_and_columns_give_the_whole_graphs_gradients(
     write_model(tmp_path, CONFIGS["llama"] | {"intermediate_size": 1031}, seed=seed)
     model = mebp_mlx.open_model(tmp_path)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3, keys=keys, fine_tune_type="dora")
-    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 150, model.spec.V))
     n_labels = int((batch.targets != -100).sum())
     moved(lora, seed)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import mebp_mlx
+from mebp_mlx.data.dataset import Batch
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine, kept_names
-from mebp_mlx.engine.base import Pass, Store
+from mebp_mlx.engine.base import Pass, Store, TokenBatch, WholeBatch
 from mebp_mlx.errors import UserError
 from mebp_mlx.families import BLOCKS
 from mebp_mlx.families.base import value
@@ -36,12 +37,6 @@ NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 SMALL_PIECES = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=17)
 
 
-class _Batch:
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
-        self.tokens, self.targets = tokens, targets
-        self.n_labels = int((targets != -100).sum())
-
-
 def _folder(tmp_path: Path, name: str, seed: int, quantization: dict[str, Any] | None) -> Path:
     config = packed_config(name)
     config.get("text_config", config)["intermediate_size"] = 1088  # three blocks of the MLP's width
@@ -54,7 +49,7 @@ def _lora(model: Model, seed: int, **how: Any) -> Any:
     return lora
 
 
-def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
+def _step(engine: Any, batch: TokenBatch) -> tuple[float, dict[str, mx.array]]:
     grads: dict[str, mx.array] = {}
     try:
         return engine.step(batch, step=3, micro=0, n_labels=batch.n_labels, sink=grads.update), grads
@@ -62,7 +57,7 @@ def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
         engine.close()
 
 
-def _oracle(folder: Path, dtype: mx.Dtype, lora: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
+def _oracle(folder: Path, dtype: mx.Dtype, lora: Any, batch: TokenBatch) -> tuple[float, dict[str, mx.array]]:
     return _step(make_engine("whole-graph", Model(folder, dtype), lora), batch)
 
 
@@ -84,7 +79,7 @@ def test_gradients_in_16_bits_are_as_exact_as_autograds(
     T = 70 if plan is not None else 24  # two tiles, or one: packed products in 16 bits are slow on a CPU
     folder = _folder(tmp_path, name, seed, FOUR_BIT)
     model = mebp_mlx.open_model(folder, dtype, weights)
-    lora, batch = _lora(model, seed), _Batch(*random_batch(seed, 2, T, model.spec.V))
+    lora, batch = _lora(model, seed), WholeBatch(*random_batch(seed, 2, T, model.spec.V))
     loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
     assert all(g.dtype == mx.float32 for g in grads.values())
     truth = _oracle(folder, mx.float64, lora, batch)
@@ -142,7 +137,7 @@ def test_a_float32_lora_promotes_nothing(
 ) -> None:
     """Values, kept values, block outputs and cotangents are bfloat16; gradients are float32."""
     model = mebp_mlx.open_model(_folder(tmp_path, name, seed, FOUR_BIT), "bfloat16", weights)
-    lora, batch = _lora(model, seed, dropout=dropout), _Batch(*random_batch(seed, 2, 70, model.spec.V))
+    lora, batch = _lora(model, seed, dropout=dropout), WholeBatch(*random_batch(seed, 2, 70, model.spec.V))
     family, seen = BLOCKS[model.spec.layers[0].block], []
 
     def watch(what: str, owner: Any, method: str, arrays: Any) -> None:
@@ -186,8 +181,8 @@ def test_float16_is_accurate_with_many_labels(tmp_path: Path, grain: str, weight
     config = packed_config("qwen2") | {"num_hidden_layers": 2}
     folder = write_model(tmp_path / "model", config, seed=seed, quantization=FOUR_BIT, dtype=mx.bfloat16)
     model = mebp_mlx.open_model(folder, "float16", weights)
-    lora, batch = _lora(model, seed), _Batch(*random_batch(seed, 1, 512, model.spec.V, "none"))
-    batch.n_labels *= 1024  # labels of a step of 1024 such micro-batches
+    lora, whole = _lora(model, seed), WholeBatch(*random_batch(seed, 1, 512, model.spec.V, "none"))
+    batch = Batch(*whole, rows=(), n_labels=1024 * whole.n_labels)  # labels of a step of 1024 such micro-batches
     truth = _oracle(folder, mx.float64, lora, batch)
     loss, grads = _step(BackpropEngine(model, lora, plan=Plan(grain)), batch)
     assert abs(loss - truth[0]) <= 1e-2 * truth[0]

@@ -13,6 +13,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.base import WholeBatch
 from mebp_mlx.families import BLOCKS
 from mebp_mlx.kernels import cpu
 from mebp_mlx.model.config import PROJECTIONS
@@ -32,19 +33,14 @@ def _model(tmp_path: Path, config: dict, **how: object) -> mebp_mlx.api.Model:
     return mebp_mlx.open_model(write_model(tmp_path / "model", config, **how))  # type: ignore[arg-type]
 
 
-class _Batch:
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
-        self.tokens, self.targets = tokens, targets
-
-
-def _whole_graph(model: object, lora: object, batch: _Batch, **how: object) -> tuple[float, dict[str, mx.array]]:
+def _whole_graph(model: object, lora: object, batch: WholeBatch, **how: object) -> tuple[float, dict[str, mx.array]]:
     engine = make_engine("whole-graph", model, lora, **how)  # type: ignore[arg-type]
     grads: dict[str, mx.array] = {}
     n_labels = int((batch.targets != -100).sum())
     return engine.step(batch, step=3, micro=0, n_labels=n_labels, sink=grads.update), grads
 
 
-def _float64(model: Any, lora: Any, batch: _Batch, **how: object) -> tuple[float, dict[str, mx.array]]:
+def _float64(model: Any, lora: Any, batch: WholeBatch, **how: object) -> tuple[float, dict[str, mx.array]]:
     """The whole graph's loss and gradients, with everything but the last rounding in float64."""
     model.dtype = mx.float64
     try:
@@ -54,7 +50,7 @@ def _float64(model: Any, lora: Any, batch: _Batch, **how: object) -> tuple[float
 
 
 def _assert_as_exact(
-    model: Any, lora: Any, batch: _Batch, loss: float, grads: dict[str, mx.array], seed: int, dropout_seed: int
+    model: Any, lora: Any, batch: WholeBatch, loss: float, grads: dict[str, mx.array], seed: int, dropout_seed: int
 ) -> None:
     """With dropout: equal to the whole graph in float32, or as close to float64 up to chance."""
     theirs = _whole_graph(model, lora, batch, seed=dropout_seed)
@@ -115,7 +111,7 @@ def test_gradients_of_sequences_in_tiles(
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3)
     randomize_lora(lora, seed)
-    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V, masking))
+    batch = WholeBatch(*random_batch(seed, 2, 150, model.spec.V, masking))
     n_labels = int((batch.targets != -100).sum())
     for token_block, query_block in ((64, 50), (128, 200)):
         plan = Plan(saved=saved, token_block=token_block, query_block=query_block)
@@ -142,7 +138,7 @@ def test_mlp_in_blocks_of_columns(
     plan = Plan(saved=saved, weight_block_bytes=1, token_block=64)  # 512 columns at a time
     _assert_exact(model, lora, tokens, targets, plan, seed)  # without dropout
     engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
-    batch = _Batch(tokens, targets)
+    batch = WholeBatch(tokens, targets)
     loss = engine.step(batch, step=3, micro=0, n_labels=int((targets != -100).sum()), sink=grads.update)
     engine.close()
     _assert_as_exact(model, lora, batch, loss, grads, seed, dropout_seed=5)
@@ -208,7 +204,7 @@ def test_gradients_for_masks_and_odd_batches(tmp_path: Path, masking: str, B: in
     tokens, targets = tokens[:, -T:], targets[:, -T:]
     # A single token can be ill-conditioned, so the tolerance is autograd's distance from float64.
     truth = mlx_lm_loss_and_grads(model.path, lora, tokens, targets, mx.float64)
-    theirs = largest_error(*_whole_graph(model, lora, _Batch(tokens, targets)), *truth)
+    theirs = largest_error(*_whole_graph(model, lora, WholeBatch(tokens, targets)), *truth)
     loss, grads = mebp_mlx.loss_and_grads(model, lora, tokens, targets, plan=TINY_BLOCKS)
     assert largest_error(loss.item(), grads, *truth) <= CHANCE * theirs + TOLERANCE, f"seed {seed}"
 
@@ -356,7 +352,7 @@ def test_gradients_are_bit_equal_for_every_grain_and_store(
     model = _model(tmp_path, config, seed=seed, **how)
     lora = mebp_mlx.init_lora(model, rank=3, dropout=0.2)
     randomize_lora(lora, seed)
-    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 150, model.spec.V))
     n_labels = int((batch.targets != -100).sum())
     some_bytes, reference = 150_000, None
     for grain_index, grain in enumerate(GRAINS):
@@ -398,7 +394,7 @@ def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path, name: str, 
     model = _model(tmp_path, CONFIGS[name], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.3, keys=keys)
     randomize_lora(lora, seed)
-    batch = _Batch(*random_batch(seed, 2, 90, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 90, model.spec.V))
     for grain in ("op", "block"):
         plan = Plan(grain, checkpoint=True, token_block=64, query_block=17)
         engine, grads = BackpropEngine(model, lora, plan=plan, seed=5), {}
@@ -413,7 +409,7 @@ def test_dropout_is_the_same_in_forward_and_recomputation(tmp_path: Path, saved:
     model = _model(tmp_path, CONFIGS["qwen2"], seed=seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.4)
     randomize_lora(lora, seed, spread=0.3)
-    batch = _Batch(*random_batch(seed, 2, 10, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 10, model.spec.V))
     engine = BackpropEngine(model, lora, plan=Plan(saved=saved), seed=7)
     n_labels = int((batch.targets != -100).sum())
     grads: dict[str, mx.array] = {}
@@ -435,7 +431,7 @@ def test_micro_batches_add_up_to_the_token_weighted_mean(tmp_path: Path, seed: i
     n_labels, total, added = int((targets != -100).sum()), 0.0, dict.fromkeys(grads, 0)
     for micro, rows in enumerate((slice(0, 2), slice(2, 5))):
         part: dict[str, mx.array] = {}
-        batch = _Batch(tokens[rows], targets[rows])
+        batch = WholeBatch(tokens[rows], targets[rows])
         total += engine.step(batch, step=0, micro=micro, n_labels=n_labels, sink=part.update)
         added = {name: added[name] + part[name] for name in part}
     assert abs(total - loss.item()) <= TOLERANCE * abs(total)

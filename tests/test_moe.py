@@ -15,6 +15,7 @@ import mebp_mlx
 from mebp_mlx import convert, fuse
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.base import WholeBatch
 from mebp_mlx.engine.zeroth_order import ZerothOrderEngine, make_estimator
 from mebp_mlx.errors import UserError
 from mebp_mlx.model.base import Model, Tensor
@@ -288,12 +289,6 @@ def test_a_zero_router_sends_every_token_to_the_same_experts_as_in_mlx_lm(tmp_pa
     _assert_exact(model, lora, batch, mebp_mlx.loss_and_grads(model, lora, *batch), seed)
 
 
-class _Batch:
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
-        self.tokens, self.targets = tokens, targets
-        self.n_labels = int((targets != -100).sum())
-
-
 @pytest.mark.parametrize("name", ["qwen3_moe-tied", "lfm2_moe"])
 @pytest.mark.parametrize("grain", ["op", "block"])
 def test_the_backward_pass_visits_the_experts_of_the_forward_pass_without_choosing_again(
@@ -302,7 +297,7 @@ def test_the_backward_pass_visits_the_experts_of_the_forward_pass_without_choosi
     """Even if the router's output is recomputed."""
     model, lora = _open(tmp_path, name, seed)
     n_mixtures = sum(bool(layer.experts) for layer in model.spec.layers)
-    batch = _Batch(*random_batch(seed, 2, 150, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 150, model.spec.V))
     chosen: list[bytes] = []
     visited: list[bytes] = []
     choose, visits = Moe.choose, Moe.backward
@@ -339,7 +334,7 @@ def test_a_mixture_costs_one_wait_per_tile(tmp_path: Path, seed: int) -> None:
         engine = BackpropEngine(model, lora, plan=plan, dropout=False)
         monkey = pytest.MonkeyPatch()
         monkey.setattr(Model, "copied_bytes", lambda *_: 0.0)  # as if pages were used in place
-        batch = _Batch(*random_batch(seed, 1, n_tokens, model.spec.V))
+        batch = WholeBatch(*random_batch(seed, 1, n_tokens, model.spec.V))
         engine.step(batch, step=0, micro=0, n_labels=10, sink=lambda g: None)
         monkey.undo()
         waits[n_tokens] = engine.barrier.n_waits
@@ -351,7 +346,7 @@ def test_dropout_is_the_same_in_each_engine_and_tile(tmp_path: Path, seed: int) 
     model, _ = _open(tmp_path, "qwen3_moe-tied", seed)
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, dropout=0.4)
     randomize_lora(lora, seed)
-    batch = _Batch(*random_batch(seed, 2, 130, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 130, model.spec.V))
     results = []
     for engine in (
         make_engine("whole-graph", model, lora, seed=5),
@@ -384,7 +379,7 @@ def test_16_bits_stay_close_to_float32(tmp_path: Path, dtype: mx.Dtype, seed: in
 def test_zeroth_order_estimates_use_the_mixtures_loss(tmp_path: Path, name: str, engine: str, seed: int) -> None:
     """Losses at the probes equal those of perturbed parameters; every stack gets an estimate in its own layout."""
     model, lora = _open(tmp_path, name, seed)
-    batch = _Batch(*random_batch(seed, 2, 9, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 2, 9, model.spec.V))
     n_labels = int((batch.targets != -100).sum())
     estimator = make_estimator(engine, lora, seed=seed, eps=1e-2, n_samples=2)
     found: dict[str, mx.array] = {}
@@ -467,7 +462,7 @@ def test_only_pages_of_chosen_experts_are_prefetched(
     monkeypatch.setattr(Moe, "choose", watched)
     monkeypatch.setattr(MappedWeights, "advise", advise)
     engine = BackpropEngine(model, lora, plan=Plan(), dropout=False)
-    engine.step(_Batch(*random_batch(seed, 1, 3, 131)), step=0, micro=0, n_labels=3, sink=lambda g: None)
+    engine.step(WholeBatch(*random_batch(seed, 1, 3, 131)), step=0, micro=0, n_labels=3, sink=lambda g: None)
     engine.ahead.wait()
     engine.close()
     assert asked == chosen and len(chosen) <= 3 * 3 * 2 * 3

@@ -15,7 +15,7 @@ import pytest
 import mebp_mlx
 from mebp_mlx.engine import make_engine
 from mebp_mlx.engine.backprop import BackpropEngine
-from mebp_mlx.engine.base import Pass
+from mebp_mlx.engine.base import Pass, WholeBatch
 from mebp_mlx.engine.shared_keys import SharedKeys
 from mebp_mlx.engine.zeroth_order import make_estimator
 from mebp_mlx.errors import UserError
@@ -34,20 +34,16 @@ TOLERANCE = 1e-5
 TINY_BLOCKS = Plan(weight_block_bytes=1, head_block_bytes=1, token_block=64, query_block=5)
 
 
-class _Batch:
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray):
-        self.tokens, self.targets = tokens, targets
-        self.n_labels = int((targets != -100).sum())
-
-
-def _setup(tmp_path: Path, seed: int, T: int = 17, name: str = "gemma4_text", **how: Any) -> tuple[Any, Any, _Batch]:
+def _setup(
+    tmp_path: Path, seed: int, T: int = 17, name: str = "gemma4_text", **how: Any
+) -> tuple[Any, Any, WholeBatch]:
     model = mebp_mlx.open_model(write_model(tmp_path / "m", CONFIGS[name], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=3, scale=2.0, **how)
     randomize_lora(lora, seed)
-    return model, lora, _Batch(*random_batch(seed, 2, T, model.spec.V))
+    return model, lora, WholeBatch(*random_batch(seed, 2, T, model.spec.V))
 
 
-def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
+def _step(engine: Any, batch: WholeBatch) -> tuple[float, dict[str, mx.array]]:
     grads: dict[str, mx.array] = {}
     loss = engine.step(batch, step=3, micro=0, n_labels=batch.n_labels, sink=grads.update)
     mx.eval(grads)
@@ -55,7 +51,7 @@ def _step(engine: Any, batch: _Batch) -> tuple[float, dict[str, mx.array]]:
     return loss, grads
 
 
-def _assert_exact(model: Any, lora: Any, batch: _Batch, plan: Plan, seed: int) -> None:
+def _assert_exact(model: Any, lora: Any, batch: WholeBatch, plan: Plan, seed: int) -> None:
     """Equal to mlx-lm's float32, or about as close to float64 as mlx-lm's float32."""
     loss, grads = mebp_mlx.loss_and_grads(model, lora, batch.tokens, batch.targets, plan=plan)
     theirs = mlx_lm_loss_and_grads(model.path, lora, batch.tokens, batch.targets)
@@ -80,7 +76,7 @@ def test_gradients_equal_mlx_lms_for_any_first_trained_layer(
 def test_rows_shorter_and_longer_than_the_window_and_a_tile(tmp_path: Path, T: int, seed: int) -> None:
     model, lora, _ = _setup(tmp_path, seed)
     tokens, targets = random_batch(seed, 3, max(T, 2), model.spec.V, "holes")
-    _assert_exact(model, lora, _Batch(tokens[:, -T:], targets[:, -T:]), TINY_BLOCKS, seed)
+    _assert_exact(model, lora, WholeBatch(tokens[:, -T:], targets[:, -T:]), TINY_BLOCKS, seed)
 
 
 def test_a_wrong_donor_is_detected(tmp_path: Path, seed: int) -> None:

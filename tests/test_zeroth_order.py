@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 
 import mebp_mlx
 from mebp_mlx.engine import zeroth_order as zo
+from mebp_mlx.engine.base import WholeBatch
 from mebp_mlx.engine.zeroth_order import Estimator, ZerothOrderEngine, gaussian, make_estimator
 from mebp_mlx.model.lora import Lora
 from mebp_mlx.testing.tiny import CONFIGS, random_batch, randomize_lora, write_model
@@ -21,23 +22,16 @@ from mebp_mlx.training.update import Updater
 NAMES = ["mezo", "kzoo", "hizoo", "fzoo"]
 
 
-class _Batch(NamedTuple):
-    tokens: np.ndarray
-    targets: np.ndarray
-
-    @property
-    def n_labels(self) -> int:
-        return int((self.targets != -100).sum())
-
-
-def _setup(tmp_path: Path, seed: int, dropout: float = 0.0, keys: list[str] | None = None) -> tuple[Any, Lora, _Batch]:
+def _setup(
+    tmp_path: Path, seed: int, dropout: float = 0.0, keys: list[str] | None = None
+) -> tuple[Any, Lora, WholeBatch]:
     model = mebp_mlx.open_model(write_model(tmp_path / "model", CONFIGS["qwen2"], seed=seed))
     lora = mebp_mlx.init_lora(model, rank=2, scale=1.0, dropout=dropout, keys=keys)
     randomize_lora(lora, seed, spread=0.1)
-    return model, lora, _Batch(*random_batch(seed, 2, 9, model.spec.V))
+    return model, lora, WholeBatch(*random_batch(seed, 2, 9, model.spec.V))
 
 
-def _estimate(model: Any, lora: Lora, batch: _Batch, estimator: Estimator, seed: int, step: int) -> Any:
+def _estimate(model: Any, lora: Lora, batch: WholeBatch, estimator: Estimator, seed: int, step: int) -> Any:
     """Returns (loss, {name: estimate}) of one step."""
     actual: dict[str, mx.array] = {}
     engine = ZerothOrderEngine(model, lora, estimator, seed=seed)
@@ -210,11 +204,11 @@ def test_micro_batches_make_one_estimate(tmp_path: Path, name: str, seed: int) -
     """Two halves of a batch, followed by a batch without labels, give the estimate of the whole batch."""
     model, lora, _ = _setup(tmp_path, seed)
     tokens, targets = random_batch(seed, 4, 9, model.spec.V)
-    whole = _Batch(tokens, targets)
+    whole = WholeBatch(tokens, targets)
     loss, expected = _estimate(model, lora, whole, make_estimator(name, lora, seed=seed, eps=1e-2), seed, 1)
     engine = ZerothOrderEngine(model, lora, make_estimator(name, lora, seed=seed, eps=1e-2), seed=seed)
-    parts = [_Batch(tokens[:1], targets[:1]), _Batch(tokens[1:], targets[1:])]
-    parts.append(_Batch(tokens[:1], np.full_like(targets[:1], -100)))
+    parts = [WholeBatch(tokens[:1], targets[:1]), WholeBatch(tokens[1:], targets[1:])]
+    parts.append(WholeBatch(tokens[:1], np.full_like(targets[:1], -100)))
     calls: list[dict[str, mx.array]] = []
     total = 0.0
     for micro, part in enumerate(parts):
@@ -257,7 +251,7 @@ def test_an_update_holds_no_second_copy_of_the_parameters(tmp_path: Path, seed: 
     lora_bytes = sum(value.nbytes for value in lora.parameters().values())
     updater = Updater(PlainSGD(learning_rate=1e-4), lora)
     engine = ZerothOrderEngine(model, lora, make_estimator("mezo", lora, seed=seed, eps=1e-2), seed=seed)
-    batch = _Batch(*random_batch(seed, 1, 5, model.spec.V))
+    batch = WholeBatch(*random_batch(seed, 1, 5, model.spec.V))
     active: list[int] = []
 
     def sink(gradients: dict[str, mx.array]) -> None:

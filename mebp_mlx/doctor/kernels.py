@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..kernels import attention, selfcheck
 from ..ops.attention import Attention, Heads
 from ..ops.plan import Barrier, Plan
+from ..planner.search import query_block
 from ..system import device
 from . import probes
 
@@ -23,7 +24,6 @@ LENGTHS = (1024, 4096, 16384)
 DTYPES = (mx.bfloat16, mx.float16)
 TILE = Plan().token_block
 REPEATS = 3
-_SCORES_BYTES = 16 << 20  # per block of queries, as in the planner
 
 
 def measure() -> Iterator[tuple[str, str, dict[str, float]]]:
@@ -52,7 +52,7 @@ def _times(shape: tuple[int, int, int], dtype: mx.Dtype, T: int) -> dict[str, fl
     q, k, v, da = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True))
     mx.eval(q, k, v, da)
     heads, figures = Heads(head_dim, head_dim**-0.5, None, None, 0.0, {}), dict[str, float]()
-    blocks = max(16, min(Plan().query_block, _SCORES_BYTES // (4 * H * T) // 16 * 16))
+    blocks = query_block(Plan().query_block, 4 * H * T)
     for way in ("kernel", "mlx"):
 
         def attend() -> Attention:

@@ -216,7 +216,8 @@ class KeptSizes:
         """Bytes of each value, summed over all tiles."""
         linears = {**layer.linears, **layer.experts}
         widths = tuple((short, linear.out_dims, linear.in_dims) for short, linear in linears.items())
-        kind = layer.block, widths, self.model.copied_bytes(linears["down"], 1)
+        # The window decides whether attention keeps a log-sum-exp.
+        kind = layer.block, layer.window, widths, self.model.copied_bytes(linears["down"], 1)
         if kind not in self.known:
             sizes = self.known[kind] = Counter()
             for length, n_tiles in self.lengths.items():

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..families import BLOCKS
 from ..families.base import BlockRun, Kept
+from ..model import NO_LABEL
 from ..model.config import Layer
 from ..model.lora import Lora
 from ..ops.cross_entropy import cross_entropy
@@ -48,6 +49,18 @@ class TokenBatch(Protocol):
 
     @property
     def n_labels(self) -> int: ...
+
+
+class WholeBatch(NamedTuple):
+    """A whole micro-batch: tokens and targets int32 [B, T]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def n_labels(self) -> int:
+        """Labelled tokens."""
+        return int((self.targets != NO_LABEL).sum())
 
 
 def first_row(batch: TokenBatch) -> int:

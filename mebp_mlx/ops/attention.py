@@ -255,7 +255,7 @@ def _plain(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low:
         return _capped(heads, q, k, v, start, low)
     mask: mx.array | str = "causal"  # aligned at the end: query i sees the keys up to its own
     if heads.window is not None and start + q.shape[2] > heads.window:
-        mask = _visible(heads, q.shape[2], k.shape[2], start, low)
+        mask = fused.visible(q.shape[2], k.shape[2], start - low, heads.window)
     sinks = None if heads.sinks is None else heads.sinks.astype(q.dtype)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=heads.scale, mask=mask, sinks=sinks)
 
@@ -266,14 +266,8 @@ def _capped(heads: Heads, q: mx.array, k: mx.array, v: mx.array, start: int, low
     n_queries, n_keys = q.shape[2], k.shape[2]
     scores = heads.cap * mx.tanh((_grouped(q, k) * heads.scale) @ k.swapaxes(-1, -2) / heads.cap)
     by_head = scores.reshape(*scores.shape[:2], -1, n_queries, n_keys)
-    seen = mx.where(_visible(heads, n_queries, n_keys, start, low), by_head, -mx.inf)
+    seen = mx.where(fused.visible(n_queries, n_keys, start - low, heads.window), by_head, -mx.inf)
     return (mx.softmax(seen, axis=-1, precise=True).reshape(scores.shape) @ v).reshape(q.shape)
-
-
-def _visible(heads: Heads, n_queries: int, n_keys: int, start: int, low: int) -> mx.array:
-    """The mask of queries from `start` on over keys from `low` on, bool [n_queries, n_keys]; True: seen."""
-    i, j = mx.arange(start, start + n_queries)[:, None], mx.arange(low, low + n_keys)[None]
-    return j <= i if heads.window is None else (j <= i) & (j > i - heads.window)
 
 
 def _grouped(q: mx.array, k: mx.array) -> mx.array:
@@ -286,7 +280,7 @@ def _probabilities(heads: Heads, rows: mx.array, k: mx.array, n_queries: int, st
     scores = (rows * heads.scale) @ k.swapaxes(-1, -2)
     B, K, n_rows, n_keys = scores.shape
     by_head = scores.reshape(B, K * (n_rows // n_queries), n_queries, n_keys)
-    hidden = ~np.asarray(_visible(heads, n_queries, n_keys, start, low))
+    hidden = ~np.asarray(fused.visible(n_queries, n_keys, start - low, heads.window))
     return cpu.softmax(by_head, hidden if hidden.any() else None).reshape(scores.shape)
 
 

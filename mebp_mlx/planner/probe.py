@@ -183,14 +183,13 @@ def _forward(workload: Workload, plan: Plan, engine: BackpropEngine, meter: Peak
     tokens = np.zeros((workload.B, T), np.int32)
     if workload.estimator is not None:
         workload.estimator.begin(0)
-    for layers in _kinds(workload, engine.barrier.is_lazy):
-        _leave_tiles_out(workload, plan, work, layers, T)
+    layers = [layer for kind in _kinds(workload, engine.barrier.is_lazy) for layer in kind]
+    _leave_tiles_out(workload, plan, work, layers, T)
     with meter.phase("forward"):
         x = work.embed(tokens)
         work.assume(workload.B, T)
-        for layers in _kinds(workload, engine.barrier.is_lazy):
-            for layer in layers:
-                x = work.forward(layer, x)
+        for layer in layers:
+            x = work.forward(layer, x)
     with meter.phase("head"):
         cross_entropy(work, x, tokens, need_dx=False, max_chunks=_CHUNKS)
     engine.barrier.finish()

@@ -58,6 +58,13 @@ class Planned:
     budget_bytes: int | None
 
 
+def query_block(most: int, query_bytes: int, limit_bytes: int = _SCORES_BYTES) -> int:
+    """Queries per block of attention: a multiple of 16, at least 16, whose scores fit into limit_bytes; query_bytes: of
+    one query's scores.
+    """
+    return max(16, min(most, limit_bytes // query_bytes // 16 * 16))
+
+
 def ladder(workload: Workload) -> list[Plan]:
     """Candidate plans from the smallest to the fastest. All keep values and optimizer state in files."""
     steps: list[dict[str, Any]] = [
@@ -81,7 +88,7 @@ def ladder(workload: Workload) -> list[Plan]:
         scores, limit = 4 * workload.B * workload.model.spec.H * workload.T_scored, _SCORES_BYTES
         if step["grain"] == "block":  # every block of queries costs launches, forward and backward
             scores, limit = scores * workload.model.dtype.size // 4, 2 * limit
-        step["query_block"] = max(16, min(step["query_block"], limit // scores // 16 * 16))
+        step["query_block"] = query_block(step["query_block"], scores, limit)
         if step["grain"] == "block" and WHOLE_TILES * step["token_block"] < workload.T:
             step["grain"] = "tile"  # keeps only two tiles in flight; a tile of a long row hides its wait
         plans.append(Plan(kept_bytes=0, offload_state=workload.is_exact, **step))
@@ -210,8 +217,9 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     saved = SAVE_PRODUCTS
     if not workload.is_exact:
         return saved
+    sizes = _kept_sizes(workload, plan)
     if arena_budget_bytes is None:
-        arena_budget_bytes = _long_rows_budget(workload, plan)
+        arena_budget_bytes = _long_rows_budget(workload, plan, sizes)
     spec = workload.model.spec
     # Cost per byte: a projection's output needs as many multiplications as the projection has inputs, attention's
     # twice as many as a query has keys.
@@ -219,7 +227,7 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
     cost |= dict.fromkeys(("bcx", "qg", "qkv", "z", "p", "pg", "logits"), spec.D)
     cost["pp"] = spec.D if spec.layer_inputs is None else spec.layer_inputs.width
     cost |= {"o": spec.H * spec.head_dim, "d": spec.F, "a": workload.T}
-    order, sizes = sorted(cost, key=lambda name: cost[name]), _kept_sizes(workload, plan)
+    order = sorted(cost, key=lambda name: cost[name])
     while True:
         needed = sum(sizes.of(dataclasses.replace(plan, saved=saved))) + workload.state_bytes
         if needed <= arena_budget_bytes:
@@ -232,9 +240,9 @@ def _saved(workload: Workload, plan: Plan, arena_budget_bytes: int | None) -> fr
         saved -= {order.pop(0)}
 
 
-def _long_rows_budget(workload: Workload, plan: Plan) -> int:
+def _long_rows_budget(workload: Workload, plan: Plan, sizes: KeptSizes) -> int:
     """The default --arena-budget. Attention's outputs of long rows are by far the most expensive to recompute."""
-    kept = sum(_kept_sizes(workload, plan).of(dataclasses.replace(plan, saved=SAVE_ATTENTION)))
+    kept = sum(sizes.of(dataclasses.replace(plan, saved=SAVE_ATTENTION)))
     return max(ARENA_BUDGET_BYTES, min(kept + workload.state_bytes, LONG_ROWS_BYTES))
 
 
