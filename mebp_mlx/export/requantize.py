@@ -183,8 +183,7 @@ class Repack:
         if isinstance(item, str):
             info = self._model.weights.info(item)
             dtype = self._dtype_of(item)
-            is_same = self._recipe is None
-            yield _Same(_entry(info)) if is_same else _Vector(Entry(item, NAMES[dtype], info.shape))
+            yield _Same(_entry(info)) if self._recipe is None else _Vector(Entry(item, NAMES[dtype], info.shape))
             return
         if self._stays(item):
             yield from (_Same(_entry(self._model.weights.info(name))) for name in item.tensors)
@@ -273,7 +272,7 @@ class Repack:
             own, own_pair = linear, pair
             if linear.n_experts:
                 own = linear.expert(index)
-                own_pair = None if pair is None else Pair(pair.a[index].T, pair.b[index].T)
+                own_pair = None if pair is None else pair.expert(index)
             for start, stop in _row_blocks((linear.out_dims, linear.in_dims)):
                 yield self._rows(own, own_pair, start, stop)
 

@@ -39,6 +39,10 @@ class Pair(NamedTuple):
     b: mx.array
     m: mx.array | None = None
 
+    def expert(self, index: int) -> Pair:
+        """One expert's pair of a stack's: a [in, r], b [r, out]."""
+        return Pair(self.a[index].T, self.b[index].T)
+
 
 @dataclass
 class Adapter:

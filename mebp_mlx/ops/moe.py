@@ -286,7 +286,7 @@ class Moe:
         linears = {}
         for short in _SHORTS:
             stack, whole = self.stacks[short], self.pairs[short]
-            pair = None if whole is None else Pair(whole.a[visit.expert].T, whole.b[visit.expert].T)
+            pair = None if whole is None else whole.expert(visit.expert)
             mask = self._own(masks[short], visit) if short in masks else None
             own = stack.expert(visit.expert)
             linears[short] = ExpertLinear(self.shared, short, own if short != "down" else own.without_bias, pair, mask)
