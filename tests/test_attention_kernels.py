@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import mebp_mlx
-from mebp_mlx.engine.backprop import BackpropEngine
+from mebp_mlx.engine.backprop import BackpropEngine, KeptSizes
 from mebp_mlx.kernels import attention, metal, selfcheck
 from mebp_mlx.ops import attention as ops
 from mebp_mlx.ops.plan import SAVE_INPUTS, SAVE_PRODUCTS, SAVE_PROJECTIONS, Plan
@@ -354,6 +354,26 @@ def test_plans_of_long_rows_have_no_scores(tmp_path: Path, seed: int) -> None:
         shorter = dataclasses.replace(workload, T=least - 1)
         assert workload.T_scored == shorter.T_scored == least - 1
         assert blocks > without and blocks == [plan.query_block for plan in ladder(shorter)]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_rows_with_capped_scores_or_sinks_keep_their_scores(tmp_path: Path, name: str, seed: int) -> None:
+    """The kernels support neither, so the planner counts these scores for any length."""
+    model, lora = _model(tmp_path, name, 64, seed)
+    workload = Workload(model, lora, 1, 1 << 15)
+    with attention.assumed():
+        assert workload.T_scored == workload.T
+
+
+def test_kept_bytes_depend_on_the_window(tmp_path: Path, seed: int) -> None:
+    """A long row's log-sum-exp is kept only if the layer sees enough keys for the kernels."""
+    model, lora = _model(tmp_path, "llama-sliding", 64, seed)
+    sliding = [layer.window is not None for layer in model.spec.layers]
+    T = int(attention.least_keys(mx.float32, 64))
+    with attention.assumed():
+        sizes = KeptSizes(model, Plan(), lora, 0, 1, T).of(Plan())
+    assert {True, False} == set(sliding) and len(set(sizes)) == 2
+    assert [size == min(sizes) for size in sizes] == sliding
 
 
 @pytest.mark.usefixtures("at_any_length")

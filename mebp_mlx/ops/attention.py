@@ -41,7 +41,7 @@ class Heads:
 
     @property
     def is_plain(self) -> bool:
-        """Whether numpy's softmax supports these settings."""
+        """Whether numpy's softmax and the kernels support these settings."""
         return self.cap is None and self.sinks is None
 
     def rotated(self, short: str, x: mx.array, position: int) -> mx.array:
@@ -122,9 +122,7 @@ class Attention:
         # differentiates a traced pass, and it cannot differentiate a kernel.
         has_none = not self.has_backward and (heads.head_dim in fused.MLX_FUSED or self.barrier.grain is None)
         n_keys = min(n_positions, heads.window or n_positions)
-        self.is_fused = (
-            heads.cap is None and heads.sinks is None and not has_none and fused.serves(dtype, heads.head_dim, n_keys)
-        )
+        self.is_fused = heads.is_plain and not has_none and fused.serves(dtype, heads.head_dim, n_keys)
 
     def append(self, keys: mx.array, v: mx.array) -> None:
         """The next tile's K [B, K, tile, head_dim] and v [B, tile, K * head_dim]."""

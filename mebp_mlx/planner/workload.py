@@ -74,7 +74,8 @@ class Workload:
     def T_scored(self) -> int:
         """Positions of the longest row whose attention scores are in memory; longer rows use the kernels."""
         dtype, spec = self.model.dtype, self.model.spec
-        if spec.attention_cap is not None or not attention.serves(dtype, spec.head_dim, self.T):
+        is_plain = spec.attention_cap is None and not any("sinks" in layer.arrays for layer in spec.layers)
+        if not is_plain or not attention.serves(dtype, spec.head_dim, self.T):
             return self.T
         return int(attention.least_keys(dtype, spec.head_dim)) - 1
 
